@@ -1,0 +1,103 @@
+"""Vision transformers from timm, seen through their patch grid and number of prefix tokens, never by class."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gtsa.core import Remedy, Tokens
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
+
+
+class Backbone(nn.Module):
+    """A timm ViT of any width, depth and patch size: images [N, C, H, W] -> Tokens.
+
+    Args:
+        model: timm name of a plain vision transformer, e.g. ``vit_small_patch16_224``. The weights are untrained.
+        image_size: side in px that the position embeddings are made for; other sizes are resampled.
+        drop_path: stochastic depth of the last block, linear from 0 at the first.
+        normalisation: mean and standard deviation per channel, of pixels in [0, 1], that images come with.
+        arguments: further arguments of timm's constructor, e.g. ``{"depth": 6}``.
+
+    Raises:
+        Remedy: the name is unknown, the model is no plain ViT, or the size does not suit the patch.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        image_size: int = 224,
+        drop_path: float = 0.0,
+        normalisation: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.arguments = {"img_size": image_size, **(arguments or {})}
+        self.normalisation = normalisation
+        self.vit = _create(model, drop_path_rate=drop_path, **self.arguments)
+        self._resamplers: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def width(self) -> int:
+        return cast(int, self.vit.num_features)
+
+    @property
+    def patch(self) -> int:
+        return cast(int, self.vit.patch_embed.patch_size[0])
+
+    @property
+    def prefix(self) -> int:
+        return cast(int, self.vit.num_prefix_tokens)
+
+    def forward(self, images: Tensor) -> Tokens:
+        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        embed = self.vit.patch_embed
+        made_for, embed.grid_size = embed.grid_size, grid  # our positions fit already: timm is to leave them alone
+        try:
+            x = functional_call(self.vit, self._positions(made_for, grid), (images,))
+        finally:
+            embed.grid_size = made_for
+        return Tokens(x[:, self.prefix :].unflatten(1, grid), x[:, : self.prefix])
+
+    def _positions(self, old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+        """Position embeddings for another grid, by one fixed matrix that holds timm's own resampling.
+
+        timm's interpolation has no deterministic backward pass on GPUs; a matrix product has.
+        """
+        embedding = self.vit.pos_embed
+        if embedding is None or old == new:
+            return {}
+        key = (*new, embedding.device, embedding.dtype)
+        if key not in self._resamplers:
+            n = embedding.shape[1]
+            unit = torch.eye(n, device=embedding.device)[None]
+            prefix = n - old[0] * old[1]
+            matrix = resample_abs_pos_embed(unit, list(new), list(old), num_prefix_tokens=prefix)
+            self._resamplers[key] = matrix[0].to(embedding.dtype)
+        return {"pos_embed": (self._resamplers[key] @ embedding[0])[None]}
+
+
+def _create(model: str, **arguments: Any) -> Any:
+    """A timm ViT without a head, whose forward gives all tokens after the final norm: [N, prefix + h * w, D]."""
+    if not timm.is_model(model):
+        near = ", ".join(timm.list_models(f"*{model.split('.')[0][:8]}*", exclude_filters=["*hybrid*"])[:4])
+        hint = f"near it: {near}" if near else "e.g. vit_tiny_patch16_224, vit_small_patch16_224"
+        raise Remedy(f"timm {timm.__version__} has no model {model!r}; {hint}")
+    try:
+        vit = timm.create_model(model, num_classes=0, global_pool="", dynamic_img_size=True, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise Remedy(
+            f"{model} cannot be used: it is no plain vision transformer with these arguments ({error}); "
+            "choose one of timm's VisionTransformer or Eva models, e.g. vit_small_patch16_224"
+        ) from None
+    if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit.patch_embed, "grid_size"):
+        raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
+    return vit

@@ -1,0 +1,149 @@
+"""The vocabulary: crops that remember where they came from, tokens, and what a method is. No logic."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Remedy(ValueError):
+    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+
+    ``code`` is the exit code of the command line (see EXIT_CODES).
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+EXIT_CODES = {
+    0: "done",
+    2: "bad command or configuration",
+    3: "bad data",
+    4: "bad checkpoint or weights",
+    5: "training diverged",
+    6: "lack of a resource (memory, disk, worker)",
+    8: "refused for safety",
+    75: "stopped on request, checkpoint saved: run again with --resume to go on",
+}
+
+
+class Draw(NamedTuple):
+    """A place in the endless stream of images: the views made there are a pure function of (seed, epoch, image)."""
+
+    epoch: int
+    place: int  # in the order of that epoch
+
+
+class Replaced(NamedTuple):
+    """An image that could not be read in mid-run, why, and the image that took its place."""
+
+    image: int
+    reason: str
+    by: int
+
+
+class Colour(IntEnum):
+    """Columns of a colour recipe."""
+
+    BRIGHTNESS = 0
+    CONTRAST = 1
+    SATURATION = 2
+    HUE = 3
+    ORDER = 4  # 0 to 23: which permutation of the four above; -1: none of them
+    GREY = 5  # 1: greyscale
+    SIGMA = 6  # of the Gaussian blur in px; 0: none
+
+
+@dataclass(frozen=True)
+class Crops:
+    """``n`` square crops of side ``S`` px for each of ``B`` images, all of one size."""
+
+    pixels: Tensor  # [B, n, 3, S, S]; uint8 as cut by the workers, normalised floats after augment.apply
+    boxes: Tensor  # [B, n, 4] float64: x1, y1, x2, y2 in the image, px
+    turns: Tensor  # [B, n] int64: quarter-turns counter-clockwise, 0 to 3
+    colours: Tensor  # [B, n, len(Colour)] float32: colour recipe, applied by augment.apply
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Crops:
+        """The same crops with ``change`` done to every tensor, e.g. moved to a device."""
+        return Crops(change(self.pixels), change(self.boxes), change(self.turns), change(self.colours))
+
+    @property
+    def count(self) -> int:
+        return self.pixels.shape[1]
+
+    @property
+    def side(self) -> int:
+        return self.pixels.shape[-1]
+
+
+class Views:
+    """All views of a batch: global crops (seen by student and teacher) and local crops (student only).
+
+    A plain class on purpose: engines look into dataclasses and would cast the boxes to the training precision.
+    """
+
+    def __init__(
+        self,
+        global_crops: Crops,
+        local_crops: Crops | None = None,
+        images: Tensor | None = None,
+        replaced: Sequence[Replaced] = (),
+    ) -> None:
+        self.global_crops, self.local_crops = global_crops, local_crops
+        self.images = torch.empty(0, dtype=torch.int64) if images is None else images  # [B]: what each row shows
+        self.replaced = list(replaced)
+
+    def each(self, change: Callable[[Crops], Crops]) -> Views:
+        """The same views with ``change`` done to the crops of every size."""
+        return Views(*map(change, self.groups), images=self.images, replaced=self.replaced)
+
+    def pin_memory(self) -> Views:
+        """Called by torch's DataLoader."""
+        return self.each(lambda crops: crops.each(Tensor.pin_memory))
+
+    @property
+    def groups(self) -> tuple[Crops, ...]:
+        """The crops by size: global ones first, local ones where there are any."""
+        return (self.global_crops,) if self.local_crops is None else (self.global_crops, self.local_crops)
+
+
+class Tokens(NamedTuple):
+    """What a ViT makes of ``N`` images: a map of patch tokens, and the tokens before them (CLS, registers)."""
+
+    patches: Tensor  # [N, h, w, D]
+    prefix: Tensor  # [N, p, D], p may be 0
+
+
+class Objective(nn.Module, ABC):
+    """Something the loop can train. ``time`` runs from 0 to 1 over the whole run."""
+
+    @abstractmethod
+    def forward(self, views: Views, time: float) -> dict[str, Tensor]:
+        """Returns {"loss": scalar, and scalar parts for the log}; every part is a mean over the batch."""
+
+    def after_step(self, time: float, accepted: Tensor) -> None:
+        """Called after each optimiser step with the time of the *next* step.
+
+        ``accepted`` is a 0/1 scalar on the device: 0 where the step was skipped for a non-finite number.
+        """
+
+
+class Method(Objective):
+    """A self-supervised method: an Objective with a student and a teacher encoder."""
+
+    @property
+    @abstractmethod
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """{"teacher": Backbone, "student": Backbone}."""
+
+    @abstractmethod
+    def diagnose(self, views: Views) -> dict[str, Tensor]:
+        """Label-free figures of held-out views, per image: {name: [B]}; higher is better."""

@@ -1,0 +1,123 @@
+"""The endless, repeatable stream of views: which images make which step, and the workers that cut them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gtsa.core import Crops, Draw, Remedy, Replaced, Views
+from gtsa.images import SMALLEST, BadImage
+from gtsa.views import MultiCrop
+
+ORDER, VIEWS, HELD_OUT = 1, 2, 3  # streams of random numbers, one for each use
+
+
+def generator(seed: int, stream: int, *place: int) -> np.random.Generator:
+    """Random numbers as a pure function of (seed, stream, place); place has at most three numbers."""
+    counter = [0, *place, *[0] * (3 - len(place))]
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=counter))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The order in which an epoch shows its images: a permutation of range(images)."""
+    return np.argsort(generator(seed, ORDER, epoch).random(images), kind="stable")
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """Says which draws make each micro-batch of this rank, from step ``start`` to ``steps``.
+
+    The stream of images runs on from epoch to epoch; step ``s`` takes the places s * batch to (s + 1) * batch, in
+    turn for each micro-batch and each rank. So every image is used, and the stream does not depend on the number of
+    workers or processes.
+    """
+
+    def __init__(
+        self, images: int, batch: int, steps: int, start: int = 0, rank: int = 0, ranks: int = 1, accumulate: int = 1
+    ) -> None:
+        if batch % (ranks * accumulate):
+            raise Remedy(f"--batch-size {batch} does not divide over {ranks} processes x {accumulate} micro-batches")
+        self.images, self.batch, self.steps, self.start = images, batch, steps, start
+        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        size = self.batch // (self.ranks * self.accumulate)
+        for step in range(self.start, self.steps):
+            for micro in range(self.accumulate):
+                first = step * self.batch + (micro * self.ranks + self.rank) * size
+                yield [Draw(*divmod(place, self.images)) for place in range(first, first + size)]
+
+
+class Readable(Protocol):
+    """What the stream needs of a source."""
+
+    def read(self, index: int, detail: Any = None) -> Tensor: ...
+
+
+class ViewSet(Dataset[Views]):
+    """Draw -> Views of one image. ``indices`` are the source's images that take part.
+
+    An image that cannot be read is replaced by the next one in the epoch's order, with views of its own, and is
+    recorded in ``Views.replaced``.
+    """
+
+    def __init__(
+        self, source: Readable, indices: Sequence[int], multicrop: MultiCrop, seed: int, stream: int = VIEWS
+    ) -> None:
+        self.source, self.indices, self.multicrop = source, np.asarray(indices), multicrop
+        self.seed, self.stream = seed, stream
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, draw: Draw) -> Views:
+        order = epoch_order(self.seed, draw.epoch, len(self.indices))
+        failed: list[tuple[int, str]] = []
+        for attempt in range(len(self.indices)):
+            image = int(self.indices[order[(draw.place + attempt) % len(self.indices)]])
+            try:
+                pixels = self.source.read(image, self.multicrop.detail)
+                if min(pixels.shape[-2:]) < 2:
+                    raise BadImage(f"{pixels.shape[-1]} x {pixels.shape[-2]} px: needs at least {SMALLEST} px a side")
+            except BadImage as reason:
+                failed.append((image, str(reason)))
+                continue
+            views = self.multicrop(pixels, generator(self.seed, self.stream, attempt, image, draw.epoch))
+            replaced = [Replaced(bad, why, image) for bad, why in failed]
+            return Views(*views.groups, images=torch.tensor([image]), replaced=replaced)
+        raise Remedy("no image of the run can be read any more; is the folder still there?", 3)
+
+
+def collate(views: list[Views]) -> Views:
+    """Views of one image each -> Views of a batch."""
+    groups = []
+    for crops in zip(*(v.groups for v in views), strict=True):
+        groups.append(
+            Crops(*(torch.cat([getattr(c, part) for c in crops]) for part in ("pixels", "boxes", "turns", "colours")))
+        )
+    return Views(
+        *groups, images=torch.cat([v.images for v in views]), replaced=[r for v in views for r in v.replaced]
+    )
+
+
+def loader(views: ViewSet, sampler: Sampler[list[Draw]], workers: int, pin: bool = False) -> DataLoader[Views]:
+    """Batches of uint8 views, in order, the same for any number of workers."""
+    return DataLoader(
+        views,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
+        timeout=600 if workers else 0,
+    )

@@ -1,0 +1,88 @@
+"""Boxes, quarter-turns and pooling: exact, batched, and differentiable in the maps.
+
+Boxes are (x1, y1, x2, y2) in pixels with x to the right and y down; quarter-turns are counter-clockwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection of boxes ``a`` and ``b`` [..., 4] (broadcast), both in one frame.
+
+    Boxes that do not meet give a box of negative width or height.
+    """
+    return torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
+
+
+def inside(boxes: Tensor, crops: Tensor, side: int) -> Tensor:
+    """Image boxes [..., 4] in the pixel frame of ``crops`` [..., 4], each resized to a square of ``side`` px."""
+    corner = [0, 1, 0, 1]
+    scale = side / (crops[..., 2:] - crops[..., :2])
+    return (boxes - crops[..., corner]) * scale[..., corner]
+
+
+def rotate_boxes(boxes: Tensor, turns: Tensor, side: float) -> Tensor:
+    """Boxes [..., 4] in a square of ``side`` after ``turns`` [...] quarter-turns counter-clockwise of that square."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    turned = torch.stack(
+        [
+            boxes,
+            torch.stack([y1, side - x2, y2, side - x1], dim=-1),
+            torch.stack([side - x2, side - y2, side - x1, side - y1], dim=-1),
+            torch.stack([side - y2, x1, side - y1, x2], dim=-1),
+        ],
+        dim=-2,
+    )
+    index = (turns % 4).expand(boxes.shape[:-1])[..., None, None].expand(*boxes.shape[:-1], 1, 4)
+    return turned.gather(-2, index).squeeze(-2)
+
+
+def rotate_maps(maps: Tensor, turns: Tensor) -> Tensor:
+    """Square maps [..., s, s, C] turned by ``turns`` [...] quarter-turns counter-clockwise: exact, no interpolation."""
+    side = maps.shape[-2]
+    places = torch.arange(side * side, device=maps.device).reshape(side, side)
+    source = torch.stack([torch.rot90(places, k).flatten() for k in range(4)])  # [4, s*s]
+    index = source[turns % 4][..., None].expand(*turns.shape, side * side, maps.shape[-1])
+    return maps.flatten(-3, -2).gather(-2, index).unflatten(-2, (side, side))
+
+
+def pool(maps: Tensor, boxes: Tensor, cells: int) -> Tensor:
+    """RoIAlign (half-pixel aligned, adaptive sampling): every box of every map, as two matrix products.
+
+    RoIAlign is separable, so ``pooled = Wy F Wx^T``; no scatter is left in the backward pass and the result is
+    deterministic. Equals ``torchvision.ops.roi_align(aligned=True, sampling_ratio=-1)``.
+
+    Args:
+        maps: [..., h, w, C].
+        boxes: [..., n, 4] in units of map cells: ``n`` boxes for each map.
+        cells: the output has cells x cells bins.
+
+    Returns:
+        [..., n, cells, cells, C]
+    """
+    height, width = maps.shape[-3:-1]
+    wy = _weights(boxes[..., 1], boxes[..., 3], cells, height).to(maps.dtype)  # [..., n, i, h]
+    wx = _weights(boxes[..., 0], boxes[..., 2], cells, width).to(maps.dtype)  # [..., n, j, w]
+    rows = torch.einsum("...nih,...hwc->...niwc", wy, maps)
+    return torch.einsum("...njw,...niwc->...nijc", wx, rows)
+
+
+def _weights(low: Tensor, high: Tensor, cells: int, length: int) -> Tensor:
+    """The interpolation matrix of RoIAlign along one axis: [..., cells, length] for intervals [low, high)."""
+    extent = high - low
+    samples = torch.ceil(extent / cells).clamp(min=1)  # points a bin
+    most = max(1, math.ceil(length / cells))
+    bin_ = torch.arange(cells, device=low.device)[:, None]
+    point = torch.arange(most, device=low.device)
+    offset = bin_ + (point + 0.5) / samples[..., None, None]  # [..., cells, most] in bins
+    place = low[..., None, None] - 0.5 + offset * (extent / cells)[..., None, None]
+    used = (point < samples[..., None, None]) & (place >= -1) & (place <= length)
+    place = place.clamp(0, length - 1)
+    grid = torch.arange(length, device=low.device)
+    hat = (1 - (place[..., None] - grid).abs()).clamp(min=0) * used[..., None]
+    return hat.sum(-2) / samples[..., None, None]

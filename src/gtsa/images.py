@@ -1,0 +1,221 @@
+"""From a file to pixels, with files as they come: every one is read whole, or refused with its reason.
+
+8-bit formats go through Pillow behind an allowlist; TIFFs of other depths go through tifffile.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "MPO")  # MPO: JPEGs of cameras that hold a second picture
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+LARGEST = 2**27  # pixels; larger ones are refused from their header
+SMALLEST = 16  # px of the short side: one patch
+NEUTRAL = (124, 116, 104)  # shows through transparent pixels: ImageNet's mean, which normalises to 0
+ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
+
+Range = tuple[float, float]
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason, without the path."""
+
+
+class Header(NamedTuple):
+    format: str
+    mode: str
+    width: int
+    height: int
+    frames: int = 1
+
+
+def header(path: str | Path) -> Header:
+    """What a file says it is, without decoding it. Raises BadImage."""
+    with _opened(path) as image:
+        return Header(
+            image.format or "?", image.mode, *_sized(image.width, image.height), getattr(image, "n_frames", 1)
+        )
+
+
+def decode(
+    path: str | Path,
+    detail: Callable[[int, int], float] | None = None,
+    range16: Range = (0, 65535),
+) -> Tensor:
+    """The image in ``path`` as uint8 RGB [3, H, W], upright by its EXIF orientation. Raises BadImage.
+
+    Args:
+        detail: smallest useful scale of a width x height image; large JPEGs are decoded at 1/2, 1/4 or 1/8 if that
+            is enough.
+        range16: values of 16-bit images that become 0 and 255, rounded linearly between.
+
+    Palettes and CMYK are converted, transparent pixels show a neutral grey, floating-point images must lie in
+    [0, 1]; of an animated file the first frame is taken; colour profiles are ignored.
+    """
+    with _opened(path) as image:
+        _sized(image.width, image.height)
+        if detail is not None and image.format == "JPEG":
+            scale = detail(image.width, image.height)
+            image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+        try:
+            deep = _deep_tiff(image)
+            array = _from_tiff(path, range16) if deep else _from_pillow(image, path, range16)
+        except BadImage:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+            raise BadImage(_reason(error)) from None
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+class _opened:
+    """Opens a file with Pillow for a with-block; everything that goes wrong is a BadImage."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        try:
+            mode = os.stat(self.path).st_mode
+            if not stat.S_ISREG(mode):
+                raise BadImage("not a regular file")
+            self.file = open(self.path, "rb")  # noqa: SIM115 (closed in __exit__)
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of large and odd files; we have rules of our own
+                return Image.open(self.file, formats=FORMATS)
+        except Image.DecompressionBombError:
+            self.file.close()
+            raise BadImage(f"more than {LARGEST:,} pixels: cut it into tiles") from None
+        except Exception as error:
+            head = os.pread(self.file.fileno(), 64, 0)
+            self.file.close()
+            raise BadImage(_foreign(head, self.path, error)) from None
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
+    """Why a file is no image that we read, from its first bytes."""
+    if not head:
+        return "empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the image itself: run 'git lfs pull'"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "an HTML page, not an image: download it again"
+    if not any(head):
+        return "zero bytes only"
+    if head[:4] in (b"II*\0", b"MM\0*") and _tiff_bands(path) not in (1, 3, 4, None):
+        return f"{_tiff_bands(path)} bands: 1, 3 or 4 (with alpha) are read"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a JPEG, PNG, WebP, TIFF or BMP image, or its header is damaged"
+    return _reason(error)
+
+
+def _tiff_bands(path: str | Path) -> int | None:
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return int(tiff.pages.first.samplesperpixel)
+    except Exception:
+        return None
+
+
+def _sized(width: int, height: int) -> tuple[int, int]:
+    if width * height > LARGEST:
+        raise BadImage(f"{width} x {height} px: more than {LARGEST:,} pixels, cut it into tiles")
+    if min(width, height) < SMALLEST:
+        raise BadImage(f"{width} x {height} px: the short side needs at least {SMALLEST} px")
+    return width, height
+
+
+def _deep_tiff(image: Any) -> bool:
+    """A TIFF of more than 8 bits a sample, which Pillow would cut to 8 in silence where it has colours."""
+    return image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8
+
+
+def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
+    if image.format == "PNG" and range16 != (0, 65535) and image.mode in ("RGB", "RGBA"):
+        with open(path, "rb") as file:
+            if file.read(25)[24] == 16:
+                raise BadImage("a 16-bit colour PNG cannot be read at a declared range: convert it to TIFF")
+    image = ImageOps.exif_transpose(image) if _turned(image) else image
+    if image.mode.startswith(("I", "F")):
+        return _grey(np.asarray(image), range16)
+    if image.mode in ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*NEUTRAL, 255))
+        image = Image.alpha_composite(ground, image)
+    return np.array(image.convert("RGB"))
+
+
+def _turned(image: Any) -> bool:
+    try:
+        return image.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:  # damaged EXIF is no reason to refuse the pixels
+        return False
+
+
+def _from_tiff(path: str | Path, range16: Range) -> np.ndarray:
+    with open(path, "rb") as file:
+        data = io.BytesIO(file.read())
+    with tifffile.TiffFile(data) as tiff:
+        page = tiff.pages.first
+        array = page.asarray()
+        if page.planarconfig == 2 and array.ndim == 3:
+            array = np.moveaxis(array, 0, -1)
+        if page.photometric == 0:  # white is zero
+            array = np.iinfo(array.dtype).max - array if array.dtype.kind in "ui" else 1 - array
+        orientation = page.tags.get(274)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
+    rgb = _grey(array, range16)
+    return _upright(rgb, orientation.value if orientation else 1)
+
+
+def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation in (2, 4, 5, 7):  # mirrored; what is left is a rotation
+        array = array[:, ::-1]
+        orientation = {2: 1, 4: 3, 5: 8, 7: 6}[orientation]
+    return np.ascontiguousarray(np.rot90(array, {1: 0, 3: 2, 6: -1, 8: 1}.get(orientation, 0)))
+
+
+def _grey(array: np.ndarray, range16: Range) -> np.ndarray:
+    """Integers of more than 8 bits or floats [H, W] or [H, W, bands] -> uint8 RGB [H, W, 3]."""
+    values = array[..., None] if array.ndim == 2 else array
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise BadImage("floating-point image with NaN or infinite values")
+        if values.min() < 0 or values.max() > 1:
+            raise BadImage(
+                f"floating-point values from {values.min():.4g} to {values.max():.4g}: convert to 8 or 16 bits, "
+                "or scale to 0..1"
+            )
+        scaled = values.astype(np.float64)
+    else:
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage(f"integer values from {values.min()} to {values.max()}: 0 to 65,535 are read")
+        scaled = (values.astype(np.float64) - range16[0]) / (range16[1] - range16[0])
+    rgb = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+    if rgb.shape[-1] == 4:
+        alpha = np.clip(scaled[..., 3:], 0, 1)
+        rgb = np.rint(alpha * rgb[..., :3] + (1 - alpha) * np.array(NEUTRAL)).astype(np.uint8)
+    return np.repeat(rgb, 3, axis=-1) if rgb.shape[-1] == 1 else rgb
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).split("\n")[0].strip()
+    return f"damaged: {text}" if text else f"damaged: {type(error).__name__}"

@@ -1,0 +1,143 @@
+"""The only training loop: time, gradients and the guard against non-finite numbers. It knows no method."""
+
+from __future__ import annotations
+
+import time as clock
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from gtsa.core import Objective, Remedy, Replaced, Views
+from gtsa.optim import ScheduledAdamW, clip_each
+
+PATIENCE = 3  # skipped steps among the last hundred that end the run
+
+
+@dataclass
+class Done:
+    """What a finished step leaves to look at. ``parts`` stay on the device until somebody reads them."""
+
+    step: int  # steps done so far: 1 after the first
+    parts: dict[str, Tensor]
+    seconds: float  # whole step
+    waited: float  # of these, for data
+    replaced: list[Replaced] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # images of the step before, had it to be skipped
+
+
+def fit(
+    objective: Any,
+    optimizer: Any,
+    batches: Iterable[Views],
+    prepare: Callable[[Views], Views],
+    *,
+    fabric: Fabric,
+    steps: int,
+    start: int = 0,
+    accumulate: int = 1,
+    seed: int = 0,
+    skips: deque[int] | None = None,
+) -> Iterator[Done]:
+    """Trains from step ``start`` to ``steps`` and yields after every step; what is done between steps is the caller's.
+
+    Args:
+        objective, optimizer: as set up by ``fabric``; the optimizer is a ScheduledAdamW inside.
+        batches: micro-batches, ``accumulate`` a step, from step ``start`` on.
+        prepare: brings a batch to the device, ready for the objective.
+        seed: stochastic depth of step s depends on (seed, s, rank) alone.
+        skips: steps that were skipped lately, kept up to date for the checkpoint.
+
+    Raises:
+        Remedy: three of a hundred steps had non-finite numbers (5), memory ran out or a worker died (6).
+    """
+    skips = deque() if skips is None else skips
+    pending: tuple[Tensor, list[int]] | None = None
+    stream = iter(batches)
+    objective.train()
+    for step in range(start, steps):
+        began = clock.perf_counter()
+        views = [_next(stream) for _ in range(accumulate)]
+        waited = clock.perf_counter() - began
+        torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
+        parts, accepted = train_step(
+            objective, optimizer, map(prepare, views), accumulate, fabric, step / steps, (step + 1) / steps
+        )
+        skipped = _check(pending, step - 1, skips)  # a step late, so that the host never waits for the device
+        pending = accepted, [int(i) for v in views for i in v.images]
+        if step == steps - 1:
+            skipped += _check(pending, step, skips)
+        replaced = [r for v in views for r in v.replaced]
+        yield Done(step + 1, parts, clock.perf_counter() - began, waited, replaced, skipped)
+
+
+def train_step(
+    objective: Any,
+    optimizer: Any,
+    batches: Iterable[Views],
+    accumulate: int,
+    fabric: Fabric,
+    time: float,
+    next_time: float,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step at ``time``. Returns the mean parts, detached, and whether it was accepted (0/1, device)."""
+    adamw: ScheduledAdamW = optimizer.optimizer
+    inner: Objective = objective.module
+    adamw.set_time(time)
+    total: dict[str, Tensor] = {}
+    try:
+        for micro, views in enumerate(batches):
+            with fabric.no_backward_sync(objective, enabled=micro < accumulate - 1):
+                parts = objective(views, time)
+                fabric.backward(parts["loss"] / accumulate)
+            for name, value in parts.items():
+                total[name] = total.get(name, 0) + value.detach() / accumulate
+        fabric.strategy.precision.unscale_gradients(adamw)
+        norms = clip_each(adamw.gradients, adamw.clip)
+        finite = torch.isfinite(norms).all() & torch.isfinite(total["loss"])
+        rejected = fabric.all_reduce((~finite).float(), reduce_op="sum").clamp(max=1)
+        adamw.found_inf = rejected  # the fused kernel leaves parameters and moments alone where it is 1
+        optimizer.step()
+        optimizer.zero_grad()
+    except torch.OutOfMemoryError as error:
+        raise Remedy(
+            f"the device ran out of memory in a step: {str(error).splitlines()[0]}; halve the memory with "
+            f"--accumulate {2 * accumulate} (same results), or choose a smaller --batch-size or model",
+            6,
+        ) from None
+    inner.after_step(next_time, 1 - rejected)
+    total["gradient"] = norms.norm()
+    return total, 1 - rejected
+
+
+def _next(stream: Iterator[Views]) -> Views:
+    try:
+        return next(stream)
+    except RuntimeError as error:
+        if "DataLoader" in str(error):
+            raise Remedy(
+                f"a data worker failed: {str(error).splitlines()[0]}; resume with --resume, and if it happens again "
+                "use fewer --workers (each needs memory for a few batches)",
+                6,
+            ) from None
+        raise
+
+
+def _check(pending: tuple[Tensor, list[int]] | None, step: int, skips: deque[int]) -> list[int]:
+    """The images of a step that was skipped, if it was. Raises Remedy at three in a hundred."""
+    if pending is None or bool(pending[0] > 0):
+        return []
+    skips.append(step)
+    while skips[0] <= step - 100:
+        skips.popleft()
+    if len(skips) >= PATIENCE:
+        raise Remedy(
+            f"training diverged: non-finite loss or gradients in steps {', '.join(map(str, skips))}; nothing of them "
+            "reached the weights. Resume with a lower --learning-rate as a new run (--init), or --precision 32",
+            5,
+        )
+    return pending[1]

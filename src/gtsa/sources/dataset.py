@@ -1,0 +1,61 @@
+"""Any torch Dataset whose items are images, for use from Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gtsa.images import NEUTRAL, BadImage, Range
+from gtsa.sources import Detail
+
+
+class Items:
+    """A map-style dataset: an item is a PIL image, a uint8 array [H, W, 3] or tensor [3, H, W], or a tuple with one first.
+
+    What else an item raises or holds is a reason to leave it out.
+    """
+
+    def __init__(self, dataset: Any, range16: Range = (0, 65535), data_root: str | None = None) -> None:
+        self.dataset = dataset
+        self.ignored: dict[str, int] = {}
+        self.unreadable: list[tuple[str, str]] = []
+
+    @staticmethod
+    def claims(data: Any) -> bool:
+        return isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"item {index}"
+
+    def size(self, index: int) -> int:
+        return 0
+
+    def path(self, index: int) -> None:
+        return None
+
+    def read(self, index: int, detail: Detail | None = None) -> Tensor:
+        try:
+            item = self.dataset[index]
+        except Exception as error:
+            raise BadImage(f"the dataset raised {type(error).__name__}: {error}") from None
+        if isinstance(item, tuple | list) and item:
+            item = item[0]
+        if isinstance(item, Image.Image):
+            if "A" in item.getbands() or "transparency" in item.info:
+                layer = item.convert("RGBA")
+                item = Image.alpha_composite(Image.new("RGBA", layer.size, (*NEUTRAL, 255)), layer)
+            return torch.from_numpy(np.array(item.convert("RGB"))).permute(2, 0, 1)
+        if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[-1] == 3:
+            return torch.from_numpy(item).permute(2, 0, 1)
+        if isinstance(item, Tensor) and item.dtype == torch.uint8 and item.ndim == 3 and item.shape[0] == 3:
+            return item
+        shape = tuple(getattr(item, "shape", ()))
+        raise BadImage(f"a {type(item).__name__} {shape or ''}: give PIL images, uint8 [H, W, 3] arrays or [3, H, W] tensors")

@@ -1,0 +1,73 @@
+"""A folder of images, nested as it may be."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from gtsa import images
+from gtsa.sources import Detail
+
+
+class Folder:
+    """Every image file below ``root``, in the order of their paths' bytes.
+
+    Hidden files are passed over, links to folders are followed once. Files that are no images by their suffix are
+    counted in ``ignored``; folders that cannot be listed are named in ``unreadable``.
+    """
+
+    def __init__(self, root: str, range16: images.Range = (0, 65535), data_root: str | None = None) -> None:
+        self.root = os.fspath(root)
+        self.range16 = range16
+        self.ignored: Counter[str] = Counter()
+        self.unreadable: list[tuple[str, str]] = []
+        files = sorted(self._walk(self.root, set()), key=lambda f: os.fsencode(f[0]))
+        self.files = [name for name, _ in files]
+        self.sizes = [size for _, size in files]
+
+    @staticmethod
+    def claims(data: Any) -> bool:
+        return isinstance(data, str | os.PathLike) and os.path.isdir(data)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def size(self, index: int) -> int:
+        return self.sizes[index]
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.files[index])
+
+    def read(self, index: int, detail: Detail | None = None) -> Tensor:
+        return images.decode(self.path(index), detail, self.range16)
+
+    def _walk(self, folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link back to where we came from
+                return
+            seen.add((status.st_dev, status.st_ino))
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            self.unreadable.append((os.path.relpath(folder, self.root), error.strerror or str(error)))
+            return
+        for entry in entries:
+            if entry.name.startswith("."):
+                self.ignored["hidden"] += 1
+            elif entry.is_dir():
+                yield from self._walk(entry.path, seen)
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) in images.SUFFIXES:
+                try:
+                    size = entry.stat().st_size
+                except OSError:  # a link to nothing: named later, when it is opened
+                    size = 0
+                yield os.path.relpath(entry.path, self.root), size
+            else:
+                self.ignored[suffix or "no suffix"] += 1

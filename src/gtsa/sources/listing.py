@@ -1,0 +1,62 @@
+"""A text file that names the images, one path a line."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from gtsa import images
+from gtsa.core import Remedy
+from gtsa.sources import Detail
+
+
+class Listing:
+    """The images that a .txt file names, in the order of their paths' bytes, each once.
+
+    Paths are relative to ``data_root`` (the list file's own folder unless given) and must lie in it. Empty lines and
+    lines that start with # are passed over.
+    """
+
+    def __init__(self, file: str, range16: images.Range = (0, 65535), data_root: str | None = None) -> None:
+        self.root = os.path.realpath(data_root or os.path.dirname(os.path.abspath(file)))
+        self.range16 = range16
+        self.ignored: dict[str, int] = {}
+        self.unreadable: list[tuple[str, str]] = []
+        with open(file, "rb") as lines:
+            entries = [line.strip(b"\r\n") for line in lines]
+        names = set()
+        for number, entry in enumerate(entries, 1):
+            if entry.strip() and not entry.startswith(b"#"):
+                path = os.path.realpath(os.path.join(self.root, os.fsdecode(entry)))
+                if os.path.commonpath([path, self.root]) != self.root:
+                    raise Remedy(
+                        f"{file}, line {number}: {os.fsdecode(entry)!r} lies outside {self.root}; "
+                        "name a folder above all images with --data-root",
+                        8,
+                    )
+                names.add(os.path.relpath(path, self.root))
+        self.files = sorted(names, key=os.fsencode)
+
+    @staticmethod
+    def claims(data: Any) -> bool:
+        return isinstance(data, str | os.PathLike) and os.path.isfile(data) and str(data).lower().endswith(".txt")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def size(self, index: int) -> int:
+        try:
+            return os.path.getsize(self.path(index))
+        except OSError:
+            return 0
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.files[index])
+
+    def read(self, index: int, detail: Detail | None = None) -> Tensor:
+        return images.decode(self.path(index), detail, self.range16)

@@ -1,0 +1,180 @@
+"""From one image to its views: where each crop lies, how it is turned and coloured, and its uint8 pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from torch import Tensor
+
+from gtsa.core import Colour, Crops, Views
+
+Box = tuple[int, int, int, int]
+TRIES = 100  # per crop; then a crop is made that is legal by construction
+
+
+@dataclass(frozen=True)
+class MultiCrop:
+    """Draws and cuts the views of one image (GTSA, section 3.1 and the published settings).
+
+    Attributes:
+        global_crops, local_crops: how many of each; at least one global crop and two views in all.
+        global_size, local_size: side in px.
+        global_share, local_share: range of the share of the image's area.
+        aspect: range of width over height, drawn log-uniformly.
+        global_overlap, local_overlap: a crop shares more than this part of the image's area with every global crop
+            drawn before it.
+        rotations: quarter-turns, uniform over the four; False leaves every crop upright.
+        jitter, grey, blur: probabilities of colour jitter, greyscale and Gaussian blur.
+        brightness, contrast, saturation: factors are drawn from 1 -+ this.
+        hue: shift drawn from -+ this, in turns of the colour wheel.
+        sigma: range of the blur's standard deviation, px.
+    """
+
+    global_crops: int = 2
+    local_crops: int = 8
+    global_size: int = 224
+    local_size: int = 96
+    global_share: tuple[float, float] = (0.3, 1.0)
+    local_share: tuple[float, float] = (0.1, 0.3)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    global_overlap: float = 0.02
+    local_overlap: float = 0.01
+    rotations: bool = True
+    jitter: float = 0.8
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    grey: float = 0.2
+    blur: float = 0.2
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __call__(self, image: Tensor, rng: Generator) -> Views:
+        """Views (B = 1) of ``image`` [3, H, W] uint8; every draw comes from ``rng``."""
+        height, width = image.shape[-2:]
+        global_boxes, local_boxes = self.boxes(width, height, rng)
+        groups = [self._cut(image, global_boxes, self.global_size, rng)]
+        if local_boxes:
+            groups.append(self._cut(image, local_boxes, self.local_size, rng))
+        return Views(*groups)
+
+    def boxes(self, width: int, height: int, rng: Generator) -> tuple[list[Box], list[Box]]:
+        """Boxes of the global and of the local crops in an image of ``width`` x ``height`` px."""
+        global_boxes: list[Box] = []
+        for _ in range(self.global_crops):
+            global_boxes.append(
+                self._box(width, height, self.global_share, self.global_overlap, tuple(global_boxes), rng)
+            )
+        local_boxes = [
+            self._box(width, height, self.local_share, self.local_overlap, tuple(global_boxes), rng)
+            for _ in range(self.local_crops)
+        ]
+        return global_boxes, local_boxes
+
+    def detail(self, width: int, height: int) -> float:
+        """The smallest scale of an image at which no crop has to be enlarged (1 where it is needed in full)."""
+        smallest = math.sqrt(width * height * self.aspect[0])
+        needed = [self.global_size / math.sqrt(self.global_share[0])]
+        if self.local_crops:
+            needed.append(self.local_size / math.sqrt(self.local_share[0]))
+        return min(1.0, max(needed) / smallest)
+
+    def _box(
+        self,
+        width: int,
+        height: int,
+        share: tuple[float, float],
+        least: float,
+        earlier: tuple[Box, ...],
+        rng: Generator,
+    ) -> Box:
+        area = width * height
+        for _ in range(TRIES):
+            size = area * _uniform(rng, *share)
+            ratio = math.exp(_uniform(rng, math.log(self.aspect[0]), math.log(self.aspect[1])))
+            w, h = round(math.sqrt(size * ratio)), round(math.sqrt(size / ratio))
+            place = rng.random(2)
+            if 0 < w <= width and 0 < h <= height:
+                x, y = int(place[0] * (width - w + 1)), int(place[1] * (height - h + 1))
+                box = (x, y, x + w, y + h)
+                if all(_common(box, other) > least * area for other in earlier):
+                    return box
+        return _legal(width, height, _uniform(rng, *share), least, earlier, rng)
+
+    def _cut(self, image: Tensor, boxes: list[Box], side: int, rng: Generator) -> Crops:
+        pixels = torch.stack([_resized(image, box, side) for box in boxes])
+        turns = (rng.random(len(boxes)) * 4).astype(np.int64) * self.rotations
+        return Crops(
+            pixels[None],
+            torch.tensor(boxes, dtype=torch.float64)[None],
+            torch.from_numpy(turns)[None],
+            torch.from_numpy(self._recipes(len(boxes), rng))[None],
+        )
+
+    def _recipes(self, count: int, rng: Generator) -> np.ndarray:
+        """Colour recipes [count, len(Colour)] float32."""
+        draws = rng.random((count, 9))
+        recipe = np.zeros((count, len(Colour)), dtype=np.float32)
+        for column, strength in (
+            (Colour.BRIGHTNESS, self.brightness),
+            (Colour.CONTRAST, self.contrast),
+            (Colour.SATURATION, self.saturation),
+        ):
+            recipe[:, column] = max(0.0, 1 - strength) + draws[:, column] * (1 + strength - max(0.0, 1 - strength))
+        recipe[:, Colour.HUE] = (2 * draws[:, Colour.HUE] - 1) * self.hue
+        recipe[:, Colour.ORDER] = np.where(draws[:, 5] < self.jitter, (draws[:, 4] * 24).astype(int), -1)
+        recipe[:, Colour.GREY] = draws[:, 6] < self.grey
+        sigma = self.sigma[0] + draws[:, 8] * (self.sigma[1] - self.sigma[0])
+        recipe[:, Colour.SIGMA] = np.where(draws[:, 7] < self.blur, sigma, 0)
+        return recipe
+
+
+def _uniform(rng: Generator, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()
+
+
+def _common(a: Box, b: Box) -> int:
+    """Area that two boxes share, px."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _legal(width: int, height: int, share: float, least: float, earlier: tuple[Box, ...], rng: Generator) -> Box:
+    """A crop of the wanted area share that is legal by construction; its aspect is what has to give way.
+
+    It has the shape of the region that all earlier global crops share and holds that region, or lies in it. Boxes
+    that meet two by two have a common region (Helly), but with three or more it can be small: then only the whole
+    image is sure to show enough of each.
+    """
+    x1, y1 = max((b[0] for b in earlier), default=0), max((b[1] for b in earlier), default=0)
+    x2, y2 = min((b[2] for b in earlier), default=width), min((b[3] for b in earlier), default=height)
+    w, h = max(1, x2 - x1), max(1, y2 - y1)
+    grow = math.sqrt(share * width * height / (w * h))
+    wide = min(width, w * grow)
+    tall = min(height, share * width * height / wide)
+    wide = min(width, share * width * height / tall)
+    side_x, side_y = max(1, round(wide)), max(1, round(tall))
+    left = _start(x1, x2, side_x, width, rng)
+    top = _start(y1, y2, side_y, height, rng)
+    box = (left, top, left + side_x, top + side_y)
+    if all(_common(box, other) > least * width * height for other in earlier):
+        return box
+    return (0, 0, width, height)
+
+
+def _start(low: int, high: int, side: int, length: int, rng: Generator) -> int:
+    """A start in [0, length - side] so that [start, start + side) holds [low, high) or lies in it."""
+    first, last = sorted((low, high - side))
+    first, last = max(0, first), min(length - side, last)
+    return first + int(rng.random() * (max(0, last - first) + 1))
+
+
+def _resized(image: Tensor, box: Box, side: int) -> Tensor:
+    """The box of ``image`` [3, H, W] as uint8 [3, side, side]: bilinear with antialiasing."""
+    x1, y1, x2, y2 = box
+    cut = image[None, :, y1:y2, x1:x2]
+    return F.interpolate(cut, (side, side), mode="bilinear", antialias=True, align_corners=False)[0]
