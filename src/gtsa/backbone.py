@@ -12,7 +12,6 @@ from torch.func import functional_call
 
 from gtsa.core import Remedy, Tokens
 
-
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
 
 
@@ -101,3 +100,9 @@ def _create(model: str, **arguments: Any) -> Any:
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit.patch_embed, "grid_size"):
         raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
     return vit
+
+
+def patch_of(model: str) -> int:
+    """Side of a model's patch in px, without making its weights."""
+    with torch.device("meta"):
+        return int(_create(model).patch_embed.patch_size[0])

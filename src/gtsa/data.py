@@ -104,9 +104,7 @@ def collate(views: list[Views]) -> Views:
         groups.append(
             Crops(*(torch.cat([getattr(c, part) for c in crops]) for part in ("pixels", "boxes", "turns", "colours")))
         )
-    return Views(
-        *groups, images=torch.cat([v.images for v in views]), replaced=[r for v in views for r in v.replaced]
-    )
+    return Views(*groups, images=torch.cat([v.images for v in views]), replaced=[r for v in views for r in v.replaced])
 
 
 def loader(views: ViewSet, sampler: Sampler[list[Draw]], workers: int, pin: bool = False) -> DataLoader[Views]:

@@ -90,7 +90,7 @@ class _opened:
             mode = os.stat(self.path).st_mode
             if not stat.S_ISREG(mode):
                 raise BadImage("not a regular file")
-            self.file = open(self.path, "rb")  # noqa: SIM115 (closed in __exit__)
+            self.file = open(self.path, "rb")
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
         try:

@@ -64,7 +64,7 @@ def the_method(case):
         patch_weight=config["pc_weight"],
         rotation_weight=config["rotation_weight"],
         patch_start=0.0,
-        momentum=Cosine(momentum["start"], momentum["final"]),
+        momentum=momentum["start"],
     ).double()
     state = {}
     for entry in case["parameters"]:

@@ -16,7 +16,7 @@ from gtsa.backbone import Backbone
 from gtsa.core import Crops, Method, Views
 from gtsa.geometry import inside, overlap, pool, rotate_boxes, rotate_maps
 from gtsa.heads import GridPredictor, GridProjector, RotationHead
-from gtsa.schedules import After, Cosine, Schedule
+from gtsa.schedules import After, Cosine
 from gtsa.teacher import copy_of, follow
 
 
@@ -32,7 +32,7 @@ class GTSA(Method):
         patch_start: time from which patch correspondence counts.
         region_target: ``overlap``, the pooled region that student and teacher both show; or ``global``, the mean of
             either whole map, which makes the method insensitive to cropping (an ablation).
-        momentum: of the teacher, over the run.
+        momentum: of the teacher at the start; it rises to 1 along a cosine.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GTSA(Method):
         rotation_weight: float = 0.5,
         patch_start: float = 0.11,
         region_target: Literal["overlap", "global"] = "overlap",
-        momentum: Schedule = Cosine(0.996, 1.0),
+        momentum: float = 0.996,
     ) -> None:
         super().__init__()
         self.student = nn.Module()
@@ -61,7 +61,7 @@ class GTSA(Method):
         self.region_weight, self.rotation_weight = region_weight, rotation_weight
         self.patch_weight = After(patch_start, patch_weight)
         self.region_target = region_target
-        self.momentum = momentum
+        self.momentum = Cosine(momentum, 1.0)
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         teacher = self.teacher_maps(views.global_crops)  # [B, G, h, w, C]
@@ -115,9 +115,7 @@ class GTSA(Method):
 
     # The target that moves with the crop and turns with it (sections 3.2 and 3.3)
 
-    def pooled(
-        self, student: Tensor, teacher: Tensor, view: Crops, seen: Crops, size: int
-    ) -> tuple[Tensor, Tensor]:
+    def pooled(self, student: Tensor, teacher: Tensor, view: Crops, seen: Crops, size: int) -> tuple[Tensor, Tensor]:
         """What student and teacher say of the region both show, in the student's orientation.
 
         Args:

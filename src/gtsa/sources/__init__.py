@@ -7,6 +7,7 @@ A module here defines one class with ``claims(spec) -> bool``, a constructor tha
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ class Source(Protocol):
     """Numbered images."""
 
     ignored: dict[str, int]  # what else lies there and is no image: {suffix or kind: count}
+    unreadable: list[tuple[str, str]]  # folders that cannot be listed, and why
 
     def __len__(self) -> int: ...
 
@@ -47,10 +49,14 @@ def kinds() -> Iterator[Any]:
 
 
 def open_source(data: Any, **options: Any) -> Source:
-    """The source that ``data`` names, or wraps: a folder, a list file, a torch Dataset."""
+    """The source that ``data`` names, or wraps: a folder, a list file, a torch Dataset.
+
+    Raises:
+        Remedy: nothing there answers to ``data`` (3).
+    """
     for kind in kinds():
         if kind.claims(data):
             return kind(data, **options)  # type: ignore[no-any-return]
-    raise Remedy(
-        f"--data {data}: no such folder or list file; give a folder of images, or a .txt file with one path a line", 3
-    )
+    if os.path.isfile(data):
+        raise Remedy(f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3)
+    raise Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,29 @@ class Items:
     What else an item raises or holds is a reason to leave it out.
     """
 
-    def __init__(self, dataset: Any, range16: Range = (0, 65535), data_root: str | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        range16: Range = (0, 65535),
+        data_root: str | None = None,
+        files: Sequence[str] | None = None,
+    ) -> None:
         self.dataset = dataset
+        self.places = [int(name.removeprefix("item ")) for name in files] if files else range(len(dataset))
         self.ignored: dict[str, int] = {}
         self.unreadable: list[tuple[str, str]] = []
 
     @staticmethod
     def claims(data: Any) -> bool:
-        return isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes))
+        return isinstance(data, Dataset) or (
+            hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes)
+        )
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.places)
 
     def name(self, index: int) -> str:
-        return f"item {index}"
+        return f"item {self.places[index]}"
 
     def size(self, index: int) -> int:
         return 0
@@ -43,7 +53,7 @@ class Items:
 
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
         try:
-            item = self.dataset[index]
+            item = self.dataset[self.places[index]]
         except Exception as error:
             raise BadImage(f"the dataset raised {type(error).__name__}: {error}") from None
         if isinstance(item, tuple | list) and item:
@@ -58,4 +68,6 @@ class Items:
         if isinstance(item, Tensor) and item.dtype == torch.uint8 and item.ndim == 3 and item.shape[0] == 3:
             return item
         shape = tuple(getattr(item, "shape", ()))
-        raise BadImage(f"a {type(item).__name__} {shape or ''}: give PIL images, uint8 [H, W, 3] arrays or [3, H, W] tensors")
+        raise BadImage(
+            f"a {type(item).__name__} {shape or ''}: give PIL images, uint8 [H, W, 3] arrays or [3, H, W] tensors"
+        )

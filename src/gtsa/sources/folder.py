@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,17 +17,27 @@ class Folder:
     """Every image file below ``root``, in the order of their paths' bytes.
 
     Hidden files are passed over, links to folders are followed once. Files that are no images by their suffix are
-    counted in ``ignored``; folders that cannot be listed are named in ``unreadable``.
+    counted in ``ignored``; folders that cannot be listed are named in ``unreadable``. ``files`` names the images to
+    take instead of all there are.
     """
 
-    def __init__(self, root: str, range16: images.Range = (0, 65535), data_root: str | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        range16: images.Range = (0, 65535),
+        data_root: str | None = None,
+        files: Sequence[str] | None = None,
+    ) -> None:
         self.root = os.fspath(root)
         self.range16 = range16
         self.ignored: Counter[str] = Counter()
         self.unreadable: list[tuple[str, str]] = []
-        files = sorted(self._walk(self.root, set()), key=lambda f: os.fsencode(f[0]))
-        self.files = [name for name, _ in files]
-        self.sizes = [size for _, size in files]
+        if files is None:
+            found = dict(self._walk(self.root, set()))
+            self.files = sorted(found, key=os.fsencode)
+            self.sizes = [found[name] for name in self.files]
+        else:
+            self.files, self.sizes = list(files), [0] * len(files)
 
     @staticmethod
     def claims(data: Any) -> bool:

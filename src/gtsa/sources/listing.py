@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +17,23 @@ class Listing:
     """The images that a .txt file names, in the order of their paths' bytes, each once.
 
     Paths are relative to ``data_root`` (the list file's own folder unless given) and must lie in it. Empty lines and
-    lines that start with # are passed over.
+    lines that start with # are passed over. ``files`` names the images to take instead of all there are.
     """
 
-    def __init__(self, file: str, range16: images.Range = (0, 65535), data_root: str | None = None) -> None:
+    def __init__(
+        self,
+        file: str,
+        range16: images.Range = (0, 65535),
+        data_root: str | None = None,
+        files: Sequence[str] | None = None,
+    ) -> None:
         self.root = os.path.realpath(data_root or os.path.dirname(os.path.abspath(file)))
         self.range16 = range16
         self.ignored: dict[str, int] = {}
         self.unreadable: list[tuple[str, str]] = []
+        if files is not None:
+            self.files = list(files)
+            return
         with open(file, "rb") as lines:
             entries = [line.strip(b"\r\n") for line in lines]
         names = set()

@@ -1,0 +1,273 @@
+"""Settings: one strict definition for flags, YAML and Python. A configuration is a call written down."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import docstring_parser
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gtsa import methods
+from gtsa.core import Remedy
+from gtsa.views import MultiCrop
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors, and all of them are told at once."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return values
+
+
+def settings_of(maker: Any, name: str, skip: tuple[str, ...] = (), **changes: tuple[Any, Any]) -> type[Strict]:
+    """The keyword arguments of a constructor as settings: names, types, defaults and help from the constructor itself.
+
+    ``changes`` replaces the (type, default) of single arguments.
+    """
+    help_ = {p.arg_name: p.description for p in docstring_parser.parse(maker.__doc__ or "").params}
+    help_ |= _grouped(maker.__doc__ or "")
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(maker, eval_str=True).parameters.values():
+        if parameter.name not in skip:
+            kind, default = changes.get(parameter.name, (parameter.annotation, parameter.default))
+            fields[parameter.name] = (kind, Field(default, description=help_.get(parameter.name)))
+    return create_model(name, __base__=Strict, **fields)
+
+
+def _grouped(docstring: str) -> dict[str, str]:
+    """Help of arguments that share a line: ``a, b: help``."""
+    found = {}
+    for entry in docstring_parser.parse(docstring).params:
+        for name in entry.arg_name.split(","):
+            found[name.strip()] = " ".join((entry.description or "").split())
+    return found
+
+
+ViewSettings = settings_of(MultiCrop, "views", global_size=(int | Auto, "auto"), local_size=(int | Auto, "auto"))
+MethodSettings: dict[str, type[Strict]] = {
+    name: settings_of(maker, name, skip=("encoder",)) for name, maker in methods.found().items()
+}
+
+
+class _Pretrain(Strict):
+    data: str | None = None
+    """Folder of images (nested), or a .txt file with one path a line. Without it: the sample that comes with gtsa."""
+    out: str | None = None
+    """Folder that the run is written into."""
+    method: str = "gtsa"
+    """What to learn by: see 'gtsa methods'."""
+    model: str = "vit_small_patch16_224"
+    """Name of a vision transformer of timm; its weights are untrained."""
+    init: str | None = None
+    """Weights to start from: a run, an export folder, a .safetensors or .pth file, or timm:NAME."""
+    epochs: Count | Auto = "auto"
+    """Times that every image is seen. auto: 100, or more so that there are 1,000 steps."""
+    steps: Count | None = None
+    """Optimiser steps; takes the place of --epochs."""
+    batch_size: Count | Auto = "auto"
+    """Images a step, over all devices. auto: an eighth of the images, at least 8 and at most 512."""
+    accumulate: Count | Auto = "auto"
+    """Micro-batches that a step is made of, to save memory. auto: as few as fit."""
+    learning_rate: Positive | Auto = "auto"
+    """Peak. auto: 5e-4 x batch / 256."""
+    final_learning_rate: float = Field(1e-6, ge=0)
+    """At the end of the cosine."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the run in which the learning rate rises."""
+    weight_decay: float = Field(0.04, ge=0)
+    """At the start; none on biases and one-dimensional parameters."""
+    final_weight_decay: float = Field(0.4, ge=0)
+    """At the end of its cosine."""
+    clip: float = Field(3.0, ge=0)
+    """Largest gradient norm of each parameter tensor; 0: no clipping."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the student's last block."""
+    precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else 32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs if there are any."""
+    devices: Count | Auto = "auto"
+    """Processes on this machine, one a GPU. auto: all GPUs, one on CPU. Under torchrun: what it started."""
+    nodes: int = Field(1, ge=1)
+    """Machines; start each with torchrun."""
+    deterministic: bool = False
+    """Deterministic kernels on GPUs too (slower); on CPU they always are."""
+    workers: Natural | Auto = "auto"
+    """Processes that read images, for each device."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Views, order and initial weights follow from it."""
+    checkpoint_every: Count | Auto = "auto"
+    """Steps. auto: about twenty in a run, at most every 1,000 steps."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that are kept."""
+    evaluate_every: Count | Auto = "auto"
+    """Steps between looks at health and pictures. auto: ten in a run."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of the log."""
+    hold_out: Natural | Auto = "auto"
+    """Images left out of training to judge it by. auto: a tenth, at most 64; none below 20 images."""
+    max_bad: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable images that is forgiven; one always is."""
+    range16: tuple[float, float] = (0, 65535)
+    """Values of 16-bit images that are taken as black and white."""
+    data_root: str | None = None
+    """For list files: the folder that paths are relative to and must lie in. Default: the list file's own."""
+    resume: bool = False
+    """Go on with the run in --out; starts it if the folder is empty."""
+    overwrite: bool = False
+    """Remove the run in --out and start anew."""
+    views: ViewSettings = ViewSettings()  # type: ignore[valid-type]
+    """How views are drawn."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Pretrain:
+        problems = []
+        if self.method not in MethodSettings:
+            problems.append(f"method: there is no {self.method!r}; there is {', '.join(MethodSettings)}")
+        if self.steps is not None and self.epochs != "auto":
+            problems.append("steps and epochs: give one of the two")
+        if self.resume and self.overwrite:
+            problems.append("resume and overwrite: give one of the two")
+        if self.range16[0] >= self.range16[1]:
+            problems.append(f"range16: black {self.range16[0]} must be below white {self.range16[1]}")
+        v: Any = self.views
+        if v.global_crops < 1 or v.local_crops < 0 or v.global_crops + v.local_crops < 2:
+            problems.append("views: at least one global crop and one other view are needed")
+        for name in ("global_share", "local_share"):
+            low, high = getattr(v, name)
+            if not 0 < low <= high <= 1:
+                problems.append(f"views.{name}: 0 < low <= high <= 1, not {low} {high}")
+        if not 0 < v.aspect[0] <= v.aspect[1]:
+            problems.append(f"views.aspect: 0 < low <= high, not {v.aspect[0]} {v.aspect[1]}")
+        for name in ("jitter", "grey", "blur"):
+            if not 0 <= getattr(v, name) <= 1:
+                problems.append(f"views.{name}: a probability from 0 to 1, not {getattr(v, name)}")
+        if problems:
+            raise Remedy("\n".join(problems))
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments for the constructor of the chosen method."""
+        return dict(getattr(self, self.method).model_dump())
+
+
+Pretrain: Any = create_model(
+    "Pretrain",
+    __base__=_Pretrain,
+    **{
+        name: (kind, Field(kind(), description=f"Options of --method {name}.")) for name, kind in MethodSettings.items()
+    },
+)
+"""All settings of ``gtsa pretrain``: _Pretrain, and a section for each method that there is."""
+
+
+def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
+    """Settings from plain values. Raises one Remedy with every mistake."""
+    try:
+        return model(**values)
+    except ValidationError as errors:
+        told: dict[str, list[str]] = {}
+        for error in errors.errors():
+            name, message = _told(error, model)
+            told.setdefault(name, []).append(message)
+        lines = [f"{name}: {', or '.join(messages)}" if name else messages[0] for name, messages in told.items()]
+    except Remedy as remedy:
+        lines = str(remedy).split("\n")
+    if len(lines) > 1:
+        lines = ["several settings are wrong:", *(f"  {line}" for line in lines)]
+    raise Remedy((f"{where}: " if where else "") + "\n".join(lines))
+
+
+def _told(error: Any, model: Any) -> tuple[str, str]:
+    """The setting that an error of pydantic is about, and what to tell."""
+    known, key = model, []
+    for part in map(str, error["loc"]):  # what follows the setting's own name is the branch of its type
+        fields = getattr(known, "model_fields", {})
+        key.append(part)
+        if part not in fields:
+            break
+        known = fields[part].annotation
+        if not hasattr(known, "model_fields"):
+            break
+    name = ".".join(key)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key[-1], list(getattr(known, "model_fields", {})), 1)
+        return name, f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
+    return name, f"{_lower(error['msg']).removeprefix('input ')}, not {error['input']!r}"
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file: plain values only, no duplicate keys, nothing it names is imported."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = YAML(typ="safe", pure=True).load(text)
+    except OSError as error:
+        raise Remedy(f"--config {path}: {error.strerror}") from None
+    except (YAMLError, UnicodeDecodeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise Remedy(f"--config {path} is not plain YAML: {told[:300]}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise Remedy(f"--config {path}: settings are lines of 'name: value'")
+    return values
+
+
+def to_yaml(settings: Strict, only_given: bool = False) -> str:
+    """Settings as YAML that ``read_yaml`` reads back."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    out = io.StringIO()
+    yaml.dump(_plain(settings.model_dump(exclude_unset=only_given)), out)
+    return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``; sections are merged, not replaced."""
+    both = dict(base)
+    for key, value in over.items():
+        section = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
+        both[key] = {**both[key], **value} if section else value
+    return both
+
+
+def differences(old: Strict, new: Strict, prefix: str = "") -> list[str]:
+    """A line 'name: old value, now new value' for every setting that differs."""
+    lines = []
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if isinstance(before, Strict):
+            lines += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before}, now {after}")
+    return lines

@@ -1,0 +1,223 @@
+"""Pictures that show what the method does, and what the network sees."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from gtsa.backbone import Backbone
+from gtsa.core import Crops, Views
+from gtsa.geometry import pool, rotate_maps
+from gtsa.methods.gtsa import regions
+
+INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 12
+
+
+# What the network sees
+
+
+def squares(images: list[Tensor], side: int) -> Tensor:
+    """The centre square of each uint8 [3, H, W] image, at ``side`` px: [n, 3, side, side] in [0, 1]."""
+    cut = []
+    for image in images:
+        s = min(image.shape[-2:])
+        y, x = (image.shape[-2] - s) // 2, (image.shape[-1] - s) // 2
+        square = image[None, :, y : y + s, x : x + s].float() / 255
+        cut.append(F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0])
+    return torch.stack(cut)
+
+
+@torch.no_grad()
+def patch_maps(backbone: Backbone, images: Tensor) -> Tensor:
+    """Patch tokens [n, h, w, D] of images [n, 3, s, s] in [0, 1]."""
+    parameter = next(backbone.parameters())
+    mean, std = (torch.tensor(v, device=parameter.device)[:, None, None] for v in backbone.normalisation)
+    training = backbone.training
+    backbone.eval()
+    maps = backbone(((images.to(parameter.device) - mean) / std).to(parameter.dtype)).patches.float().cpu()
+    backbone.train(training)
+    return maps
+
+
+def feature_colours(maps: Tensor) -> Tensor:
+    """The first three principal components of patch maps [n, h, w, D] as colours [n, h, w, 3] in [0, 1]."""
+    flat = maps.flatten(0, 2).double()
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    directions = directions[:3] * directions[:3].sum(1, keepdim=True).sign()  # svd leaves the sign open
+    parts = flat @ directions.T
+    low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
+    return ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, maps.shape[:3]).float()
+
+
+def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 192) -> Image.Image:
+    """Images above, their features at step 0 in the middle, and now below."""
+    rows = [
+        ("image", images.permute(0, 2, 3, 1), Image.Resampling.BILINEAR),
+        ("step 0", feature_colours(start), Image.Resampling.NEAREST),
+        (f"step {step}", feature_colours(now), Image.Resampling.NEAREST),
+    ]
+    left = 80
+    sheet = _sheet(left + len(images) * (size + GAP), len(rows) * (size + GAP) + GAP)
+    for r, (title, pictures, resample) in enumerate(rows):
+        _write(sheet, (GAP, GAP + r * (size + GAP) + size // 2), title)
+        for c, picture in enumerate(pictures):
+            tile = _image(picture).resize((size, size), resample)
+            sheet.paste(tile, (left + c * (size + GAP), GAP + r * (size + GAP)))
+    return sheet
+
+
+# What the method does
+
+
+def preview(image: Tensor, views: Views, finished: Views, mean: tuple, std: tuple, cells: int = 6) -> Image.Image:
+    """One image, its crops, and the pooled target beside the student's cells.
+
+    Args:
+        image: uint8 [3, H, W].
+        views: as cut (batch of one); finished: the same after colours, rotation and normalisation.
+        cells: pooled cells a side in the lower rows.
+    """
+    centre, scale = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    seen = [(crops.pixels[0] * scale + centre).clamp(0, 1) for crops in finished.groups]
+    hues = _hues(sum(crops.count for crops in views.groups))
+    parts = [
+        _scene(image, views, hues),
+        _as_seen(seen, views, hues),
+        *(_target(views, size, hues, cells if size == 0 else max(3, cells - 2)) for size in range(len(views.groups))),
+    ]
+    sheet = _sheet(max(p.width for p in parts) + 2 * GAP, sum(p.height + GAP for p in parts) + GAP)
+    y = GAP
+    for part in parts:
+        sheet.paste(part, (GAP, y))
+        y += part.height + GAP
+    return sheet
+
+
+def _scene(image: Tensor, views: Views, hues: list[tuple[int, int, int]]) -> Image.Image:
+    picture = _image(image.permute(1, 2, 0))
+    zoom = min(1.6, 900 / picture.width, 620 / picture.height)
+    picture = picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))))
+    sheet = _sheet(max(picture.width, 900), picture.height + 26)
+    _write(sheet, (0, 2), "the image, and where its crops were cut (G global, L local)")
+    sheet.paste(picture, (0, 26))
+    draw = ImageDraw.Draw(sheet)
+    for name, box, hue, size in _crops(views, hues):
+        x1, y1, x2, y2 = (value * zoom for value in box)
+        draw.rectangle((x1, y1 + 26, x2 - 1, y2 + 25), outline=hue, width=4 if size == 0 else 2)
+        _label(draw, (x1 + 4, y1 + 30), name, hue)
+    return sheet
+
+
+def _as_seen(seen: list[Tensor], views: Views, hues: list[tuple[int, int, int]]) -> Image.Image:
+    tiles = [tile for group in seen for tile in group]
+    sides = [200 if size == 0 else 96 for size, group in enumerate(views.groups) for _ in range(group.count)]
+    names = [name for name, *_ in _crops(views, hues)]
+    turns = [int(k) for group in views.groups for k in group.turns[0]]
+    places, x, y = [], 0, 26
+    for side in sides:
+        if x + side > 900:
+            x, y = 0, y + max(sides) + 30
+        places.append((x, y))
+        x += side + GAP
+    sheet = _sheet(900, y + max(sides) + 24)
+    _write(sheet, (0, 2), "the views as the student sees them: coloured, and turned counter-clockwise")
+    draw = ImageDraw.Draw(sheet)
+    for tile, side, name, k, hue, (x, y) in zip(tiles, sides, names, turns, hues, places, strict=True):
+        sheet.paste(_image(tile.permute(1, 2, 0)).resize((side, side)), (x, y))
+        draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=hue, width=2)
+        _write(sheet, (x, y + side + 4), f"{name} {90 * k}°")
+    return sheet
+
+
+def _target(views: Views, size: int, hues: list[tuple[int, int, int]], cells: int) -> Image.Image:
+    """For the first pair of a size: teacher's crop and student's view with the shared region, and their pooled cells.
+
+    Pixels stand for features here; pooling and rotation are the method's own.
+    """
+    view, seen = views.groups[size], views.global_crops
+    v, g = (min(1, view.count - 1), 0) if size == 0 else (0, 0)
+    offset = 0 if size == 0 else seen.count
+    mine, theirs = regions(view, seen)
+    upright = _turned(seen)[0, g], _turned(view)[0, v]  # [S, S, 3] as each network gets it, colours left out
+    box_t, box_v = theirs[0, g, v], mine[0, v, g]
+    target = pool(upright[0].double(), box_t[None], cells)[0]
+    turned = rotate_maps(target, view.turns[0, v] - seen.turns[0, g])
+    student = pool(upright[1].double(), box_v[None], cells)[0]
+    k = int(view.turns[0, v] - seen.turns[0, g]) % 4
+    names = f"G{g + 1}", f"{'G' if size == 0 else 'L'}{v + 1}"
+    tiles = [
+        (f"teacher sees {names[0]}", _boxed(upright[0], box_t, hues[g], cells)),
+        ("the shared region, pooled", _cells(target)),
+        (f"target: turned by {90 * k}°", _cells(turned)),
+        ("student's cells", _cells(student)),
+        (f"student sees {names[1]}", _boxed(upright[1], box_v, hues[offset + v], cells)),
+    ]
+    sheet = _sheet(900, 170 + 50)
+    _write(sheet, (0, 2), f"{names[1]} against {names[0]}: the target is the same region, in the student's orientation")
+    for i, (title, tile) in enumerate(tiles):
+        x = i * 180
+        sheet.paste(tile.resize((168, 168), Image.Resampling.NEAREST), (x, 26))
+        _write(sheet, (x, 198), title)
+    return sheet
+
+
+def _turned(crops: Crops) -> Tensor:
+    """uint8 crops, turned: [B, n, S, S, 3] in [0, 1]."""
+    return rotate_maps(crops.pixels.permute(0, 1, 3, 4, 2).float() / 255, crops.turns)
+
+
+def _boxed(pixels: Tensor, box: Tensor, hue: tuple[int, int, int], cells: int) -> Image.Image:
+    picture = _image(pixels).resize((168, 168))
+    zoom = 168 / pixels.shape[0]
+    x1, y1, x2, y2 = (float(v) * zoom for v in box)
+    draw = ImageDraw.Draw(picture)
+    for i in range(1, cells):
+        x, y = x1 + (x2 - x1) * i / cells, y1 + (y2 - y1) * i / cells
+        draw.line((x, y1, x, y2), fill=(255, 255, 255), width=1)
+        draw.line((x1, y, x2, y), fill=(255, 255, 255), width=1)
+    draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=hue, width=3)
+    return picture
+
+
+def _cells(cells: Tensor) -> Image.Image:
+    return _image(cells.float())
+
+
+def _crops(views: Views, hues: list[tuple[int, int, int]]):  # type: ignore[no-untyped-def]
+    """(name, box in the image, hue, size) of every crop, global ones first."""
+    i = 0
+    for size, group in enumerate(views.groups):
+        for n, box in enumerate(group.boxes[0].tolist()):
+            yield f"{'GL'[size]}{n + 1}", box, hues[i], size
+            i += 1
+
+
+def _hues(count: int) -> list[tuple[int, int, int]]:
+    colours = [colorsys.hsv_to_rgb(i / count, 0.9, 0.95) for i in range(count)]
+    return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in colours]
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """[H, W, 3], uint8 or in [0, 1]."""
+    array = pixels.numpy() if pixels.dtype == torch.uint8 else np.rint(pixels.numpy() * 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _sheet(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), PAPER)
+
+
+def _write(sheet: Image.Image, place: tuple[float, float], text: str) -> None:
+    ImageDraw.Draw(sheet).text(place, text, fill=INK, font=ImageFont.load_default(14))
+
+
+def _label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, hue: tuple[int, int, int]) -> None:
+    font = ImageFont.load_default(14)
+    draw.rectangle(draw.textbbox(place, text, font=font), fill=PAPER)
+    draw.text(place, text, fill=hue, font=font)

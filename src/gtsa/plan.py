@@ -1,0 +1,196 @@
+"""The plan: every ``auto`` resolved, with its reason, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from gtsa.backbone import patch_of
+from gtsa.core import Crops, Method, Remedy, Views
+from gtsa.views import MultiCrop
+
+FEWEST_STEPS = 1_000
+PUBLISHED = {"epochs": 100, "batch": 512, "rate": 5e-4, "global": 224, "local": 96}
+
+
+@dataclass
+class Plan:
+    """Resolved settings, and a reason for each that was left to us."""
+
+    settings: Any
+    reasons: dict[str, str]
+
+    def settle(self, reasons: dict[str, str], **values: Any) -> None:
+        self.settings = self.settings.model_copy(update=values)
+        self.reasons |= reasons
+
+
+def engine(settings: Any) -> Plan:
+    """Resolves device, processes and precision."""
+    plan = Plan(settings, {})
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings.device == "cuda" and not gpus:
+        raise Remedy("--device cuda: no GPU is visible to PyTorch; leave it at auto, or mend the driver", 6)
+    if settings.device == "auto":
+        plan.settle({"device": f"{gpus} GPU(s) found" if gpus else "no GPU found"}, device="cuda" if gpus else "cpu")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        plan.settle({"devices": "as torchrun started them"}, devices=local, nodes=world // local)
+    elif settings.devices == "auto":
+        plan.settle({"devices": "all GPUs" if gpus else "one process uses all cores"}, devices=max(1, gpus))
+    on = plan.settings.device
+    if settings.precision == "auto":
+        half = on == "cuda" and torch.cuda.is_bf16_supported()
+        plan.settle({"precision": "the GPU has it" if half else "exact and safe"}, precision="bf16" if half else "32")
+    if on == "cpu" and settings.precision == "fp16":
+        raise Remedy("--precision fp16 needs a GPU; on CPU take bf16 or 32")
+    return plan
+
+
+def fabric_of(settings: Any) -> Fabric:
+    """The engine that the settings ask for, launched."""
+    world = settings.devices * settings.nodes
+    fabric = Fabric(
+        accelerator="cuda" if settings.device == "cuda" else "cpu",
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy="ddp" if world > 1 else "auto",
+        precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision],
+    )
+    if world > 1:
+        fabric.launch()
+    return fabric
+
+
+def sizes(plan: Plan) -> None:
+    """Resolves crop sizes to multiples of the model's patch. Raises Remedy where a given one is none."""
+    patch, views = patch_of(plan.settings.model), plan.settings.views
+    chosen, problems = {}, []
+    for name in ("global", "local"):
+        given = getattr(views, f"{name}_size")
+        if given == "auto":
+            chosen[f"{name}_size"] = max(1, round(PUBLISHED[name] / patch)) * patch
+            plan.reasons[f"views.{name}_size"] = f"as published, in whole patches of {patch} px"
+        elif given % patch or given < 2 * patch:
+            near = max(2, given // patch) * patch
+            problems.append(
+                f"--views.{name}-size {given} does not suit {plan.settings.model}, whose patch is {patch} px: "
+                f"take {near} or {near + patch}"
+            )
+    if problems:
+        raise Remedy("\n".join(problems))
+    plan.settle({}, views=views.model_copy(update=chosen))
+
+
+def hold_out(plan: Plan, images: int) -> None:
+    """Resolves how many images are left out of training."""
+    given = plan.settings.hold_out
+    if given == "auto":
+        count = min(64, images // 10) if images >= 20 else 0
+        why = "a tenth, at most 64" if count else "too few to spare any: the verdict is about training images"
+        plan.settle({"hold_out": why}, hold_out=count)
+    elif given >= images:
+        raise Remedy(f"--hold-out {given} leaves nothing of {images} images to train on", 2)
+
+
+def budget(plan: Plan, images: int) -> None:
+    """Resolves batch, steps, learning rate and intervals for ``images`` training images."""
+    s = plan.settings
+    ranks = s.devices * s.nodes
+    if s.batch_size == "auto":
+        eighth = min(PUBLISHED["batch"], max(8, images // 8 // 8 * 8))
+        batch = max(1, eighth // ranks) * ranks
+        plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
+    batch = plan.settings.batch_size
+    if s.steps is None:
+        if s.epochs == "auto":
+            published = -(-int(PUBLISHED["epochs"]) * images // batch)
+            why = "100 epochs, as published" if published >= FEWEST_STEPS else "the fewest that teach anything"
+            plan.settle({"steps": why}, steps=max(FEWEST_STEPS, published))
+        else:
+            plan.settle({"steps": f"{s.epochs} epochs"}, steps=max(1, round(s.epochs * images / batch)))
+        plan.settle({}, epochs="auto")
+    if s.learning_rate == "auto":
+        rate = float(f"{PUBLISHED['rate'] * batch / 256:.6g}")
+        plan.settle({"learning_rate": "5e-4 x batch / 256, as published"}, learning_rate=rate)
+    steps = plan.settings.steps
+    if s.checkpoint_every == "auto":
+        plan.settle(
+            {"checkpoint_every": "about twenty, at most 1,000 steps apart"},
+            checkpoint_every=min(1000, max(10, steps // 20)),
+        )
+    if s.evaluate_every == "auto":
+        plan.settle({"evaluate_every": "ten in the run"}, evaluate_every=max(1, steps // 10))
+    if s.workers == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if s.device == "cuda":
+            count, why = max(1, min(16, cores // s.devices - 1)), f"{cores} cores, one left for each device"
+        else:
+            count, why = (0, "the cores are busy with training") if cores <= 4 else (2, f"{cores} cores")
+        plan.settle({"workers": why}, workers=count)
+
+
+@dataclass
+class Cost:
+    """What a micro-batch costs, measured on two images."""
+
+    seconds: float  # of forward and backward, for one image
+    bytes_image: int  # kept for the backward pass, for one image
+    bytes_fixed: int  # weights, gradients, moments
+
+
+def probe(method: Method, multicrop: MultiCrop, fabric: Fabric) -> Cost:
+    """One forward and backward pass on noise: time, and what autograd keeps of it."""
+
+    count, device = 2, fabric.device
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    method.train()
+    views = Views(*(_noise(multicrop, size, count, device) for size in range(1 + (multicrop.local_crops > 0))))
+    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    for _ in range(2):
+        began = time.perf_counter()
+        with fabric.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = method(views, 1.0)["loss"]
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    method.zero_grad(set_to_none=True)
+    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    total = sum(p.nbytes for p in method.parameters())
+    activations = sum(size for place, size in kept.items() if place not in own) // 2  # two passes were seen
+    return Cost(seconds / count, activations // count, total + 3 * trained)
+
+
+def _noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
+    n, side = ((multicrop.global_crops, multicrop.global_size), (multicrop.local_crops, multicrop.local_size))[size]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, n, 3, side, side, generator=generator).to(device)
+    boxes = torch.tensor([0.0, 0, side, side], dtype=torch.float64, device=device).expand(count, n, 4)
+    return Crops(pixels, boxes, torch.zeros(count, n, dtype=torch.int64, device=device), torch.empty(0))
+
+
+def memory(plan: Plan, cost: Cost, free: int) -> None:
+    """Resolves the number of micro-batches so that a step fits into ``free`` bytes."""
+    s = plan.settings
+    ranks = s.devices * s.nodes
+    if s.accumulate == "auto":
+        fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
+        each = s.batch_size // ranks
+        parts = next(n for n in range(1, each + 1) if each % n == 0 and (each // n <= fitting or n == each))
+        plan.settle({"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits"}, accumulate=parts)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

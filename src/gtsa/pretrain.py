@@ -1,0 +1,448 @@
+"""gtsa pretrain: from a folder of images to a trained ViT, with a verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning_fabric import Fabric
+
+from gtsa import augment, checkpoint, config, methods, plan, weights
+from gtsa.backbone import Backbone
+from gtsa.core import Method, Remedy, Replaced, Views
+from gtsa.data import HELD_OUT, StepSampler, ViewSet, generator, loader
+from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
+from gtsa.export import write as write_export
+from gtsa.images import BadImage
+from gtsa.loop import Done, fit
+from gtsa.optim import ScheduledAdamW
+from gtsa.pictures import patch_maps, squares, strip
+from gtsa.run import Run
+from gtsa.scan import escaped, insist, scan
+from gtsa.schedules import Cosine, warmup_then
+from gtsa.sources import Source, open_source
+from gtsa.terminal import Progress, clock, say, table
+from gtsa.views import MultiCrop
+
+SAMPLE = Path(__file__).parent / "sample"
+FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
+    "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
+    "checkpoint_every", "evaluate_every", "keep", "max_bad", "steps", "epochs", "accumulate", "deterministic",
+}  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """What a run leaves: its folder, the exported model, and the verdict."""
+
+    folder: Path
+    export: Path
+    verdict: Verdict
+
+
+def pretrain(data: Any = None, **settings: Any) -> Trained:
+    """Learns a vision transformer from images without labels.
+
+    Args:
+        data: folder, list file, or any torch Dataset of images; None: the sample that comes with gtsa.
+        settings: as listed by ``gtsa pretrain --help`` and in ``gtsa.config``; sections are dictionaries, e.g.
+            ``views={"local_crops": 4}``.
+
+    Raises:
+        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
+    """
+    given = (
+        dict(settings) if data is None else {"data": data if isinstance(data, str) else _described(data), **settings}
+    )
+    asked = _asked(given)
+    ready = plan.engine(asked)
+    plan.sizes(ready)
+    fabric = plan.fabric_of(ready.settings)
+    if asked.deterministic and fabric.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    run = Run(asked.out, asked.resume, asked.overwrite) if fabric.global_rank == 0 else None
+    try:
+        return _Pretraining(
+            data if data is not None and not isinstance(data, str) else asked.data, ready, fabric, run
+        )()
+    except Remedy as remedy:
+        if run:
+            run.note(f"ended: {remedy}")
+        raise
+    finally:
+        if run:
+            run.close()
+
+
+def _described(data: Any) -> str:
+    return os.fspath(data) if isinstance(data, os.PathLike) else f"<{type(data).__name__} of {len(data)} items>"
+
+
+def _asked(given: Mapping[str, Any]) -> Any:
+    """Settings as asked for: over the demo where there is no data, over the run's own where it is resumed."""
+    base: dict[str, Any] = {}
+    where = Path(given["out"]) / "config.yaml" if given.get("out") else None
+    if given.get("resume") and where and where.is_file():
+        base = config.read_yaml(where)
+        new = config.validated(config.Pretrain, config.merged(base, given))
+        old = config.validated(config.Pretrain, base)
+        if differing := [line for line in config.differences(old, new) if line.split(":")[0] not in FREE_TO_CHANGE]:
+            raise Remedy(
+                "--resume goes on with the same settings; these differ:\n  "
+                + "\n  ".join(differing)
+                + "\nleave them out, or start another run with --init and another --out"
+            )
+        return new
+    if given.get("data") is None:
+        base = config.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
+    asked = config.validated(config.Pretrain, config.merged(base, given))
+    if asked.out is None:
+        raise Remedy("--out is missing: name a folder for the run")
+    return asked
+
+
+class _Pretraining:
+    """One run, from top to bottom: data, plan, networks, loop, verdict. Called once."""
+
+    def __init__(self, data: Any, ready: plan.Plan, fabric: Fabric, run: Run | None) -> None:
+        self.plan, self.fabric, self.run = ready, fabric, run
+        self.fresh = True
+        self.source, self.train, self.held_out = self._images(data)
+        plan.budget(ready, len(self.train))
+        s = self.settings = ready.settings
+        self.multicrop = MultiCrop(**s.views.model_dump())
+        self.method, self.loaded = self._networks()
+        self.bad: dict[int, str] = {}
+
+    def __call__(self) -> Trained:
+        s, fabric = self.settings, self.fabric
+        if fabric.global_rank == 0:
+            cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric)
+            plan.memory(self.plan, cost, _free_memory(fabric.device))
+            self._show(cost)
+        accumulate = fabric.broadcast(self.plan.settings.accumulate)
+        s = self.settings = self.plan.settings.model_copy(update={"accumulate": accumulate})
+        if self.run and self.fresh:
+            self.run.write("config.yaml", config.to_yaml(s))
+
+        optimizer = ScheduledAdamW(
+            self.method,
+            warmup_then(Cosine(s.learning_rate, s.final_learning_rate), s.warmup, s.steps),
+            Cosine(s.weight_decay, s.final_weight_decay),
+            s.clip,
+        )
+        module, wrapped = fabric.setup(self.method, optimizer)
+        mean, std = self.method.encoders["student"].normalisation
+
+        def prepare(views: Views) -> Views:
+            return augment.apply(views, fabric.device, mean, std)
+
+        looked_at = self.held_out or self.train
+        self.health = Health(ViewSet(self.source, looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
+        self.gallery = squares(self._gallery(looked_at), 2 * self.multicrop.global_size)
+        start, skips = self._restore(optimizer)
+        views = ViewSet(self.source, self.train, self.multicrop, s.seed)
+        sampler = StepSampler(
+            len(self.train), s.batch_size, s.steps, start, fabric.global_rank, fabric.world_size, s.accumulate
+        )
+        batches = loader(views, sampler, s.workers, pin=fabric.device.type == "cuda")
+        steps = fit(
+            module, wrapped, batches, prepare,
+            fabric=fabric, steps=s.steps, start=start, accumulate=s.accumulate, seed=s.seed, skips=skips,
+        )  # fmt: skip
+        with _signals() as stop:
+            self._train(steps, start, optimizer, skips, stop)
+        return self._finish()
+
+    def _train(self, steps: Iterator[Done], start: int, optimizer: Any, skips: deque[int], stop: list[int]) -> None:
+        """What happens between steps: logs, looks, checkpoints, requests to stop."""
+        s, fabric = self.settings, self.fabric
+        progress = Progress(s.steps, start, s.batch_size) if self.run else None
+        recent: list[Done] = []
+        try:
+            for done in steps:
+                recent.append(done)
+                self._account(done)
+                if done.step % s.log_every == 0 or done.step == s.steps:
+                    self._log(recent, progress)
+                    recent = []
+                if done.step % s.evaluate_every == 0 and done.step < s.steps:
+                    self._look(done.step)
+                stopping = bool(
+                    fabric.all_reduce(torch.tensor(float(bool(stop)), device=fabric.device), reduce_op="sum") > 0
+                )
+                if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
+                    self._save(done.step, optimizer, skips)
+                if stopping and done.step < s.steps:
+                    raise Remedy(
+                        f"stopped on request at step {done.step} of {s.steps}, checkpoint saved; go on with: "
+                        f"gtsa pretrain --out {s.out} --resume",
+                        75,
+                    )
+        finally:
+            if progress:
+                progress.close()
+
+    # Data
+
+    def _images(self, data: Any) -> tuple[Source, list[int], list[int]]:
+        """The source, restricted to usable images, and which of them train and which are held out."""
+        s = self.plan.settings
+        options = {"range16": s.range16, "data_root": s.data_root}
+        if self.run:
+            manifest = self.run.path("images.jsonl")
+            self.fresh = not (s.resume and manifest.exists())
+            if self.fresh:
+                source = open_source(data, **options)
+                found = scan(source, range16=s.range16)
+                self.run.write("scan.json", json.dumps(found.report(), indent=1) + "\n")
+                insist(found, data, s.max_bad)
+                for name, reason in found.bad:
+                    say(f"left out: {escaped(name)}: {reason}")
+                lines = [json.dumps({"name": source.name(i), "bytes": source.size(i)}) for i in found.used]
+                self.run.write("images.jsonl", "\n".join(lines) + "\n")
+        self.fabric.barrier()
+        frozen = Path(s.out, "images.jsonl").read_bytes()
+        self.digest = hashlib.sha256(frozen).hexdigest()
+        names = [json.loads(line)["name"] for line in frozen.splitlines()]
+        plan.hold_out(self.plan, len(names))
+        count = self.plan.settings.hold_out
+        order = generator(s.seed, HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
+        return open_source(data, files=names, **options), sorted(order[count:]), sorted(order[:count])
+
+    def _account(self, done: Done) -> None:
+        """Names images that could not be read in mid-run, and steps that were skipped."""
+        for image, reason, by in (Replaced(*r) for r in done.replaced):
+            if image not in self.bad:
+                self.bad[image] = reason
+                self._note(
+                    f"step {done.step}: {escaped(self.source.name(image))} could not be read ({reason}); "
+                    f"{escaped(self.source.name(by))} took its place"
+                )
+        if done.skipped:
+            names = ", ".join(escaped(self.source.name(i)) for i in done.skipped[:20])
+            self._note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
+        if len(self.bad) > max(1, self.settings.max_bad * len(self.train)):
+            listed = "; ".join(f"{escaped(self.source.name(i))}: {why}" for i, why in list(self.bad.items())[:5])
+            raise Remedy(
+                f"{len(self.bad)} of {len(self.train)} images could not be read in mid-run ({listed}); "
+                "mend them and go on with --resume, or allow more with --max-bad",
+                3,
+            )
+
+    # Networks
+
+    def _networks(self) -> tuple[Method, str]:
+        """The method with its initial weights, which follow from the seed."""
+        s = self.settings
+        found = weights.find(s.init) if s.init else None
+        torch.manual_seed(s.seed)
+        known = {"normalisation": found.normalisation} if found and found.normalisation else {}
+        encoder = Backbone(s.model, self.multicrop.global_size, s.drop_path, **known)  # type: ignore[arg-type]
+        loaded = weights.load(found, encoder) if found else ""
+        options = s.options
+        if not s.views.rotations:
+            options["rotation_weight"] = 0.0  # nothing to predict where nothing is turned
+        return methods.found()[s.method](encoder, **options), loaded
+
+    def _save(self, step: int, optimizer: ScheduledAdamW, skips: deque[int]) -> None:
+        if not self.run:
+            self.fabric.barrier()
+            return
+        encoder: Any = self.method.encoders["teacher"]
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        state = {
+            "encoder": {"model": encoder.model, "arguments": encoder.arguments, "normalisation": encoder.normalisation},
+            "images": self.digest,
+            "skips": list(skips),
+            "unreadable": {str(k): v for k, v in self.bad.items()},
+            "scaler": scaler.state_dict() if scaler else None,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        moments = {
+            f"{index}.{name}": value
+            for index, entry in optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+        tensors = {"method": self.method.state_dict(), "optimizer": moments, "start": self._start_tensors()}
+        checkpoint.write(self.run.checkpoints, step, tensors, state, self.settings.keep)
+        self.fabric.barrier()
+
+    def _restore(self, optimizer: ScheduledAdamW) -> tuple[int, deque[int]]:
+        """Everything as the newest whole checkpoint has it, or as it is at step 0."""
+        place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
+        if place is None or not self.settings.resume:
+            if problems:
+                raise Remedy(f"no whole checkpoint in {self.settings.out}: {'; '.join(problems)}; use --overwrite", 4)
+            self.start = self.health(self.method) if self.run else None
+            self.start_maps = patch_maps(self.method.encoders["teacher"], self.gallery) if self.run else None  # type: ignore[arg-type]
+            if self.run:
+                self.run.start_logs(0)
+            return 0, deque()
+        tensors, state = checkpoint.read(place)
+        if state["images"] != self.digest:
+            raise Remedy(f"{self.settings.out}/images.jsonl is not the one that the run was started with", 4)
+        for problem in problems:
+            self._note(f"{problem}: going on from {place.name}")
+        self.method.load_state_dict(tensors["method"])
+        saved = optimizer.state_dict()
+        for key, value in tensors["optimizer"].items():
+            index, name = key.split(".")
+            saved["state"].setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict(saved)
+        if state["scaler"]:
+            self.fabric.strategy.precision.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]
+        if state["threads"] != torch.get_num_threads():
+            torch.set_num_threads(state["threads"])  # sums depend on it
+        self.bad = {int(k): v for k, v in state["unreadable"].items()}
+        first = tensors["start"]
+        scores = {k.removeprefix("score."): v for k, v in first.items() if k.startswith("score.")}
+        self.start = Figures(scores, float(first["rank"]), float(first["spread"]))
+        self.start_maps = first["maps"]
+        if self.run:
+            self.run.start_logs(state["step"])
+        self._note(f"resumed from {place.name}")
+        return state["step"], deque(state["skips"])
+
+    def _start_tensors(self) -> dict[str, torch.Tensor]:
+        assert self.start is not None and self.start_maps is not None
+        scores = {f"score.{k}": v for k, v in self.start.scores.items()}
+        kept = {"rank": torch.tensor(self.start.rank), "spread": torch.tensor(self.start.spread)}
+        return {**scores, **{k: v.double() for k, v in kept.items()}, "maps": self.start_maps}
+
+    # What the user sees
+
+    def _show(self, cost: plan.Cost) -> None:
+        s, why = self.plan.settings, self.plan.reasons
+        student: Any = self.method.encoders["student"]
+        weights_size = sum(p.nbytes for p in self.method.parameters())
+        disk = (s.keep + 1) * (weights_size + 2 * sum(p.nbytes for p in self.method.parameters() if p.requires_grad))
+        free = shutil.disk_usage(s.out).free
+        if disk > free:
+            raise Remedy(f"--out {s.out}: {plan.gib(disk)} are needed for checkpoints, {plan.gib(free)} are free", 6)
+        micro = s.batch_size // (s.devices * s.nodes * s.accumulate)
+        held = (
+            f"{len(self.held_out)} more held out to judge by" if self.held_out else why.get("hold_out", "none held out")
+        )
+        v = s.views
+        rows = [
+            ("images", f"{len(self.train):,}", held),
+            ("model", f"{s.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters", self.loaded or "untrained"),
+            ("method", s.method, ""),
+            ("views", f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px", why.get("views.global_size", "")),
+            ("batch size", s.batch_size, why.get("batch_size", "")),
+            ("micro-batches", s.accumulate, why.get("accumulate", "")),
+            ("steps", f"{s.steps:,} ({s.steps * s.batch_size / len(self.train):,.1f} epochs)", why.get("steps", "")),
+            ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
+            ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
+            ("workers", s.workers, why.get("workers", "")),
+            ("time", f"about {clock(cost.seconds * s.batch_size / (s.devices * s.nodes) * s.steps)}", "from one step on two images; the ETA below is exact"),
+            ("memory", plan.gib(cost.bytes_fixed + cost.bytes_image * micro), "per device, for weights and one micro-batch"),
+            ("disk", plan.gib(disk), f"{s.keep} checkpoints and one being written; {plan.gib(free)} free"),
+        ]  # fmt: skip
+        table("plan", rows)
+
+    def _log(self, recent: list[Done], progress: Progress | None) -> None:
+        if not self.run or progress is None:
+            return
+        step = recent[-1].step
+        names = recent[-1].parts
+        values = {
+            k: float(sum(d.parts[k] for d in recent if k in d.parts) / sum(k in d.parts for d in recent)) for k in names
+        }
+        seconds = sum(d.seconds for d in recent)
+        values |= {"seconds": seconds / len(recent), "waited": sum(d.waited for d in recent) / seconds}
+        self.run.log(step, values)
+        progress.show(step, values)
+
+    def _look(self, step: int) -> Verdict | None:
+        """Health figures and the strip of feature maps, logged and kept."""
+        if not self.run:
+            return None
+        assert self.start is not None and self.start_maps is not None
+        seen = verdict(self.health(self.method), self.start, step, bool(self.held_out))
+        self.run.log(step, {f"health/{k}": v for k, v in seen.figures.items()})
+        history = self.run.path("health.jsonl")
+        with open(history, "a") as file:
+            file.write(json.dumps({"step": step, "verdict": seen.word, **seen.figures}) + "\n")
+        now = patch_maps(self.method.encoders["teacher"], self.gallery)  # type: ignore[arg-type]
+        strip(self.gallery, self.start_maps, now, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
+        return seen
+
+    def _finish(self) -> Trained:
+        s, out = self.settings, Path(self.settings.out)
+        place = out / "exports" / "timm"
+        if not self.run:
+            self.fabric.barrier()
+            return Trained(out, place, Verdict("see rank 0", [], {}))
+        seen = self._look(s.steps)
+        assert seen is not None
+        name = "".join(c if c.isalnum() else "_" for c in Path(s.data).name)[:40]
+        encoder: Any = self.method.encoders["teacher"]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_export(encoder, place, name)
+        self.run.note(f"done: {seen.word}. " + ". ".join(seen.reasons))
+        say(f"\nverdict: {seen.word.upper()}")
+        for reason in seen.reasons:
+            say(f"  - {reason}")
+        say(f"  -> {advice(seen.word)}")
+        if self.bad:
+            say(f"  {len(self.bad)} images could not be read in mid-run; {out}/train.log names them")
+        say(f"\npictures: {out}/pictures (your images as feature maps, at the start and now)")
+        say(f'load it:  timm.create_model("local-dir:{place}", pretrained=True)  # model(x): mean of the patch tokens')
+        self.fabric.barrier()
+        return Trained(out, place, seen)
+
+    def _gallery(self, indices: list[int]) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for index in indices:
+            if len(found) < 4:
+                try:
+                    found.append(self.source.read(index))
+                except BadImage:
+                    continue
+        return found
+
+    def _note(self, text: str) -> None:
+        if self.run:
+            self.run.note(text)
+            say(text)
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects requests to stop; the loop acts on them between steps. A second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    except ValueError:  # not in the main thread: the caller's signals stay the caller's
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

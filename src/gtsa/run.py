@@ -1,0 +1,131 @@
+"""The run folder: one run at a time, its configuration, logs and pictures.
+
+config.yaml, images.jsonl, scan.json, metrics.jsonl, events.out.tfevents.*, train.log, checkpoints/, pictures/,
+exports/timm/, health.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from gtsa.checkpoint import store
+from gtsa.core import Remedy
+
+OURS = ("config.yaml", "images.jsonl", "scan.json", "metrics.jsonl", "health.jsonl", "train.log")
+OUR_FOLDERS = ("checkpoints", "pictures", "exports")
+EVENTS = "events.out.tfevents."
+
+
+class Run:
+    """A folder that this process writes a run into; other processes are kept out until ``close``.
+
+    Args:
+        folder: where; made if it is not there.
+        resume: go on with the run that is there (or start one in an empty folder).
+        overwrite: remove what a run of ours wrote there, and nothing else.
+
+    Raises:
+        Remedy: the folder holds something and neither way on was asked for, or another run writes into it.
+    """
+
+    def __init__(self, folder: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise Remedy(f"--out {folder} is a file; give a folder")
+        found = [p for p in self._entries() if p.name != ".lock"]
+        if found and not (resume or overwrite):
+            raise Remedy(
+                f"--out {folder} is not empty ({found[0].name}{', ...' if len(found) > 1 else ''}): go on with the run "
+                "there with --resume, replace it with --overwrite, or give another folder"
+            )
+        if found and resume and not overwrite and not any(_ours(p) for p in found):
+            raise Remedy(f"--resume: {folder} holds files but no run of gtsa; give the run's own folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise Remedy(f"--out {folder} cannot be written: {error.strerror}; give another folder", 6) from None
+        if overwrite and not resume:
+            self._remove()
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def path(self, *names: str) -> Path:
+        """A place in the folder; the folders above it are made."""
+        place = self.folder.joinpath(*names)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def write(self, name: str, text: str) -> None:
+        store(self.path(name), text.encode())
+
+    def start_logs(self, step: int) -> None:
+        """Opens the logs for steps after ``step``; what an interrupted run wrote beyond it goes."""
+        metrics = self.path("metrics.jsonl")
+        if metrics.exists():
+            kept = [line for line in metrics.read_text().splitlines() if _step(line) <= step]
+            store(metrics, "".join(f"{line}\n" for line in kept).encode())
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard."""
+        assert self._writer is not None
+        with open(self.path("metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def note(self, text: str) -> None:
+        """A line of train.log."""
+        with open(self.path("train.log"), "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        os.close(self._descriptor)  # gives the lock back
+
+    def _entries(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def _lock(self) -> None:
+        """The lock is the kernel's: it goes with the process, however that ends."""
+        self._descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise Remedy(
+                f"another run is writing into {self.folder}; wait for it, stop it, or give another --out", 6
+            ) from None
+
+    def _remove(self) -> None:
+        for path in self._entries():
+            if path.is_symlink():
+                continue
+            if path.is_dir() and path.name in OUR_FOLDERS:
+                shutil.rmtree(path)
+            elif path.is_file() and _ours(path):
+                path.unlink()
+
+
+def _ours(path: Path) -> bool:
+    return path.name in OURS or path.name in OUR_FOLDERS or path.name.startswith(EVENTS)
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that was cut short
