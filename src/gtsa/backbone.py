@@ -106,3 +106,9 @@ def patch_of(model: str) -> int:
     """Side of a model's patch in px, without making its weights."""
     with torch.device("meta"):
         return int(_create(model).patch_embed.patch_size[0])
+
+
+def names(pattern: str) -> list[str]:
+    """timm's models of the VisionTransformer and Eva families whose names match ``pattern``."""
+    families = ("vision_transformer", "eva")
+    return [name for family in families for name in timm.list_models(pattern, module=family)]

@@ -189,7 +189,7 @@ def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
         for error in errors.errors():
             name, message = _told(error, model)
             told.setdefault(name, []).append(message)
-        lines = [f"{name}: {', or '.join(messages)}" if name else messages[0] for name, messages in told.items()]
+        lines = [f"{name}: {' or '.join(dict.fromkeys(messages))}" for name, messages in told.items()]
     except Remedy as remedy:
         lines = str(remedy).split("\n")
     if len(lines) > 1:
@@ -212,7 +212,7 @@ def _told(error: Any, model: Any) -> tuple[str, str]:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key[-1], list(getattr(known, "model_fields", {})), 1)
         return name, f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
-    return name, f"{_lower(error['msg']).removeprefix('input ')}, not {error['input']!r}"
+    return name, f"{error['input']!r} {_lower(error['msg']).removeprefix('input ')}"
 
 
 def _lower(text: str) -> str:

@@ -15,6 +15,7 @@ from gtsa.core import Crops, Views
 from gtsa.geometry import pool, rotate_maps
 from gtsa.methods.gtsa import regions
 
+Hue = tuple[int, int, int]
 INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 12
 
 
@@ -44,23 +45,27 @@ def patch_maps(backbone: Backbone, images: Tensor) -> Tensor:
     return maps
 
 
-def feature_colours(maps: Tensor) -> Tensor:
-    """The first three principal components of patch maps [n, h, w, D] as colours [n, h, w, 3] in [0, 1]."""
+def feature_colours(maps: Tensor, images: Tensor) -> Tensor:
+    """The first three principal components of patch maps [n, h, w, D] as colours [n, h, w, 3] in [0, 1].
+
+    The sign of a component is arbitrary; it is chosen so that brighter patches of ``images`` have more of it.
+    """
     flat = maps.flatten(0, 2).double()
     flat = flat - flat.mean(0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)
-    directions = directions[:3] * directions[:3].sum(1, keepdim=True).sign()  # svd leaves the sign open
-    parts = flat @ directions.T
+    parts = flat @ directions[:3].T
+    light = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), maps.shape[1:3]).flatten().double()
+    parts = parts * torch.where((light - light.mean()) @ parts < 0, -1.0, 1.0)
     low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
     return ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, maps.shape[:3]).float()
 
 
 def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 192) -> Image.Image:
-    """Images above, their features at step 0 in the middle, and now below."""
+    """Images [n, 3, s, s] above, their patch maps [n, h, w, D] as colours at step 0 in the middle, and now below."""
     rows = [
         ("image", images.permute(0, 2, 3, 1), Image.Resampling.BILINEAR),
-        ("step 0", feature_colours(start), Image.Resampling.NEAREST),
-        (f"step {step}", feature_colours(now), Image.Resampling.NEAREST),
+        ("step 0", feature_colours(start, images), Image.Resampling.NEAREST),
+        (f"step {step}", feature_colours(now, images), Image.Resampling.NEAREST),
     ]
     left = 80
     sheet = _sheet(left + len(images) * (size + GAP), len(rows) * (size + GAP) + GAP)
@@ -99,7 +104,7 @@ def preview(image: Tensor, views: Views, finished: Views, mean: tuple, std: tupl
     return sheet
 
 
-def _scene(image: Tensor, views: Views, hues: list[tuple[int, int, int]]) -> Image.Image:
+def _scene(image: Tensor, views: Views, hues: list[Hue]) -> Image.Image:
     picture = _image(image.permute(1, 2, 0))
     zoom = min(1.6, 900 / picture.width, 620 / picture.height)
     picture = picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))))
@@ -114,35 +119,38 @@ def _scene(image: Tensor, views: Views, hues: list[tuple[int, int, int]]) -> Ima
     return sheet
 
 
-def _as_seen(seen: list[Tensor], views: Views, hues: list[tuple[int, int, int]]) -> Image.Image:
-    tiles = [tile for group in seen for tile in group]
-    sides = [200 if size == 0 else 96 for size, group in enumerate(views.groups) for _ in range(group.count)]
+def _as_seen(seen: list[Tensor], views: Views, hues: list[Hue]) -> Image.Image:
     names = [name for name, *_ in _crops(views, hues)]
-    turns = [int(k) for group in views.groups for k in group.turns[0]]
-    places, x, y = [], 0, 26
-    for side in sides:
-        if x + side > 900:
-            x, y = 0, y + max(sides) + 30
-        places.append((x, y))
-        x += side + GAP
-    sheet = _sheet(900, y + max(sides) + 24)
+    rows, i, y = [], 0, 26
+    for size, (tiles, crops) in enumerate(zip(seen, views.groups, strict=True)):
+        side = (200, 100)[size]
+        across = 900 // (side + GAP)
+        for n, tile in enumerate(tiles):
+            place = (n % across * (side + GAP), y + n // across * (side + 30))
+            rows.append((tile, side, place, f"{names[i]} turned {90 * int(crops.turns[0, n])}°", hues[i]))
+            i += 1
+        y += -(-len(tiles) // across) * (side + 30)
+    sheet = _sheet(900, y)
     _write(sheet, (0, 2), "the views as the student sees them: coloured, and turned counter-clockwise")
     draw = ImageDraw.Draw(sheet)
-    for tile, side, name, k, hue, (x, y) in zip(tiles, sides, names, turns, hues, places, strict=True):
+    for tile, side, (x, y), name, hue in rows:
         sheet.paste(_image(tile.permute(1, 2, 0)).resize((side, side)), (x, y))
-        draw.rectangle((x - 2, y - 2, x + side + 1, y + side + 1), outline=hue, width=2)
-        _write(sheet, (x, y + side + 4), f"{name} {90 * k}°")
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=hue, width=3)
+        _write(sheet, (x, y + side + 4), name)
     return sheet
 
 
-def _target(views: Views, size: int, hues: list[tuple[int, int, int]], cells: int) -> Image.Image:
+def _target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.Image:
     """For the first pair of a size: teacher's crop and student's view with the shared region, and their pooled cells.
 
     Pixels stand for features here; pooling and rotation are the method's own.
     """
     view, seen = views.groups[size], views.global_crops
-    v, g = (min(1, view.count - 1), 0) if size == 0 else (0, 0)
     offset = 0 if size == 0 else seen.count
+    others = [v for v in range(view.count) if size == 1 or v != 0]
+    if not others:
+        return _sheet(900, 1)
+    v, g = next((v for v in others if view.turns[0, v] != seen.turns[0, 0]), others[0]), 0
     mine, theirs = regions(view, seen)
     upright = _turned(seen)[0, g], _turned(view)[0, v]  # [S, S, 3] as each network gets it, colours left out
     box_t, box_v = theirs[0, g, v], mine[0, v, g]
@@ -172,7 +180,7 @@ def _turned(crops: Crops) -> Tensor:
     return rotate_maps(crops.pixels.permute(0, 1, 3, 4, 2).float() / 255, crops.turns)
 
 
-def _boxed(pixels: Tensor, box: Tensor, hue: tuple[int, int, int], cells: int) -> Image.Image:
+def _boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:
     picture = _image(pixels).resize((168, 168))
     zoom = 168 / pixels.shape[0]
     x1, y1, x2, y2 = (float(v) * zoom for v in box)
@@ -189,7 +197,7 @@ def _cells(cells: Tensor) -> Image.Image:
     return _image(cells.float())
 
 
-def _crops(views: Views, hues: list[tuple[int, int, int]]):  # type: ignore[no-untyped-def]
+def _crops(views: Views, hues: list[Hue]):  # type: ignore[no-untyped-def]
     """(name, box in the image, hue, size) of every crop, global ones first."""
     i = 0
     for size, group in enumerate(views.groups):
@@ -198,7 +206,7 @@ def _crops(views: Views, hues: list[tuple[int, int, int]]):  # type: ignore[no-u
             i += 1
 
 
-def _hues(count: int) -> list[tuple[int, int, int]]:
+def _hues(count: int) -> list[Hue]:
     colours = [colorsys.hsv_to_rgb(i / count, 0.9, 0.95) for i in range(count)]
     return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in colours]
 
@@ -217,7 +225,7 @@ def _write(sheet: Image.Image, place: tuple[float, float], text: str) -> None:
     ImageDraw.Draw(sheet).text(place, text, fill=INK, font=ImageFont.load_default(14))
 
 
-def _label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, hue: tuple[int, int, int]) -> None:
+def _label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, hue: Hue) -> None:
     font = ImageFont.load_default(14)
     draw.rectangle(draw.textbbox(place, text, font=font), fill=PAPER)
     draw.text(place, text, fill=hue, font=font)

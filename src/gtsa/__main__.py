@@ -1,0 +1,5 @@
+"""python -m gtsa, e.g. under torchrun."""
+
+from gtsa.cli import main
+
+main()

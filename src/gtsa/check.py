@@ -1,0 +1,57 @@
+"""gtsa check: what is in this data, what is wrong with it, and what pretraining would do with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gtsa.core import Remedy
+from gtsa.images import Range
+from gtsa.scan import Scan, escaped, scan
+from gtsa.sources import open_source
+from gtsa.terminal import say, table
+
+
+def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), data_root: str | None = None) -> Scan:
+    """Decodes every image once and accounts for every file; ``gtsa pretrain`` then knows what was decoded well.
+
+    Args:
+        data: folder, list file, or in Python any torch Dataset of images.
+        json_file: where to write the whole account.
+        range16: values of 16-bit images that are taken as black and white.
+        data_root: for list files, the folder that paths are relative to.
+
+    Raises:
+        Remedy: images cannot be used (3); the report comes first.
+    """
+    source = open_source(data, range16=range16, data_root=data_root)
+    found = scan(source, decode=True, range16=range16)
+    report = found.report()
+    if json_file:
+        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+    width, height = report["width"], report["height"]
+    formats = ", ".join(f"{count:,} {kind}" for kind, count in found.formats.most_common())
+    rows = [
+        ("images", f"{found.total:,}", f"{found.decoded:,} decoded whole"),
+        ("used", f"{len(found.used):,}", formats),
+        ("width, px", f"{width['least']} to {width['most']}", f"median {width['median']}"),
+        ("height, px", f"{height['least']} to {height['most']}", f"median {height['median']}"),
+        ("several frames", found.frames, "the first one is used"),
+        ("other files", sum(found.ignored.values()), ", ".join(f"{n} {kind}" for kind, n in found.ignored.items())),
+        ("left out", len(found.bad), "unreadable; named below" if found.bad else ""),
+    ]
+    table(f"check {data}", [row for row in rows if row[1] or row[0] in ("images", "used", "left out")])
+    for name, reason in [*found.bad, *found.unreadable][:50]:
+        say(f"  {escaped(name)}: {reason}")
+    if (more := len(found.bad) + len(found.unreadable) - 50) > 0:
+        say(f"  and {more} more: all of them are in the file that --json names")
+    if found.bad or found.unreadable or not found.total:
+        many = f"{len(found.bad)} of {found.total} images cannot be used"
+        lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""
+        raise Remedy(
+            f"{data}: {'no images' if not found.total else many}{lists}; mend or remove them, or let pretrain leave "
+            "them out (--max-bad says how many it may)",
+            3,
+        )
+    return found

@@ -1,0 +1,231 @@
+"""The verbs on the command line. Flags come from the same definitions as Python's arguments."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import cyclopts
+from cyclopts import Group, Parameter
+from cyclopts.exceptions import CycloptsError
+
+from gtsa import __version__, config, methods
+from gtsa.core import Remedy
+
+app = cyclopts.App(
+    name="gtsa",
+    version=__version__,
+    help="Learn dense visual features from your own scenes. The weights are yours.",
+    help_on_error=False,
+)
+
+
+def _flags(model: Any, group: Group, prefix: str = "") -> list[inspect.Parameter]:
+    """A keyword for every setting of a model; sections become dotted flags (--views.local-crops)."""
+    flags, sections = [], []
+    for name, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            section = Group(f"--{name}.*", help=field.description or "", sort_key=2)
+            sections += _flags(field.annotation, section, f"{name}.")
+            continue
+        flag = f"--{prefix}{name}".replace("_", "-")
+        off = (f"--{prefix}no-{name}",) if field.default is True else ()
+        help_ = " ".join((field.description or "").split())
+        shown = Parameter(name=flag, group=group, help=help_[:1].upper() + help_[1:], negative=off)
+        kind = Annotated[_bare(field.annotation), shown]
+        flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), kind, field.default))
+    return flags + sections
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its limits: these are checked for flags, YAML and Python alike, in config.validated."""
+    if get_origin(kind) is Annotated:
+        return _bare(get_args(kind)[0])
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return Union[tuple(map(_bare, get_args(kind)))]  # noqa: UP007
+    return kind
+
+
+def _keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"views__local_crops": 4} -> {"views": {"local_crops": 4}}"""
+    values: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, key = name.rpartition("__")
+        (values.setdefault(section, {}) if section else values)[key] = value
+    return values
+
+
+def _pretrain(**flat: Any) -> None:
+    """Learn a vision transformer from a folder of images, without labels.
+
+    Without --data it runs on the sample that comes with gtsa (the demo, at most four minutes on two CPU cores).
+    """
+    file, stop = flat.pop("config_file", None), flat.pop("print_config", False)
+    given = config.merged(config.read_yaml(file) if file else {}, _nested(flat))
+    if stop:
+        print(config.to_yaml(config.validated(config.Pretrain, given)), end="")
+        return
+    from gtsa.pretrain import pretrain
+
+    pretrain(**given)
+
+
+CONFIG = Annotated[str | None, Parameter(name="--config", help="YAML file of settings; flags come on top.")]
+PRINT = Annotated[bool, Parameter(negative=(), help="Print the settings as YAML and stop.")]
+_pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *_flags(config.Pretrain, Group("Settings", sort_key=1)),
+        _keyword("config_file", CONFIG),
+        _keyword("print_config", PRINT, False),
+    ]
+)
+app.command(_pretrain, name="pretrain")
+
+
+@app.command
+def check(
+    data: str,
+    /,
+    *,
+    json: str | None = None,
+    range16: tuple[float, float] = (0, 65535),
+    data_root: str | None = None,
+) -> None:
+    """Decode every image once: what is in this data, what is wrong with it, what would we do with it.
+
+    Parameters
+    ----------
+    data
+        Folder of images (nested), or a .txt file with one path a line.
+    json
+        File to write the whole account to.
+    range16
+        Values of 16-bit images that are taken as black and white.
+    data_root
+        For list files: the folder that paths are relative to and must lie in.
+    """
+    from gtsa.check import check as verb
+
+    verb(data, json, range16, data_root)
+
+
+@app.command
+def preview(
+    data: str,
+    /,
+    *,
+    out: str = "preview.png",
+    image: int = 0,
+    epoch: int = 0,
+    config_file: CONFIG = None,
+    model: str = "vit_small_patch16_224",
+    seed: int = 0,
+) -> None:
+    """Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.
+
+    Parameters
+    ----------
+    data
+        Folder of images (nested), or a .txt file with one path a line.
+    out
+        PNG file to write.
+    image
+        Number of the image, in the order of the files.
+    epoch
+        Views differ from epoch to epoch.
+    model
+        Its patch decides the crop sizes.
+    seed
+        As for pretrain.
+    """
+    from gtsa.preview import preview as verb
+
+    settings = config.read_yaml(config_file) if config_file else {}
+    for name in ("data", "out"):
+        settings.pop(name, None)
+    verb(data, out, image, epoch, **{"model": model, "seed": seed, **settings})
+
+
+@app.command
+def export(
+    weights: str,
+    /,
+    *,
+    out: str,
+    to: Literal["timm"] = "timm",
+    network: Literal["teacher", "student"] = "teacher",
+) -> None:
+    """Write the trained encoder as a folder that others can open.
+
+    Parameters
+    ----------
+    weights
+        A run, or an export folder.
+    out
+        Folder to make.
+    to
+        timm: opens with timm.create_model("local-dir:FOLDER", pretrained=True).
+    network
+        Of a run, the teacher (as evaluated) or the student.
+    """
+    from gtsa.export import export as verb
+    from gtsa.terminal import say
+
+    place = verb(weights, out, to, network)
+    say(f'{place}: open it with timm.create_model("local-dir:{place}", pretrained=True)')
+
+
+@app.command(name="methods")
+def list_methods() -> None:
+    """List the methods that there are."""
+    for name, method in methods.found().items():
+        print(f"{name:10} {(inspect.getdoc(inspect.getmodule(method)) or '').splitlines()[0]}")
+
+
+@app.command
+def models(pattern: str = "vit_*", /) -> None:
+    """List timm's plain vision transformers whose names match a pattern."""
+    from gtsa.backbone import names
+
+    print("\n".join(names(pattern)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and ends the process with a code of core.EXIT_CODES; users never see a traceback of ours."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code of a command line."""
+    try:
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+        command(*bound.args, **bound.kwargs)
+        return 0
+    except CycloptsError as error:
+        print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
+        return 2
+    except Remedy as remedy:
+        print(f"gtsa: {remedy}", file=sys.stderr)
+        return remedy.code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
+        return 0
+    except KeyboardInterrupt:
+        print("gtsa: stopped at once; go on from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _verb(arguments: list[str] | None) -> str:
+    given = sys.argv[1:] if arguments is None else arguments
+    return f"{given[0]} " if given and given[0] in ("pretrain", "check", "preview", "export") else ""
