@@ -42,7 +42,7 @@ def _finish(crops: Crops, device: torch.device, mean: tuple[float, ...], std: tu
     centre, scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     pixels = (pixels - centre) / scale
     return Crops(
-        pixels.unflatten(0, crops.pixels.shape[:2]),
+        pixels.reshape(crops.pixels.shape),
         crops.boxes.to(device, non_blocking=True),
         crops.turns.to(device, non_blocking=True),
         crops.colours,

@@ -92,13 +92,19 @@ def _create(model: str, **arguments: Any) -> Any:
         raise Remedy(f"timm {timm.__version__} has no model {model!r}; {hint}")
     try:
         vit = timm.create_model(model, num_classes=0, global_pool="", dynamic_img_size=True, **arguments)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError) as error:
         raise Remedy(
             f"{model} cannot be used: it is no plain vision transformer with these arguments ({error}); "
             "choose one of timm's VisionTransformer or Eva models, e.g. vit_small_patch16_224"
         ) from None
-    if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit.patch_embed, "grid_size"):
+    embed = getattr(vit, "patch_embed", None)
+    if not hasattr(vit, "num_prefix_tokens") or not hasattr(embed, "grid_size"):
         raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
+    (size, _), (patch, _), (grid, _) = embed.img_size, embed.patch_size, embed.grid_size
+    if grid != size // patch:  # convolutions before the patches
+        raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
+    if size % patch:
+        raise Remedy(f"image size {size} px is no multiple of the {patch} px patch of {model}; use {grid * patch}")
     return vit
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from functools import reduce
+from operator import or_
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -45,7 +47,7 @@ def _bare(kind: Any) -> Any:
     if get_origin(kind) is Annotated:
         return _bare(get_args(kind)[0])
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        return Union[tuple(map(_bare, get_args(kind)))]  # noqa: UP007
+        return reduce(or_, map(_bare, get_args(kind)))
     return kind
 
 
@@ -77,13 +79,13 @@ def _pretrain(**flat: Any) -> None:
     pretrain(**given)
 
 
-CONFIG = Annotated[str | None, Parameter(name="--config", help="YAML file of settings; flags come on top.")]
-PRINT = Annotated[bool, Parameter(negative=(), help="Print the settings as YAML and stop.")]
+CONFIG = Parameter(name="--config", help="YAML file of settings; flags come on top.")
+PRINT = Parameter(negative=(), help="Print the settings as YAML and stop.")
 _pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         *_flags(config.Pretrain, Group("Settings", sort_key=1)),
-        _keyword("config_file", CONFIG),
-        _keyword("print_config", PRINT, False),
+        _keyword("config_file", Annotated[str | None, CONFIG]),
+        _keyword("print_config", Annotated[bool, PRINT], False),
     ]
 )
 app.command(_pretrain, name="pretrain")
@@ -124,7 +126,7 @@ def preview(
     out: str = "preview.png",
     image: int = 0,
     epoch: int = 0,
-    config_file: CONFIG = None,
+    config_file: Annotated[str | None, CONFIG] = None,
     model: str = "vit_small_patch16_224",
     seed: int = 0,
 ) -> None:

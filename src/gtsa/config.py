@@ -170,7 +170,7 @@ class _Pretrain(Strict):
         return dict(getattr(self, self.method).model_dump())
 
 
-Pretrain: Any = create_model(
+Pretrain: Any = create_model(  # type: ignore[call-overload]
     "Pretrain",
     __base__=_Pretrain,
     **{
@@ -254,7 +254,9 @@ def _plain(value: Any) -> Any:
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``over`` on top of ``base``; sections are merged, not replaced."""
-    both = dict(base)
+    both = {k: v for k, v in base.items() if not (k == "steps" and "epochs" in over)}
+    if "steps" in over and "epochs" in both:
+        del both["epochs"]  # they say the same thing: the later word counts
     for key, value in over.items():
         section = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
         both[key] = {**both[key], **value} if section else value

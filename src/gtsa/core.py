@@ -101,13 +101,18 @@ class Views:
         self.images = torch.empty(0, dtype=torch.int64) if images is None else images  # [B]: what each row shows
         self.replaced = list(replaced)
 
+    @classmethod
+    def of(cls, groups: Sequence[Crops], images: Tensor | None = None, replaced: Sequence[Replaced] = ()) -> Views:
+        """From crops by size: global ones, then local ones where there are any."""
+        return cls(groups[0], groups[1] if len(groups) > 1 else None, images, replaced)
+
     def each(self, change: Callable[[Crops], Crops]) -> Views:
         """The same views with ``change`` done to the crops of every size."""
-        return Views(*map(change, self.groups), images=self.images, replaced=self.replaced)
+        return Views.of([change(crops) for crops in self.groups], self.images, self.replaced)
 
     def pin_memory(self) -> Views:
         """Called by torch's DataLoader."""
-        return self.each(lambda crops: crops.each(Tensor.pin_memory))
+        return self.each(lambda crops: crops.each(lambda tensor: tensor.pin_memory()))
 
     @property
     def groups(self) -> tuple[Crops, ...]:

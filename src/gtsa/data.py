@@ -93,7 +93,7 @@ class ViewSet(Dataset[Views]):
                 continue
             views = self.multicrop(pixels, generator(self.seed, self.stream, attempt, image, draw.epoch))
             replaced = [Replaced(bad, why, image) for bad, why in failed]
-            return Views(*views.groups, images=torch.tensor([image]), replaced=replaced)
+            return Views.of(views.groups, torch.tensor([image]), replaced)
         raise Remedy("no image of the run can be read any more; is the folder still there?", 3)
 
 
@@ -104,7 +104,7 @@ def collate(views: list[Views]) -> Views:
         groups.append(
             Crops(*(torch.cat([getattr(c, part) for c in crops]) for part in ("pixels", "boxes", "turns", "colours")))
         )
-    return Views(*groups, images=torch.cat([v.images for v in views]), replaced=[r for v in views for r in v.replaced])
+    return Views.of(groups, torch.cat([v.images for v in views]), [r for v in views for r in v.replaced])
 
 
 def loader(views: ViewSet, sampler: Sampler[list[Draw]], workers: int, pin: bool = False) -> DataLoader[Views]:

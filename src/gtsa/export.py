@@ -19,9 +19,10 @@ from gtsa.core import Remedy
 def export(
     source: str, out: str, to: Literal["timm"] = "timm", network: Literal["teacher", "student"] = "teacher"
 ) -> Path:
-    """Writes the encoder of a run as a folder that opens with ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+    """Writes the encoder of a run as a folder that others can open.
 
-    The model's own output is the mean of its patch tokens: GTSA trains no CLS token.
+    It opens with ``timm.create_model("local-dir:FOLDER", pretrained=True)``. The model's own output is the mean of its
+    patch tokens: GTSA trains no CLS token.
 
     Args:
         source: a run, an export folder, or other weights as for --init of a known model.

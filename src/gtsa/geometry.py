@@ -48,7 +48,7 @@ def rotate_maps(maps: Tensor, turns: Tensor) -> Tensor:
     places = torch.arange(side * side, device=maps.device).reshape(side, side)
     source = torch.stack([torch.rot90(places, k).flatten() for k in range(4)])  # [4, s*s]
     index = source[turns % 4][..., None].expand(*turns.shape, side * side, maps.shape[-1])
-    return maps.flatten(-3, -2).gather(-2, index).unflatten(-2, (side, side))
+    return maps.flatten(-3, -2).gather(-2, index).reshape(maps.shape)
 
 
 def pool(maps: Tensor, boxes: Tensor, cells: int) -> Tensor:
@@ -75,8 +75,8 @@ def pool(maps: Tensor, boxes: Tensor, cells: int) -> Tensor:
 def _weights(low: Tensor, high: Tensor, cells: int, length: int) -> Tensor:
     """The interpolation matrix of RoIAlign along one axis: [..., cells, length] for intervals [low, high)."""
     extent = high - low
-    samples = torch.ceil(extent / cells).clamp(min=1)  # points a bin
-    most = max(1, math.ceil(length / cells))
+    most = max(1, math.ceil(length / cells))  # also where rounding makes a box longer than its map
+    samples = torch.ceil(extent / cells).clamp(1, most)  # points a bin
     bin_ = torch.arange(cells, device=low.device)[:, None]
     point = torch.arange(most, device=low.device)
     offset = bin_ + (point + 0.5) / samples[..., None, None]  # [..., cells, most] in bins

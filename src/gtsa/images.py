@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "MPO")  # MPO: JPEGs of cameras that hold a second picture
@@ -44,9 +44,12 @@ class Header(NamedTuple):
 def header(path: str | Path) -> Header:
     """What a file says it is, without decoding it. Raises BadImage."""
     with _opened(path) as image:
-        return Header(
-            image.format or "?", image.mode, *_sized(image.width, image.height), getattr(image, "n_frames", 1)
-        )
+        width, height = _sized(image.width, image.height)
+        try:
+            frames = getattr(image, "n_frames", 1)
+        except Exception as error:  # counting them reads on in the file
+            raise BadImage(_reason(error)) from None
+        return Header(image.format or "?", image.mode, width, height, frames)
 
 
 def decode(
@@ -121,7 +124,7 @@ def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
         return "zero bytes only"
     if head[:4] in (b"II*\0", b"MM\0*") and _tiff_bands(path) not in (1, 3, 4, None):
         return f"{_tiff_bands(path)} bands: 1, 3 or 4 (with alpha) are read"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not a JPEG, PNG, WebP, TIFF or BMP image, or its header is damaged"
     return _reason(error)
 
@@ -164,7 +167,7 @@ def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
 
 def _turned(image: Any) -> bool:
     try:
-        return image.getexif().get(0x0112, 1) in range(2, 9)
+        return 2 <= int(image.getexif().get(0x0112, 1)) <= 8
     except Exception:  # damaged EXIF is no reason to refuse the pixels
         return False
 

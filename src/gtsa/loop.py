@@ -6,8 +6,9 @@ import time as clock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -63,7 +64,7 @@ def fit(
         began = clock.perf_counter()
         views = [_next(stream) for _ in range(accumulate)]
         waited = clock.perf_counter() - began
-        torch.manual_seed(hash((seed, step, fabric.global_rank)) % 2**63)
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, fabric.global_rank]).generate_state(1, np.uint64)[0]))
         parts, accepted = train_step(
             objective, optimizer, map(prepare, views), accumulate, fabric, step / steps, (step + 1) / steps
         )
@@ -99,7 +100,7 @@ def train_step(
         fabric.strategy.precision.unscale_gradients(adamw)
         norms = clip_each(adamw.gradients, adamw.clip)
         finite = torch.isfinite(norms).all() & torch.isfinite(total["loss"])
-        rejected = fabric.all_reduce((~finite).float(), reduce_op="sum").clamp(max=1)
+        rejected = cast(Tensor, fabric.all_reduce((~finite).float(), reduce_op="sum")).clamp(max=1)
         adamw.found_inf = rejected  # the fused kernel leaves parameters and moments alone where it is 1
         optimizer.step()
         optimizer.zero_grad()
@@ -117,6 +118,8 @@ def train_step(
 def _next(stream: Iterator[Views]) -> Views:
     try:
         return next(stream)
+    except Remedy as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
+        raise Remedy(str(remedy).rsplit("Remedy: ", 1)[-1].strip(), 3) from None
     except RuntimeError as error:
         if "DataLoader" in str(error):
             raise Remedy(

@@ -37,16 +37,20 @@ def patch_correspondence(student: Tensor, teacher: Tensor, matches: int) -> Tens
         [...]
     """
     similarity = _unit(student) @ _unit(teacher).transpose(-2, -1)
-    kept = [similarity.max(dim).values.topk(matches, dim=-1).values.mean(-1) for dim in (-1, -2)]
+    kept = [_lifted(similarity.max(dim).values.topk(matches, dim=-1).values).mean(-1) for dim in (-1, -2)]
     return -(kept[0] + kept[1]) / 2
 
 
 def rotation(logits: Tensor, turns: Tensor) -> Tensor:
     """Cross-entropy over the four quarter-turns: logits [..., 4], turns [...] -> [...]."""
-    loss = F.cross_entropy(logits.flatten(0, -2), turns.flatten(), reduction="none")
-    return loss.unflatten(0, turns.shape)
+    loss = F.cross_entropy(_lifted(logits).flatten(0, -2), turns.flatten(), reduction="none")
+    return loss.reshape(turns.shape)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Vectors of length one; half precisions are lifted first, their squares would lose too much."""
-    return F.normalize(vectors.float() if vectors.dtype in (torch.bfloat16, torch.float16) else vectors, dim=-1)
+    return F.normalize(_lifted(vectors), dim=-1)
+
+
+def _lifted(values: Tensor) -> Tensor:
+    """Half precisions lose too much in squares, exponentials and means."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

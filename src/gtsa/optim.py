@@ -35,6 +35,7 @@ class ScheduledAdamW(torch.optim.AdamW):
             {"params": [p for p in trained if p.ndim > 1], "decayed": True},
             {"params": [p for p in trained if p.ndim <= 1], "decayed": False, "weight_decay": 0.0},
         ]
+        self.found_inf: Tensor | None = None  # 1 on the device: leave this step out
         super().__init__([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
         self.learning_rate, self.weight_decay, self.clip = learning_rate, weight_decay, clip
 

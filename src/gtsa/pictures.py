@@ -40,7 +40,7 @@ def patch_maps(backbone: Backbone, images: Tensor) -> Tensor:
     mean, std = (torch.tensor(v, device=parameter.device)[:, None, None] for v in backbone.normalisation)
     training = backbone.training
     backbone.eval()
-    maps = backbone(((images.to(parameter.device) - mean) / std).to(parameter.dtype)).patches.float().cpu()
+    maps: Tensor = backbone(((images.to(parameter.device) - mean) / std).to(parameter.dtype)).patches.float().cpu()
     backbone.train(training)
     return maps
 
@@ -54,10 +54,11 @@ def feature_colours(maps: Tensor, images: Tensor) -> Tensor:
     flat = flat - flat.mean(0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)
     parts = flat @ directions[:3].T
-    light = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), maps.shape[1:3]).flatten().double()
+    light = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), (maps.shape[1], maps.shape[2])).flatten().double()
     parts = parts * torch.where((light - light.mean()) @ parts < 0, -1.0, 1.0)
     low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
-    return ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, maps.shape[:3]).float()
+    colours: Tensor = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colours.reshape(*maps.shape[:3], 3).float()
 
 
 def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 192) -> Image.Image:

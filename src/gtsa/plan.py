@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from gtsa.core import Crops, Method, Remedy, Views
 from gtsa.views import MultiCrop
 
 FEWEST_STEPS = 1_000
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 PUBLISHED = {"epochs": 100, "batch": 512, "rate": 5e-4, "global": 224, "local": 96}
 
 
@@ -60,7 +62,7 @@ def fabric_of(settings: Any) -> Fabric:
         devices=settings.devices,
         num_nodes=settings.nodes,
         strategy="ddp" if world > 1 else "auto",
-        precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision],
+        precision=PRECISIONS[settings.precision],
     )
     if world > 1:
         fabric.launch()
@@ -75,7 +77,7 @@ def sizes(plan: Plan) -> None:
         given = getattr(views, f"{name}_size")
         if given == "auto":
             chosen[f"{name}_size"] = max(1, round(PUBLISHED[name] / patch)) * patch
-            plan.reasons[f"views.{name}_size"] = f"as published, in whole patches of {patch} px"
+            plan.reasons["views"] = f"as published, in whole patches of {patch} px"
         elif given % patch or given < 2 * patch:
             near = max(2, given // patch) * patch
             problems.append(
@@ -156,21 +158,23 @@ def probe(method: Method, multicrop: MultiCrop, fabric: Fabric) -> Cost:
         return tensor
 
     method.train()
-    views = Views(*(_noise(multicrop, size, count, device) for size in range(1 + (multicrop.local_crops > 0))))
+    views = Views.of([_noise(multicrop, size, count, device) for size in range(1 + (multicrop.local_crops > 0))])
     own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    for _ in range(2):
+    seconds = []
+    for looking in (True, False, False):  # hooks cost time: the first pass is for memory alone
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if looking else nullcontext()
         began = time.perf_counter()
-        with fabric.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with fabric.autocast(), hooks:
             loss = method(views, 1.0)["loss"]
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
     method.zero_grad(set_to_none=True)
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     total = sum(p.nbytes for p in method.parameters())
-    activations = sum(size for place, size in kept.items() if place not in own) // 2  # two passes were seen
-    return Cost(seconds / count, activations // count, total + 3 * trained)
+    activations = sum(size for place, size in kept.items() if place not in own)
+    return Cost(min(seconds) / count, activations // count, total + 3 * trained)
 
 
 def _noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:

@@ -180,9 +180,7 @@ class _Pretraining:
                     recent = []
                 if done.step % s.evaluate_every == 0 and done.step < s.steps:
                     self._look(done.step)
-                stopping = bool(
-                    fabric.all_reduce(torch.tensor(float(bool(stop)), device=fabric.device), reduce_op="sum") > 0
-                )
+                stopping = self._any(bool(stop))
                 if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
                     self._save(done.step, optimizer, skips)
                 if stopping and done.step < s.steps:
@@ -194,6 +192,17 @@ class _Pretraining:
         finally:
             if progress:
                 progress.close()
+
+    def _any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.fabric.world_size == 1:
+            return here
+        return bool(
+            torch.as_tensor(
+                self.fabric.all_reduce(torch.tensor(float(here), device=self.fabric.device), reduce_op="sum")
+            )
+            > 0
+        )
 
     # Data
 
@@ -318,7 +327,8 @@ class _Pretraining:
         return state["step"], deque(state["skips"])
 
     def _start_tensors(self) -> dict[str, torch.Tensor]:
-        assert self.start is not None and self.start_maps is not None
+        assert self.start is not None
+        assert self.start_maps is not None
         scores = {f"score.{k}": v for k, v in self.start.scores.items()}
         kept = {"rank": torch.tensor(self.start.rank), "spread": torch.tensor(self.start.spread)}
         return {**scores, **{k: v.double() for k, v in kept.items()}, "maps": self.start_maps}
@@ -338,21 +348,26 @@ class _Pretraining:
             f"{len(self.held_out)} more held out to judge by" if self.held_out else why.get("hold_out", "none held out")
         )
         v = s.views
+        each = s.batch_size // (s.devices * s.nodes)
         rows = [
             ("images", f"{len(self.train):,}", held),
-            ("model", f"{s.model}, {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters", self.loaded or "untrained"),
+            ("model", f"{s.model}, {_millions(student)}", self.loaded or "untrained"),
             ("method", s.method, ""),
-            ("views", f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px", why.get("views.global_size", "")),
+            (
+                "views",
+                f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px",
+                why.get("views", ""),
+            ),
             ("batch size", s.batch_size, why.get("batch_size", "")),
             ("micro-batches", s.accumulate, why.get("accumulate", "")),
             ("steps", f"{s.steps:,} ({s.steps * s.batch_size / len(self.train):,.1f} epochs)", why.get("steps", "")),
             ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
             ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
             ("workers", s.workers, why.get("workers", "")),
-            ("time", f"about {clock(cost.seconds * s.batch_size / (s.devices * s.nodes) * s.steps)}", "from one step on two images; the ETA below is exact"),
-            ("memory", plan.gib(cost.bytes_fixed + cost.bytes_image * micro), "per device, for weights and one micro-batch"),
+            ("time", f"about {clock(cost.seconds * each * s.steps)}", "from two images; the ETA below is exact"),
+            ("memory", plan.gib(cost.bytes_fixed + cost.bytes_image * micro), "a device: weights and one micro-batch"),
             ("disk", plan.gib(disk), f"{s.keep} checkpoints and one being written; {plan.gib(free)} free"),
-        ]  # fmt: skip
+        ]
         table("plan", rows)
 
     def _log(self, recent: list[Done], progress: Progress | None) -> None:
@@ -372,7 +387,8 @@ class _Pretraining:
         """Health figures and the strip of feature maps, logged and kept."""
         if not self.run:
             return None
-        assert self.start is not None and self.start_maps is not None
+        assert self.start is not None
+        assert self.start_maps is not None
         seen = verdict(self.health(self.method), self.start, step, bool(self.held_out))
         self.run.log(step, {f"health/{k}": v for k, v in seen.figures.items()})
         history = self.run.path("health.jsonl")
@@ -420,6 +436,10 @@ class _Pretraining:
         if self.run:
             self.run.note(text)
             say(text)
+
+
+def _millions(network: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
 
 
 def _free_memory(device: torch.device) -> int:

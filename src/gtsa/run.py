@@ -72,29 +72,32 @@ class Run:
 
     def start_logs(self, step: int) -> None:
         """Opens the logs for steps after ``step``; what an interrupted run wrote beyond it goes."""
-        metrics = self.path("metrics.jsonl")
-        if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if _step(line) <= step]
-            store(metrics, "".join(f"{line}\n" for line in kept).encode())
+        for log in (self.path("metrics.jsonl"), self.path("health.jsonl")):
+            if log.exists():
+                kept = [line for line in log.read_text().splitlines() if _step(line) <= step]
+                store(log, "".join(f"{line}\n" for line in kept).encode())
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard."""
+    def log(self, step: int, values: Mapping[str, float], file: str = "metrics.jsonl", **words: str) -> None:
+        """One line of a log file, and the numbers to TensorBoard."""
         assert self._writer is not None
-        with open(self.path("metrics.jsonl"), "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(file, json.dumps({"step": step, **words, **values}))
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name if file == "metrics.jsonl" else f"health/{name}", value, step)
 
     def note(self, text: str) -> None:
         """A line of train.log."""
-        with open(self.path("train.log"), "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
         os.close(self._descriptor)  # gives the lock back
+
+    def _append(self, name: str, line: str) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a planted link is not followed
+        with open(os.open(self.path(name), flags, 0o644), "a") as file:
+            file.write(line + "\n")
 
     def _entries(self) -> list[Path]:
         return sorted(self.folder.iterdir()) if self.folder.is_dir() else []

@@ -105,7 +105,7 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
         others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
         there = f"it holds {others}" if others else "it is empty"
         raise Remedy(
-            f"--data {data}: no images ({there}); put {', '.join(sorted(images.SUFFIXES))} files there, nested as you like",
+            f"--data {data}: no images ({there}); put {', '.join(sorted(images.SUFFIXES))} files there, nested or not",
             3,
         )
     if len(result.bad) > max(1, max_bad * result.looked_at) or not result.used:

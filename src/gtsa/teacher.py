@@ -19,8 +19,8 @@ def copy_of(student: M) -> M:
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float, accepted: Tensor | float = 1.0) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, where ``accepted`` (0/1, on the device) is 1."""
-    mine, theirs = list(teacher.parameters()), [p.detach() for p in student.parameters()]
+    mine, theirs = ([p.detach() for p in network.parameters()] for network in (teacher, student))
     assert len(mine) == len(theirs)
-    change = torch._foreach_sub(theirs, mine)
+    change = list(torch._foreach_sub(theirs, mine))
     torch._foreach_mul_(change, torch.as_tensor((1 - momentum) * accepted, dtype=mine[0].dtype, device=mine[0].device))
     torch._foreach_add_(mine, change)

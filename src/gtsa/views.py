@@ -61,7 +61,7 @@ class MultiCrop:
         groups = [self._cut(image, global_boxes, self.global_size, rng)]
         if local_boxes:
             groups.append(self._cut(image, local_boxes, self.local_size, rng))
-        return Views(*groups)
+        return Views.of(groups)
 
     def boxes(self, width: int, height: int, rng: Generator) -> tuple[list[Box], list[Box]]:
         """Boxes of the global and of the local crops in an image of ``width`` x ``height`` px."""

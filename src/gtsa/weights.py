@@ -55,7 +55,7 @@ def find(spec: str, network: str = "teacher") -> Weights:
     if path.is_file():
         return Weights(_from_file(path), spec)
     raise Remedy(
-        f"{spec}: no weights there; give a run, an export folder, a .safetensors or .pth file, timm:NAME or random:NAME",
+        f"{spec}: no weights there; give a run, an export folder, a .safetensors or .pth file, or timm:NAME",
         4,
     )
 

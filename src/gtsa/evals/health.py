@@ -59,7 +59,7 @@ class Health:
             patches = method.encoders["teacher"](batch.global_crops.pixels.flatten(0, 1)).patches
             tokens.append(patches.flatten(0, 2).float().cpu())
         method.train(training)
-        _, row = torch.cat(images).unique(return_inverse=True)
+        _, row = torch.unique(torch.cat(images), return_inverse=True)
         count = torch.bincount(row).double()
         means = {
             name: torch.zeros(len(count), dtype=torch.float64).index_add_(0, row, torch.cat(values)) / count
@@ -120,9 +120,10 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
         "region_gain_high": gain[2],
     }
     region_learnt = gain[1] > 0
+    better = "predicted better" if region_learnt else "not clearly predicted better"
     reasons = [
-        f"true regions are {'predicted better' if region_learnt else 'not clearly predicted better'} than other images' "
-        f"regions, by {gain[0]:+.4f} cosine over step 0 (95 % interval {gain[1]:+.4f} to {gain[2]:+.4f}, {images} {where})"
+        f"true regions are {better} than other images' regions, by {gain[0]:+.4f} cosine over step 0 "
+        f"(95 % interval {gain[1]:+.4f} to {gain[2]:+.4f}, {images} {where})"
     ]
     rotation_learnt = False
     if "rotation_accuracy" in now.scores:

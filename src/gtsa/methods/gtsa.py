@@ -20,6 +20,14 @@ from gtsa.schedules import After, Cosine
 from gtsa.teacher import copy_of, follow
 
 
+class Branch(nn.Module):
+    """What student and teacher have in common: encoder and projector U."""
+
+    def __init__(self, encoder: Backbone, projector: GridProjector) -> None:
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+
 class GTSA(Method):
     """Student and teacher, the three losses, and the moving average.
 
@@ -51,9 +59,7 @@ class GTSA(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        self.student = nn.Module()
-        self.student.encoder = encoder
-        self.student.projector = GridProjector(encoder.width, projector_dim, out_dim)
+        self.student = Branch(encoder, GridProjector(encoder.width, projector_dim, out_dim))
         self.teacher = copy_of(self.student)
         self.predictor = GridPredictor(out_dim, predictor_dim)
         self.rotation_head = RotationHead(encoder.width) if rotation_weight > 0 else None
@@ -102,8 +108,8 @@ class GTSA(Method):
     @torch.no_grad()
     def teacher_maps(self, crops: Crops) -> Tensor:
         """[B, G, h, w, C] projected maps of the teacher."""
-        maps = self.teacher.projector(self.teacher.encoder(crops.pixels.flatten(0, 1)).patches)
-        return maps.unflatten(0, crops.turns.shape)  # type: ignore[no-any-return]
+        maps: Tensor = self.teacher.projector(self.teacher.encoder(crops.pixels.flatten(0, 1)).patches)
+        return maps.reshape(*crops.turns.shape, *maps.shape[1:])
 
     def student_maps(self, crops: Crops) -> tuple[Tensor, Tensor | None]:
         """Predicted maps [B, V, h, w, C], and rotation logits [B, V, 4] where rotation is predicted."""

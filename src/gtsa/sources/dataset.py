@@ -16,7 +16,7 @@ from gtsa.sources import Detail
 
 
 class Items:
-    """A map-style dataset: an item is a PIL image, a uint8 array [H, W, 3] or tensor [3, H, W], or a tuple with one first.
+    """A map-style dataset of PIL images, uint8 arrays [H, W, 3] or tensors [3, H, W], or of tuples with one first.
 
     What else an item raises or holds is a reason to leave it out.
     """

@@ -1,0 +1,115 @@
+"""A checkpoint is whole or absent."""
+
+import errno
+import os
+import random
+
+import pytest
+import torch
+
+from gtsa import checkpoint
+from gtsa.core import Remedy
+
+TENSORS = {"method": {"a": torch.arange(50.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)}, "start": {"c": torch.eye(3)}}
+
+
+def test_what_is_written_is_read(tmp_path):
+    place = checkpoint.write(tmp_path, 7, TENSORS, {"skips": [1]})
+    assert checkpoint.newest(tmp_path) == (place, [])
+    tensors, state = checkpoint.read(place)
+    assert state == {"step": 7, "skips": [1]}
+    for stem, group in TENSORS.items():
+        for name, tensor in group.items():
+            assert torch.equal(tensors[stem][name], tensor)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        checkpoint.write(tmp_path, step, TENSORS, {}, keep=2)
+    assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-00000005", "step-00000004"]
+
+
+def test_the_same_step_can_be_written_again(tmp_path):
+    checkpoint.write(tmp_path, 1, TENSORS, {"n": 1})
+    place = checkpoint.write(tmp_path, 1, TENSORS, {"n": 2})
+    assert checkpoint.read(place)[1]["n"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_every_flipped_bit_and_truncation_is_found(tmp_path):
+    place = checkpoint.write(tmp_path, 3, TENSORS, {"skips": []})
+    files = sorted(place.iterdir())
+    chance = random.Random(0)
+    found = 0
+    for _ in range(200):
+        file = chance.choice(files)
+        whole = file.read_bytes()
+        changed = bytearray(whole)
+        changed[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        file.write_bytes(changed)
+        found += checkpoint.newest(tmp_path)[0] is None
+        file.write_bytes(whole)
+    for _ in range(60):
+        file = chance.choice(files)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: chance.randrange(len(whole))])
+        found += checkpoint.newest(tmp_path)[0] is None
+        file.write_bytes(whole)
+    for file in files:
+        whole = file.read_bytes()
+        file.unlink()
+        found += checkpoint.newest(tmp_path)[0] is None
+        file.write_bytes(whole)
+    assert found == 260 + len(files)
+    assert checkpoint.newest(tmp_path) == (place, [])
+
+
+@pytest.mark.parametrize("call", ["open", "os.fsync", "os.rename", "os.mkdir", "os.open"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_no_failure_of_the_disk_costs_the_old_checkpoint(tmp_path, monkeypatch, call, error):
+    """Every call of a kind fails once, in turn, until a save goes through."""
+    old = checkpoint.write(tmp_path, 1, TENSORS, {})
+    for turn in range(50):
+        with monkeypatch.context() as patch:
+            failed = break_once(patch, call, turn, error)
+            try:
+                checkpoint.write(tmp_path, 2, TENSORS, {})
+            except Remedy as remedy:
+                assert remedy.code == 6
+                assert "step-00000001" in str(remedy)
+        checkpoint.verify(old)
+        if not failed:
+            break
+        newest, _ = checkpoint.newest(tmp_path)
+        assert newest is not None
+    else:
+        raise AssertionError("the fault never stopped happening")
+    assert turn > 0
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000001", "step-00000002"]
+
+
+def break_once(patch, call, turn, error):
+    """Makes the ``turn``-th call fail; returns a list that is filled if it did."""
+    import builtins
+
+    module, name = (os, call[3:]) if call.startswith("os.") else (builtins, call)
+    real, count, failed = getattr(module, name), [0], []
+
+    def broken(*arguments, **options):
+        relevant = call != "open" or "b" in str(arguments[1:2])
+        if relevant:
+            count[0] += 1
+            if count[0] - 1 == turn:
+                failed.append(True)
+                raise OSError(error, os.strerror(error))
+        return real(*arguments, **options)
+
+    patch.setattr(module, name, broken)
+    return failed
+
+
+def test_what_an_interrupted_save_left_is_cleared(tmp_path):
+    (tmp_path / ".draft-00000001-123").mkdir()
+    (tmp_path / ".draft-00000001-123" / "method.safetensors").write_bytes(b"half")
+    checkpoint.write(tmp_path, 2, TENSORS, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]

@@ -1,0 +1,193 @@
+"""Wrong input, typed as a user types it: one clear sentence, the right exit code, nothing imported or overwritten."""
+
+import struct
+import zlib
+
+import pytest
+from conftest import make_scenes, run
+from PIL import Image
+
+from gtsa.cli import run as in_process
+
+
+def told(capsys, *arguments):
+    code = in_process([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    return code, captured.err
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    code, _, err = run("pretrain", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert code == 3
+    assert "no images (it is empty)" in err
+    assert "Traceback" not in err
+
+
+def test_a_file_instead_of_a_folder(tmp_path, scenes, capsys):
+    code, err = told(capsys, "pretrain", "--data", scenes / "scene_00.jpg", "--out", tmp_path / "run")
+    assert code == 3
+    assert "is a file: give the folder that it is in" in err
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    code, err = told(capsys, "pretrain", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert code == 3
+    assert "no such folder" in err
+
+
+def test_a_folder_of_text_files(tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.md").write_text("words")
+    code, err = told(capsys, "pretrain", "--data", tmp_path, "--out", tmp_path.parent / "run")
+    assert code == 3
+    assert "no images (it holds 3 .md)" in err
+
+
+def test_truncated_jpegs(tmp_path, capsys):
+    data = make_scenes(tmp_path / "data", 4)
+    for name in ("scene_00.jpg", "scene_02.jpg"):
+        whole = (data / name).read_bytes()
+        (data / name).write_bytes(whole[: len(whole) // 2])
+    code, err = told(capsys, "pretrain", "--data", data, "--out", tmp_path / "run")
+    assert code == 3
+    assert "2 of 4 images cannot be used" in err
+    assert "scene_00.jpg: damaged: image file is truncated" in err
+    assert "--max-bad" in err
+
+
+def test_a_60000_x_1_image(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "data" / "line.png")
+    code, err = told(capsys, "pretrain", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert code == 3
+    assert "line.png: 60000 x 1 px: the short side needs at least 16 px" in err
+
+
+def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, capsys):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    (tmp_path / "data").mkdir()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (tmp_path / "data" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    code, err = told(capsys, "check", tmp_path / "data")
+    assert code == 3
+    assert "1 of 1 images cannot be used" in err
+
+
+def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    code, err = told(capsys, "pretrain", "--data", scenes, "--out", out)
+    assert code == 2
+    assert "--resume" in err
+    assert "--overwrite" in err
+    code, err = told(capsys, "pretrain", "--data", scenes, "--out", out, "--resume")
+    assert code == 2
+    assert "no run of gtsa" in err
+    assert (out / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--epoch", "3"], 2, "Did you mean --epochs"),
+        (["--epochs", "-1"], 2, "epochs: -1 should be greater than or equal to 1"),
+        (["--epochs", "1", "--steps", "2"], 2, "steps and epochs: give one of the two"),
+        (["--views.global-size", "230"], 2, "patch is 16 px: take 224 or 240"),
+        (["--model", "vit_small_patch14_reg4_dinov2", "--views.global-size", "224", "--views.local-size", "96"], 2, "take 84 or 98"),
+        (["--precision", "fp16", "--device", "cpu"], 2, "fp16 needs a GPU"),
+        (["--model", "resnet50"], 2, "no plain vision transformer"),
+        (["--model", "vit_smal_patch16_224"], 2, "vit_small_patch16_224"),
+        (["--method", "mae"], 2, "there is no 'mae'"),
+        (["--views.jitter", "2"], 2, "a probability from 0 to 1"),
+        (["--init", "nowhere.safetensors"], 4, "no weights there"),
+        (["--batch-size", "many"], 2, "batch-size"),
+        (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["--hold-out", "99"], 2, "leaves nothing of 14 images"),
+    ],
+)
+def test_wrong_settings(tmp_path, scenes, capsys, arguments, code, words):
+    found, err = told(capsys, "pretrain", "--data", scenes, "--out", tmp_path / "run", *arguments)
+    assert (found, words in err) == (code, True), err
+
+
+def test_all_errors_at_once(tmp_path, scenes, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("epochs: 0\nlearning_rates: 1\nviews: {local_crop: 3}\n")
+    code, err = told(capsys, "pretrain", "--config", path, "--data", scenes, "--out", tmp_path / "run")
+    assert code == 2
+    for words in ("epochs: 0", "did you mean learning_rate?", "did you mean local_crops?"):
+        assert words in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_path_is_refused_and_not_imported(tmp_path, scenes):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w').close()\n")
+    (tmp_path / "bad.yaml").write_text("gtsa:\n  class_path: evil.Method\n  init_args: {}\n")
+    code, _, err = run("pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run", cwd=tmp_path)
+    assert code == 2
+    assert "gtsa.class_path: there is no such setting" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_python_tag_in_yaml_is_refused(tmp_path, scenes, capsys):
+    (tmp_path / "bad.yaml").write_text(f"seed: !!python/object/apply:os.mkdir [{tmp_path / 'proof'}]\n")
+    code, err = told(capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run")
+    assert code == 2
+    assert "not plain YAML" in err
+    assert not (tmp_path / "proof").exists()
+
+
+def test_duplicate_keys_in_yaml_are_refused(tmp_path, scenes, capsys):
+    (tmp_path / "bad.yaml").write_text("seed: 1\nseed: 2\n")
+    code, err = told(capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run")
+    assert code == 2
+    assert "duplicate key" in err
+
+
+def test_print_config_can_be_read_back(tmp_path, scenes, capsys):
+    assert in_process(["pretrain", "--data", str(scenes), "--views.local-crops", "3", "--print-config"]) == 0
+    (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
+    assert in_process(["pretrain", "--config", str(tmp_path / "a.yaml"), "--seed", "5", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert "local_crops: 3" in text
+    assert "seed: 5" in text
+
+
+def test_check_accounts_for_every_file(tmp_path, capsys):
+    data = make_scenes(tmp_path / "data", 5)
+    (data / "broken\x1b[31m.png").write_bytes(b"<html>not found</html>")
+    (data / "notes.csv").write_text("a,b")
+    code = in_process(["check", str(data), "--json", str(tmp_path / "report.json")])
+    captured = capsys.readouterr()
+    assert code == 3
+    assert "an HTML page, not an image" in captured.out
+    assert "\x1b[31m" not in captured.out + captured.err
+    import json
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["images"] == 6
+    assert report["used"] == 5
+    assert report["other_files"] == {".csv": 1}
+
+
+def test_check_of_clean_data(scenes, capsys):
+    assert in_process(["check", str(scenes)]) == 0
+    assert "14 decoded whole" in capsys.readouterr().out
+
+
+def test_preview_draws_the_views(tmp_path, scenes, capsys):
+    assert in_process(["preview", str(scenes), "--image", "3", "--out", str(tmp_path / "a.png")]) == 0
+    assert in_process(["preview", str(scenes), "--image", "3", "--out", str(tmp_path / "b.png")]) == 0
+    assert in_process(["preview", str(scenes), "--image", "3", "--epoch", "1", "--out", str(tmp_path / "c.png")]) == 0
+    a, b, c = ((tmp_path / f"{n}.png").read_bytes() for n in "abc")
+    assert a == b != c
+    assert Image.open(tmp_path / "a.png").width > 800
+    code, err = told(capsys, "preview", scenes, "--image", "99", "--out", tmp_path / "d.png")
+    assert code == 3
+    assert "14 images" in err

@@ -1,0 +1,128 @@
+"""The three losses, against plain loops over numbers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gtsa import losses
+
+few = settings(deadline=None, max_examples=40)
+small = st.integers(1, 6)
+seeds = st.integers(0, 999)
+
+
+def normal(seed, *shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def slow_region(student, target):
+    cells = [
+        cosine(a, b) for r, s in zip(student.tolist(), target.tolist(), strict=True) for a, b in zip(r, s, strict=True)
+    ]
+    return -sum(cells) / len(cells)
+
+
+def slow_patch(student, teacher, matches):
+    table = [[cosine(a, b) for b in teacher.tolist()] for a in student.tolist()]
+    of_students = sorted((max(row) for row in table), reverse=True)[:matches]
+    of_teachers = sorted((max(row[m] for row in table) for m in range(len(teacher))), reverse=True)[:matches]
+    return -(sum(of_students) / matches + sum(of_teachers) / matches) / 2
+
+
+@few
+@given(small, small, seeds)
+def test_region_is_the_mean_negative_cosine_of_cells(cells, channels, seed):
+    student, target = normal(seed, 2, 3, cells, cells, channels), normal(seed + 1, 2, 3, cells, cells, channels)
+    loss = losses.region(student, target)
+    assert loss.shape == (2, 3)
+    assert loss[1, 2].item() == pytest.approx(slow_region(student[1, 2], target[1, 2]), abs=1e-12)
+
+
+def test_region_by_hand():
+    student = torch.tensor([[[3.0, 4], [1, 0]], [[0, 1], [1, 1]]])
+    target = torch.tensor([[[4.0, 3], [-2, 0]], [[5, 0], [2, 2]]])  # cosines 24/25, -1, 0, 1
+    assert losses.region(student, target).item() == pytest.approx(-0.24)
+
+
+@few
+@given(st.integers(1, 9), st.integers(1, 9), st.data(), seeds)
+def test_patch_keeps_the_best_matches_of_either_side(n, m, data, seed):
+    matches = data.draw(st.integers(1, min(n, m)))
+    student, teacher = normal(seed, 2, n, 5), normal(seed + 1, 2, m, 5)
+    loss = losses.patch_correspondence(student, teacher, matches)
+    assert loss.shape == (2,)
+    for b in range(2):
+        assert loss[b].item() == pytest.approx(slow_patch(student[b], teacher[b], matches), abs=1e-12)
+
+
+def test_patch_by_hand():
+    student = torch.tensor([[1.0, 0], [0.6, 0.8], [-1, 0]])
+    teacher = torch.tensor([[2.0, 0], [0, 1]])
+    # cosines: (1, 0), (0.6, 0.8), (-1, 0); students' best: 1, 0.8, 0; teachers' best: 1, 0.8
+    assert losses.patch_correspondence(student, teacher, 1).item() == pytest.approx(-1)
+    assert losses.patch_correspondence(student, teacher, 2).item() == pytest.approx(-0.9)
+
+
+def test_patch_broadcasts_students_over_teachers():
+    student, teacher = normal(0, 2, 3, 4, 5), normal(1, 2, 2, 6, 5)
+    loss = losses.patch_correspondence(student[:, :, None], teacher[:, None], 2)
+    assert loss.shape == (2, 3, 2)
+    assert loss[1, 2, 0].item() == pytest.approx(slow_patch(student[1, 2], teacher[1, 0], 2), abs=1e-12)
+
+
+@few
+@given(st.floats(0.01, 100), seeds)
+def test_lengths_of_vectors_do_not_count(scale, seed):
+    student, target = normal(seed, 3, 3, 4), normal(seed + 1, 3, 3, 4)
+    assert torch.allclose(losses.region(student * scale, target), losses.region(student, target / scale))
+    flat = student.flatten(0, 1), target.flatten(0, 1)
+    assert torch.allclose(
+        losses.patch_correspondence(flat[0] * scale, flat[1], 4), losses.patch_correspondence(*flat, 4)
+    )
+
+
+@few
+@given(seeds)
+def test_rotation_is_cross_entropy(seed):
+    logits, turns = normal(seed, 2, 3, 4), torch.randint(4, (2, 3), generator=torch.Generator().manual_seed(seed))
+    loss = losses.rotation(logits, turns)
+    assert loss.shape == (2, 3)
+    for b in range(2):
+        for v in range(3):
+            row = logits[b, v].tolist()
+            expected = math.log(sum(map(math.exp, row))) - row[turns[b, v]]
+            assert loss[b, v].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_lose_nothing(dtype):
+    a, b = normal(0, 3, 3, 64, dtype=dtype), normal(1, 3, 3, 64, dtype=dtype)
+    a = a * 300  # whose squares overflow in float16
+    logits, turns = normal(2, 5, 4, dtype=dtype), torch.tensor([0, 1, 2, 3, 0])
+    for loss, inputs in (
+        (losses.region, (a, b)),
+        (lambda x, y: losses.patch_correspondence(x.flatten(0, 1), y.flatten(0, 1), 4), (a, b)),
+        (lambda x, y: losses.rotation(x, turns), (logits, logits)),
+    ):
+        exact = loss(*(x.double() for x in inputs)).flatten().tolist()
+        assert loss(*inputs).flatten().tolist() == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+def test_zero_vectors_give_finite_gradients():
+    student = torch.zeros(2, 2, 3, requires_grad=True)
+    losses.region(student, torch.ones(2, 2, 3)).backward()
+    assert student.grad.isfinite().all()
+
+
+def test_gradients_are_right():
+    a, b = normal(0, 4, 3).requires_grad_(), normal(1, 5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: losses.patch_correspondence(x, y, 2), (a, b))
+    assert torch.autograd.gradcheck(lambda x, y: losses.region(x[None], y[None, :4]), (a, b))
