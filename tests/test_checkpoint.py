@@ -10,7 +10,10 @@ import torch
 from gtsa import checkpoint
 from gtsa.core import Remedy
 
-TENSORS = {"method": {"a": torch.arange(50.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)}, "start": {"c": torch.eye(3)}}
+TENSORS = {
+    "method": {"a": torch.arange(50.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)},
+    "start": {"c": torch.eye(3)},
+}
 
 
 def test_what_is_written_is_read(tmp_path):

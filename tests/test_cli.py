@@ -4,9 +4,9 @@ import struct
 import zlib
 
 import pytest
-from conftest import make_scenes, run
 from PIL import Image
 
+from conftest import make_scenes, run
 from gtsa.cli import run as in_process
 
 
@@ -71,7 +71,9 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, capsys):
 
     (tmp_path / "data").mkdir()
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    (tmp_path / "data" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    (tmp_path / "data" / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
     code, err = told(capsys, "check", tmp_path / "data")
     assert code == 3
     assert "1 of 1 images cannot be used" in err
@@ -98,7 +100,11 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
         (["--epochs", "-1"], 2, "epochs: -1 should be greater than or equal to 1"),
         (["--epochs", "1", "--steps", "2"], 2, "steps and epochs: give one of the two"),
         (["--views.global-size", "230"], 2, "patch is 16 px: take 224 or 240"),
-        (["--model", "vit_small_patch14_reg4_dinov2", "--views.global-size", "224", "--views.local-size", "96"], 2, "take 84 or 98"),
+        (
+            ["--model", "vit_small_patch14_reg4_dinov2", "--views.global-size", "224", "--views.local-size", "96"],
+            2,
+            "take 84 or 98",
+        ),
         (["--precision", "fp16", "--device", "cpu"], 2, "fp16 needs a GPU"),
         (["--model", "resnet50"], 2, "no plain vision transformer"),
         (["--model", "vit_smal_patch16_224"], 2, "vit_small_patch16_224"),
@@ -128,7 +134,9 @@ def test_all_errors_at_once(tmp_path, scenes, capsys):
 def test_a_class_path_is_refused_and_not_imported(tmp_path, scenes):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w').close()\n")
     (tmp_path / "bad.yaml").write_text("gtsa:\n  class_path: evil.Method\n  init_args: {}\n")
-    code, _, err = run("pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run", cwd=tmp_path)
+    code, _, err = run(
+        "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run", cwd=tmp_path
+    )
     assert code == 2
     assert "gtsa.class_path: there is no such setting" in err
     assert "Traceback" not in err
@@ -187,7 +195,8 @@ def test_preview_draws_the_views(tmp_path, scenes, capsys):
     assert in_process(["preview", str(scenes), "--image", "3", "--epoch", "1", "--out", str(tmp_path / "c.png")]) == 0
     a, b, c = ((tmp_path / f"{n}.png").read_bytes() for n in "abc")
     assert a == b != c
-    assert Image.open(tmp_path / "a.png").width > 800
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > 800
     code, err = told(capsys, "preview", scenes, "--image", "99", "--out", tmp_path / "d.png")
     assert code == 3
     assert "14 images" in err

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+
 from conftest import final_weights, run, start
 
 
@@ -73,7 +74,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     file.write_bytes(data)
     code, printed, _ = run("pretrain", "--out", out, "--resume")
     assert code == 0
-    assert f"{newest.name} is damaged (method.safetensors was changed or cut short): going on from step-00000008" in printed
+    assert (
+        f"{newest.name} is damaged (method.safetensors was changed or cut short): going on from step-00000008"
+        in printed
+    )
     assert final_weights(out) == final_weights(straight[0])
 
 

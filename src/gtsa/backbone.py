@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, cast
 
 import timm
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
 def _create(model: str, **arguments: Any) -> Any:
     """A timm ViT without a head, whose forward gives all tokens after the final norm: [N, prefix + h * w, D]."""
     if not timm.is_model(model):
-        near = ", ".join(timm.list_models(f"*{model.split('.')[0][:8]}*", exclude_filters=["*hybrid*"])[:4])
+        near = ", ".join(difflib.get_close_matches(model.split(".")[0], names("*"), 3))
         hint = f"near it: {near}" if near else "e.g. vit_tiny_patch16_224, vit_small_patch16_224"
         raise Remedy(f"timm {timm.__version__} has no model {model!r}; {hint}")
     try:
@@ -97,7 +98,7 @@ def _create(model: str, **arguments: Any) -> Any:
             f"{model} cannot be used: it is no plain vision transformer with these arguments ({error}); "
             "choose one of timm's VisionTransformer or Eva models, e.g. vit_small_patch16_224"
         ) from None
-    embed = getattr(vit, "patch_embed", None)
+    embed: Any = getattr(vit, "patch_embed", None)
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(embed, "grid_size"):
         raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
     (size, _), (patch, _), (grid, _) = embed.img_size, embed.patch_size, embed.grid_size

@@ -14,12 +14,15 @@ import cyclopts
 from cyclopts import Group, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from gtsa import __version__, config, methods
+import gtsa
+from gtsa import config, methods
+from gtsa.backbone import names
 from gtsa.core import Remedy
+from gtsa.terminal import say
 
 app = cyclopts.App(
     name="gtsa",
-    version=__version__,
+    version=gtsa.__version__,
     help="Learn dense visual features from your own scenes. The weights are yours.",
     help_on_error=False,
 )
@@ -35,8 +38,8 @@ def _flags(model: Any, group: Group, prefix: str = "") -> list[inspect.Parameter
             continue
         flag = f"--{prefix}{name}".replace("_", "-")
         off = (f"--{prefix}no-{name}",) if field.default is True else ()
-        help_ = " ".join((field.description or "").split())
-        shown = Parameter(name=flag, group=group, help=help_[:1].upper() + help_[1:], negative=off)
+        words = " ".join((field.description or "").split())
+        shown = Parameter(name=flag, group=group, help=words[:1].upper() + words[1:], negative=off)
         kind = Annotated[_bare(field.annotation), shown]
         flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), kind, field.default))
     return flags + sections
@@ -47,7 +50,8 @@ def _bare(kind: Any) -> Any:
     if get_origin(kind) is Annotated:
         return _bare(get_args(kind)[0])
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        return reduce(or_, map(_bare, get_args(kind)))
+        kinds: Any = tuple(map(_bare, get_args(kind)))
+        return reduce(or_, kinds)
     return kind
 
 
@@ -74,9 +78,7 @@ def _pretrain(**flat: Any) -> None:
     if stop:
         print(config.to_yaml(config.validated(config.Pretrain, given)), end="")
         return
-    from gtsa.pretrain import pretrain
-
-    pretrain(**given)
+    gtsa.pretrain(**given)
 
 
 CONFIG = Parameter(name="--config", help="YAML file of settings; flags come on top.")
@@ -113,9 +115,7 @@ def check(
     data_root
         For list files: the folder that paths are relative to and must lie in.
     """
-    from gtsa.check import check as verb
-
-    verb(data, json, range16, data_root)
+    gtsa.check(data, json, range16, data_root)
 
 
 @app.command
@@ -147,12 +147,10 @@ def preview(
     seed
         As for pretrain.
     """
-    from gtsa.preview import preview as verb
-
     settings = config.read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
-    verb(data, out, image, epoch, **{"model": model, "seed": seed, **settings})
+    gtsa.preview(data, out, image, epoch, **{"model": model, "seed": seed, **settings})
 
 
 @app.command
@@ -177,10 +175,7 @@ def export(
     network
         Of a run, the teacher (as evaluated) or the student.
     """
-    from gtsa.export import export as verb
-    from gtsa.terminal import say
-
-    place = verb(weights, out, to, network)
+    place = gtsa.export(weights, out, to, network)
     say(f'{place}: open it with timm.create_model("local-dir:{place}", pretrained=True)')
 
 
@@ -194,8 +189,6 @@ def list_methods() -> None:
 @app.command
 def models(pattern: str = "vit_*", /) -> None:
     """List timm's plain vision transformers whose names match a pattern."""
-    from gtsa.backbone import names
-
     print("\n".join(names(pattern)))
 
 

@@ -57,6 +57,13 @@ class StepSampler(Sampler[list[Draw]]):
                 yield [Draw(*divmod(place, self.images)) for place in range(first, first + size)]
 
 
+class NoImageLeft(Remedy):
+    """Its code and message outlive a worker, from which torch brings back no more than the type and a traceback."""
+
+    def __init__(self, _: str = "") -> None:
+        super().__init__("no image of the run can be read any more; is the folder still there?", 3)
+
+
 class Readable(Protocol):
     """What the stream needs of a source."""
 
@@ -94,7 +101,7 @@ class ViewSet(Dataset[Views]):
             views = self.multicrop(pixels, generator(self.seed, self.stream, attempt, image, draw.epoch))
             replaced = [Replaced(bad, why, image) for bad, why in failed]
             return Views.of(views.groups, torch.tensor([image]), replaced)
-        raise Remedy("no image of the run can be read any more; is the folder still there?", 3)
+        raise NoImageLeft
 
 
 def collate(views: list[Views]) -> Views:

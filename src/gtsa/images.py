@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import warnings
@@ -19,7 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "MPO")  # MPO: JPEGs of cameras that hold a second picture
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, files of cameras that hold a second picture
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 LARGEST = 2**27  # pixels; larger ones are refused from their header
 SMALLEST = 16  # px of the short side: one patch
@@ -71,7 +72,7 @@ def decode(
         _sized(image.width, image.height)
         if detail is not None and image.format == "JPEG":
             scale = detail(image.width, image.height)
-            image.draft(None, (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         try:
             deep = _deep_tiff(image)
             array = _from_tiff(path, range16) if deep else _from_pillow(image, path, range16)
@@ -94,8 +95,8 @@ class _opened:
             if not stat.S_ISREG(mode):
                 raise BadImage("not a regular file")
             self.file = open(self.path, "rb")
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
+            raise BadImage(getattr(error, "strerror", None) or str(error)) from None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of large and odd files; we have rules of our own
@@ -122,19 +123,24 @@ def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
         return "an HTML page, not an image: download it again"
     if not any(head):
         return "zero bytes only"
-    if head[:4] in (b"II*\0", b"MM\0*") and _tiff_bands(path) not in (1, 3, 4, None):
-        return f"{_tiff_bands(path)} bands: 1, 3 or 4 (with alpha) are read"
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and (kind := _tiff_kind(path)):
+        return kind
     if isinstance(error, UnidentifiedImageError):
         return "not a JPEG, PNG, WebP, TIFF or BMP image, or its header is damaged"
     return _reason(error)
 
 
-def _tiff_bands(path: str | Path) -> int | None:
+def _tiff_kind(path: str | Path) -> str | None:
+    """What a TIFF holds that Pillow does not know."""
     try:
         with tifffile.TiffFile(path) as tiff:
-            return int(tiff.pages.first.samplesperpixel)
+            page = tiff.pages.first
+            bands, kind = int(page.samplesperpixel), str(page.dtype)
     except Exception:
         return None
+    if bands not in (1, 3, 4):
+        return f"{bands} bands: 1, 3 or 4 (with alpha) are read"
+    return f"a TIFF of {bands} x {kind}, photometric {page.photometric}: convert it to 8 or 16 bits, grey or RGB"
 
 
 def _sized(width: int, height: int) -> tuple[int, int]:
@@ -156,6 +162,11 @@ def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
             if file.read(25)[24] == 16:
                 raise BadImage("a 16-bit colour PNG cannot be read at a declared range: convert it to TIFF")
     image = ImageOps.exif_transpose(image) if _turned(image) else image
+    return as_rgb(image, range16)
+
+
+def as_rgb(image: Any, range16: Range) -> np.ndarray:
+    """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``."""
     if image.mode.startswith(("I", "F")):
         return _grey(np.asarray(image), range16)
     if image.mode in ALPHA or "transparency" in image.info:
@@ -177,6 +188,9 @@ def _from_tiff(path: str | Path, range16: Range) -> np.ndarray:
         data = io.BytesIO(file.read())
     with tifffile.TiffFile(data) as tiff:
         page = tiff.pages.first
+        if page.imagedepth > 1:
+            raise BadImage(f"a volume of {page.imagedepth} slices: save each slice as an image")
+        _sized(page.imagewidth, page.imagelength)
         array = page.asarray()
         if page.planarconfig == 2 and array.ndim == 3:
             array = np.moveaxis(array, 0, -1)
@@ -185,8 +199,7 @@ def _from_tiff(path: str | Path, range16: Range) -> np.ndarray:
         orientation = page.tags.get(274)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
-    rgb = _grey(array, range16)
-    return _upright(rgb, orientation.value if orientation else 1)
+    return _upright(_grey(array, range16), orientation.value if orientation else 1)
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -221,4 +234,6 @@ def _grey(array: np.ndarray, range16: Range) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     text = str(error).split("\n")[0].strip()
+    if "imagecodecs" in text:
+        return "a compressed TIFF of more than 8 bits: install what reads it with pip install 'gtsa[tiff]'"
     return f"damaged: {text}" if text else f"damaged: {type(error).__name__}"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -62,9 +62,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     Raises:
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
     """
-    given = (
-        dict(settings) if data is None else {"data": data if isinstance(data, str) else _described(data), **settings}
-    )
+    given = dict(settings) if data is None else {"data": _described(data), **settings}
     asked = _asked(given)
     ready = plan.engine(asked)
     plan.sizes(ready)
@@ -74,9 +72,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
         torch.use_deterministic_algorithms(True)
     run = Run(asked.out, asked.resume, asked.overwrite) if fabric.global_rank == 0 else None
     try:
-        return _Pretraining(
-            data if data is not None and not isinstance(data, str) else asked.data, ready, fabric, run
-        )()
+        return _Pretraining(asked.data if data is None else data, ready, fabric, run)()
     except Remedy as remedy:
         if run:
             run.note(f"ended: {remedy}")
@@ -87,7 +83,10 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
 
 
 def _described(data: Any) -> str:
-    return os.fspath(data) if isinstance(data, os.PathLike) else f"<{type(data).__name__} of {len(data)} items>"
+    """``data`` as config.yaml tells it: a path, from wherever it is resumed, or words for what is no path."""
+    if isinstance(data, str | os.PathLike):
+        return os.path.abspath(data) if os.path.exists(data) else os.fspath(data)
+    return f"<{type(data).__name__} of {len(data)} items>"
 
 
 def _asked(given: Mapping[str, Any]) -> Any:
@@ -118,7 +117,7 @@ class _Pretraining:
 
     def __init__(self, data: Any, ready: plan.Plan, fabric: Fabric, run: Run | None) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
-        self.fresh = True
+        self._remember(ready.settings)  # as asked, before anything else: a run killed here can be resumed too
         self.source, self.train, self.held_out = self._images(data)
         plan.budget(ready, len(self.train))
         s = self.settings = ready.settings
@@ -127,15 +126,14 @@ class _Pretraining:
         self.bad: dict[int, str] = {}
 
     def __call__(self) -> Trained:
-        s, fabric = self.settings, self.fabric
+        fabric = self.fabric
         if fabric.global_rank == 0:
             cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric)
             plan.memory(self.plan, cost, _free_memory(fabric.device))
             self._show(cost)
         accumulate = fabric.broadcast(self.plan.settings.accumulate)
         s = self.settings = self.plan.settings.model_copy(update={"accumulate": accumulate})
-        if self.run and self.fresh:
-            self.run.write("config.yaml", config.to_yaml(s))
+        self._remember(s)
 
         optimizer = ScheduledAdamW(
             self.method,
@@ -143,13 +141,13 @@ class _Pretraining:
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
         )
-        module, wrapped = fabric.setup(self.method, optimizer)
+        module, wrapped = cast(tuple[Any, Any], fabric.setup(self.method, optimizer))
         mean, std = self.method.encoders["student"].normalisation
 
         def prepare(views: Views) -> Views:
             return augment.apply(views, fabric.device, mean, std)
 
-        looked_at = self.held_out or self.train
+        looked_at = self.held_out or self.train[:64]
         self.health = Health(ViewSet(self.source, looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
         self.gallery = squares(self._gallery(looked_at), 2 * self.multicrop.global_size)
         start, skips = self._restore(optimizer)
@@ -168,7 +166,7 @@ class _Pretraining:
 
     def _train(self, steps: Iterator[Done], start: int, optimizer: Any, skips: deque[int], stop: list[int]) -> None:
         """What happens between steps: logs, looks, checkpoints, requests to stop."""
-        s, fabric = self.settings, self.fabric
+        s = self.settings
         progress = Progress(s.steps, start, s.batch_size) if self.run else None
         recent: list[Done] = []
         try:
@@ -212,8 +210,7 @@ class _Pretraining:
         options = {"range16": s.range16, "data_root": s.data_root}
         if self.run:
             manifest = self.run.path("images.jsonl")
-            self.fresh = not (s.resume and manifest.exists())
-            if self.fresh:
+            if not (s.resume and manifest.exists()):
                 source = open_source(data, **options)
                 found = scan(source, range16=s.range16)
                 self.run.write("scan.json", json.dumps(found.report(), indent=1) + "\n")
@@ -250,6 +247,12 @@ class _Pretraining:
                 "mend them and go on with --resume, or allow more with --max-bad",
                 3,
             )
+
+    def _remember(self, settings: Any) -> None:
+        """config.yaml: what --resume goes on with, and what --config takes for another run."""
+        if self.run:
+            kept = settings.model_copy(update={"resume": False, "overwrite": False})
+            self.run.write("config.yaml", config.to_yaml(kept))
 
     # Networks
 
@@ -343,6 +346,8 @@ class _Pretraining:
         free = shutil.disk_usage(s.out).free
         if disk > free:
             raise Remedy(f"--out {s.out}: {plan.gib(disk)} are needed for checkpoints, {plan.gib(free)} are free", 6)
+        if self.loaded:
+            say(self.loaded)
         micro = s.batch_size // (s.devices * s.nodes * s.accumulate)
         held = (
             f"{len(self.held_out)} more held out to judge by" if self.held_out else why.get("hold_out", "none held out")
@@ -351,7 +356,7 @@ class _Pretraining:
         each = s.batch_size // (s.devices * s.nodes)
         rows = [
             ("images", f"{len(self.train):,}", held),
-            ("model", f"{s.model}, {_millions(student)}", self.loaded or "untrained"),
+            ("model", f"{s.model}, {_millions(student)}", "weights as above" if self.loaded else "untrained"),
             ("method", s.method, ""),
             (
                 "views",
@@ -390,10 +395,7 @@ class _Pretraining:
         assert self.start is not None
         assert self.start_maps is not None
         seen = verdict(self.health(self.method), self.start, step, bool(self.held_out))
-        self.run.log(step, {f"health/{k}": v for k, v in seen.figures.items()})
-        history = self.run.path("health.jsonl")
-        with open(history, "a") as file:
-            file.write(json.dumps({"step": step, "verdict": seen.word, **seen.figures}) + "\n")
+        self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
         now = patch_maps(self.method.encoders["teacher"], self.gallery)  # type: ignore[arg-type]
         strip(self.gallery, self.start_maps, now, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
         return seen

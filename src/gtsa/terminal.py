@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 120  # logs are not cut at the 80 columns of a terminal that is not there
 
 
 def table(title: str, rows: list[tuple[str, Any, str]]) -> None:

@@ -77,12 +77,16 @@ class MultiCrop:
         return global_boxes, local_boxes
 
     def detail(self, width: int, height: int) -> float:
-        """The smallest scale of an image at which no crop has to be enlarged (1 where it is needed in full)."""
-        smallest = math.sqrt(width * height * self.aspect[0])
-        needed = [self.global_size / math.sqrt(self.global_share[0])]
-        if self.local_crops:
-            needed.append(self.local_size / math.sqrt(self.local_share[0]))
-        return min(1.0, max(needed) / smallest)
+        """The smallest scale of an image at which no drawn crop has to be enlarged (1 where it is needed in full)."""
+        thinnest = min(self.aspect[0], 1 / self.aspect[1])
+        groups = [(self.global_size, self.global_share), (self.local_size, self.local_share)]
+        return min(
+            1.0,
+            max(
+                side / min(width, height, math.sqrt(width * height * share[0] * thinnest))
+                for side, share in groups[: 2 if self.local_crops else 1]
+            ),
+        )
 
     def _box(
         self,

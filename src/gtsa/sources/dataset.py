@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gtsa.images import NEUTRAL, BadImage, Range
+from gtsa.core import Remedy
+from gtsa.images import BadImage, Range, as_rgb
 from gtsa.sources import Detail
 
 
@@ -28,8 +29,10 @@ class Items:
         data_root: str | None = None,
         files: Sequence[str] | None = None,
     ) -> None:
-        self.dataset = dataset
-        self.places = [int(name.removeprefix("item ")) for name in files] if files else range(len(dataset))
+        if not hasattr(dataset, "__len__"):
+            raise Remedy(f"{type(dataset).__name__} has no length: give a map-style dataset", 3)
+        self.dataset, self.range16 = dataset, range16
+        self.places = [int(name.removeprefix("item ")) for name in files] if files is not None else range(len(dataset))
         self.ignored: dict[str, int] = {}
         self.unreadable: list[tuple[str, str]] = []
 
@@ -59,12 +62,14 @@ class Items:
         if isinstance(item, tuple | list) and item:
             item = item[0]
         if isinstance(item, Image.Image):
-            if "A" in item.getbands() or "transparency" in item.info:
-                layer = item.convert("RGBA")
-                item = Image.alpha_composite(Image.new("RGBA", layer.size, (*NEUTRAL, 255)), layer)
-            return torch.from_numpy(np.array(item.convert("RGB"))).permute(2, 0, 1)
+            try:
+                return torch.from_numpy(as_rgb(item, self.range16)).permute(2, 0, 1)
+            except BadImage:
+                raise
+            except Exception as error:  # files that the dataset opened but did not read
+                raise BadImage(f"damaged: {error}") from None
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[-1] == 3:
-            return torch.from_numpy(item).permute(2, 0, 1)
+            return torch.from_numpy(item.copy()).permute(2, 0, 1)  # it may be read-only or lie backwards
         if isinstance(item, Tensor) and item.dtype == torch.uint8 and item.ndim == 3 and item.shape[0] == 3:
             return item
         shape = tuple(getattr(item, "shape", ()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +33,7 @@ class Folder:
         self.ignored: Counter[str] = Counter()
         self.unreadable: list[tuple[str, str]] = []
         if files is None:
-            found = dict(self._walk(self.root, set()))
+            found = dict(self._walk())
             self.files = sorted(found, key=os.fsencode)
             self.sizes = [found[name] for name in self.files]
         else:
@@ -58,26 +58,36 @@ class Folder:
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
         return images.decode(self.path(index), detail, self.range16)
 
-    def _walk(self, folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link back to where we came from
-                return
-            seen.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            self.unreadable.append((os.path.relpath(folder, self.root), error.strerror or str(error)))
-            return
-        for entry in entries:
-            if entry.name.startswith("."):
-                self.ignored["hidden"] += 1
-            elif entry.is_dir():
-                yield from self._walk(entry.path, seen)
-            elif (suffix := os.path.splitext(entry.name)[1].lower()) in images.SUFFIXES:
-                try:
-                    size = entry.stat().st_size
-                except OSError:  # a link to nothing: named later, when it is opened
-                    size = 0
-                yield os.path.relpath(entry.path, self.root), size
-            else:
-                self.ignored[suffix or "no suffix"] += 1
+    def _walk(self) -> Iterator[tuple[str, int]]:
+        folders, seen = deque([self.root]), set()
+        while folders:
+            folder = folders.popleft()
+            try:
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:  # a link back to where we came from
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+            except OSError as error:
+                self.unreadable.append((os.path.relpath(folder, self.root), error.strerror or str(error)))
+                continue
+            for entry in entries:
+                if entry.name.startswith("."):
+                    self.ignored["hidden"] += 1
+                elif _is_folder(entry):  # links last, so that what they lead to goes by its own name
+                    (folders.append if entry.is_symlink() else folders.appendleft)(entry.path)
+                elif (suffix := os.path.splitext(entry.name)[1].lower()) in images.SUFFIXES:
+                    try:
+                        size = entry.stat().st_size
+                    except OSError:  # a link to nothing: named later, when it is opened
+                        size = 0
+                    yield os.path.relpath(entry.path, self.root), size
+                else:
+                    self.ignored[suffix or "no suffix"] += 1
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -35,10 +36,12 @@ class Listing:
             self.files = list(files)
             return
         with open(file, "rb") as lines:
-            entries = [line.strip(b"\r\n") for line in lines]
+            entries = [line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n") for line in lines]
         names = set()
         for number, entry in enumerate(entries, 1):
             if entry.strip() and not entry.startswith(b"#"):
+                if b"\0" in entry:
+                    raise Remedy(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
                 path = os.path.realpath(os.path.join(self.root, os.fsdecode(entry)))
                 if os.path.commonpath([path, self.root]) != self.root:
                     raise Remedy(

@@ -1,0 +1,288 @@
+"""The stream of views: the same for any workers, ranks and restarts; every image in every epoch; nothing lost in silence."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gtsa.core import Draw, Remedy
+from gtsa.data import HELD_OUT, ORDER, VIEWS, StepSampler, ViewSet, collate, epoch_order, generator, loader
+from gtsa.images import BadImage
+from gtsa.views import MultiCrop
+
+few = settings(deadline=None, max_examples=50)
+SMALL = MultiCrop(global_size=16, local_size=8, local_crops=2)
+
+
+class Numbers:
+    """A source whose image i is noise of its own; ``bad`` ones cannot be read, ``tiny`` ones are too small."""
+
+    def __init__(self, bad=(), tiny=()):
+        self.bad, self.tiny, self.details = set(bad), set(tiny), []
+
+    def read(self, index, detail=None):
+        self.details.append(detail)
+        if index in self.bad:
+            raise BadImage(f"number {index} is bad")
+        side = 1 if index in self.tiny else 24
+        return torch.randint(0, 256, (3, side, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+
+
+def view_set(images=10, bad=(), tiny=(), seed=5, multicrop=SMALL):
+    return ViewSet(Numbers(bad, tiny), range(images), multicrop, seed)
+
+
+def equal(a, b):
+    return (
+        torch.equal(a.images, b.images)
+        and a.replaced == b.replaced
+        and all(
+            torch.equal(getattr(x, part), getattr(y, part))
+            for x, y in zip(a.groups, b.groups, strict=True)
+            for part in ("pixels", "boxes", "turns", "colours")
+        )
+    )
+
+
+def draws(*args, **options):
+    return list(StepSampler(*args, **options))
+
+
+# Which draws make which step
+
+shapes = st.tuples(st.integers(1, 60), st.sampled_from([4, 8, 12]), st.integers(1, 12))
+
+
+@few
+@given(shapes)
+def test_draws_run_through_the_epochs_place_by_place(shape):
+    images, batch, steps = shape
+    flat = [draw for step in draws(*shape) for draw in step]
+    assert flat == [Draw(n // images, n % images) for n in range(batch * steps)]
+    assert len(StepSampler(*shape)) == steps
+
+
+@few
+@given(shapes, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
+def test_ranks_and_accumulation_share_out_the_same_step(shape, ranks, accumulate):
+    if shape[1] % (ranks * accumulate):
+        return
+    whole = draws(*shape)
+    parts = [draws(*shape, rank=rank, ranks=ranks, accumulate=accumulate) for rank in range(ranks)]
+    assert [len(part) for part in parts] == [shape[2] * accumulate] * ranks
+    for step, expected in enumerate(whole):
+        micro = [part[step * accumulate + m] for m in range(accumulate) for part in parts]
+        assert {len(m) for m in micro} == {shape[1] // (ranks * accumulate)}
+        assert sorted(draw for m in micro for draw in m) == sorted(expected)
+
+
+@few
+@given(shapes, st.integers(0, 12), st.sampled_from([1, 2]))
+def test_starting_late_gives_the_tail(shape, start, accumulate):
+    start = min(start, shape[2])
+    options = {"accumulate": accumulate, "ranks": 2, "rank": 1}
+    late = StepSampler(*shape, start=start, **options)
+    assert list(late) == draws(*shape, **options)[start * accumulate :]
+    assert len(late) == (shape[2] - start) * accumulate
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    with pytest.raises(Remedy, match="--batch-size 6 .* 2 processes x 2") as caught:
+        StepSampler(10, 6, 5, ranks=2, accumulate=2)
+    assert caught.value.code == 2
+
+
+@few
+@given(st.integers(0, 2**40), st.integers(0, 10**6), st.integers(1, 300))
+def test_an_epoch_is_a_permutation(seed, epoch, images):
+    assert sorted(epoch_order(seed, epoch, images)) == list(range(images))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(epoch_order(seed, epoch, 50)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    first = Counter(int(epoch_order(0, epoch, 4)[0]) for epoch in range(400))
+    assert all(60 < first[i] < 140 for i in range(4))  # 100 expected, standard deviation 8.7
+
+
+@few
+@given(st.integers(1, 12), st.sampled_from([1, 2, 5]))
+def test_every_image_is_seen_once_an_epoch(images, batch):
+    views, steps = view_set(images), 3 * images
+    seen = [int(views[draw].images) for step in draws(images, batch, steps) for draw in step]
+    for epoch in range(len(seen) // images):
+        assert sorted(seen[epoch * images : (epoch + 1) * images]) == list(range(images))
+
+
+def test_only_the_images_that_take_part_are_shown():
+    views = ViewSet(Numbers(), [3, 7, 8], SMALL, 0)
+    assert len(views) == 3
+    assert sorted(int(views[Draw(0, place)].images) for place in range(3)) == [3, 7, 8]
+
+
+# Random numbers
+
+
+def test_random_numbers_are_a_pure_function_of_their_place():
+    places = [(seed, stream, *p) for seed in (0, 1) for stream in (ORDER, VIEWS, HELD_OUT) for p in np.ndindex(3, 3, 3)]
+    values = [tuple(generator(*place).random(2)) for place in places]
+    assert len(set(values)) == len(places)
+    assert values == [tuple(generator(*place).random(2)) for place in places]
+
+
+def test_streams_of_neighbours_do_not_overlap():
+    long = generator(0, VIEWS, 0, 1, 2).random(5000)
+    assert not set(long) & set(generator(0, VIEWS, 1, 1, 2).random(5000))
+    assert not set(long) & set(generator(0, VIEWS, 0, 2, 2).random(5000))
+
+
+def test_numbers_are_those_of_earlier_versions():
+    """A resumed run must go on with the same stream, so these values never change."""
+    assert generator(1, 2, 3, 4, 5).random(3).tolist() == [0.22712908488982364, 0.686645454093741, 0.218159770339326]
+    assert epoch_order(0, 0, 10).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+
+
+# Views of a draw
+
+
+def test_views_of_a_draw_are_the_same_again_and_others_elsewhere():
+    views, again = view_set(), view_set()
+    assert equal(views[Draw(0, 3)], again[Draw(0, 3)])
+    image = int(views[Draw(0, 3)].images)
+    later = list(epoch_order(5, 1, 10)).index(image)
+    assert int(views[Draw(1, later)].images) == image
+    assert not equal(views[Draw(0, 3)], views[Draw(1, later)])
+    other = view_set(seed=6)
+    place = list(epoch_order(6, 0, 10)).index(image)
+    assert not equal(views[Draw(0, 3)], other[Draw(0, place)])
+    held = ViewSet(Numbers(), range(10), SMALL, 5, stream=HELD_OUT)
+    assert not equal(views[Draw(0, 3)], held[Draw(0, 3)])
+
+
+def test_the_source_is_asked_for_the_detail_that_crops_need():
+    views = view_set()
+    views[Draw(0, 0)]
+    assert views.source.details == [SMALL.detail]
+
+
+def test_reading_leaves_the_global_random_numbers():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    list(loader(view_set(), StepSampler(10, 4, 3), workers=0))
+    after = torch.rand(1), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    assert after == (torch.rand(1), np.random.rand())
+
+
+def test_batches_are_their_draws_one_after_the_other():
+    views = view_set(bad=[2])
+    parts = [views[Draw(0, place)] for place in range(10)]
+    batch = collate(parts)
+    assert batch.images.tolist() == [int(part.images) for part in parts]
+    assert batch.replaced == [r for part in parts for r in part.replaced]
+    assert batch.global_crops.pixels.shape == (10, 2, 3, 16, 16)
+    assert batch.local_crops.pixels.shape == (10, 2, 3, 8, 8)
+    for i, part in enumerate(parts):
+        for whole, one in zip(batch.groups, part.groups, strict=True):
+            for field in ("pixels", "boxes", "turns", "colours"):
+                assert torch.equal(getattr(whole, field)[i], getattr(one, field)[0])
+
+
+def test_batches_without_local_crops():
+    views = view_set(multicrop=MultiCrop(global_size=16, local_crops=0))
+    assert collate([views[Draw(0, 0)], views[Draw(0, 1)]]).local_crops is None
+
+
+# The stream
+
+
+def stream(workers, views=None, **options):
+    return list(loader(views or view_set(bad=[1, 4]), StepSampler(10, 8, 4, **options), workers))
+
+
+def test_the_stream_is_the_same_for_any_number_of_workers():
+    alone = stream(0)
+    assert len(alone) == 4
+    assert any(batch.replaced for batch in alone)
+    for workers in (1, 2):
+        assert all(equal(a, b) for a, b in zip(alone, stream(workers), strict=True))
+
+
+def test_the_stream_goes_on_where_it_is_started():
+    assert all(equal(a, b) for a, b in zip(stream(0)[2:], stream(0, start=2), strict=True))
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), (1, 2), (2, 2), (4, 2)])
+def test_the_stream_is_the_same_for_any_number_of_processes(ranks, accumulate):
+    parts = [stream(0, rank=rank, ranks=ranks, accumulate=accumulate) for rank in range(ranks)]
+    for step, whole in enumerate(stream(0)):
+        micro = [part[step * accumulate + m] for m in range(accumulate) for part in parts]
+        assert equal(collate(micro), whole)
+
+
+# Images that cannot be read in mid-run
+
+
+def by_place(views, epoch=0):
+    return [views[Draw(epoch, place)] for place in range(len(views))]
+
+
+def order(views, epoch=0):
+    return [int(i) for i in epoch_order(views.seed, epoch, len(views))]
+
+
+@few
+@given(st.sets(st.integers(0, 9), max_size=9), st.integers(0, 3))
+def test_the_next_image_that_can_be_read_takes_the_place(bad, epoch):
+    views = view_set(bad=bad)
+    wanted = order(views, epoch)
+    for place, shown in enumerate(by_place(views, epoch)):
+        line = wanted[place:] + wanted[:place]
+        good = next(image for image in line if image not in bad)
+        skipped = line[: line.index(good)]
+        assert shown.images.tolist() == [good]
+        assert shown.replaced == [(image, f"number {image} is bad", good) for image in skipped]
+
+
+def test_a_replacement_has_views_of_its_own():
+    order_ = order(view_set())
+    views = view_set(bad=order_[2:4])  # two in a row: the third image is shown three times
+    first, second, itself = by_place(views)[2:5]
+    assert {int(v.images) for v in (first, second, itself)} == {order_[4]}
+    for a, b in ((first, second), (first, itself), (second, itself)):
+        assert not torch.equal(a.global_crops.boxes, b.global_crops.boxes)
+        assert not torch.equal(a.local_crops.colours, b.local_crops.colours)
+
+
+def test_the_other_images_are_not_touched_by_a_replacement():
+    whole, order_ = by_place(view_set()), order(view_set())
+    mended = by_place(view_set(bad=[order_[3]]))
+    assert all(equal(a, b) for i, (a, b) in enumerate(zip(whole, mended, strict=True)) if i != 3)
+
+
+def test_images_of_a_pixel_are_replaced():
+    views = view_set(tiny=[6])
+    (replaced,) = views[Draw(0, order(views).index(6))].replaced
+    assert replaced.image == 6
+    assert "30 x 1 px" in replaced.reason
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_image_left_is_bad_data(workers):
+    batches = iter(loader(view_set(bad=range(10)), StepSampler(10, 4, 2), workers))
+    with pytest.raises(Remedy, match="^no image of the run can be read any more") as caught:
+        next(batches)
+    assert caught.value.code == 3
+
+
+def test_mistakes_of_ours_are_not_taken_for_bad_images():
+    class Broken(Numbers):
+        def read(self, index, detail=None):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ViewSet(Broken(), range(3), SMALL, 0)[Draw(0, 0)]

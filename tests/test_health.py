@@ -1,0 +1,75 @@
+"""Figures and verdicts, on networks and numbers whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from gtsa.evals.health import Figures, interval, rank_me, spread, verdict
+
+
+def test_rank_of_known_matrices():
+    assert rank_me(torch.eye(8)) == pytest.approx(8, rel=1e-4)
+    assert rank_me(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
+    two = torch.zeros(10, 6)
+    two[:5, 0], two[5:, 1] = 1, 1
+    assert rank_me(two) == pytest.approx(2, abs=1e-3)
+
+
+def test_rank_follows_its_definition():
+    x = np.random.default_rng(0).standard_normal((40, 7)) * np.arange(1, 8)
+    p = np.sqrt(np.linalg.eigvalsh(x.T @ x))
+    p = p / p.sum()
+    assert rank_me(torch.from_numpy(x)) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+
+
+def test_spread_is_one_for_all_directions_and_none_for_one():
+    gaussian = torch.randn(20_000, 32, generator=torch.Generator().manual_seed(0))
+    assert spread(gaussian) == pytest.approx(1, abs=0.02)
+    assert spread(torch.ones(10, 32)) == pytest.approx(0, abs=1e-9)
+    assert spread(gaussian * 1e-3 + 5) < 0.01
+
+
+def test_interval_by_hand():
+    # n = 4, mean 2.5, sd 1.2910, t(0.975, 3) = 3.1824 -> half width 2.0543
+    mean, low, high = interval(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64))
+    assert (mean, low, high) == pytest.approx((2.5, 0.4457, 4.5543), abs=1e-3)
+
+
+def test_intervals_cover():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(2000, 8, generator=generator, dtype=torch.float64) + 3
+    covered = sum(low <= 3 <= high for _, low, high in map(interval, draws)) / 2000
+    assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8):
+    noise = torch.linspace(-0.01, 0.01, n, dtype=torch.float64)
+    return Figures({"region_score": region + noise, "rotation_accuracy": rotation + noise}, rank, spread)
+
+
+@pytest.mark.parametrize(
+    ("now", "step", "word"),
+    [
+        (figures(0.03), 200, "learning"),
+        (figures(0.0, rotation=0.5), 200, "learning"),
+        (figures(0.0), 200, "too short to tell"),
+        (figures(0.0), 5000, "stalled"),
+        (figures(0.0, rank=14.0), 240, "collapsing"),  # a loss of -0.95 that looks splendid
+        (figures(0.0, spread=0.05), 5000, "collapsing"),
+        (figures(-0.05), 5000, "stalled"),
+    ],
+)
+def test_the_verdict_says_what_the_figures_support(now, step, word):
+    found = verdict(now, Figures({"region_score": torch.zeros(8).double()}, 98.0, 0.88), step)
+    assert found.word == word
+
+
+def test_a_verdict_is_about_held_out_images_or_says_so():
+    start = figures(0.0)
+    assert "held-out images" in verdict(figures(0.1), start, 10).reasons[0]
+    assert "TRAINING images" in verdict(figures(0.1), start, 10, held_out=False).reasons[0]
+
+
+def test_one_image_supports_nothing():
+    start, now = figures(0.0, n=1), figures(0.5, rotation=0.9, n=1)
+    assert verdict(now, start, 100).word == "too short to tell"

@@ -1,0 +1,193 @@
+"""Whole runs: from images to an export, and what happens on the way."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+from torch.utils.data import Dataset
+
+import gtsa
+from conftest import TINY, final_weights, make_scenes, scene
+from gtsa import checkpoint, config
+from gtsa.backbone import Backbone
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, scenes):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return gtsa.pretrain(str(scenes), out=str(out), **TINY)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder(trained):
+    names = {p.name.split(".vm")[0] for p in trained.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "health.jsonl", "train.log", "checkpoints", "exports", "pictures"} <= names
+    assert any(n.startswith("events.out.tfevents") for n in names)
+    assert [m["step"] for m in lines(trained.folder / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
+    assert [m["step"] for m in lines(trained.folder / "health.jsonl")] == [6, 12]
+    assert {"loss", "region", "rotation", "rotation_accuracy", "seconds", "waited"} <= set(
+        lines(trained.folder / "metrics.jsonl")[0]
+    )
+    assert trained.verdict.word in ("learning", "too short to tell", "collapsing")
+    assert len(lines(trained.folder / "images.jsonl")) == 14
+    assert sorted(p.name for p in (trained.folder / "pictures").iterdir()) == [
+        "features-00000006.png",
+        "features-00000012.png",
+    ]
+
+
+def test_the_losses_are_those_of_the_issue(trained):
+    first, last = lines(trained.folder / "metrics.jsonl")[0], lines(trained.folder / "metrics.jsonl")[-1]
+    assert last["loss"] < first["loss"]
+    assert "patch" in last
+    assert last["loss"] == pytest.approx(last["region"] + 0.5 * last["patch"] + 0.5 * last["rotation"], abs=1e-4)
+
+
+def test_the_export_is_the_teacher(trained):
+    opened = timm.create_model(f"local-dir:{trained.export}", pretrained=True).eval()
+    tensors, state = checkpoint.read(checkpoint.newest(trained.folder / "checkpoints")[0])
+    teacher = Backbone(state["encoder"]["model"], 64).eval()
+    teacher.load_state_dict(
+        {
+            k.removeprefix("teacher.encoder."): v
+            for k, v in tensors["method"].items()
+            if k.startswith("teacher.encoder.")
+        }
+    )
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        patches = teacher(images).patches
+        torch.testing.assert_close(opened.forward_features(images)[:, 1:], patches.flatten(1, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(opened(images), patches.mean((1, 2)), rtol=0, atol=1e-5)
+
+
+def test_export_of_a_run_by_its_verb(trained, tmp_path):
+    place = gtsa.export(str(trained.folder), str(tmp_path / "t"))
+    assert (place / "model.safetensors").read_bytes() == (trained.export / "model.safetensors").read_bytes()
+    student = gtsa.export(str(trained.folder), str(tmp_path / "s"), network="student")
+    assert (student / "model.safetensors").read_bytes() != (place / "model.safetensors").read_bytes()
+
+
+def test_config_yaml_is_a_call_written_down(trained, tmp_path):
+    settings = config.read_yaml(trained.folder / "config.yaml") | {"out": str(tmp_path / "again")}
+    data = settings.pop("data")
+    again = gtsa.pretrain(data, **settings)
+    assert final_weights(again.folder) == final_weights(trained.folder)
+
+
+def test_a_run_goes_on_from_anothers_weights(trained, tmp_path, scenes, capsys):
+    gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(trained.folder), **{**TINY, "steps": 2})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "150 of 150 tensors loaded" in printed
+
+
+def test_the_seed_decides(trained, tmp_path, scenes):
+    other = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **{**TINY, "seed": 1})
+    assert final_weights(other.folder) != final_weights(trained.folder)
+
+
+class Photos(Dataset):
+    def __len__(self):
+        return 14
+
+    def __getitem__(self, i):
+        return scene(i), f"label {i}"
+
+
+def test_any_torch_dataset(tmp_path):
+    settings = {**TINY, "steps": 8}
+    done = gtsa.pretrain(Photos(), out=str(tmp_path / "a"), **settings)
+    assert done.export.is_dir()
+    assert config.read_yaml(done.folder / "config.yaml")["data"] == "<Photos of 14 items>"
+    shutil.rmtree(max((done.folder / "checkpoints").glob("step-*")))
+    before = final_weights(done.folder)
+    gtsa.pretrain(Photos(), out=str(tmp_path / "a"), resume=True)
+    assert final_weights(done.folder) != before
+
+
+def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeypatch):
+    data = make_scenes(tmp_path / "data", 14)
+    module = sys.modules["gtsa.pretrain"]
+    real = module._Pretraining._networks
+
+    def spoil(self):
+        (data / "scene_04.jpg").write_bytes(b"gone")
+        return real(self)
+
+    monkeypatch.setattr(module._Pretraining, "_networks", spoil)
+    done = gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
+    log = (done.folder / "train.log").read_text()
+    assert log.count("scene_04.jpg could not be read (not a JPEG") == 1
+    assert "took its place" in log
+
+
+def test_too_many_bad_files_in_mid_run_end_it(tmp_path, monkeypatch):
+    data = make_scenes(tmp_path / "data", 14)
+    module = sys.modules["gtsa.pretrain"]
+    real = module._Pretraining._networks
+
+    def spoil(self):
+        for i in range(0, 8, 2):
+            (data / f"scene_{i:02d}.jpg").unlink()
+        return real(self)
+
+    monkeypatch.setattr(module._Pretraining, "_networks", spoil)
+    with pytest.raises(gtsa.Remedy, match="could not be read in mid-run") as remedy:
+        gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
+    assert remedy.value.code == 3
+
+
+def test_one_bad_file_is_forgiven_and_named(tmp_path, capsys):
+    data = make_scenes(tmp_path / "data", 14)
+    (data / "scene_00.jpg").write_bytes(b"")
+    done = gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "steps": 2})
+    assert "left out: scene_00.jpg: empty file" in capsys.readouterr().out
+    assert json.loads((done.folder / "scan.json").read_text())["bad"] == [
+        {"name": "scene_00.jpg", "reason": "empty file"}
+    ]
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    data = make_scenes(tmp_path / "data", 3)
+    assert gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0, "steps": 4}).export.is_dir()
+
+
+def test_overwrite_removes_only_what_a_run_wrote(trained, tmp_path, scenes):
+    out = tmp_path / "run"
+    shutil.copytree(trained.folder, out)
+    (out / "notes.txt").write_text("mine")
+    gtsa.pretrain(str(scenes), out=str(out), overwrite=True, **{**TINY, "steps": 2})
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"views": {**TINY["views"], "rotations": False}},
+        {"views": {**TINY["views"], "local_crops": 0}},
+        {"views": {**TINY["views"], "global_crops": 1, "local_crops": 3}},
+        {"views": {**TINY["views"], "global_crops": 3, "local_crops": 0}},
+        {"gtsa": {**TINY["gtsa"], "region_target": "global"}},
+        {"gtsa": {**TINY["gtsa"], "patch_weight": 0.0}},
+        {"gtsa": {**TINY["gtsa"], "region_weight": 0.0}},
+        {"gtsa": {**TINY["gtsa"], "rotation_weight": 0.0}},
+        {"precision": "bf16"},
+        {"accumulate": 2},
+        {"model": "vit_small_patch16_dinov3"},
+        {"model": "vit_small_patch14_reg4_dinov2", "views": {"global_size": 56, "local_size": 28, "local_crops": 2}},
+    ],
+    ids=str,
+)
+def test_every_switch_trains(tmp_path, scenes, settings):
+    done = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **{**TINY, "steps": 3, **settings})
+    for group in final_weights(done.folder):
+        assert group
+    tensors, _ = checkpoint.read(checkpoint.newest(done.folder / "checkpoints")[0])
+    assert all(torch.isfinite(t).all() for t in tensors["method"].values())
