@@ -30,10 +30,10 @@ format: setup
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-long: lint
-	$(BIN)/python -m pytest -m 'long or not long'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long or not long'
 
 benchmark: setup
 	$(BIN)/python benchmarks/step.py --json runs/step.json

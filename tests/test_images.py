@@ -97,7 +97,9 @@ def test_lossless_files_keep_every_value(tmp_path, name):
     assert header(path)[2:4] == (60, 40)
 
 
-@pytest.mark.parametrize(("name", "options"), [("a.jpg", {"quality": 95}), ("a.jpeg", {"progressive": True}), ("a.webp", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("a.jpg", {"quality": 95}), ("a.jpeg", {"progressive": True}), ("a.webp", {})]
+)
 def test_lossy_files_are_near(tmp_path, name, options):
     path = saved(tmp_path / name, photo(), **options)
     assert np.abs(pixels(path) - photo()).mean() < 8
@@ -184,7 +186,11 @@ def test_sixteen_bit_grey_keeps_its_levels(tmp_path, name):
     elif name == "pillow.png":
         saved(path, ramp())
     else:
-        kind = {"big endian.tif": {"byteorder": ">"}, "big.tif": {"bigtiff": True}, "deflate.tif": {"compression": "zlib"}}
+        kind = {
+            "big endian.tif": {"byteorder": ">"},
+            "big.tif": {"bigtiff": True},
+            "deflate.tif": {"compression": "zlib"},
+        }
         tiff(path, ramp(), **kind.get(name, {}))
     found = pixels(path)
     assert len(np.unique(found)) >= 250
@@ -267,7 +273,9 @@ def test_whole_numbers_of_sixteen_bits(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16"])
-@pytest.mark.parametrize("options", [{}, {"byteorder": ">"}, {"bigtiff": True}], ids=["little", "big endian", "BigTIFF"])
+@pytest.mark.parametrize(
+    "options", [{}, {"byteorder": ">"}, {"bigtiff": True}], ids=["little", "big endian", "BigTIFF"]
+)
 def test_five_bands_are_counted(tmp_path, kind, options):
     array = deep(bands=5).astype(kind)
     path = tiff(tmp_path / "a.tif", array, photometric="minisblack", planarconfig="contig", **options)
@@ -420,7 +428,9 @@ def test_bombs_of_other_formats(tmp_path):
     refused(written(tmp_path / "a.bmp", bmp), "more than")
     tags = [(256, 30000), (257, 30000), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 30000), (279, 9)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    refused(written(tmp_path / "a.tif", struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)), "more than")
+    refused(
+        written(tmp_path / "a.tif", struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)), "more than"
+    )
 
 
 # Files that are no images, or not whole
@@ -553,11 +563,19 @@ def whole_files(folder):
     files += [saved(folder / kind, array, format=kind, exif=tagged(6)).read_bytes() for kind in ("JPEG", "PNG", "WEBP")]
     files.append(saved(folder / "a", array, format="TIFF", compression="tiff_lzw").read_bytes())
     files.append(saved(folder / "a", Image.fromarray(array).convert("P"), format="PNG", transparency=3).read_bytes())
-    files.append(saved(folder / "a", array, format="WEBP", save_all=True, append_images=[Image.fromarray(255 - array)]).read_bytes())
+    files.append(
+        saved(
+            folder / "a", array, format="WEBP", save_all=True, append_images=[Image.fromarray(255 - array)]
+        ).read_bytes()
+    )
     files.append(tiff(folder / "a", deep(24, 32), photometric="rgb").read_bytes())
     files.append(tiff(folder / "a", deep(24, 32, 4), photometric="rgb", compression="zlib").read_bytes())
     files.append(tiff(folder / "a", np.stack([ramp()[:24, :32]] * 2)).read_bytes())
-    files.append(tiff(folder / "a", np.zeros((24, 32, 5), np.uint8), photometric="minisblack", planarconfig="contig").read_bytes())
+    files.append(
+        tiff(
+            folder / "a", np.zeros((24, 32, 5), np.uint8), photometric="minisblack", planarconfig="contig"
+        ).read_bytes()
+    )
     return files
 
 
@@ -575,7 +593,7 @@ def only_bad_image(path):
         try:
             use(path)
         except BadImage as reason:
-            assert str(reason)  # noqa: PT017
+            assert str(reason)
 
 
 @settings(deadline=None, max_examples=400)
@@ -596,6 +614,9 @@ def test_cut_and_continued_files_raise_bad_image_or_nothing(files, tmp_path_fact
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"MM\0+", b"BM", b"RIFF"]), st.binary())
+@given(
+    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0", b"MM\0+", b"BM", b"RIFF"]),
+    st.binary(),
+)
 def test_noise_raises_bad_image(tmp_path_factory, start, noise):
     refused(written(tmp_path_factory.getbasetemp() / "noise", start + noise))

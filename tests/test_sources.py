@@ -19,7 +19,17 @@ from gtsa.sources.dataset import Items
 from gtsa.sources.folder import Folder
 from gtsa.sources.listing import Listing
 
-ODD = ["new\nline.png", "q'uo\"te.png", "🌲.png", " space .png", "-rf.png", "a.b.png", "$(x).png", "%s.png", "x" * 200 + ".png"]
+ODD = [
+    "new\nline.png",
+    "q'uo\"te.png",
+    "🌲.png",
+    " space .png",
+    "-rf.png",
+    "a.b.png",
+    "$(x).png",
+    "%s.png",
+    "x" * 200 + ".png",
+]
 
 
 def picture(value=100, size=(30, 20)):
@@ -175,7 +185,18 @@ def listing(root, content, **options):
 
 def test_lists_are_sorted_and_free_of_comments_and_duplicates(tmp_path):
     put(tmp_path, "b.png", "a/c.png", "# no.png")
-    lines = ["# comment", "b.png", "", "  ", "a/c.png", "b.png", "./b.png", "a/../a/c.png", str(tmp_path / "b.png"), "#b.png"]
+    lines = [
+        "# comment",
+        "b.png",
+        "",
+        "  ",
+        "a/c.png",
+        "b.png",
+        "./b.png",
+        "a/../a/c.png",
+        str(tmp_path / "b.png"),
+        "#b.png",
+    ]
     for end in ("\n", "\r\n"):
         assert names(listing(tmp_path, end.join(lines) + end)) == ["a/c.png", "b.png"]
 
@@ -191,7 +212,9 @@ def test_lists_hold_odd_names(tmp_path):
     assert all(source.read(i).shape == (3, 20, 30) for i in range(len(source)))
 
 
-@pytest.mark.parametrize("line", ["../out.png", "a/../../out.png", "/etc/passwd", "link/out.png", "out link.png", "..", "/"])
+@pytest.mark.parametrize(
+    "line", ["../out.png", "a/../../out.png", "/etc/passwd", "link/out.png", "out link.png", "..", "/"]
+)
 def test_lists_may_not_leave_their_folder(tmp_path, line):
     put(tmp_path, "out.png", "data/a.png")
     (tmp_path / "data" / "link").symlink_to(tmp_path)
@@ -233,7 +256,9 @@ def test_an_empty_list_is_empty(tmp_path):
     assert len(listing(tmp_path, "# nothing\n\n")) == 0
 
 
-@pytest.mark.parametrize(("data", "word"), [("nowhere", "no such folder"), ("a.png", "give the folder"), (7, "no such folder")])
+@pytest.mark.parametrize(
+    ("data", "word"), [("nowhere", "no such folder"), ("a.png", "give the folder"), (7, "no such folder")]
+)
 def test_what_nobody_claims_is_named(tmp_path, data, word, monkeypatch):
     monkeypatch.chdir(put(tmp_path, "a.png"))
     with pytest.raises(Remedy, match=word) as caught:

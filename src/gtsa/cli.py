@@ -40,7 +40,7 @@ def _flags(model: Any, group: Group, prefix: str = "") -> list[inspect.Parameter
         off = (f"--{prefix}no-{name}",) if field.default is True else ()
         words = " ".join((field.description or "").split())
         shown = Parameter(name=flag, group=group, help=words[:1].upper() + words[1:], negative=off)
-        kind = Annotated[_bare(field.annotation), shown]
+        kind = Annotated[_bare(field.annotation), shown]  # type: ignore[valid-type]
         flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), kind, field.default))
     return flags + sections
 

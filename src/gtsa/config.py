@@ -42,17 +42,16 @@ def settings_of(maker: Any, name: str, skip: tuple[str, ...] = (), **changes: tu
 
     ``changes`` replaces the (type, default) of single arguments.
     """
-    help_ = {p.arg_name: p.description for p in docstring_parser.parse(maker.__doc__ or "").params}
-    help_ |= _grouped(maker.__doc__ or "")
+    words = _described(maker.__doc__ or "")
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(maker, eval_str=True).parameters.values():
         if parameter.name not in skip:
             kind, default = changes.get(parameter.name, (parameter.annotation, parameter.default))
-            fields[parameter.name] = (kind, Field(default, description=help_.get(parameter.name)))
+            fields[parameter.name] = (kind, Field(default, description=words.get(parameter.name)))
     return create_model(name, __base__=Strict, **fields)
 
 
-def _grouped(docstring: str) -> dict[str, str]:
+def _described(docstring: str) -> dict[str, str]:
     """Help of arguments that share a line: ``a, b: help``."""
     found = {}
     for entry in docstring_parser.parse(docstring).params:

@@ -178,7 +178,8 @@ def as_rgb(image: Any, range16: Range) -> np.ndarray:
 
 def _turned(image: Any) -> bool:
     try:
-        return 2 <= int(image.getexif().get(0x0112, 1)) <= 8
+        turn: int = image.getexif().get(0x0112, 1)
+        return turn in range(2, 9)
     except Exception:  # damaged EXIF is no reason to refuse the pixels
         return False
 

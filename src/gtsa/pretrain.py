@@ -141,7 +141,7 @@ class _Pretraining:
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
         )
-        module, wrapped = cast(tuple[Any, Any], fabric.setup(self.method, optimizer))
+        module, wrapped = cast(Any, fabric.setup(self.method, optimizer))
         mean, std = self.method.encoders["student"].normalisation
 
         def prepare(views: Views) -> Views:

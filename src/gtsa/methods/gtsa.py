@@ -147,7 +147,7 @@ class GTSA(Method):
     def patch_loss(self, student: Tensor, teacher: Tensor, size: int) -> Tensor:
         """[B, V, G] patch correspondence of whole maps [B, V, h, w, C] and [B, G, h, w, C]."""
         mine, theirs = student.flatten(2, 3), teacher.flatten(2, 3)
-        matches = self.matches[size] if self.matches else mine.shape[2] // 2
+        matches = self.matches[size] if self.matches else max(1, mine.shape[2] // 2)
         return losses.patch_correspondence(mine[:, :, None], theirs[:, None], min(matches, theirs.shape[2]))
 
     # For evaluation

@@ -1,0 +1,68 @@
+"""Several processes through torchrun: the same views, and a run that trains and resumes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import run
+
+WORKER = """
+import hashlib, json, os, sys
+import torch
+from lightning_fabric import Fabric
+from gtsa.data import StepSampler, ViewSet, loader
+from gtsa.sources import open_source
+from gtsa.views import MultiCrop
+
+rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+source = open_source(sys.argv[1])
+views = ViewSet(source, range(len(source)), MultiCrop(global_size=64, local_size=32, local_crops=2), seed=3)
+drawn = {}
+for step, batch in enumerate(loader(views, StepSampler(len(source), 8, 5, 0, rank, ranks), workers=1)):
+    for row, image in enumerate(batch.images.tolist()):
+        parts = [getattr(c, name)[row] for c in batch.groups for name in ("pixels", "boxes", "turns", "colours")]
+        digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
+        drawn.setdefault(str(step), []).append([image, digest])
+with open(os.path.join(sys.argv[2], f"{ranks}-{rank}.json"), "w") as file:
+    json.dump(drawn, file)
+"""
+
+
+def torchrun(processes, *command, **options):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launch, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment, **options
+    )
+
+
+def test_1_2_and_4_processes_draw_identical_views(tmp_path, scenes):
+    (tmp_path / "worker.py").write_text(WORKER)
+    streams = []
+    for processes in (1, 2, 4):
+        done = torchrun(processes, tmp_path / "worker.py", scenes, tmp_path)
+        assert done.returncode == 0, done.stderr
+        ranks = [json.loads((tmp_path / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
+        streams.append({step: [draw for rank in ranks for draw in rank[step]] for step in ranks[0]})
+    assert streams[0] == streams[1] == streams[2]
+    assert [len(batch) for batch in streams[0].values()] == [8] * 5
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_two_processes_train_and_resume(tmp_path, scenes, tiny_yaml, processes):
+    out = tmp_path / "run"
+    arguments = ["-m", "gtsa", "pretrain", "--config", tiny_yaml, "--data", scenes, "--out", out]
+    done = torchrun(processes, *arguments, "--steps", 8)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in losses] == [2, 4, 6, 8]
+    done = torchrun(processes, "-m", "gtsa", "pretrain", "--out", out, "--resume", "--steps", 12)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step-00000008" in done.stdout
+    assert [p.name for p in (out / "exports" / "timm").iterdir()]
+    code, _, err = run("pretrain", "--out", out, "--resume", "--learning-rate", "1")
+    assert code == 2, err
