@@ -153,7 +153,7 @@ def _sized(width: int, height: int) -> tuple[int, int]:
 
 def _deep_tiff(image: Any) -> bool:
     """A TIFF of more than 8 bits a sample, which Pillow would cut to 8 in silence where it has colours."""
-    return image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8
+    return bool(image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8)
 
 
 def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
@@ -179,7 +179,7 @@ def as_rgb(image: Any, range16: Range) -> np.ndarray:
 def _turned(image: Any) -> bool:
     try:
         turn: int = image.getexif().get(0x0112, 1)
-        return turn in range(2, 9)
+        return bool(2 <= turn <= 8)
     except Exception:  # damaged EXIF is no reason to refuse the pixels
         return False
 

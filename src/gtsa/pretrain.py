@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -141,8 +141,9 @@ class _Pretraining:
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
         )
-        module, wrapped = cast(Any, fabric.setup(self.method, optimizer))
-        mean, std = self.method.encoders["student"].normalisation
+        module, wrapped = fabric.setup(self.method, optimizer)
+        student: Any = self.method.encoders["student"]
+        mean, std = student.normalisation
 
         def prepare(views: Views) -> Views:
             return augment.apply(views, fabric.device, mean, std)
