@@ -39,7 +39,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/step.py --json runs/step.json
 
 lock: setup
-	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
+	$(BIN)/python tools/lock.py > requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
