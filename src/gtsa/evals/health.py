@@ -112,13 +112,16 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
     """Compares a network with itself at step 0, image by image."""
     where = "held-out images" if held_out else "TRAINING images (none were held out)"
     images = len(now.scores["region_score"])
-    gain = interval(now.scores["region_score"] - start.scores["region_score"])
-    figures: dict[str, Any] = {
-        "images": images,
-        "region_gain": gain[0],
-        "region_gain_low": gain[1],
-        "region_gain_high": gain[2],
+    figures: dict[str, Any] = {"images": images}
+    gains = {
+        name: interval(now.scores[name] - start.scores[name])
+        for name in ("region_score", "patch_score")
+        if name in now.scores
     }
+    for name, (mean, low, high) in gains.items():
+        stem = name.replace("score", "gain")
+        figures |= {stem: mean, f"{stem}_low": low, f"{stem}_high": high}
+    gain = gains["region_score"]
     region_learnt = gain[1] > 0
     better = "predicted better" if region_learnt else "not clearly predicted better"
     reasons = [
