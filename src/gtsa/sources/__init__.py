@@ -57,6 +57,6 @@ def open_source(data: Any, **options: Any) -> Source:
     for kind in kinds():
         if kind.claims(data):
             return kind(data, **options)  # type: ignore[no-any-return]
-    if os.path.isfile(data):
+    if isinstance(data, str | os.PathLike) and os.path.isfile(data):
         raise Remedy(f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3)
     raise Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
