@@ -93,7 +93,7 @@ class ViewSet(Dataset[Views]):
             image = int(self.indices[order[(draw.place + attempt) % len(self.indices)]])
             try:
                 pixels = self.source.read(image, self.multicrop.detail)
-                if min(pixels.shape[-2:]) < 2:
+                if min(pixels.shape[-2:]) < SMALLEST:
                     raise BadImage(f"{pixels.shape[-1]} x {pixels.shape[-2]} px: needs at least {SMALLEST} px a side")
             except BadImage as reason:
                 failed.append((image, str(reason)))
