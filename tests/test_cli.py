@@ -109,7 +109,11 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
         (["--model", "resnet50"], 2, "no plain vision transformer"),
         (["--model", "vit_smal_patch16_224"], 2, "vit_small_patch16_224"),
         (["--method", "mae"], 2, "there is no 'mae'"),
-        (["--views.jitter", "2"], 2, "a probability from 0 to 1"),
+        (["--views.jitter", "2"], 2, "gtsa: views.jitter: a probability from 0 to 1"),
+        (["--range16", "9", "1"], 2, "gtsa: range16: black 9.0 must be below white 1.0"),
+        (["--gtsa.cells", "0", "0"], 2, "must be at least 1"),
+        (["--gtsa.momentum", "2"], 2, "gtsa.momentum: from 0 to 1"),
+        (["--gtsa.patch-weight", "-1"], 2, "must not be negative"),
         (["--init", "nowhere.safetensors"], 4, "no weights there"),
         (["--batch-size", "many"], 2, "batch-size"),
         (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
@@ -200,3 +204,13 @@ def test_preview_draws_the_views(tmp_path, scenes, capsys):
     code, err = told(capsys, "preview", scenes, "--image", "99", "--out", tmp_path / "d.png")
     assert code == 3
     assert "14 images" in err
+
+
+def test_places_that_cannot_be_written(tmp_path, scenes, capsys):
+    for arguments in (
+        ["check", scenes, "--json", tmp_path / "no" / "x.json"],
+        ["preview", scenes, "--out", tmp_path / "no" / "x.png"],
+    ):
+        code, err = told(capsys, *arguments)
+        assert code == 6
+        assert "cannot be written" in err

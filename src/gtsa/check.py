@@ -25,11 +25,16 @@ def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), 
     Raises:
         Remedy: images cannot be used (3); the report comes first.
     """
+    if range16[0] >= range16[1]:
+        raise Remedy(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
     source = open_source(data, range16=range16, data_root=data_root)
     found = scan(source, decode=True, range16=range16)
     report = found.report()
     if json_file:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise Remedy(f"--json {json_file} cannot be written: {error.strerror}; give another file", 6) from None
     width, height = report["width"], report["height"]
     formats = ", ".join(f"{count:,} {kind}" for kind, count in found.formats.most_common())
     rows = [

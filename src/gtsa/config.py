@@ -188,9 +188,11 @@ def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
         for error in errors.errors():
             name, message = _told(error, model)
             told.setdefault(name, []).append(message)
-        lines = [f"{name}: {' or '.join(dict.fromkeys(messages))}" for name, messages in told.items()]
+        lines = told.pop("", [])  # contradictions between settings name them themselves
+        lines += [f"{name}: {' or '.join(dict.fromkeys(messages))}" for name, messages in told.items()]
     except Remedy as remedy:
         lines = str(remedy).split("\n")
+    lines = [line for text in lines for line in text.split("\n")]
     if len(lines) > 1:
         lines = ["several settings are wrong:", *(f"  {line}" for line in lines)]
     raise Remedy((f"{where}: " if where else "") + "\n".join(lines))
@@ -208,6 +210,8 @@ def _told(error: Any, model: Any) -> tuple[str, str]:
         if not hasattr(known, "model_fields"):
             break
     name = ".".join(key)
+    if not name:
+        return name, str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key[-1], list(getattr(known, "model_fields", {})), 1)
         return name, f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"

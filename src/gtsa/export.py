@@ -36,7 +36,11 @@ def export(
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise Remedy(f"--out {out} is there already; give another folder, or remove it first")
-    return write(backbone_of(source, network), place, _name(source))
+    backbone = backbone_of(source, network)
+    try:
+        return write(backbone, place, _name(source))
+    except OSError as error:
+        raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another folder", 6) from None
 
 
 def backbone_of(source: str, network: str = "teacher") -> Backbone:

@@ -38,6 +38,8 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     plan.sizes(ready)
     multicrop = MultiCrop(**ready.settings.views.model_dump())
     source = open_source(data, range16=asked.range16, data_root=asked.data_root)
+    if epoch < 0:
+        raise Remedy(f"--epoch {epoch}: epochs are numbered from 0")
     if not 0 <= image < len(source):
         raise Remedy(f"--image {image}: {data} has {len(source)} images, numbered from 0", 3)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gtsa import losses
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Method, Views
+from gtsa.core import Crops, Method, Remedy, Views
 from gtsa.geometry import inside, overlap, pool, rotate_boxes, rotate_maps
 from gtsa.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.schedules import After, Cosine
@@ -59,6 +59,12 @@ class GTSA(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
+        if min(projector_dim, out_dim, predictor_dim, *(cells or (1,)), *(matches or (1,))) < 1:
+            raise Remedy("gtsa: widths, cells and matches must be at least 1")
+        if min(region_weight, patch_weight, rotation_weight) < 0:
+            raise Remedy("gtsa: weights of the losses must not be negative; 0 leaves a loss out")
+        if not 0 <= momentum <= 1:
+            raise Remedy(f"gtsa.momentum: from 0 to 1, not {momentum}; published is 0.996")
         self.student = Branch(encoder, GridProjector(encoder.width, projector_dim, out_dim))
         self.teacher = copy_of(self.student)
         self.predictor = GridPredictor(out_dim, predictor_dim)
