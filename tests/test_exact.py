@@ -68,14 +68,14 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
     out = tmp_path / "run"
     assert run("pretrain", "--config", tiny_yaml, "--data", scenes, "--out", out)[0] == 0
     newest = max((out / "checkpoints").glob("step-*"))
-    file = newest / "method.safetensors"
+    file = newest / "objective.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     code, printed, _ = run("pretrain", "--out", out, "--resume")
     assert code == 0
     assert (
-        f"{newest.name} is damaged (method.safetensors was changed or cut short): going on from step-00000008"
+        f"{newest.name} is damaged (objective.safetensors was changed or cut short): going on from step-00000008"
         in printed
     )
     assert final_weights(out) == final_weights(straight[0])

@@ -1,12 +1,13 @@
 """Boxes, quarter-turns and pooling, against torchvision.ops.roi_align, torch.rot90 and hand-computed values."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from gtsa.geometry import inside, overlap, pool, rotate_boxes, rotate_maps
+from gtsa.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
 
 few = settings(deadline=None, max_examples=100)
 turns = st.integers(0, 3)
@@ -174,3 +175,29 @@ def test_overlap_by_hand():
     apart = overlap(a, torch.tensor([12.0, 3, 15, 7]))
     assert apart[2] - apart[0] == -2
     assert overlap(torch.zeros(2, 1, 4), torch.zeros(3, 4)).shape == (2, 3, 4)
+
+
+@few
+@given(st.integers(0, 10**6), st.integers(60, 200), st.integers(60, 200), st.integers(1, 8))
+def test_places_are_where_the_colours_of_a_picture_say(seed, width, height, grid):
+    """Red rises to the right and green downwards, so the mean colour of a patch tells where its centre lies."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    rng = np.random.default_rng(seed)
+    x1, y1 = rng.integers(0, width // 2), rng.integers(0, height // 2)
+    x2, y2 = rng.integers(x1 + 16, width + 1), rng.integers(y1 + 16, height + 1)
+    turns = int(rng.integers(4))
+    side = 8 * grid
+    cut = torch.stack([x, y])[None, :, y1:y2, x1:x2].double()
+    crop = torch.nn.functional.interpolate(cut, (side, side), mode="bilinear", antialias=True)[0]
+    seen = torch.rot90(crop, turns, (-2, -1))
+    means = torch.nn.functional.avg_pool2d(seen, 8).flatten(1).T
+    box = torch.tensor([x1, y1, x2, y2], dtype=torch.float64)
+    found = places(box, torch.tensor(turns), side, grid)
+    assert found.shape == (grid * grid, 2)
+    assert (found - means).abs().max() < 0.6  # px: interpolation holds the border
+
+
+def test_places_by_hand():
+    box = torch.tensor([10.0, 20, 30, 60])
+    assert places(box, torch.tensor(0), 8, 2).tolist() == [[15, 30], [25, 30], [15, 50], [25, 50]]
+    assert places(box, torch.tensor(1), 8, 2).tolist() == [[25, 30], [25, 50], [15, 30], [15, 50]]  # right edge on top

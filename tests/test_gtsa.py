@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 from gtsa import augment
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Views
+from gtsa.geometry import places
 from gtsa.methods import found
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.views import MultiCrop
@@ -149,14 +150,14 @@ def maps_of(method, view):
     return mine, logits, method.teacher.projector(method.teacher.encoder(view.pixels[None]).patches)[0].detach()
 
 
-def slow_losses(method, views, cells=CELLS, matches=MATCHES, shift=0):
-    """Lists over images of the region losses, patch losses and rotation losses. ``shift``: whose teacher maps."""
+def slow_losses(method, views, cells=CELLS, matches=MATCHES):
+    """Lists over images of the region losses, patch losses and rotation losses."""
     images = len(views.global_crops.turns)
     looked = [[(view, *maps_of(method, view)) for view in views_of(views, b)] for b in range(images)]
     region, patch, rotation = ([[] for _ in range(images)] for _ in range(3))
     for b in range(images):
         for view, mine, logits, _ in looked[b]:
-            for (seen, *_), (*_, theirs) in zip(looked[b], looked[(b - shift) % images], strict=True):
+            for seen, *_, theirs in looked[b]:
                 if seen.size == 0 and (view.size, view.v) != (0, seen.v):
                     region[b].append(region_of_pair(mine, theirs, view, seen, cells[view.size]))
                     patch[b].append(patch_of_pair(mine, theirs, matches[view.size]))
@@ -399,16 +400,96 @@ def test_regions_of_a_crop_with_itself_are_all_of_it():
 # Label-free figures
 
 
-def test_diagnosis_is_own_less_others(method):
+def slow_scores(method, views, b):
+    """Region score and patch score of image b, one pair and one patch after the other."""
+    images = len(views.global_crops.turns)
+    looked = [[(view, *maps_of(method, view)) for view in views_of(views, i)] for i in range(images)]
+    common = {  # the mean vector of the student's maps of either size, and of the teacher's
+        size: torch.stack([mine.mean((0, 1)) for row in looked for view, mine, *_ in row if view.size == size]).mean(0)
+        for size in range(len(views.groups))
+    }
+    theirs_mean = torch.stack([t.mean((0, 1)) for row in looked for view, *_, t in row if view.size == 0]).mean(0)
+    region, patch = [], []
+    for view, mine, *_ in looked[b]:
+        for place, (seen, *_) in enumerate(looked[b]):
+            if seen.size or (view.size, view.v) == (0, seen.v):
+                continue
+            centred = mine - common[view.size]
+            scores = [
+                -region_of_pair(centred, looked[(b - i) % images][place][3] - theirs_mean, view, seen, CELLS[view.size])
+                for i in range(images)
+            ]
+            region.append(scores[0] - torch.stack(scores[1:]).mean())
+            patch.append(nearness(centred, looked[b][place][3] - theirs_mean, view, seen))
+    return torch.stack(region).mean(), float(np.mean(patch))
+
+
+def where(view, row, column, grid):
+    """The centre of a patch in the image: turned back by going round the crop's centre, quarter by quarter."""
+    x, y = (column + 0.5) / grid - 0.5, (row + 0.5) / grid - 0.5
+    for _ in range(view.turns):
+        x, y = -y, x  # a quarter-turn clockwise, y down
+    x1, y1, x2, y2 = view.box
+    return (x1 + (x + 0.5) * (x2 - x1), y1 + (y + 0.5) * (y2 - y1))
+
+
+def nearness(mine, theirs, view, seen):
+    matched, chance = 0.0, 0.0
+    for row in range(len(mine)):
+        for column in range(len(mine)):
+            here = where(view, row, column, len(mine))
+            if not (seen.box[0] <= here[0] <= seen.box[2] and seen.box[1] <= here[1] <= seen.box[3]):
+                continue
+            likeness = cosines(mine[row, column], theirs)
+            far = [
+                [math.dist(here, where(seen, r, c, len(theirs))) for c in range(len(theirs))]
+                for r in range(len(theirs))
+            ]
+            matched += far[int(likeness.argmax()) // len(theirs)][int(likeness.argmax()) % len(theirs)]
+            chance += np.mean(far)
+    return 1 - matched / chance if chance else 0.0
+
+
+def test_diagnosis_is_that_of_the_plain_loops(method):
     views = the_views(2, 1, images=3)
-    own, *others = [slow_losses(method, views, shift=shift)[:2] for shift in range(3)]
     figures = method.diagnose(views)
-    for name, which in (("region_score", 0), ("patch_score", 1)):
-        for b in range(3):
-            scores = [-torch.stack(losses[which][b]).mean() for losses in (own, *others)]
-            close(figures[name][b], (scores[0] - (scores[1] + scores[2]) / 2).detach())
+    for b in range(3):
+        region, patch = slow_scores(method, views, b)
+        assert figures["region_score"][b].item() == pytest.approx(region.item(), abs=1e-6)
+        assert figures["patch_score"][b].item() == pytest.approx(patch, abs=1e-6)
     right = [[int(maps_of(method, v)[1].argmax()) == v.turns for v in views_of(views, b)] for b in range(3)]
     assert figures["rotation_accuracy"].tolist() == pytest.approx([np.mean(r) for r in right])
+
+
+def test_a_common_vector_counts_for_nothing_and_hides_nothing(method, monkeypatch):
+    """However large the vector that all maps share, the figures are the same; with it alone they are nil."""
+    views = the_views(2, 2, images=3)
+    expected = method.diagnose(views)
+    teacher, student = method.teacher_maps, method.student_maps
+    monkeypatch.setattr(method, "teacher_maps", lambda crops: teacher(crops) + 50)
+    monkeypatch.setattr(method, "student_maps", lambda crops: (student(crops)[0] + 50, student(crops)[1]))
+    for name, values in method.diagnose(views).items():
+        close(values, expected[name])
+    monkeypatch.setattr(method, "student_maps", lambda crops: (0 * student(crops)[0] + 50, student(crops)[1]))
+    assert method.diagnose(views)["region_score"].abs().max() < 1e-6
+
+
+def test_maps_that_say_where_they_are_score_fully(method, monkeypatch):
+    """Maps that hold each patch's place in its image, and the image's number: every match is the nearest patch."""
+    views = the_views(2, 0, images=3)
+
+    def told(crops):
+        at = places(crops.boxes, crops.turns, crops.side, 6)  # [B, V, 36, 2]
+        angle = at / 640 * (2 * math.pi)
+        code = torch.cat([angle.cos(), angle.sin()], -1).unflatten(2, (6, 6))
+        image = 3 * torch.eye(3, dtype=torch.float64)[:, None, None, None].expand(*code.shape[:-1], 3)
+        return torch.cat([code, image], -1)
+
+    monkeypatch.setattr(method, "teacher_maps", told)
+    monkeypatch.setattr(method, "student_maps", lambda crops: (told(crops), None))
+    figures = method.diagnose(views)
+    assert figures["region_score"].min() > 1
+    assert figures["patch_score"].min() > 0.8
 
 
 def test_diagnosis_of_one_image_and_without_rotation():

@@ -56,7 +56,7 @@ def test_the_export_is_the_teacher(trained):
     teacher.load_state_dict(
         {
             k.removeprefix("teacher.encoder."): v
-            for k, v in tensors["method"].items()
+            for k, v in tensors["objective"].items()
             if k.startswith("teacher.encoder.")
         }
     )
@@ -190,4 +190,4 @@ def test_every_switch_trains(tmp_path, scenes, settings):
     for group in final_weights(done.folder):
         assert group
     tensors, _ = checkpoint.read(checkpoint.newest(done.folder / "checkpoints")[0])
-    assert all(torch.isfinite(t).all() for t in tensors["method"].values())
+    assert all(torch.isfinite(t).all() for t in tensors["objective"].values())

@@ -42,6 +42,24 @@ def rotate_boxes(boxes: Tensor, turns: Tensor, side: float) -> Tensor:
     return turned.gather(-2, index).squeeze(-2)
 
 
+def places(crops: Tensor, turns: Tensor, side: float, grid: int) -> Tensor:
+    """Where in the image the centres of a crop's ``grid`` x ``grid`` patches lie, in the order of its tokens.
+
+    Args:
+        crops: [..., 4] in the image, px, each resized to a square of ``side`` px.
+        turns: [...] quarter-turns counter-clockwise of that square.
+
+    Returns:
+        [..., grid * grid, 2]: x and y in the image, px.
+    """
+    centre = (torch.arange(grid, device=crops.device, dtype=crops.dtype) + 0.5) * (side / grid)
+    y, x = (values.flatten() for values in torch.meshgrid(centre, centre, indexing="ij"))
+    points = torch.stack([x, y, x, y], dim=-1).expand(*turns.shape, grid * grid, 4)
+    upright = rotate_boxes(points, -turns[..., None], side)[..., :2]
+    corner, opposite = crops[..., None, :2], crops[..., None, 2:]
+    return corner + upright * ((opposite - corner) / side)
+
+
 def rotate_maps(maps: Tensor, turns: Tensor) -> Tensor:
     """Square maps [..., s, s, C] turned by ``turns`` [...] quarter-turns counter-clockwise: exact, no interpolation."""
     side = maps.shape[-2]

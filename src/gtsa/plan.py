@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lightning_fabric import Fabric
 
 from gtsa.backbone import patch_of
 from gtsa.core import Crops, Method, Remedy, Views
+from gtsa.terminal import clock, table
 from gtsa.views import MultiCrop
 
 FEWEST_STEPS = 1_000
@@ -194,6 +196,37 @@ def memory(plan: Plan, cost: Cost, free: int) -> None:
         each = s.batch_size // ranks
         parts = next(n for n in range(1, each + 1) if each % n == 0 and (each // n <= fitting or n == each))
         plan.settle({"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits"}, accumulate=parts)
+
+
+def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, loaded: str) -> None:
+    """Prints the plan. Raises Remedy where the disk has no room for its checkpoints (6)."""
+    s, why = plan.settings, plan.reasons
+    encoder = method.encoders["student"]
+    size = sum(p.nbytes for p in method.parameters())
+    disk = (s.keep + 1) * (size + 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad))
+    free = shutil.disk_usage(s.out).free
+    if disk > free:
+        raise Remedy(f"--out {s.out}: {gib(disk)} are needed for checkpoints, {gib(free)} are free", 6)
+    each = s.batch_size // (s.devices * s.nodes)
+    v, held = s.views, f"{held_out} more held out to judge by" if held_out else why.get("hold_out", "none held out")
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    views = f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px"
+    rows = [
+        ("images", f"{train:,}", held),
+        ("model", f"{s.model}, {millions:.1f} M parameters", "weights as above" if loaded else "untrained"),
+        ("method", s.method, ""),
+        ("views", views, why.get("views", "")),
+        ("batch size", s.batch_size, why.get("batch_size", "")),
+        ("micro-batches", s.accumulate, why.get("accumulate", "")),
+        ("steps", f"{s.steps:,} ({s.steps * s.batch_size / train:,.1f} epochs)", why.get("steps", "")),
+        ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
+        ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
+        ("workers", s.workers, why.get("workers", "")),
+        ("time", f"about {clock(cost.seconds * each * s.steps)}", "from two images; the ETA below is exact"),
+        ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
+        ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
+    ]
+    table("plan", rows)
 
 
 def gib(size: float) -> str:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import signal
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +14,22 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, checkpoint, config, methods, plan, weights
+from gtsa import augment, config, methods, plan, weights
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Replaced, Views
 from gtsa.data import HELD_OUT, StepSampler, ViewSet, generator, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.images import BadImage
-from gtsa.loop import Done, fit
+from gtsa.loop import Done
 from gtsa.optim import ScheduledAdamW
 from gtsa.pictures import patch_maps, squares, strip
 from gtsa.run import Run
 from gtsa.scan import escaped, insist, scan
 from gtsa.schedules import Cosine, warmup_then
 from gtsa.sources import Source, open_source
-from gtsa.terminal import Progress, clock, say, table
+from gtsa.terminal import say
+from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -113,7 +110,7 @@ def _asked(given: Mapping[str, Any]) -> Any:
 
 
 class _Pretraining:
-    """One run, from top to bottom: data, plan, networks, loop, verdict. Called once."""
+    """One run, from top to bottom: data, plan, networks, training, verdict. Called once."""
 
     def __init__(self, data: Any, ready: plan.Plan, fabric: Fabric, run: Run | None) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
@@ -130,7 +127,9 @@ class _Pretraining:
         if fabric.global_rank == 0:
             cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric)
             plan.memory(self.plan, cost, _free_memory(fabric.device))
-            self._show(cost)
+            if self.loaded:
+                say(self.loaded)
+            plan.show(self.plan, cost, self.method, len(self.train), len(self.held_out), self.loaded)
         accumulate = fabric.broadcast(self.plan.settings.accumulate)
         s = self.settings = self.plan.settings.model_copy(update={"accumulate": accumulate})
         self._remember(s)
@@ -141,7 +140,7 @@ class _Pretraining:
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
         )
-        module, wrapped = fabric.setup(self.method, optimizer)
+        training = self.training = Training(self.method, optimizer, s, fabric, self.run)
         student: Any = self.method.encoders["student"]
         mean, std = student.normalisation
 
@@ -151,57 +150,14 @@ class _Pretraining:
         looked_at = self.held_out or self.train[:64]
         self.health = Health(ViewSet(self.source, looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
         self.gallery = squares(self._gallery(looked_at), 2 * self.multicrop.global_size)
-        start, skips = self._restore(optimizer)
+        self._begin(training.restore() if s.resume else None)
         views = ViewSet(self.source, self.train, self.multicrop, s.seed)
         sampler = StepSampler(
-            len(self.train), s.batch_size, s.steps, start, fabric.global_rank, fabric.world_size, s.accumulate
+            len(self.train), s.batch_size, s.steps, training.start, fabric.global_rank, fabric.world_size, s.accumulate
         )
         batches = loader(views, sampler, s.workers, pin=fabric.device.type == "cuda")
-        steps = fit(
-            module, wrapped, batches, prepare,
-            fabric=fabric, steps=s.steps, start=start, accumulate=s.accumulate, seed=s.seed, skips=skips,
-        )  # fmt: skip
-        with _signals() as stop:
-            self._train(steps, start, optimizer, skips, stop)
+        training(batches, prepare, self._account, self._look, self._kept)
         return self._finish()
-
-    def _train(self, steps: Iterator[Done], start: int, optimizer: Any, skips: deque[int], stop: list[int]) -> None:
-        """What happens between steps: logs, looks, checkpoints, requests to stop."""
-        s = self.settings
-        progress = Progress(s.steps, start, s.batch_size) if self.run else None
-        recent: list[Done] = []
-        try:
-            for done in steps:
-                recent.append(done)
-                self._account(done)
-                if done.step % s.log_every == 0 or done.step == s.steps:
-                    self._log(recent, progress)
-                    recent = []
-                if done.step % s.evaluate_every == 0 and done.step < s.steps:
-                    self._look(done.step)
-                stopping = self._any(bool(stop))
-                if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
-                    self._save(done.step, optimizer, skips)
-                if stopping and done.step < s.steps:
-                    raise Remedy(
-                        f"stopped on request at step {done.step} of {s.steps}, checkpoint saved; go on with: "
-                        f"gtsa pretrain --out {s.out} --resume",
-                        75,
-                    )
-        finally:
-            if progress:
-                progress.close()
-
-    def _any(self, here: bool) -> bool:
-        """Whether it is so in any process."""
-        if self.fabric.world_size == 1:
-            return here
-        return bool(
-            torch.as_tensor(
-                self.fabric.all_reduce(torch.tensor(float(here), device=self.fabric.device), reduce_op="sum")
-            )
-            > 0
-        )
 
     # Data
 
@@ -231,16 +187,17 @@ class _Pretraining:
 
     def _account(self, done: Done) -> None:
         """Names images that could not be read in mid-run, and steps that were skipped."""
+        note = self.training.note
         for image, reason, by in (Replaced(*r) for r in done.replaced):
             if image not in self.bad:
                 self.bad[image] = reason
-                self._note(
+                note(
                     f"step {done.step}: {escaped(self.source.name(image))} could not be read ({reason}); "
                     f"{escaped(self.source.name(by))} took its place"
                 )
         if done.skipped:
             names = ", ".join(escaped(self.source.name(i)) for i in done.skipped[:20])
-            self._note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
+            note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
         if len(self.bad) > max(1, self.settings.max_bad * len(self.train)):
             listed = "; ".join(f"{escaped(self.source.name(i))}: {why}" for i, why in list(self.bad.items())[:5])
             raise Remedy(
@@ -249,13 +206,7 @@ class _Pretraining:
                 3,
             )
 
-    def _remember(self, settings: Any) -> None:
-        """config.yaml: what --resume goes on with, and what --config takes for another run."""
-        if self.run:
-            kept = settings.model_copy(update={"resume": False, "overwrite": False})
-            self.run.write("config.yaml", config.to_yaml(kept))
-
-    # Networks
+    # Networks, and what a checkpoint holds beside them
 
     def _networks(self) -> tuple[Method, str]:
         """The method with its initial weights, which follow from the seed."""
@@ -270,149 +221,64 @@ class _Pretraining:
             options["rotation_weight"] = 0.0  # nothing to predict where nothing is turned
         return methods.found()[s.method](encoder, **options), loaded
 
-    def _save(self, step: int, optimizer: ScheduledAdamW, skips: deque[int]) -> None:
-        if not self.run:
-            self.fabric.barrier()
-            return
-        encoder: Any = self.method.encoders["teacher"]
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        state = {
-            "encoder": {"model": encoder.model, "arguments": encoder.arguments, "normalisation": encoder.normalisation},
-            "images": self.digest,
-            "skips": list(skips),
-            "unreadable": {str(k): v for k, v in self.bad.items()},
-            "scaler": scaler.state_dict() if scaler else None,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        moments = {
-            f"{index}.{name}": value
-            for index, entry in optimizer.state_dict()["state"].items()
-            for name, value in entry.items()
-        }
-        tensors = {"method": self.method.state_dict(), "optimizer": moments, "start": self._start_tensors()}
-        checkpoint.write(self.run.checkpoints, step, tensors, state, self.settings.keep)
-        self.fabric.barrier()
-
-    def _restore(self, optimizer: ScheduledAdamW) -> tuple[int, deque[int]]:
-        """Everything as the newest whole checkpoint has it, or as it is at step 0."""
-        place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
-        if place is None or not self.settings.resume:
-            if problems:
-                raise Remedy(f"no whole checkpoint in {self.settings.out}: {'; '.join(problems)}; use --overwrite", 4)
+    def _begin(self, before: Kept | None) -> None:
+        """What the run is compared with: the network at step 0, looked at now or kept by the checkpoint."""
+        if before is None:
             self.start = self.health(self.method) if self.run else None
-            self.start_maps = patch_maps(self.method.encoders["teacher"], self.gallery) if self.run else None  # type: ignore[arg-type]
-            if self.run:
-                self.run.start_logs(0)
-            return 0, deque()
-        tensors, state = checkpoint.read(place)
+            self.start_maps = patch_maps(self._teacher, self.gallery) if self.run else None
+            return
+        tensors, state = before
         if state["images"] != self.digest:
             raise Remedy(f"{self.settings.out}/images.jsonl is not the one that the run was started with", 4)
-        for problem in problems:
-            self._note(f"{problem}: going on from {place.name}")
-        self.method.load_state_dict(tensors["method"])
-        saved = optimizer.state_dict()
-        for key, value in tensors["optimizer"].items():
-            index, name = key.split(".")
-            saved["state"].setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict(saved)
-        if state["scaler"]:
-            self.fabric.strategy.precision.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]
-        if state["threads"] != torch.get_num_threads():
-            torch.set_num_threads(state["threads"])  # sums depend on it
         self.bad = {int(k): v for k, v in state["unreadable"].items()}
         first = tensors["start"]
         scores = {k.removeprefix("score."): v for k, v in first.items() if k.startswith("score.")}
         self.start = Figures(scores, float(first["rank"]), float(first["spread"]))
         self.start_maps = first["maps"]
-        if self.run:
-            self.run.start_logs(state["step"])
-        self._note(f"resumed from {place.name}")
-        return state["step"], deque(state["skips"])
 
-    def _start_tensors(self) -> dict[str, torch.Tensor]:
-        assert self.start is not None
-        assert self.start_maps is not None
+    def _kept(self) -> Kept:
+        """What ``_begin`` takes up again, and what opens the encoder."""
+        state = {
+            "encoder": {
+                "model": self._teacher.model,
+                "arguments": self._teacher.arguments,
+                "normalisation": self._teacher.normalisation,
+            },
+            "images": self.digest,
+            "unreadable": {str(k): v for k, v in self.bad.items()},
+        }
+        if self.start is None or self.start_maps is None:  # not the first process, which alone writes
+            return {}, state
         scores = {f"score.{k}": v for k, v in self.start.scores.items()}
         kept = {"rank": torch.tensor(self.start.rank), "spread": torch.tensor(self.start.spread)}
-        return {**scores, **{k: v.double() for k, v in kept.items()}, "maps": self.start_maps}
+        return {"start": {**scores, **{k: v.double() for k, v in kept.items()}, "maps": self.start_maps}}, state
+
+    @property
+    def _teacher(self) -> Backbone:
+        return self.method.encoders["teacher"]  # type: ignore[return-value]
 
     # What the user sees
 
-    def _show(self, cost: plan.Cost) -> None:
-        s, why = self.plan.settings, self.plan.reasons
-        student: Any = self.method.encoders["student"]
-        weights_size = sum(p.nbytes for p in self.method.parameters())
-        disk = (s.keep + 1) * (weights_size + 2 * sum(p.nbytes for p in self.method.parameters() if p.requires_grad))
-        free = shutil.disk_usage(s.out).free
-        if disk > free:
-            raise Remedy(f"--out {s.out}: {plan.gib(disk)} are needed for checkpoints, {plan.gib(free)} are free", 6)
-        if self.loaded:
-            say(self.loaded)
-        micro = s.batch_size // (s.devices * s.nodes * s.accumulate)
-        held = (
-            f"{len(self.held_out)} more held out to judge by" if self.held_out else why.get("hold_out", "none held out")
-        )
-        v = s.views
-        each = s.batch_size // (s.devices * s.nodes)
-        rows = [
-            ("images", f"{len(self.train):,}", held),
-            ("model", f"{s.model}, {_millions(student)}", "weights as above" if self.loaded else "untrained"),
-            ("method", s.method, ""),
-            (
-                "views",
-                f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px",
-                why.get("views", ""),
-            ),
-            ("batch size", s.batch_size, why.get("batch_size", "")),
-            ("micro-batches", s.accumulate, why.get("accumulate", "")),
-            ("steps", f"{s.steps:,} ({s.steps * s.batch_size / len(self.train):,.1f} epochs)", why.get("steps", "")),
-            ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
-            ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
-            ("workers", s.workers, why.get("workers", "")),
-            ("time", f"about {clock(cost.seconds * each * s.steps)}", "from two images; the ETA below is exact"),
-            ("memory", plan.gib(cost.bytes_fixed + cost.bytes_image * micro), "a device: weights and one micro-batch"),
-            ("disk", plan.gib(disk), f"{s.keep} checkpoints and one being written; {plan.gib(free)} free"),
-        ]
-        table("plan", rows)
-
-    def _log(self, recent: list[Done], progress: Progress | None) -> None:
-        if not self.run or progress is None:
-            return
-        step = recent[-1].step
-        names = recent[-1].parts
-        values = {
-            k: float(sum(d.parts[k] for d in recent if k in d.parts) / sum(k in d.parts for d in recent)) for k in names
-        }
-        seconds = sum(d.seconds for d in recent)
-        values |= {"seconds": seconds / len(recent), "waited": sum(d.waited for d in recent) / seconds}
-        self.run.log(step, values)
-        progress.show(step, values)
-
     def _look(self, step: int) -> Verdict | None:
         """Health figures and the strip of feature maps, logged and kept."""
-        if not self.run:
+        if not self.run or self.start is None or self.start_maps is None:
             return None
-        assert self.start is not None
-        assert self.start_maps is not None
         seen = verdict(self.health(self.method), self.start, step, bool(self.held_out))
         self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
-        now = patch_maps(self.method.encoders["teacher"], self.gallery)  # type: ignore[arg-type]
+        now = patch_maps(self._teacher, self.gallery)
         strip(self.gallery, self.start_maps, now, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
         return seen
 
     def _finish(self) -> Trained:
         s, out = self.settings, Path(self.settings.out)
         place = out / "exports" / "timm"
-        if not self.run:
+        seen = self._look(s.steps)
+        if not self.run or seen is None:
             self.fabric.barrier()
             return Trained(out, place, Verdict("see rank 0", [], {}))
-        seen = self._look(s.steps)
-        assert seen is not None
         name = "".join(c if c.isalnum() else "_" for c in Path(s.data).name)[:40]
-        encoder: Any = self.method.encoders["teacher"]
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_export(encoder, place, name)
+        write_export(self._teacher, place, name)
         self.run.note(f"done: {seen.word}. " + ". ".join(seen.reasons))
         say(f"\nverdict: {seen.word.upper()}")
         for reason in seen.reasons:
@@ -435,37 +301,12 @@ class _Pretraining:
                     continue
         return found
 
-    def _note(self, text: str) -> None:
+    def _remember(self, settings: Any) -> None:
+        """config.yaml: what --resume goes on with, and what --config takes for another run."""
         if self.run:
-            self.run.note(text)
-            say(text)
-
-
-def _millions(network: torch.nn.Module) -> str:
-    return f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
+            kept = settings.model_copy(update={"resume": False, "overwrite": False})
+            self.run.write("config.yaml", config.to_yaml(kept))
 
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects requests to stop; the loop acts on them between steps. A second Ctrl-C stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    except ValueError:  # not in the main thread: the caller's signals stay the caller's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

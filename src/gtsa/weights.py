@@ -114,7 +114,7 @@ def _from_run(path: Path, network: str) -> Weights:
         raise Remedy(f"{path} has no whole checkpoint{': ' + '; '.join(problems) if problems else ' yet'}", 4)
     tensors, state = checkpoint.read(place)
     start = f"{network}.encoder.vit."
-    encoder = {k.removeprefix(start): v for k, v in tensors["method"].items() if k.startswith(start)}
+    encoder = {k.removeprefix(start): v for k, v in tensors["objective"].items() if k.startswith(start)}
     known = state["encoder"]
     mean, std = known["normalisation"]
     return Weights(

@@ -1,8 +1,8 @@
 """Is it learning? Figures without labels, on held-out images, against the same network at step 0.
 
 A loss alone cannot tell: it also falls when all features become alike. So we ask whether the true region is predicted
-better than regions of other images, whether rotations are named, and whether the features still fill their space
-(RankMe, Garrido et al. 2023).
+better than regions of other images, whether patches find their place in another view, whether rotations are named, and
+whether the features still fill their space (RankMe, Garrido et al. 2023).
 """
 
 from __future__ import annotations
@@ -125,9 +125,15 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
     region_learnt = gain[1] > 0
     better = "predicted better" if region_learnt else "not clearly predicted better"
     reasons = [
-        f"true regions are {better} than other images' regions, by {gain[0]:+.4f} cosine over step 0 "
-        f"(95 % interval {gain[1]:+.4f} to {gain[2]:+.4f}, {images} {where})"
+        f"true regions are {better} than other images' regions, by {gain[0]:+.3f} cosine over step 0 "
+        f"(95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}, {images} {where})"
     ]
+    if "patch_score" in gains:
+        near = tuple(100 * value for value in gains["patch_score"])
+        reasons.append(
+            f"patches {'find' if near[1] > 0 else 'do not clearly find'} their place in another view better, by "
+            f"{near[0]:+.1f} % of the way over step 0 (95 % interval {near[1]:+.1f} to {near[2]:+.1f} %)"
+        )
     rotation_learnt = False
     if "rotation_accuracy" in now.scores:
         turns = interval(now.scores["rotation_accuracy"])

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtsa import losses
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Method, Remedy, Views
-from gtsa.geometry import inside, overlap, pool, rotate_boxes, rotate_maps
+from gtsa.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
 from gtsa.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.schedules import After, Cosine
 from gtsa.teacher import copy_of, follow
@@ -164,23 +165,35 @@ class GTSA(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Per image: how much better the student's cells meet the true region than regions of other images (cosine,
-        mean over pairs), the same for patch matches, and the share of rotations it names.
+        """Per image, the means over pairs of
+
+        * ``region_score``: cosine of the student's cells with the true region, less that with the same region of other
+          images;
+        * ``patch_score``: how much nearer to its true place the best match of a patch lies than a patch chosen at
+          random, as a share of that distance: 0 by chance, 1 at most;
+
+        and ``rotation_accuracy``, the share of rotations it names. The mean vector over the batch is taken off first:
+        predictions learn it before anything else, it says nothing about an image, and it hides what does.
         """
-        teacher = self.teacher_maps(views.global_crops)
-        region, patch, correct = [], [], []
+        teacher = _centred(self.teacher_maps(views.global_crops))
+        own, others, nearer, correct = [], [], [], []
         for size, crops in enumerate(views.groups):
-            maps, logits = self.student_maps(crops)
+            predicted, logits = self.student_maps(crops)
+            maps = _centred(predicted)
             pairs = _pairs(size, crops, views.global_crops)
-            for shift in range(min(len(teacher), 9)):  # 0: the image itself, then up to eight others
-                other = teacher.roll(shift, 0)
-                cells = self.pooled(maps, other, crops, views.global_crops, size)
-                region.append(-losses.region(*cells)[:, *pairs])
-                patch.append(-self.patch_loss(maps, other, size)[:, *pairs])
+            scores = [
+                -losses.region(*self.pooled(maps, teacher.roll(shift, 0), crops, views.global_crops, size))[:, *pairs]
+                for shift in range(min(len(teacher), 9))  # 0: the image itself, then up to eight others
+            ]
+            own.append(scores[0])
+            others.append(torch.stack(scores[1:]).mean(0) if scores[1:] else torch.zeros_like(scores[0]))
+            nearer.append(_nearer(maps, teacher, crops, views.global_crops)[:, *pairs])
             if logits is not None:
                 correct.append((logits.argmax(-1) == crops.turns).float())
-        shifts = len(region) // len(views.groups)
-        figures = {"region_score": _better(region, shifts), "patch_score": _better(patch, shifts)}
+        figures = {
+            "region_score": (torch.cat(own, 1) - torch.cat(others, 1)).mean(1),
+            "patch_score": torch.cat(nearer, 1).mean(1),
+        }
         if correct:
             figures["rotation_accuracy"] = torch.cat(correct, 1).mean(1)
         return figures
@@ -212,8 +225,25 @@ def _mean(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.flatten() for part in parts]).mean()
 
 
-def _better(scores: list[Tensor], shifts: int) -> Tensor:
-    """Per image: the score of the image's own target less the mean of other images'; [B] from [B, pairs] per shift."""
-    own = torch.cat(scores[::shifts], 1).mean(1)
-    others = [torch.cat(scores[shift::shifts], 1).mean(1) for shift in range(1, shifts)]
-    return own - torch.stack(others).mean(0) if others else own
+def _centred(maps: Tensor) -> Tensor:
+    """Maps [B, V, h, w, C] without the mean vector over all of them, in float32 at least."""
+    lifted = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return lifted - lifted.mean((0, 1, 2, 3))
+
+
+def _nearer(student: Tensor, teacher: Tensor, view: Crops, seen: Crops) -> Tensor:
+    """[B, V, G]: 1 - (mean distance from a patch to its best match) / (mean distance to any patch), in the image.
+
+    Of each view the patches count whose centre lies in the teacher's crop.
+    """
+    mine = places(view.boxes, view.turns, view.side, student.shape[2])[:, :, None]  # [B, V, 1, N, 2]
+    theirs = places(seen.boxes, seen.turns, seen.side, teacher.shape[2])[:, None]  # [B, 1, G, M, 2]
+    box = seen.boxes[:, None, :, None]
+    common = ((mine >= box[..., :2]) & (mine <= box[..., 2:])).all(-1)  # [B, V, G, N]
+    similarity = F.normalize(student.flatten(2, 3), dim=-1)[:, :, None] @ (
+        F.normalize(teacher.flatten(2, 3), dim=-1)[:, None].transpose(-2, -1)
+    )
+    distance = (mine[..., :, None, :] - theirs[..., None, :, :]).norm(dim=-1)  # [B, V, G, N, M]
+    matched = distance.gather(-1, similarity.argmax(-1, keepdim=True)).squeeze(-1)
+    chance = (distance.mean(-1) * common).sum(-1)
+    return torch.where(chance > 0, 1 - (matched * common).sum(-1) / chance, 0.0).float()

@@ -1,0 +1,195 @@
+"""A training that can be stopped and gone on with: what happens between the steps of the loop."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from gtsa import checkpoint
+from gtsa.core import Objective, Remedy, Views
+from gtsa.loop import Done, fit
+from gtsa.optim import ScheduledAdamW
+from gtsa.run import Run
+from gtsa.terminal import Progress, say
+
+Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
+
+
+class Training:
+    """An objective and its optimiser, with logs, checkpoints, looks on the way, and requests to stop.
+
+    Args:
+        objective: what is trained; moved to the device.
+        optimizer: over its parameters.
+        settings: ``steps``, ``batch_size``, ``accumulate``, ``seed``, ``log_every``, ``evaluate_every``,
+            ``checkpoint_every``, ``keep`` and ``out``.
+        fabric: the engine.
+        run: the folder of logs and checkpoints; None in all processes but the first.
+    """
+
+    def __init__(
+        self, objective: Objective, optimizer: ScheduledAdamW, settings: Any, fabric: Fabric, run: Run | None
+    ) -> None:
+        self.objective, self.optimizer = objective, optimizer
+        self.settings, self.fabric, self.run = settings, fabric, run
+        self.wrapped = fabric.setup(objective, optimizer)
+        self.start = 0  # steps that were done before
+        self.skips: deque[int] = deque()
+
+    def restore(self) -> Kept | None:
+        """Goes back to the newest whole checkpoint and returns all that it holds; None where there is none.
+
+        Raises:
+            Remedy: there are checkpoints and none of them is whole (4).
+        """
+        place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
+        if place is None:
+            if problems:
+                told = "; ".join(problems)
+                raise Remedy(f"no whole checkpoint in {self.settings.out}: {told}; use --overwrite to start anew", 4)
+            return None
+        for problem in problems:
+            self.note(f"{problem}: going on from {place.name}")
+        tensors, state = checkpoint.read(place)
+        self.objective.load_state_dict(tensors["objective"])
+        saved = self.optimizer.state_dict()
+        for key, value in tensors["optimizer"].items():
+            index, name = key.split(".")
+            saved["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(saved)
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        if state["threads"] != torch.get_num_threads():
+            torch.set_num_threads(state["threads"])  # sums depend on it
+        self.start, self.skips = state["step"], deque(state["skips"])
+        self.note(f"resumed from {place.name}")
+        return tensors, state
+
+    def __call__(
+        self,
+        batches: Iterable[Views],
+        prepare: Callable[[Views], Views],
+        account: Callable[[Done], None],
+        look: Callable[[int], Any],
+        kept: Callable[[], Kept],
+    ) -> None:
+        """Trains to the last step.
+
+        Args:
+            batches, prepare: as for ``loop.fit``.
+            account: told of every step.
+            look: told of every ``evaluate_every``-th step but the last.
+            kept: what else a checkpoint is to hold.
+
+        Raises:
+            Remedy: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
+        """
+        s = self.settings
+        module, optimizer = self.wrapped
+        progress = Progress(s.steps, self.start, s.batch_size) if self.run else None
+        if self.run:
+            self.run.start_logs(self.start)
+        steps = fit(
+            module, optimizer, batches, prepare,
+            fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
+        )  # fmt: skip
+        recent: list[Done] = []
+        with requests_to_stop() as asked:
+            try:
+                for done in steps:
+                    recent.append(done)
+                    account(done)
+                    if done.step % s.log_every == 0 or done.step == s.steps:
+                        self._log(recent, progress)
+                        recent = []
+                    if done.step % s.evaluate_every == 0 and done.step < s.steps:
+                        look(done.step)
+                    stopping = self._anywhere(bool(asked))
+                    if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
+                        self._save(done.step, *kept())
+                    if stopping and done.step < s.steps:
+                        raise Remedy(
+                            f"stopped on request at step {done.step} of {s.steps}, checkpoint saved; go on with: "
+                            f"gtsa pretrain --out {s.out} --resume",
+                            75,
+                        )
+            finally:
+                if progress:
+                    progress.close()
+
+    def note(self, text: str) -> None:
+        """Tells the user, and the run's log."""
+        if self.run:
+            self.run.note(text)
+            say(text)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
+    def _save(self, step: int, more: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Any]) -> None:
+        if self.run:
+            moments = {
+                f"{index}.{name}": value
+                for index, entry in self.optimizer.state_dict()["state"].items()
+                for name, value in entry.items()
+            }
+            state = {
+                "skips": list(self.skips),
+                "scaler": self._scaler.state_dict() if self._scaler else None,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                **words,
+            }
+            tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **more}
+            checkpoint.write(self.run.checkpoints, step, tensors, state, self.settings.keep)
+        self.fabric.barrier()
+
+    def _log(self, recent: list[Done], progress: Progress | None) -> None:
+        if not self.run or progress is None:
+            return
+        values = {}
+        for name in recent[-1].parts:
+            found = [done.parts[name] for done in recent if name in done.parts]
+            values[name] = float(sum(found) / len(found))
+        seconds = sum(done.seconds for done in recent)
+        values |= {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
+        self.run.log(recent[-1].step, values)
+        progress.show(recent[-1].step, values)
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.fabric.world_size == 1:
+            return here
+        count: Any = self.fabric.all_reduce(torch.tensor(float(here), device=self.fabric.device), reduce_op="sum")
+        return bool(count > 0)
+
+
+@contextmanager
+def requests_to_stop() -> Iterator[list[int]]:
+    """Collects signals that ask to stop; the loop acts on them between steps. A second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    except ValueError:  # not in the main thread: the caller's signals stay the caller's
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
