@@ -620,3 +620,16 @@ def test_cut_and_continued_files_raise_bad_image_or_nothing(files, tmp_path_fact
 )
 def test_noise_raises_bad_image(tmp_path_factory, start, noise):
     refused(written(tmp_path_factory.getbasetemp() / "noise", start + noise))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("bands", "photometric"), [(2, "minisblack"), (4, "rgb")])
+def test_a_band_that_is_neither_colour_nor_alpha_is_not_dropped_in_silence(tmp_path, kind, bands, photometric):
+    """Near infrared beside red, green and blue, as aerial cameras write it."""
+    array = np.random.default_rng(0).integers(0, 255, (32, 40, bands)).astype(kind)
+    path = tiff(tmp_path / "a.tif", array, photometric=photometric, extrasamples=["unspecified"])
+    refused(path, f"{bands} bands")
+    with pytest.raises(BadImage, match=f"{bands} bands"):
+        header(path)
+    for alpha in ("unassalpha", "assocalpha") if bands == 4 else ():
+        assert decode(tiff(tmp_path / "b.tif", array, photometric=photometric, extrasamples=[alpha])).shape == (3, 32, 40)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,9 +157,14 @@ class _Pretrain(Strict):
                 problems.append(f"views.{name}: 0 < low <= high <= 1, not {low} {high}")
         if not 0 < v.aspect[0] <= v.aspect[1]:
             problems.append(f"views.aspect: 0 < low <= high, not {v.aspect[0]} {v.aspect[1]}")
-        for name in ("jitter", "grey", "blur"):
+        for name in ("jitter", "grey", "blur", "global_overlap", "local_overlap"):
             if not 0 <= getattr(v, name) <= 1:
-                problems.append(f"views.{name}: a probability from 0 to 1, not {getattr(v, name)}")
+                problems.append(f"views.{name}: from 0 to 1, not {getattr(v, name)}")
+        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+            if not 0 <= getattr(v, name) <= most:
+                problems.append(f"views.{name}: from 0 to {most}, not {getattr(v, name)}".replace("to inf", "upwards"))
+        if not 0 < v.sigma[0] <= v.sigma[1]:
+            problems.append(f"views.sigma: 0 < low <= high, not {v.sigma[0]} {v.sigma[1]}")
         if problems:
             raise Remedy("\n".join(problems))
         return self

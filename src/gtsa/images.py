@@ -9,6 +9,7 @@ import io
 import math
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ NEUTRAL = (124, 116, 104)  # shows through transparent pixels: ImageNet's mean, 
 ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
 Range = tuple[float, float]
+_QUIET = threading.Lock()
 
 
 class BadImage(Exception):
@@ -46,6 +48,7 @@ def header(path: str | Path) -> Header:
     """What a file says it is, without decoding it. Raises BadImage."""
     with _opened(path) as image:
         width, height = _sized(image.width, image.height)
+        _banded(image)
         try:
             frames = getattr(image, "n_frames", 1)
         except Exception as error:  # counting them reads on in the file
@@ -70,6 +73,7 @@ def decode(
     """
     with _opened(path) as image:
         _sized(image.width, image.height)
+        _banded(image)
         if detail is not None and image.format == "JPEG":
             scale = detail(image.width, image.height)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -98,7 +102,7 @@ class _opened:
         except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
         try:
-            with warnings.catch_warnings():
+            with _QUIET, warnings.catch_warnings():  # filters are the process's: one thread at a time
                 warnings.simplefilter("ignore")  # Pillow warns of large and odd files; we have rules of our own
                 return Image.open(self.file, formats=FORMATS)
         except Image.DecompressionBombError:
@@ -149,6 +153,19 @@ def _sized(width: int, height: int) -> tuple[int, int]:
     if min(width, height) < SMALLEST:
         raise BadImage(f"{width} x {height} px: the short side needs at least {SMALLEST} px")
     return width, height
+
+
+def _banded(image: Any) -> None:
+    """Refuses a TIFF with a band that is neither colour nor alpha, e.g. near infrared: it would be dropped in silence."""
+    if image.format == "TIFF":
+        bands = image.tag_v2.get(277, 1)
+        colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(image.tag_v2.get(262), 1)  # RGB, CMYK, YCbCr, Lab; else grey, palette
+        extra = image.tag_v2.get(338, ())
+        if bands > colours + 1 or (bands == colours + 1 and tuple(extra) not in ((1,), (2,))):
+            raise BadImage(
+                f"{bands} bands, of which {colours} {'is' if colours == 1 else 'are'} colour and the rest is not marked "
+                "as alpha: save 1 or 3 bands"
+            )
 
 
 def _deep_tiff(image: Any) -> bool:

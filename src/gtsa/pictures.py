@@ -116,7 +116,9 @@ def _scene(image: Tensor, views: Views, hues: list[Hue]) -> Image.Image:
     for name, box, hue, size in _crops(views, hues):
         x1, y1, x2, y2 = (value * zoom for value in box)
         draw.rectangle((x1, y1 + 26, x2 - 1, y2 + 25), outline=hue, width=4 if size == 0 else 2)
-        _label(draw, (x1 + 4, y1 + 30), name, hue)
+    for name, box, hue, size in _crops(views, hues):  # over all boxes; global ones on the right, out of the others' way
+        x1, y1, x2, _ = (value * zoom for value in box)
+        _label(draw, (x2 - 26 if size == 0 else x1 + 4, y1 + 30), name, hue)
     return sheet
 
 
@@ -228,5 +230,6 @@ def _write(sheet: Image.Image, place: tuple[float, float], text: str) -> None:
 
 def _label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, hue: Hue) -> None:
     font = ImageFont.load_default(14)
-    draw.rectangle(draw.textbbox(place, text, font=font), fill=PAPER)
-    draw.text(place, text, fill=hue, font=font)
+    x1, y1, x2, y2 = draw.textbbox(place, text, font=font)
+    draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), fill=hue)
+    draw.text(place, text, fill=INK if sum(hue) > 330 else PAPER, font=font)

@@ -18,6 +18,7 @@ from gtsa.terminal import clock, table
 from gtsa.views import MultiCrop
 
 FEWEST_STEPS = 1_000
+QUICK = 0.5  # seconds that a pass of the probe may take
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 PUBLISHED = {"epochs": 100, "batch": 512, "rate": 5e-4, "global": 224, "local": 96}
 
@@ -141,17 +142,19 @@ def budget(plan: Plan, images: int) -> None:
 
 @dataclass
 class Cost:
-    """What a micro-batch costs, measured on two images."""
+    """What a micro-batch costs, measured on a few images."""
 
     seconds: float  # of forward and backward, for one image
     bytes_image: int  # kept for the backward pass, for one image
     bytes_fixed: int  # weights, gradients, moments
 
 
-def probe(method: Method, multicrop: MultiCrop, fabric: Fabric) -> Cost:
-    """One forward and backward pass on noise: time, and what autograd keeps of it."""
+def probe(method: Method, multicrop: MultiCrop, fabric: Fabric, batch: int) -> Cost:
+    """Forward and backward passes on noise: time, and what autograd keeps of it.
 
-    count, device = 2, fabric.device
+    Memory is read off two images; time too, or off more of them, up to ``batch``, where two are done in no time.
+    """
+    method.train()
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,24 +162,28 @@ def probe(method: Method, multicrop: MultiCrop, fabric: Fabric) -> Cost:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    method.train()
-    views = Views.of([_noise(multicrop, size, count, device) for size in range(1 + (multicrop.local_crops > 0))])
-    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    seconds = []
-    for looking in (True, False, False):  # hooks cost time: the first pass is for memory alone
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor) if looking else nullcontext()
+    def seconds(count: int, hooks: Any) -> float:
+        groups = [_noise(multicrop, size, count, fabric.device) for size in range(1 + (multicrop.local_crops > 0))]
         began = time.perf_counter()
         with fabric.autocast(), hooks:
-            loss = method(views, 1.0)["loss"]
+            loss = method(Views.of(groups), 1.0)["loss"]
         loss.backward()
-        if device.type == "cuda":
+        if fabric.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    few = min(2, batch)
+    seconds(few, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))  # hooks cost time
+    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    each = min(seconds(few, nullcontext()) for _ in range(2)) / few
+    count = min(batch, 16, int(QUICK / each))
+    if count > few:
+        each = min(seconds(count, nullcontext()) for _ in range(2)) / count
     method.zero_grad(set_to_none=True)
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     total = sum(p.nbytes for p in method.parameters())
     activations = sum(size for place, size in kept.items() if place not in own)
-    return Cost(min(seconds) / count, activations // count, total + 3 * trained)
+    return Cost(each, activations // few, total + 3 * trained)
 
 
 def _noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
@@ -222,7 +229,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
         ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
         ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
         ("workers", s.workers, why.get("workers", "")),
-        ("time", f"about {clock(cost.seconds * each * s.steps)}", "from two images; the ETA below is exact"),
+        ("time", f"about {clock(cost.seconds * each * s.steps)}", "without reading images; the ETA below has it all"),
         ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
         ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
     ]

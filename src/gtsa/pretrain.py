@@ -125,7 +125,9 @@ class _Pretraining:
     def __call__(self) -> Trained:
         fabric = self.fabric
         if fabric.global_rank == 0:
-            cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric)
+            s = self.settings
+            micro = max(1, s.batch_size // (s.devices * s.nodes))
+            cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric, micro)
             plan.memory(self.plan, cost, _free_memory(fabric.device))
             if self.loaded:
                 say(self.loaded)

@@ -9,15 +9,15 @@ import gtsa
 pytestmark = pytest.mark.long
 
 SETTINGS = {
-    "model": "vit_tiny_patch16_224",
+    "model": "test_vit",
     "steps": 800,
     "batch_size": 16,
-    "hold_out": 16,
+    "hold_out": 32,
     "learning_rate": 1e-3,
     "evaluate_every": 400,
     "checkpoint_every": 800,
     "seed": 0,
-    "views": {"global_size": 64, "local_size": 32, "local_crops": 2},
+    "views": {"global_size": 96, "local_size": 48, "local_crops": 4},
     "gtsa": {"projector_dim": 128, "out_dim": 128, "predictor_dim": 128, "momentum": 0.99},
 }
 
@@ -48,7 +48,6 @@ def test_orientation_is_learnt(trained):
     assert trained.verdict.word == "learning"
 
 
-@pytest.mark.xfail(reason="not reached yet in so few steps, see LOG.md", strict=False)
 @pytest.mark.parametrize("what", ["region", "patch"])
-def test_the_true_image_is_predicted_better_than_by_the_untrained_network(trained, what):
+def test_the_true_region_and_place_are_found_better_than_by_the_untrained_network(trained, what):
     assert trained.verdict.figures[f"{what}_gain_low"] > 0
