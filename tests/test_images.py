@@ -632,4 +632,8 @@ def test_a_band_that_is_neither_colour_nor_alpha_is_not_dropped_in_silence(tmp_p
     with pytest.raises(BadImage, match=f"{bands} bands"):
         header(path)
     for alpha in ("unassalpha", "assocalpha") if bands == 4 else ():
-        assert decode(tiff(tmp_path / "b.tif", array, photometric=photometric, extrasamples=[alpha])).shape == (3, 32, 40)
+        assert decode(tiff(tmp_path / "b.tif", array, photometric=photometric, extrasamples=[alpha])).shape == (
+            3,
+            32,
+            40,
+        )

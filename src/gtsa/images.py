@@ -156,16 +156,13 @@ def _sized(width: int, height: int) -> tuple[int, int]:
 
 
 def _banded(image: Any) -> None:
-    """Refuses a TIFF with a band that is neither colour nor alpha, e.g. near infrared: it would be dropped in silence."""
+    """Refuses a TIFF with a band that is neither colour nor alpha (near infrared): it would be dropped in silence."""
     if image.format == "TIFF":
         bands = image.tag_v2.get(277, 1)
         colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(image.tag_v2.get(262), 1)  # RGB, CMYK, YCbCr, Lab; else grey, palette
         extra = image.tag_v2.get(338, ())
         if bands > colours + 1 or (bands == colours + 1 and tuple(extra) not in ((1,), (2,))):
-            raise BadImage(
-                f"{bands} bands, of which {colours} {'is' if colours == 1 else 'are'} colour and the rest is not marked "
-                "as alpha: save 1 or 3 bands"
-            )
+            raise BadImage(f"{bands} bands, {colours} of them colour, the rest not marked as alpha: save 1 or 3 bands")
 
 
 def _deep_tiff(image: Any) -> bool:

@@ -113,7 +113,7 @@ def _scene(image: Tensor, views: Views, hues: list[Hue]) -> Image.Image:
     _write(sheet, (0, 2), "the image, and where its crops were cut (G global, L local)")
     sheet.paste(picture, (0, 26))
     draw = ImageDraw.Draw(sheet)
-    for name, box, hue, size in _crops(views, hues):
+    for _, box, hue, size in _crops(views, hues):
         x1, y1, x2, y2 = (value * zoom for value in box)
         draw.rectangle((x1, y1 + 26, x2 - 1, y2 + 25), outline=hue, width=4 if size == 0 else 2)
     for name, box, hue, size in _crops(views, hues):  # over all boxes; global ones on the right, out of the others' way

@@ -229,7 +229,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
         ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
         ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
         ("workers", s.workers, why.get("workers", "")),
-        ("time", f"about {clock(cost.seconds * each * s.steps)}", "of forward and backward passes; the ETA below has it all"),
+        ("time", f"about {clock(cost.seconds * each * s.steps)}", "forward and backward; the ETA below has it all"),
         ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
         ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
     ]
