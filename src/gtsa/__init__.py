@@ -1,6 +1,7 @@
 """gtsa: learn dense visual features from your own scenes.
 
-The verbs of the command line are functions here: ``pretrain``, ``check``, ``preview``, ``export``.
+The verbs of the command line are functions here: ``pretrain``, ``evaluate``, ``check``, ``preview``,
+``export``.
 """
 
 from importlib.metadata import version
@@ -9,8 +10,9 @@ __version__ = version("gtsa")
 
 from gtsa.check import check
 from gtsa.core import Remedy
+from gtsa.evaluate import evaluate
 from gtsa.export import export
 from gtsa.pretrain import pretrain
 from gtsa.preview import preview
 
-__all__ = ["Remedy", "check", "export", "pretrain", "preview"]
+__all__ = ["Remedy", "check", "evaluate", "export", "pretrain", "preview"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, cast
 
 import timm
@@ -58,14 +59,31 @@ class Backbone(nn.Module):
         return cast(int, self.vit.num_prefix_tokens)
 
     def forward(self, images: Tensor) -> Tokens:
+        return self.blocks(images)[-1]
+
+    def blocks(self, images: Tensor, which: Sequence[int] = (), norm: bool = True) -> list[Tokens]:
+        """Tokens after some of the blocks, numbered from 0 (-1: the last).
+
+        Args:
+            images: [N, C, H, W], whole patches on either side.
+            which: blocks; none: the network's own output, which is the last block's after the final norm.
+            norm: put every block's tokens through the final norm.
+        """
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         embed = self.vit.patch_embed
         made_for, embed.grid_size = embed.grid_size, grid  # our positions fit already: timm is to leave them alone
         try:
-            x = functional_call(self.vit, self._positions(made_for, grid), (images,))
+            positions = self._positions(made_for, grid)
+            if which:
+                chosen = [index % len(self.vit.blocks) for index in which]
+                replaced = {f"vit.{name}": value for name, value in positions.items()}
+                found = functional_call(_Blocks(self.vit, sorted(set(chosen)), norm), replaced, (images,))
+                outputs = [found[sorted(set(chosen)).index(index)] for index in chosen]
+            else:
+                outputs = [functional_call(self.vit, positions, (images,))]
         finally:
             embed.grid_size = made_for
-        return Tokens(x[:, self.prefix :].unflatten(1, grid), x[:, : self.prefix])
+        return [Tokens(x[:, self.prefix :].unflatten(1, grid), x[:, : self.prefix]) for x in outputs]
 
     def _positions(self, old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
         """Position embeddings for another grid, by one fixed matrix that holds timm's own resampling.
@@ -83,6 +101,20 @@ class Backbone(nn.Module):
             matrix = resample_abs_pos_embed(unit, list(new), list(old), num_prefix_tokens=prefix)
             self._resamplers[key] = matrix[0].to(embedding.dtype)
         return {"pos_embed": (self._resamplers[key] @ embedding[0])[None]}
+
+
+class _Blocks(nn.Module):
+    """The tokens after some of a timm ViT's blocks, prefix first: images -> [N, prefix + h * w, D] for each."""
+
+    def __init__(self, vit: Any, which: list[int], norm: bool) -> None:
+        super().__init__()
+        self.vit, self.which, self.norm = vit, which, norm
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        found = self.vit.forward_intermediates(
+            images, self.which, return_prefix_tokens=True, norm=self.norm, output_fmt="NLC", intermediates_only=True
+        )
+        return [torch.cat([entry[1], entry[0]], dim=1) if isinstance(entry, tuple) else entry for entry in found]
 
 
 def _create(model: str, **arguments: Any) -> Any:

@@ -28,10 +28,12 @@ app = cyclopts.App(
 )
 
 
-def _flags(model: Any, group: Group, prefix: str = "") -> list[inspect.Parameter]:
+def _flags(model: Any, group: Group, prefix: str = "", skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
     """A keyword for every setting of a model; sections become dotted flags (--views.local-crops)."""
     flags, sections = [], []
     for name, field in model.model_fields.items():
+        if name in skip:
+            continue
         if hasattr(field.annotation, "model_fields"):
             section = Group(f"--{name}.*", help=field.description or "", sort_key=2)
             sections += _flags(field.annotation, section, f"{name}.")
@@ -39,8 +41,11 @@ def _flags(model: Any, group: Group, prefix: str = "") -> list[inspect.Parameter
         flag = f"--{prefix}{name}".replace("_", "-")
         off = (f"--{prefix}no-{name}",) if field.default is True else ()
         words = " ".join((field.description or "").split())
-        shown = Parameter(name=flag, group=group, help=words[:1].upper() + words[1:], negative=off)
-        kind = Annotated[_bare(field.annotation), shown]  # type: ignore[valid-type]
+        bare = _bare(field.annotation)
+        many = get_origin(bare) is tuple and get_args(bare)[-1] is Ellipsis  # --task knn linear
+        text = words[:1].upper() + words[1:]
+        shown = Parameter(name=flag, group=group, help=text, negative=off, consume_multiple=many)
+        kind = Annotated[bare, shown]  # type: ignore[valid-type]
         flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), kind, field.default))
     return flags + sections
 
@@ -91,6 +96,23 @@ _pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     ]
 )
 app.command(_pretrain, name="pretrain")
+
+
+def _evaluate(weights: str, **flat: Any) -> None:
+    """Ask one question or several of a backbone, on labelled images.
+
+    WEIGHTS is a run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file.
+    """
+    gtsa.evaluate(weights, **{"task": (), **_nested(flat)})
+
+
+_evaluate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter("weights", inspect.Parameter.POSITIONAL_ONLY, annotation=str),
+        *_flags(config.Evaluate, Group("Settings", sort_key=1), skip=("weights", "devices", "nodes")),
+    ]
+)
+app.command(_evaluate, name="evaluate")
 
 
 @app.command
@@ -223,4 +245,4 @@ def _flat(error: Exception) -> str:
 
 def _verb(arguments: list[str] | None) -> str:
     given = sys.argv[1:] if arguments is None else arguments
-    return f"{given[0]} " if given and given[0] in ("pretrain", "check", "preview", "export") else ""
+    return f"{given[0]} " if given and given[0] in ("pretrain", "evaluate", "check", "preview", "export") else ""

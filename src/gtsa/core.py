@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,16 @@ class Views:
         return (self.global_crops,) if self.local_crops is None else (self.global_crops, self.local_crops)
 
 
+@dataclass
+class Examples:
+    """A batch of images with what is to be learnt of each, for a supervised Objective."""
+
+    pixels: Any  # [B, 3, H, W], or a list where sizes differ
+    targets: Any
+    images: Tensor  # [B]: what each row shows
+    replaced: Sequence[Replaced] = ()
+
+
 class Tokens(NamedTuple):
     """What a ViT makes of ``N`` images: a map of patch tokens, and the tokens before them (CLS, registers)."""
 
@@ -131,8 +141,11 @@ class Objective(nn.Module, ABC):
     """Something the loop can train. ``time`` runs from 0 to 1 over the whole run."""
 
     @abstractmethod
-    def forward(self, views: Views, time: float) -> dict[str, Tensor]:
-        """Returns {"loss": scalar, and scalar parts for the log}; every part is a mean over the batch."""
+    def forward(self, views: Any, time: float) -> dict[str, Tensor]:
+        """Returns {"loss": scalar, and scalar parts for the log}; every part is a mean over the batch.
+
+        ``views`` are Views for a method, Examples for a probe.
+        """
 
     def after_step(self, time: float, accepted: Tensor) -> None:
         """Called after each optimiser step with the time of the *next* step.
@@ -152,3 +165,31 @@ class Method(Objective):
     @abstractmethod
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """Label-free figures of held-out views, per image: {name: [B]}; higher is better."""
+
+
+Evidence = dict[str, Any]  # of an evaluation: tensors [images, ...] or lists with an entry for each image
+
+
+class Evaluator(ABC):
+    """One question about a backbone. Its settings are its constructor's keyword arguments, of plain types.
+
+    It answers in two steps, so that folds can be put together and intervals be drawn: evidence for every image, and
+    figures that follow from the evidence of any set of images.
+    """
+
+    labels: ClassVar[tuple[str, ...]] = ("classes",)  # kinds of labels it can take, the usual one first
+    learns: ClassVar[bool] = True  # from a training set
+
+    @abstractmethod
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: Any) -> Evidence:
+        """Evidence of the images of ``val``, in their order.
+
+        Args:
+            backbone: gtsa.backbone.Backbone, on the device, in evaluation mode; it is left as it is.
+            train, val: gtsa.labels.Labelled; ``train`` is None where the evaluator does not learn.
+            lab: gtsa.features.Lab, where it is done.
+        """
+
+    @abstractmethod
+    def figures(self, evidence: Evidence) -> dict[str, float]:
+        """The metrics, in per cent where they are shares; the first one is the one to compare by."""

@@ -36,24 +36,28 @@ def export(
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise Remedy(f"--out {out} is there already; give another folder, or remove it first")
-    backbone = backbone_of(source, network)
+    backbone, _ = opened(source, network)
     try:
         return write(backbone, place, _name(source))
     except OSError as error:
         raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another folder", 6) from None
 
 
-def backbone_of(source: str, network: str = "teacher") -> Backbone:
-    """The encoder that ``source`` names, with its weights."""
+def opened(source: str, network: str = "teacher", model: str | None = None) -> tuple[Backbone, str]:
+    """The encoder that ``source`` names, with its weights, and how many tensors were loaded.
+
+    Args:
+        model: timm's name of it, where the source is a bare file that does not say.
+    """
     found = weights.find(source, network)
-    if found.model is None:
-        raise Remedy(f"{source} does not say which model it is; give a run or an export folder", 4)
+    name = model or found.model
+    if name is None:
+        raise Remedy(f"{source} does not say which model it is; name it with --model", 4)
     arguments = {k: v for k, v in (found.arguments or {}).items() if k not in ("img_size", "num_classes", *EXPORTED)}
     size = (found.arguments or {}).get("img_size", 224)
     normalisation = {"normalisation": found.normalisation} if found.normalisation else {}
-    backbone = Backbone(found.model, size, arguments=arguments, **normalisation)  # type: ignore[arg-type]
-    weights.load(found, backbone)
-    return backbone
+    backbone = Backbone(name, size, arguments=arguments, **normalisation)  # type: ignore[arg-type]
+    return backbone, weights.load(found, backbone)
 
 
 EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")

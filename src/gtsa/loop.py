@@ -13,9 +13,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa.core import Objective, Remedy, Replaced, Views
+from gtsa.core import Examples, Objective, Remedy, Replaced, Views
 from gtsa.optim import ScheduledAdamW, clip_each
 
+Batch = Views | Examples
 PATIENCE = 3  # skipped steps among the last hundred that end the run
 
 
@@ -34,8 +35,8 @@ class Done:
 def fit(
     objective: Any,
     optimizer: Any,
-    batches: Iterable[Views],
-    prepare: Callable[[Views], Views],
+    batches: Iterable[Batch],
+    prepare: Callable[[Any], Any],
     *,
     fabric: Fabric,
     steps: int,
@@ -79,7 +80,7 @@ def fit(
 def train_step(
     objective: Any,
     optimizer: Any,
-    batches: Iterable[Views],
+    batches: Iterable[Batch],
     accumulate: int,
     fabric: Fabric,
     time: float,
@@ -115,7 +116,7 @@ def train_step(
     return total, 1 - rejected
 
 
-def _next(stream: Iterator[Views]) -> Views:
+def _next(stream: Iterator[Batch]) -> Batch:
     try:
         return next(stream)
     except Remedy as remedy:  # raised in a worker, it arrives with the worker's traceback in its text

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +18,43 @@ class ScheduledAdamW(torch.optim.AdamW):
     on the device's own word (``found_inf``), without the host waiting for it.
 
     Args:
-        module: its parameters that require a gradient.
+        module: its parameters that require a gradient; or groups of parameters as dictionaries with ``params``, and if
+            need be ``decayed`` (whether weight decay is for them) and ``rate`` (times the learning rate).
         learning_rate, weight_decay: schedules over the run.
         clip: largest L2 norm of each parameter tensor's gradient; 0 switches clipping off.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Sequence[dict[str, Any]],
         learning_rate: Schedule,
         weight_decay: Schedule,
         clip: float = 3.0,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "decayed": True},
-            {"params": [p for p in trained if p.ndim <= 1], "decayed": False, "weight_decay": 0.0},
-        ]
+        groups = by_dimension(module) if isinstance(module, nn.Module) else module
+        groups = [{"decayed": True, "rate": 1.0, "weight_decay": 0.0, **group} for group in groups if group["params"]]
         self.found_inf: Tensor | None = None  # 1 on the device: leave this step out
-        super().__init__([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+        super().__init__(groups, lr=0.0, betas=betas, fused=True)
         self.learning_rate, self.weight_decay, self.clip = learning_rate, weight_decay, clip
 
     def set_time(self, time: float) -> None:
         for group in self.param_groups:
-            group["lr"] = self.learning_rate(time)
-            if group["decayed"]:
-                group["weight_decay"] = self.weight_decay(time)
+            group["lr"] = self.learning_rate(time) * group["rate"]
+            group["weight_decay"] = self.weight_decay(time) if group["decayed"] else 0.0
 
     @property
     def gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+
+def by_dimension(module: nn.Module) -> list[dict[str, Any]]:
+    """The trained parameters of a module in two groups: matrices, which are decayed, and the rest, which is not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "decayed": True},
+        {"params": [p for p in trained if p.ndim <= 1], "decayed": False},
+    ]
 
 
 @torch.no_grad()

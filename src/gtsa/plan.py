@@ -131,6 +131,12 @@ def budget(plan: Plan, images: int) -> None:
         )
     if s.evaluate_every == "auto":
         plan.settle({"evaluate_every": "ten in the run"}, evaluate_every=max(1, steps // 10))
+    workers(plan)
+
+
+def workers(plan: Plan) -> None:
+    """Resolves the processes that read images."""
+    s = plan.settings
     if s.workers == "auto":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if s.device == "cuda":

@@ -142,7 +142,8 @@ class _Pretraining:
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
         )
-        training = self.training = Training(self.method, optimizer, s, fabric, self.run)
+        again = f"gtsa pretrain --out {s.out} --resume"
+        training = self.training = Training(self.method, optimizer, s, fabric, self.run, again)
         student: Any = self.method.encoders["student"]
         mean, std = student.normalisation
 
@@ -152,7 +153,8 @@ class _Pretraining:
         looked_at = self.held_out or self.train[:64]
         self.health = Health(ViewSet(self.source, looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
         self.gallery = squares(self._gallery(looked_at), 2 * self.multicrop.global_size)
-        self._begin(training.restore() if s.resume else None)
+        other = f"{s.out}/images.jsonl is not the one that the run was started with"
+        self._begin(training.restore("images", self.digest, other) if s.resume else None)
         views = ViewSet(self.source, self.train, self.multicrop, s.seed)
         sampler = StepSampler(
             len(self.train), s.batch_size, s.steps, training.start, fabric.global_rank, fabric.world_size, s.accumulate
@@ -230,8 +232,6 @@ class _Pretraining:
             self.start_maps = patch_maps(self._teacher, self.gallery) if self.run else None
             return
         tensors, state = before
-        if state["images"] != self.digest:
-            raise Remedy(f"{self.settings.out}/images.jsonl is not the one that the run was started with", 4)
         self.bad = {int(k): v for k, v in state["unreadable"].items()}
         first = tensors["start"]
         scores = {k.removeprefix("score."): v for k, v in first.items() if k.startswith("score.")}

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from gtsa import checkpoint
-from gtsa.core import Objective, Remedy, Views
-from gtsa.loop import Done, fit
+from gtsa.core import Objective, Remedy
+from gtsa.loop import Batch, Done, fit
 from gtsa.optim import ScheduledAdamW
 from gtsa.run import Run
 from gtsa.terminal import Progress, say
@@ -33,21 +34,33 @@ class Training:
             ``checkpoint_every``, ``keep`` and ``out``.
         fabric: the engine.
         run: the folder of logs and checkpoints; None in all processes but the first.
+        again: the command that goes on with a training that was stopped.
     """
 
     def __init__(
-        self, objective: Objective, optimizer: ScheduledAdamW, settings: Any, fabric: Fabric, run: Run | None
+        self,
+        objective: Objective,
+        optimizer: ScheduledAdamW,
+        settings: Any,
+        fabric: Fabric,
+        run: Run | None,
+        again: str,
     ) -> None:
-        self.objective, self.optimizer = objective, optimizer
+        self.objective, self.optimizer, self.again = objective, optimizer, again
         self.settings, self.fabric, self.run = settings, fabric, run
         self.wrapped = fabric.setup(objective, optimizer)
         self.start = 0  # steps that were done before
         self.skips: deque[int] = deque()
 
-    def restore(self) -> Kept | None:
+    def restore(self, key: str, value: str, otherwise: str) -> Kept | None:
         """Goes back to the newest whole checkpoint and returns all that it holds; None where there is none.
 
+        Args:
+            key, value: what the checkpoint must say of itself.
+            otherwise: the message where it says something else.
+
         Raises:
+            Remedy: it is another training's (4).
             Remedy: there are checkpoints and none of them is whole (4).
         """
         place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
@@ -59,6 +72,8 @@ class Training:
         for problem in problems:
             self.note(f"{problem}: going on from {place.name}")
         tensors, state = checkpoint.read(place)
+        if state[key] != value:
+            raise Remedy(otherwise, 4)
         self.objective.load_state_dict(tensors["objective"])
         saved = self.optimizer.state_dict()
         for key, value in tensors["optimizer"].items():
@@ -75,8 +90,8 @@ class Training:
 
     def __call__(
         self,
-        batches: Iterable[Views],
-        prepare: Callable[[Views], Views],
+        batches: Iterable[Batch],
+        prepare: Callable[[Any], Any],
         account: Callable[[Done], None],
         look: Callable[[int], Any],
         kept: Callable[[], Kept],
@@ -118,7 +133,7 @@ class Training:
                     if stopping and done.step < s.steps:
                         raise Remedy(
                             f"stopped on request at step {done.step} of {s.steps}, checkpoint saved; go on with: "
-                            f"gtsa pretrain --out {s.out} --resume",
+                            f"{self.again}",
                             75,
                         )
             finally:
@@ -193,3 +208,54 @@ def requests_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def teach(
+    objective: Objective,
+    optimizer: ScheduledAdamW,
+    batches: Callable[[int], Iterable[Batch]],
+    prepare: Callable[[Any], Any],
+    *,
+    steps: int,
+    batch_size: int,
+    fabric: Fabric,
+    seed: int = 0,
+    folder: Path | None = None,
+    digest: str = "",
+    log_every: int = 50,
+    checkpoint_every: int = 500,
+) -> None:
+    """Trains a probe or fine-tunes a network; with a folder, exactly as pretraining is done and gone on with.
+
+    Args:
+        batches: from the number of steps done before to the batches from there on; they follow from step and seed.
+        prepare: brings a batch to the device, ready for the objective.
+        folder: for checkpoints and logs; the same call goes on from them. None: nothing is kept.
+        digest: of all that decides the outcome; a folder with another one is refused.
+
+    Raises:
+        Remedy: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
+    """
+    if folder is None:
+        module, wrapped = fabric.setup(objective, optimizer)
+        for _ in fit(module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, seed=seed):
+            pass
+        return
+    run = Run(folder, resume=True)
+    settings = SimpleNamespace(
+        steps=steps, batch_size=batch_size, accumulate=1, seed=seed, log_every=log_every, evaluate_every=steps,
+        checkpoint_every=checkpoint_every, keep=1, out=str(folder),
+    )  # fmt: skip
+    try:
+        run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
+        training = Training(objective, optimizer, settings, fabric, run, "the same command")
+        other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"
+        training.restore("digest", digest, other)
+        if training.start < steps:
+            training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
+    finally:
+        run.close()
+
+
+def _nothing(_: Any) -> None:
+    return None

@@ -30,7 +30,7 @@ class Folder:
     ) -> None:
         self.root = os.fspath(root)
         self.range16 = range16
-        self.ignored: Counter[str] = Counter()
+        self.ignored: dict[str, int] = Counter()
         self.unreadable: list[tuple[str, str]] = []
         if files is None:
             found = dict(self._walk())

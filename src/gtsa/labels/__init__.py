@@ -1,0 +1,151 @@
+"""Images with labels. One file is one format; formats are found by walking this folder.
+
+A module here defines one class with ``claims(images, labels, kind) -> bool`` and ``read(images, labels, kind,
+**options) -> Labelled``. Everything is checked before anything learns from it: what is wrong is collected in
+``Problems``, which tells it by file and id, in bounded number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from gtsa.core import Remedy
+from gtsa.scan import escaped
+from gtsa.sources import Source
+
+Kind = Literal["none", "classes", "several", "masks", "boxes"]
+IGNORE = -1  # of a mask: pixels that nobody labelled
+SHOWN = 20  # problems that are told one by one
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The things in an image: ``n`` boxes with their classes, and masks where there are any."""
+
+    boxes: Tensor  # [n, 4] float32: x1, y1, x2, y2, px
+    classes: Tensor  # [n] int64, places in Labelled.classes
+    masks: Tensor | None  # [n, H, W] bool
+    crowd: Tensor  # [n] bool: a group of things; ignored, neither right nor wrong
+    areas: Tensor  # [n] float32, px
+    ids: Tensor  # [n] int64, as the file numbers them
+
+
+class Targets(Protocol):
+    """What is known of image number ``index`` of the source.
+
+    int for ``classes``; bool [C] for ``several``; int64 [H, W] of class places and IGNORE for ``masks``, of the size of
+    the image as ``source.read`` gives it; Boxes for ``boxes``; None for ``none``.
+    """
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Numbered images with their labels."""
+
+    source: Source
+    places: Sequence[int]  # of the images in the source
+    targets: Targets
+    kind: Kind
+    classes: tuple[str, ...]
+    digest: str  # SHA-256 of names and labels
+    category_ids: tuple[int, ...] = ()  # of boxes: the file's own numbers of the classes
+    has_masks: bool = False  # of boxes: every box has one
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.places[index])
+
+    def read(self, index: int) -> Tensor:
+        """uint8 RGB [3, H, W]. Raises images.BadImage."""
+        return self.source.read(self.places[index])
+
+    def target(self, index: int) -> Any:
+        return self.targets[self.places[index]]
+
+    def take(self, indices: Sequence[int]) -> Labelled:
+        """Some of the images, in this order."""
+        return replace(self, places=[self.places[i] for i in indices])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of labels and chosen images: the same data set gives the same one anywhere."""
+        told = f"{self.digest} {list(self.places)}"
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+class UnknownFormat(Remedy):
+    """No format here answers to what was given."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 3)
+
+
+@dataclass
+class Problems:
+    """What is wrong with labels, collected so that all of it is told at once."""
+
+    where: str  # the file or folder
+    found: list[tuple[str, str, str]] = field(default_factory=list)  # kind of fault, place in the file, what it is
+
+    def add(self, kind: str, place: object, what: str) -> None:
+        self.found.append((kind, escaped(str(place)), escaped(what)))
+
+    def insist(self) -> None:
+        """Raises Remedy (3) with a line for each kind of fault and the first faults one by one."""
+        if self.found:
+            counts = Counter(kind for kind, *_ in self.found)
+            table = "".join(f"\n  {count:6,} x {kind}" for kind, count in counts.most_common())
+            lines = "".join(f"\n  {place}: {what}" for _, place, what in self.found[:SHOWN])
+            more = f"\n  and {len(self.found) - SHOWN:,} more" if len(self.found) > SHOWN else ""
+            raise Remedy(f"{escaped(self.where)}: the labels cannot be used:{table}\nthese are they:{lines}{more}", 3)
+
+
+def formats() -> Iterator[Any]:
+    """The classes of this folder that read a format, by module name."""
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and hasattr(value, "claims") and value.__module__ == f"{__name__}.{module.name}":
+                yield value
+
+
+def open_labelled(images: str, labels: str | None, kind: Kind, **options: Any) -> Labelled:
+    """The images in ``images`` with what ``labels`` says of them.
+
+    Args:
+        images: folder, or list file.
+        labels: file or folder of labels; None: the images' own folder holds them (class folders).
+        kind: what the evaluation needs.
+        options: ``ignore`` (mask value that counts for nothing), ``reduce_zero_label``, ``classes`` (names in order).
+
+    Raises:
+        UnknownFormat: no format answers to what was given.
+        Remedy: the labels are wrong (3).
+    """
+    for place in (images, labels):
+        if place is not None and not os.path.exists(place):
+            raise Remedy(f"{escaped(place)}: there is no such file or folder", 3)
+    for form in formats():
+        if form.claims(images, labels, kind):
+            return form.read(images, labels, kind, **options)  # type: ignore[no-any-return]
+    wanted = {
+        "none": "a folder of images",
+        "classes": "class folders, a CSV with columns path and label, or iNaturalist JSON",
+        "several": "a JSON object of image names with lists of classes",
+        "masks": "a folder of PNG masks with the images' names",
+        "boxes": "a COCO JSON file",
+    }[kind]
+    told = f"{images} with labels {labels}" if labels else images
+    raise UnknownFormat(f"{escaped(told)}: this evaluation needs {wanted}")
