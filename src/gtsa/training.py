@@ -76,9 +76,9 @@ class Training:
             raise Remedy(otherwise, 4)
         self.objective.load_state_dict(tensors["objective"])
         saved = self.optimizer.state_dict()
-        for key, value in tensors["optimizer"].items():
-            index, name = key.split(".")
-            saved["state"].setdefault(int(index), {})[name] = value
+        for moment, tensor in tensors["optimizer"].items():
+            index, name = moment.split(".")
+            saved["state"].setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict(saved)
         if state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
