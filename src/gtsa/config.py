@@ -122,9 +122,21 @@ class _Pretrain(Strict):
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept."""
     evaluate_every: Count | Auto = "auto"
-    """Steps between looks at health and pictures. auto: ten in a run."""
+    """Steps between looks: health, pictures, --eval. auto: ten in a run."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
+    eval: tuple[str, ...] = ()
+    """Evaluations of the teacher at every look, as in 'gtsa evaluate --task'."""
+    eval_train: tuple[str, ...] = ()
+    """IMAGES [LABELS] that they learn from."""
+    eval_val: tuple[str, ...] = ()
+    """IMAGES [LABELS] that they judge by."""
+    eval_folds: Annotated[int, Field(ge=2)] | None = None
+    """Takes the place of --eval-val."""
+    eval_config: str | None = None
+    """YAML file with further settings of 'gtsa evaluate'."""
+    keep_best: str | None = None
+    """Keep the best checkpoint by a figure of --eval, the higher the better: TASK (its first one) or TASK:FIGURE."""
     hold_out: Natural | Auto = "auto"
     """Images left out of training to judge it by. auto: a tenth, at most 64; none below 20 images."""
     max_bad: float = Field(0.01, ge=0, le=1)
@@ -151,6 +163,8 @@ class _Pretrain(Strict):
             problems.append("resume and overwrite: give one of the two")
         if self.range16[0] >= self.range16[1]:
             problems.append(f"range16: black {self.range16[0]} must be below white {self.range16[1]}")
+        if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
+            problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         v: Any = self.views
         if v.global_crops < 1 or v.local_crops < 0 or v.global_crops + v.local_crops < 2:
             problems.append("views: at least one global crop and one other view are needed")

@@ -14,7 +14,7 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, methods, plan, weights
+from gtsa import augment, config, judging, methods, plan, weights
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Replaced, Views
 from gtsa.data import HELD_OUT, StepSampler, ViewSet, generator, loader
@@ -35,7 +35,8 @@ from gtsa.views import MultiCrop
 SAMPLE = Path(__file__).parent / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
-    "checkpoint_every", "evaluate_every", "keep", "max_bad", "steps", "epochs", "accumulate", "deterministic",
+    "checkpoint_every", "evaluate_every", "keep", "eval", "eval_train", "eval_val", "eval_folds", "eval_config",
+    "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic",
 }  # fmt: skip
 
 
@@ -119,6 +120,8 @@ class _Pretraining:
         plan.budget(ready, len(self.train))
         s = self.settings = ready.settings
         self.multicrop = MultiCrop(**s.views.model_dump())
+        self.judged = self._questions()
+        self.best: tuple[int, float] | None = None  # step and figure of --keep-best
         self.method, self.loaded = self._networks()
         self.bad: dict[int, str] = {}
 
@@ -233,6 +236,7 @@ class _Pretraining:
             return
         tensors, state = before
         self.bad = {int(k): v for k, v in state["unreadable"].items()}
+        self.best = tuple(state["best"]) if state["best"] else None
         first = tensors["start"]
         scores = {k.removeprefix("score."): v for k, v in first.items() if k.startswith("score.")}
         self.start = Figures(scores, float(first["rank"]), float(first["spread"]))
@@ -248,6 +252,7 @@ class _Pretraining:
             },
             "images": self.digest,
             "unreadable": {str(k): v for k, v in self.bad.items()},
+            "best": self.best,
         }
         if self.start is None or self.start_maps is None:  # not the first process, which alone writes
             return {}, state
@@ -269,7 +274,40 @@ class _Pretraining:
         self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
         now = patch_maps(self._teacher, self.gallery)
         strip(self.gallery, self.start_maps, now, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
+        self._judge(step)
         return seen
+
+    # Evaluations on the way
+
+    def _questions(self) -> list[judging.Question]:
+        """What --eval asks, with its data checked before anything is trained. The first process asks alone."""
+        s = self.settings
+        if not s.eval or not self.run:
+            return []
+        more = config.read_yaml(s.eval_config) if s.eval_config else {}
+        given = {"task": s.eval, "train": s.eval_train, "val": s.eval_val, "folds": s.eval_folds}
+        shared = {"weights": s.out, "seed": s.seed, "workers": s.workers, "precision": s.precision, "device": s.device}
+        asked = {**shared, **more, **{key: value for key, value in given.items() if value}}
+        self.judge = config.validated(config.Evaluate, asked, "--eval")
+        return judging.questions(self.judge)
+
+    def _judge(self, step: int) -> None:
+        """Asks the teacher, logs the answers, and keeps this step's checkpoint if it is the best yet."""
+        s = self.settings
+        for question in self.judged:
+            figures = question(self._teacher, plan.fabric_of(self.judge), self.judge)
+            named = {f"{question.name}: {name}": value for name, value in figures.items()}
+            assert self.run is not None
+            self.run.log(step, named, "evaluations.jsonl")
+            say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in named.items()))
+            task, _, figure = (s.keep_best or "").partition(":")
+            if task == question.name:
+                if figure and figure not in figures:
+                    raise Remedy(f"--keep-best {s.keep_best}: {task} has no such figure; it has {', '.join(figures)}")
+                value = figures[figure] if figure else next(iter(figures.values()))
+                if self.best is None or value > self.best[1]:
+                    self.best = step, value
+                    self.training.save(step, *self._kept(), folder=self.run.path("best", "checkpoints"))
 
     def _finish(self) -> Trained:
         s, out = self.settings, Path(self.settings.out)
@@ -288,6 +326,8 @@ class _Pretraining:
         say(f"  -> {advice(seen.word)}")
         if self.bad:
             say(f"  {len(self.bad)} images could not be read in mid-run; {out}/train.log names them")
+        if self.best:
+            say(f"\nbest:     {s.keep_best} {self.best[1]:.2f} at step {self.best[0]}, kept as a run in {out}/best")
         say(f"\npictures: {out}/pictures (your images as feature maps, at the start and now)")
         say(f'load it:  timm.create_model("local-dir:{place}", pretrained=True)  # model(x): mean of the patch tokens')
         self.fabric.barrier()

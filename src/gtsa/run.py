@@ -1,7 +1,7 @@
 """The run folder: one run at a time, its configuration, logs and pictures.
 
-config.yaml, images.jsonl, scan.json, metrics.jsonl, events.out.tfevents.*, train.log, checkpoints/, pictures/,
-exports/timm/, health.json
+config.yaml, images.jsonl, scan.json, metrics.jsonl, health.jsonl, evaluations.jsonl, events.out.tfevents.*, train.log,
+checkpoints/, best/, pictures/, exports/timm/
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from gtsa.checkpoint import store
 from gtsa.core import Remedy
 
-OURS = ("config.yaml", "images.jsonl", "scan.json", "metrics.jsonl", "health.jsonl", "train.log")
-OUR_FOLDERS = ("checkpoints", "pictures", "exports")
+LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
+OURS = ("config.yaml", "images.jsonl", "scan.json", "train.log", *LOGS)
+OUR_FOLDERS = ("checkpoints", "best", "pictures", "exports")
 EVENTS = "events.out.tfevents."
 
 
@@ -72,7 +73,7 @@ class Run:
 
     def start_logs(self, step: int) -> None:
         """Opens the logs for steps after ``step``; what an interrupted run wrote beyond it goes."""
-        for log in (self.path("metrics.jsonl"), self.path("health.jsonl")):
+        for log in map(self.path, LOGS):
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _step(line) <= step]
                 store(log, "".join(f"{line}\n" for line in kept).encode())
@@ -83,7 +84,7 @@ class Run:
         assert self._writer is not None
         self._append(file, json.dumps({"step": step, **words, **values}))
         for name, value in values.items():
-            self._writer.add_scalar(name if file == "metrics.jsonl" else f"health/{name}", value, step)
+            self._writer.add_scalar(name if file == "metrics.jsonl" else f"{Path(file).stem}/{name}", value, step)
 
     def note(self, text: str) -> None:
         """A line of train.log."""

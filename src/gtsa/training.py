@@ -129,7 +129,7 @@ class Training:
                         look(done.step)
                     stopping = self._anywhere(bool(asked))
                     if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
-                        self._save(done.step, *kept())
+                        self.save(done.step, *kept())
                     if stopping and done.step < s.steps:
                         raise Remedy(
                             f"stopped on request at step {done.step} of {s.steps}, checkpoint saved; go on with: "
@@ -150,7 +150,10 @@ class Training:
     def _scaler(self) -> Any:
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
-    def _save(self, step: int, more: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, more: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Any], folder: Path | None = None
+    ) -> None:
+        """Writes a checkpoint with all that the next step needs, to where checkpoints are kept or to ``folder``."""
         if self.run:
             moments = {
                 f"{index}.{name}": value
@@ -165,8 +168,9 @@ class Training:
                 **words,
             }
             tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **more}
-            checkpoint.write(self.run.checkpoints, step, tensors, state, self.settings.keep)
-        self.fabric.barrier()
+            checkpoint.write(folder or self.run.checkpoints, step, tensors, state, 1 if folder else self.settings.keep)
+        if not folder:
+            self.fabric.barrier()
 
     def _log(self, recent: list[Done], progress: Progress | None) -> None:
         if not self.run or progress is None:

@@ -1,0 +1,130 @@
+"""Questions put to a backbone: the data they need, opened and checked before any work, and the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+
+from gtsa import evals, labels
+from gtsa.backbone import Backbone
+from gtsa.core import Evaluator, Evidence, Remedy
+from gtsa.features import Lab
+from gtsa.labels import Labelled
+from gtsa.predictions import Keeper
+from gtsa.terminal import say
+
+
+@dataclass(frozen=True)
+class Question:
+    """An evaluation, with what it learns from and what it is judged by; with folds these are the same images."""
+
+    name: str
+    settings: Mapping[str, Any]
+    evaluator: Evaluator
+    train: Labelled | None
+    val: Labelled
+    folds: int | None
+
+    def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> dict[str, float]:
+        """The figures of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
+        keeper = Keeper(s.predictions, s.pictures, self.name, self.val)
+        lab = Lab(fabric, s.tokens, s.seed, s.batch_size, s.workers, None, keeper)
+        if s.work:
+            lab.folder = Path(s.work) / self.name
+        evidence = self._evidence(backbone, lab, keeper)
+        keeper.close()
+        return self.evaluator.figures(evidence)
+
+    def _evidence(self, backbone: Backbone, lab: Lab, keeper: Keeper) -> Evidence:
+        if not self.folds:
+            return self.evaluator(backbone, self.train, self.val, lab)
+        parts, work = [], lab.folder
+        for number, (learnt, judged) in enumerate(folds_of(len(self.val), self.folds, lab.seed)):
+            say(f"{self.name}: fold {number + 1} of {self.folds}")
+            keeper.places = judged
+            lab.folder = work / f"fold-{number}" if work else None
+            parts.append(self.evaluator(backbone, self.val.take(learnt), self.val.take(judged), lab))
+        return joined(parts)
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many images the figures are about."""
+        if self.folds:
+            return {"judged": len(self.val), "folds": self.folds}
+        return {"judged": len(self.val)} | ({"trained_on": len(self.train)} if self.train is not None else {})
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Fingerprints of the images with their labels."""
+        train = {"train": self.train.fingerprint} if self.train is not None and not self.folds else {}
+        return {**train, "val": self.val.fingerprint}
+
+
+def questions(s: Any) -> list[Question]:
+    """The questions that settings as in config.Evaluate ask, with their data checked.
+
+    Raises:
+        Remedy: data are missing, of the wrong format, or wrong (2, 3).
+    """
+    asked = []
+    for name in s.task:
+        settings = dict(getattr(s, name))
+        evaluator = evals.found()[name](**settings)
+        asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s), s.folds))
+    return asked
+
+
+def _data(evaluator: Evaluator, name: str, s: Any) -> tuple[Labelled | None, Labelled]:
+    if s.folds:
+        both = _open(evaluator, s.train, s)
+        if s.folds > len(both):
+            raise Remedy(f"--folds {s.folds}: there are {len(both)} images")
+        return both, both
+    if evaluator.learns and not s.train:
+        raise Remedy(f"--task {name} learns from examples: give --train IMAGES LABELS, or --folds N with --train alone")
+    val = _open(evaluator, s.val, s)
+    if not evaluator.learns:
+        return None, val
+    train = _open(evaluator, s.train, s)
+    if train.kind != val.kind or train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        more = f" and {len(only) - 5} more" if len(only) > 5 else ""
+        told = f"{', '.join(map(str, only[:5]))}{more} are in one of them alone" if only else "their order differs"
+        raise Remedy(f"--train and --val do not have the same classes: {told}; name and list them alike", 3)
+    return train, val
+
+
+def _open(evaluator: Evaluator, places: tuple[str, ...], s: Any) -> Labelled:
+    options = {"ignore": s.ignore, "reduce_zero_label": s.reduce_zero_label, "classes": s.classes}
+    told: list[str] = []
+    for kind in evaluator.labels:
+        try:
+            return labels.open_labelled(places[0], places[1] if len(places) > 1 else None, kind, **options)  # type: ignore[arg-type]
+        except labels.UnknownFormat as remedy:
+            told.append(str(remedy))
+    raise Remedy("\n".join(told), 3)
+
+
+def folds_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(training, judged) places for each fold: a random partition that follows from the seed."""
+    order = np.random.default_rng(seed).permutation(images)
+    for fold in range(folds):
+        judged = np.sort(order[fold::folds])
+        yield np.setdiff1d(order, judged).tolist(), judged.tolist()
+
+
+def joined(parts: Sequence[Evidence]) -> Evidence:
+    """Evidence of several sets of images as one; what only some of them have is left out."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if isinstance(parts[0][name], torch.Tensor)
+        else [entry for part in parts for entry in part[name]]
+        for name in names
+    }
