@@ -31,6 +31,17 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class Polynomial:
+    """``start`` times (1 - time) ** ``power``: 0 at time 1."""
+
+    start: float
+    power: float = 1.0
+
+    def __call__(self, time: float) -> float:
+        return self.start * math.pow(1 - min(time, 1.0), self.power)
+
+
+@dataclass(frozen=True)
 class Warmup:
     """Linear from 0 to the peak at time ``peak_at``, held until ``until``, then ``after``, stretched over the rest.
 
@@ -57,6 +68,18 @@ class After:
 
     def __call__(self, time: float) -> float:
         return self.value if time >= self.start else 0.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``start``, times ``factor`` once more at each of the times ``at``."""
+
+    start: float
+    at: tuple[float, ...]
+    factor: float = 0.1
+
+    def __call__(self, time: float) -> float:
+        return self.start * self.factor ** sum(time >= moment for moment in self.at)
 
 
 def warmup_then(after: Schedule, fraction: float, steps: int) -> Schedule:

@@ -25,6 +25,7 @@ from gtsa.sources import Source
 Kind = Literal["none", "classes", "several", "masks", "boxes"]
 IGNORE = -1  # of a mask: pixels that nobody labelled
 SHOWN = 20  # problems that are told one by one
+LONGEST = 400  # characters of one
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Labelled:
     classes: tuple[str, ...]
     digest: str  # SHA-256 of names and labels
     category_ids: tuple[int, ...] = ()  # of boxes: the file's own numbers of the classes
+    image_ids: tuple[int, ...] = ()  # of boxes: the file's own numbers of the images, by place in the source
     has_masks: bool = False  # of boxes: every box has one
 
     def __len__(self) -> int:
@@ -101,16 +103,32 @@ class Problems:
     found: list[tuple[str, str, str]] = field(default_factory=list)  # kind of fault, place in the file, what it is
 
     def add(self, kind: str, place: object, what: str) -> None:
-        self.found.append((kind, escaped(str(place)), escaped(what)))
+        self.found.append((kind, _short(str(place)), _short(what)))
 
     def insist(self) -> None:
-        """Raises Remedy (3) with a line for each kind of fault and the first faults one by one."""
+        """Raises Remedy (3) with a line for each kind of fault and the first faults one by one, some of every kind."""
         if self.found:
-            counts = Counter(kind for kind, *_ in self.found)
+            counts: Counter[str] = Counter()
+            order = []
+            for fault in self.found:
+                order.append((counts[fault[0]], fault))
+                counts[fault[0]] += 1
+            shown = [fault for _, fault in sorted(order, key=lambda pair: pair[0])[:SHOWN]]
             table = "".join(f"\n  {count:6,} x {kind}" for kind, count in counts.most_common())
-            lines = "".join(f"\n  {place}: {what}" for _, place, what in self.found[:SHOWN])
-            more = f"\n  and {len(self.found) - SHOWN:,} more" if len(self.found) > SHOWN else ""
+            lines = "".join(f"\n  {place}: {what}" for _, place, what in shown)
+            more = f"\n  and {len(self.found) - len(shown):,} more" if len(self.found) > len(shown) else ""
             raise Remedy(f"{escaped(self.where)}: the labels cannot be used:{table}\nthese are they:{lines}{more}", 3)
+
+
+def _short(text: str) -> str:
+    text = escaped(text[:LONGEST])
+    return text if len(text) < LONGEST else f"{text[:LONGEST]} ..."
+
+
+def divided(labels: str) -> tuple[str, str | None]:
+    """FILE:PART -> file and part; the part is None where the whole is a file, or no file comes before the colon."""
+    file, _, part = labels.rpartition(":")
+    return (file, part) if os.path.isfile(file) and not os.path.exists(labels) else (labels, None)
 
 
 def formats() -> Iterator[Any]:
@@ -126,15 +144,17 @@ def open_labelled(images: str, labels: str | None, kind: Kind, **options: Any) -
 
     Args:
         images: folder, or list file.
-        labels: file or folder of labels; None: the images' own folder holds them (class folders).
+        labels: file or folder of labels; FILE:PART names a part of a JSON file (several classes an image); None: the
+            images' own folder holds them (class folders).
         kind: what the evaluation needs.
-        options: ``ignore`` (mask value that counts for nothing), ``reduce_zero_label``, ``classes`` (names in order).
+        options: ``ignore`` (mask value that counts for nothing), ``reduce_zero_label``, ``classes`` (file with the
+            names in order, one a line).
 
     Raises:
         UnknownFormat: no format answers to what was given.
         Remedy: the labels are wrong (3).
     """
-    for place in (images, labels):
+    for place in (images, divided(labels)[0] if labels else None):
         if place is not None and not os.path.exists(place):
             raise Remedy(f"{escaped(place)}: there is no such file or folder", 3)
     for form in formats():
@@ -143,7 +163,7 @@ def open_labelled(images: str, labels: str | None, kind: Kind, **options: Any) -
     wanted = {
         "none": "a folder of images",
         "classes": "class folders, a CSV with columns path and label, or iNaturalist JSON",
-        "several": "a JSON object of image names with lists of classes",
+        "several": "a JSON object of image names with lists of classes, or FILE:PART where it is in parts",
         "masks": "a folder of PNG masks with the images' names",
         "boxes": "a COCO JSON file",
     }[kind]

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import Any
 
 from gtsa.labels import Kind, Labelled, Problems
+from gtsa.labels._classes import listed, one_each
+from gtsa.labels._files import passed_over
 from gtsa.sources.folder import Folder
 
 
 class ClassFolders:
-    """Images whose first folder is their class."""
+    """Images whose first folder is their class.
+
+    The classes are the folders that there are, or the list of ``classes``, where train and val do not have them all.
+    """
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:
         return kind == "classes" and labels is None and os.path.isdir(images)
 
     @staticmethod
-    def read(images: str, labels: str | None, kind: Kind, **_: Any) -> Labelled:
+    def read(images: str, labels: str | None, kind: Kind, classes: str | None = None, **_: Any) -> Labelled:
         source, problems = Folder(images), Problems(images)
-        parts = [os.path.normpath(name).split(os.sep) for name in source.files]
-        folders = {entry.name for entry in os.scandir(images) if entry.is_dir() and not entry.name.startswith(".")}
-        classes = tuple(sorted(folders))
-        counts = dict.fromkeys(classes, 0)
-        for name, part in zip(source.files, parts, strict=True):
-            if len(part) < 2:
-                problems.add("image outside a class folder", name, "move it into the folder of its class")
-            else:
-                counts[part[0]] += 1
-        for name, count in counts.items():
-            if not count:
-                problems.add("class folder without images", name, "remove the folder, or put images there")
-        if len(classes) < 2:
-            problems.add("too few classes", images, f"there are {len(classes)} class folders; at least two are needed")
+        for folder, reason in source.unreadable:
+            problems.add("folder that cannot be listed", folder, reason)
         problems.insist()
-        targets = [classes.index(part[0]) for part in parts]
-        digest = hashlib.sha256("\n".join(source.files).encode("utf-8", "surrogateescape")).hexdigest()
-        return Labelled(source, range(len(source)), targets, kind, classes, digest)
+        passed_over(source)
+        counts = dict.fromkeys(sorted(_folders(images)), 0)
+        found: list[str | None] = []
+        for name in source.files:
+            folder, inside, _rest = name.partition(os.sep)
+            if inside:
+                counts[folder] += 1
+                found.append(folder)
+            else:
+                problems.add("image outside a class folder", name, "move it into the folder of its class")
+                found.append(None)
+        for folder, count in counts.items():
+            if count == 0:
+                problems.add("class folder without images", folder, "remove the folder, or put images there")
+            elif count == 1:
+                problems.add("class folder with one image", folder, "add images of this class, or remove the folder")
+        return one_each(source, found, listed(classes) or tuple(counts), kind, problems)
+
+
+def _folders(images: str) -> list[str]:
+    return [
+        name for name in os.listdir(images) if not name.startswith(".") and os.path.isdir(os.path.join(images, name))
+    ]
