@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa.evals.health import Figures, interval, rank_me, spread, verdict
+from evaluating import Stub, cells, lab, labelled, noise
+from gtsa.evals.health import FeatureHealth, Figures, interval, rank_me, spread, verdict
 
 
 def test_rank_of_known_matrices():
@@ -51,7 +52,9 @@ def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8):
     ("now", "step", "word"),
     [
         (figures(0.03), 200, "learning"),
+        (figures(0.015), 200, "too short to tell"),  # above 0 with its whole interval, and worth nothing
         (figures(0.0, rotation=0.5), 200, "learning"),
+        (figures(0.0, rotation=0.265), 5000, "stalled"),
         (figures(0.0), 200, "too short to tell"),
         (figures(0.0), 5000, "stalled"),
         (figures(0.0, rank=14.0), 240, "collapsing"),  # a loss of -0.95 that looks splendid
@@ -73,3 +76,31 @@ def test_a_verdict_is_about_held_out_images_or_says_so():
 def test_one_image_supports_nothing():
     start, now = figures(0.0, n=1), figures(0.5, rotation=0.9, n=1)
     assert verdict(now, start, 100).word == "too short to tell"
+
+
+def asked(see, count=4, **options):
+    task = FeatureHealth(resize=32, crop=32)
+    evidence = task(Stub(see), None, labelled(noise(count), kind="none"), lab(**options))
+    return task.figures(evidence), evidence["patches"]
+
+
+def test_any_weights_are_judged_by_their_patch_tokens():
+    images = torch.stack(noise(4)).float() / 255
+    every = cells((images - 0.5) / 0.25).flatten(0, 2).double().numpy()
+    p = np.linalg.svd(every, compute_uv=False)
+    p = p / p.sum()
+    figures, _ = asked(cells)
+    assert figures["rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
+    assert figures["width"] == 192
+    assert asked(lambda images: torch.ones(len(images), 4, 4, 5))[0] == {
+        "rank": pytest.approx(1, abs=1e-3), "spread": pytest.approx(0, abs=1e-6), "width": 5.0,
+    }  # fmt: skip
+
+
+def test_which_patches_are_looked_at_goes_with_seed_and_image(monkeypatch):
+    monkeypatch.setattr("gtsa.evals.health.TOKENS", 12)
+    (figures, patches), (_, again), (_, other) = asked(cells), asked(cells), asked(cells, seed=1)
+    assert [len(some) for some in patches] == [3, 3, 3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(patches, other, strict=True))
+    assert figures["rank"] <= 12

@@ -8,7 +8,7 @@ from typing import Any
 
 from gtsa.core import Remedy
 from gtsa.images import Range
-from gtsa.scan import Scan, escaped, scan
+from gtsa.scan import Scan, enough, escaped, scan
 from gtsa.sources import open_source
 from gtsa.terminal import say, table
 
@@ -44,7 +44,7 @@ def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), 
         ("height, px", f"{height['least']} to {height['most']}", f"median {height['median']}"),
         ("several frames", found.frames, "the first one is used"),
         ("other files", sum(found.ignored.values()), ", ".join(f"{n} {kind}" for kind, n in found.ignored.items())),
-        ("left out", len(found.bad), "unreadable; named below" if found.bad else ""),
+        ("left out", len(found.bad), "named below" if found.bad else ""),
     ]
     table(f"check {data}", [row for row in rows if row[1] or row[0] in ("images", "used", "left out")])
     for name, reason in [*found.bad, *found.unreadable][:50]:
@@ -55,8 +55,16 @@ def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), 
         many = f"{len(found.bad)} of {found.total} images cannot be used"
         lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""
         raise Remedy(
-            f"{data}: {'no images' if not found.total else many}{lists}; mend or remove them, or let pretrain leave "
-            "them out (--max-bad says how many it may)",
+            f"{data}: {'no images' if not found.total else many}{lists}; mend or remove them{_otherwise(found)}",
             3,
         )
     return found
+
+
+def _otherwise(found: Scan) -> str:
+    """What pretraining would do with data of which some are bad."""
+    if not found.bad or not found.used:
+        return ""
+    if len(found.bad) <= max(1, 0.01 * found.looked_at):
+        return "; pretrain would leave them out"
+    return f"; pretrain would refuse them, and leave them out with --max-bad {enough(found)}"

@@ -18,6 +18,7 @@ import gtsa
 from gtsa import config, methods
 from gtsa.backbone import names
 from gtsa.core import Remedy
+from gtsa.export import OPENS, Format
 from gtsa.terminal import say
 
 app = cyclopts.App(
@@ -78,22 +79,29 @@ def _pretrain(**flat: Any) -> None:
 
     Without --data it runs on the sample that comes with gtsa (the demo, at most four minutes on two CPU cores).
     """
+    given = _given(flat, config.Pretrain)
+    if given is not None:
+        gtsa.pretrain(**given)
+
+
+def _given(flat: dict[str, Any], model: Any, more: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The settings of a command line: flags on top of --config; None where --print-config has shown them."""
     file, stop = flat.pop("config_file", None), flat.pop("print_config", False)
-    given = config.merged(config.read_yaml(file) if file else {}, _nested(flat))
+    given = config.merged(config.read_yaml(file) if file else {}, {**_nested(flat), **(more or {})})
     if stop:
-        print(config.to_yaml(config.validated(config.Pretrain, given)), end="")
-        return
-    gtsa.pretrain(**given)
+        print(config.to_yaml(config.validated(model, given)), end="")
+        return None
+    return given
 
 
 CONFIG = Parameter(name="--config", help="YAML file of settings; flags come on top.")
 PRINT = Parameter(negative=(), help="Print the settings as YAML and stop.")
+YAML = [
+    _keyword("config_file", Annotated[str | None, CONFIG]),
+    _keyword("print_config", Annotated[bool, PRINT], False),
+]
 _pretrain.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        *_flags(config.Pretrain, Group("Settings", sort_key=1)),
-        _keyword("config_file", Annotated[str | None, CONFIG]),
-        _keyword("print_config", Annotated[bool, PRINT], False),
-    ]
+    [*_flags(config.Pretrain, Group("Settings", sort_key=1)), *YAML]
 )
 app.command(_pretrain, name="pretrain")
 
@@ -103,13 +111,16 @@ def _evaluate(weights: str, **flat: Any) -> None:
 
     WEIGHTS is a run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file.
     """
-    gtsa.evaluate(weights, **{"task": (), **_nested(flat)})
+    given = _given(flat, config.Evaluate, {"weights": weights})
+    if given is not None:
+        gtsa.evaluate(**given)
 
 
 _evaluate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         inspect.Parameter("weights", inspect.Parameter.POSITIONAL_ONLY, annotation=str),
         *_flags(config.Evaluate, Group("Settings", sort_key=1), skip=("weights", "devices", "nodes")),
+        *YAML,
     ]
 )
 app.command(_evaluate, name="evaluate")
@@ -121,7 +132,7 @@ def check(
     /,
     *,
     json: str | None = None,
-    range16: tuple[float, float] = (0, 65535),
+    range16: Annotated[tuple[float, float], Parameter(negative=())] = (0, 65535),
     data_root: str | None = None,
 ) -> None:
     """Decode every image once: what is in this data, what is wrong with it, what would we do with it.
@@ -181,24 +192,28 @@ def export(
     /,
     *,
     out: str,
-    to: Literal["timm"] = "timm",
+    to: Format = "timm",
     network: Literal["teacher", "student"] = "teacher",
+    model: str | None = None,
 ) -> None:
-    """Write the trained encoder as a folder that others can open.
+    """Write the trained encoder as others can open it, with the same numbers.
 
     Parameters
     ----------
     weights
-        A run, or an export folder.
+        A run, an export, or any other weights that evaluate takes.
     out
-        Folder to make.
+        Folder to make; for dino the .pth file.
     to
-        timm: opens with timm.create_model("local-dir:FOLDER", pretrained=True).
+        timm: a folder for timm.create_model; hf: a folder for Hugging Face's ViTModel (plain ViTs); dino: a .pth file
+        of tensors under "teacher".
     network
-        Of a run, the teacher (as evaluated) or the student.
+        Where there are both: the teacher (as evaluated) or the student.
+    model
+        timm's name of the model, where the weights are a bare file that does not say.
     """
-    place = gtsa.export(weights, out, to, network)
-    say(f'{place}: open it with timm.create_model("local-dir:{place}", pretrained=True)')
+    place = gtsa.export(weights, out, to, network, model)
+    say(f"{place}: open it with {OPENS[to].format(place)}")
 
 
 @app.command(name="methods")
@@ -209,9 +224,18 @@ def list_methods() -> None:
 
 
 @app.command
-def models(pattern: str = "vit_*", /) -> None:
-    """List timm's plain vision transformers whose names match a pattern."""
-    print("\n".join(names(pattern)))
+def models(pattern: str = "*", /) -> None:
+    """List timm's plain vision transformers, all or those whose names hold a word.
+
+    Parameters
+    ----------
+    pattern
+        A part of the name, e.g. vit_small; or a pattern with * and ?.
+    """
+    found = names(pattern if set(pattern) & set("*?[") else f"*{pattern}*")
+    if not found:
+        raise Remedy(f"no vision transformer of timm has a name like {pattern!r}; 'gtsa models' lists all")
+    print("\n".join(found))
 
 
 def main(arguments: list[str] | None = None) -> None:

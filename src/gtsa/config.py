@@ -90,7 +90,7 @@ class _Pretrain(Strict):
     accumulate: Count | Auto = "auto"
     """Micro-batches that a step is made of, to save memory. auto: as few as fit."""
     learning_rate: Positive | Auto = "auto"
-    """Peak. auto: 5e-4 x batch / 256."""
+    """Peak. auto: 5e-4 x batch / 256 as published; below 256 images the root of batch / 256."""
     final_learning_rate: float = Field(1e-6, ge=0)
     """At the end of the cosine."""
     warmup: float = Field(0.1, ge=0, lt=1)
@@ -206,7 +206,7 @@ class _Evaluate(Strict):
     weights: str
     """A run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file."""
     task: tuple[str, ...] = ()
-    """What to ask, one or several."""
+    """What to ask."""
     train: tuple[str, ...] = ()
     """IMAGES [LABELS] to learn from."""
     val: tuple[str, ...] = ()
@@ -270,6 +270,7 @@ class _Evaluate(Strict):
         return self
 
 
+_Evaluate.model_fields["task"].description = f"What to ask, one or several of {', '.join(EvaluatorSettings)}."
 Evaluate: Any = create_model(  # type: ignore[call-overload]
     "Evaluate",
     __base__=_Evaluate,

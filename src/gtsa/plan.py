@@ -7,6 +7,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,8 +122,12 @@ def budget(plan: Plan, images: int) -> None:
             plan.settle({"steps": f"{s.epochs} epochs"}, steps=max(1, round(s.epochs * images / batch)))
         plan.settle({}, epochs="auto")
     if s.learning_rate == "auto":
-        rate = float(f"{PUBLISHED['rate'] * batch / 256:.6g}")
-        plan.settle({"learning_rate": "5e-4 x batch / 256, as published"}, learning_rate=rate)
+        share = batch / 256
+        rate = float(f"{PUBLISHED['rate'] * (share if share >= 1 else share**0.5):.3g}")
+        why = (
+            "5e-4 x batch / 256, as published" if share >= 1 else "5e-4 x root of batch / 256: small batches need more"
+        )
+        plan.settle({"learning_rate": why}, learning_rate=rate)
     steps = plan.settings.steps
     if s.checkpoint_every == "auto":
         plan.settle(
@@ -213,7 +218,12 @@ def memory(plan: Plan, cost: Cost, free: int) -> None:
 
 def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, loaded: str) -> None:
     """Prints the plan. Raises Remedy where the disk has no room for its checkpoints (6)."""
-    s, why = plan.settings, plan.reasons
+    s = plan.settings
+    resumed = s.resume and Path(s.out, "checkpoints").is_dir()
+
+    def why(name: str, otherwise: str = "") -> str:
+        return plan.reasons.get(name, otherwise or ("as the run began" if resumed else ""))
+
     encoder = method.encoders["student"]
     size = sum(p.nbytes for p in method.parameters())
     disk = (s.keep + 1) * (size + 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad))
@@ -221,20 +231,20 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
     if disk > free:
         raise Remedy(f"--out {s.out}: {gib(disk)} are needed for checkpoints, {gib(free)} are free", 6)
     each = s.batch_size // (s.devices * s.nodes)
-    v, held = s.views, f"{held_out} more held out to judge by" if held_out else why.get("hold_out", "none held out")
+    v, held = s.views, f"{held_out} more held out to judge by" if held_out else why("hold_out", "none held out")
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     views = f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px"
     rows = [
         ("images", f"{train:,}", held),
         ("model", f"{s.model}, {millions:.1f} M parameters", "weights as above" if loaded else "untrained"),
         ("method", s.method, ""),
-        ("views", views, why.get("views", "")),
-        ("batch size", s.batch_size, why.get("batch_size", "")),
-        ("micro-batches", s.accumulate, why.get("accumulate", "")),
-        ("steps", f"{s.steps:,} ({s.steps * s.batch_size / train:,.1f} epochs)", why.get("steps", "")),
-        ("learning rate", f"{s.learning_rate:g}", why.get("learning_rate", "")),
-        ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why.get("device", "")),
-        ("workers", s.workers, why.get("workers", "")),
+        ("views", views, why("views")),
+        ("batch size", s.batch_size, why("batch_size")),
+        ("micro-batches", s.accumulate, why("accumulate")),
+        ("steps", f"{s.steps:,} ({s.steps * s.batch_size / train:,.1f} epochs)", why("steps")),
+        ("learning rate", f"{s.learning_rate:g}", why("learning_rate")),
+        ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why("device")),
+        ("workers", s.workers, why("workers")),
         ("time", f"about {clock(cost.seconds * each * s.steps)}", "forward and backward; the ETA below has it all"),
         ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
         ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),

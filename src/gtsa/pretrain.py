@@ -95,12 +95,16 @@ def _asked(given: Mapping[str, Any]) -> Any:
         base = config.read_yaml(where)
         new = config.validated(config.Pretrain, config.merged(base, given))
         old = config.validated(config.Pretrain, base)
-        if differing := [line for line in config.differences(old, new) if line.split(":")[0] not in FREE_TO_CHANGE]:
+        changes = config.differences(old, new)
+        if differing := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
             raise Remedy(
                 "--resume goes on with the same settings; these differ:\n  "
                 + "\n  ".join(differing)
                 + "\nleave them out, or start another run with --init and another --out"
             )
+        for line in changes:
+            if line.split(":")[0] not in ("out", "resume") and os.environ.get("RANK", "0") == "0":
+                say(f"changed: {line}")
         return new
     if given.get("data") is None:
         base = config.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
@@ -175,6 +179,7 @@ class _Pretraining:
         if self.run:
             manifest = self.run.path("images.jsonl")
             if not (s.resume and manifest.exists()):
+                say(f"reading {data if isinstance(data, str) else s.data}")
                 source = open_source(data, **options)
                 found = scan(source, range16=s.range16)
                 self.run.write("scan.json", json.dumps(found.report(), indent=1) + "\n")

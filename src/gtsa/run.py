@@ -21,6 +21,7 @@ from gtsa.core import Remedy
 
 LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
 OURS = ("config.yaml", "images.jsonl", "scan.json", "train.log", *LOGS)
+BEFORE = ("config.yaml", "scan.json", "train.log")  # all that a start leaves which failed before there were images
 OUR_FOLDERS = ("checkpoints", "best", "pictures", "exports")
 EVENTS = "events.out.tfevents."
 
@@ -30,7 +31,7 @@ class Run:
 
     Args:
         folder: where; made if it is not there.
-        resume: go on with the run that is there (or start one in an empty folder).
+        resume: go on with the run that is there (or start one in a folder that is empty, or holds a failed start).
         overwrite: remove what a run of ours wrote there, and nothing else.
 
     Raises:
@@ -42,7 +43,8 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise Remedy(f"--out {folder} is a file; give a folder")
         found = [p for p in self._entries() if p.name != ".lock"]
-        if found and not (resume or overwrite):
+        begun = not all(p.name in BEFORE for p in found)
+        if begun and not (resume or overwrite):
             raise Remedy(
                 f"--out {folder} is not empty ({found[0].name}{', ...' if len(found) > 1 else ''}): go on with the run "
                 "there with --resume, replace it with --overwrite, or give another folder"
@@ -54,7 +56,7 @@ class Run:
             self._lock()
         except OSError as error:
             raise Remedy(f"--out {folder} cannot be written: {error.strerror}; give another folder", 6) from None
-        if overwrite and not resume:
+        if not resume and (overwrite or not begun):
             self._remove()
         self._writer: SummaryWriter | None = None
 

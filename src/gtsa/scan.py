@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -113,9 +114,15 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
         more = f"\n  and {len(result.bad) - 5} more" if len(result.bad) > 5 else ""
         raise Remedy(
             f"--data {data}: {len(result.bad)} of {result.looked_at} images cannot be used:{first}{more}\n"
-            "mend or remove them ('gtsa check' lists all), or allow more with --max-bad",
+            "mend or remove them ('gtsa check' lists all)"
+            + (f", or leave them out with --max-bad {enough(result)}" if result.used else ""),
             3,
         )
+
+
+def enough(result: Scan) -> float:
+    """The least --max-bad, in hundredths, that lets the usable images through."""
+    return math.ceil(100 * len(result.bad) / max(1, result.looked_at)) / 100
 
 
 def escaped(name: str) -> str:

@@ -22,15 +22,22 @@ class MultiCrop:
     """Draws and cuts the views of one image (GTSA, section 3.1 and the published settings).
 
     Attributes:
-        global_crops, local_crops: how many of each; at least one global crop and two views in all.
-        global_size, local_size: side in px.
-        global_share, local_share: range of the share of the image's area.
+        global_crops: how many the teacher sees too; at least one, and two views in all.
+        local_crops: how many the student alone sees.
+        global_size: side of a global crop, px.
+        local_size: side of a local crop, px.
+        global_share: range of a global crop's share of the image's area.
+        local_share: range of a local crop's share of the image's area.
         aspect: range of width over height, drawn log-uniformly.
-        global_overlap, local_overlap: a crop shares more than this part of the image's area with every global crop
-            drawn before it.
+        global_overlap: a global crop shares more than this part of the image's area with every one drawn before it.
+        local_overlap: a local crop shares more than this part of the image's area with every global crop.
         rotations: quarter-turns, uniform over the four; False leaves every crop upright.
-        jitter, grey, blur: probabilities of colour jitter, greyscale and Gaussian blur.
-        brightness, contrast, saturation: factors are drawn from 1 -+ this.
+        jitter: probability of colour jitter.
+        grey: probability of greyscale.
+        blur: probability of Gaussian blur.
+        brightness: of the jitter, a factor from 1 -+ this.
+        contrast: of the jitter, a factor from 1 -+ this.
+        saturation: of the jitter, a factor from 1 -+ this.
         hue: shift drawn from -+ this, in turns of the colour wheel.
         sigma: range of the blur's standard deviation, px.
     """

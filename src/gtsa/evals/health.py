@@ -1,4 +1,6 @@
-"""Is it learning? Figures without labels, on held-out images, against the same network at step 0.
+"""Is it learning? Figures without labels: of a method at work, and of anybody's weights.
+
+Of a method they are about held-out images, against the same network at step 0.
 
 A loss alone cannot tell: it also falls when all features become alike. So we ask whether the true region is predicted
 better than regions of other images, whether patches find their place in another view, whether rotations are named, and
@@ -15,11 +17,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from gtsa.core import Draw, Method, Views
-from gtsa.data import ViewSet, collate
+from gtsa.core import Draw, Evaluator, Evidence, Method, Views
+from gtsa.data import ViewSet, collate, generator
+from gtsa.features import Lab, tokens_of, whole_patches
 
 TOKENS = 4096  # rows of the matrix whose rank is taken
 CHANCE = 0.25  # of four rotations
+CHOSEN = 41  # stream of random numbers: which patches of an image are looked at
+MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 LONG = 1_000  # steps from which a run without progress counts as stalled
 
 
@@ -65,8 +70,7 @@ class Health:
             name: torch.zeros(len(count), dtype=torch.float64).index_add_(0, row, torch.cat(values)) / count
             for name, values in scores.items()
         }
-        every = torch.cat(tokens)
-        chosen = every[torch.linspace(0, len(every) - 1, min(TOKENS, len(every))).long()]
+        chosen = evenly(torch.cat(tokens))
         return Figures(means, rank_me(chosen), spread(chosen))
 
     def _batches(self) -> Iterator[Views]:
@@ -75,6 +79,43 @@ class Health:
             for first in range(0, len(places), 16):
                 some = [self.views[Draw(draw, place)] for place in places[first : first + 16]]
                 yield self.prepare(collate(some))
+
+
+class FeatureHealth(Evaluator):
+    """Do the patch tokens of any weights fill their space? Neither labels nor training images are needed.
+
+    * rank: RankMe, the effective number of dimensions of 4,096 patch tokens, at most their width (Garrido et al. 2023).
+    * spread: of their directions, 1 where all are equally frequent, 0 where there is one.
+
+    Args:
+        resize: short side in px that images are brought to, bicubic.
+        crop: central square that the backbone sees, px.
+    """
+
+    labels = ("none",)
+    learns = False
+
+    def __init__(self, resize: int = 256, crop: int = 224) -> None:
+        self.resize, self.crop = resize, crop
+
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+        crop = whole_patches(self.crop, backbone)
+        found: list[Tensor] = []
+        for (tokens,) in tokens_of(backbone, val, lab, max(self.resize, crop), crop):
+            for patches in tokens.patches.flatten(1, 2).cpu():
+                draw = generator(lab.seed, CHOSEN, val.places[len(found)])  # goes with the image, not with its place
+                order = torch.from_numpy(draw.permutation(len(patches)))
+                found.append(patches[order[: max(1, -(-TOKENS // len(val)))]].clone())
+        return {"patches": found}
+
+    def figures(self, evidence: Evidence) -> dict[str, float]:
+        chosen = evenly(torch.cat(list(evidence["patches"])))
+        return {"rank": rank_me(chosen), "spread": spread(chosen), "width": float(chosen.shape[1])}
+
+
+def evenly(tokens: Tensor) -> Tensor:
+    """At most TOKENS of [n, D], evenly spread."""
+    return tokens[torch.linspace(0, len(tokens) - 1, min(TOKENS, len(tokens))).long()]
 
 
 def rank_me(tokens: Tensor) -> float:
@@ -109,59 +150,80 @@ class Verdict:
 
 
 def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> Verdict:
-    """Compares a network with itself at step 0, image by image."""
+    """Compares a network with itself at step 0, image by image.
+
+    What counts as learnt lies above chance, or above step 0, with its whole interval, and by a margin: a network that
+    has hardly moved differs from itself by little, but surely.
+    """
     where = "held-out images" if held_out else "TRAINING images (none were held out)"
     images = len(now.scores["region_score"])
     figures: dict[str, Any] = {"images": images}
-    gains = {
-        name: interval(now.scores[name] - start.scores[name])
-        for name in ("region_score", "patch_score")
-        if name in now.scores
-    }
-    for name, (mean, low, high) in gains.items():
-        stem = name.replace("score", "gain")
-        figures |= {stem: mean, f"{stem}_low": low, f"{stem}_high": high}
-    gain = gains["region_score"]
-    region_learnt = gain[1] > 0
-    better = "predicted better" if region_learnt else "not clearly predicted better"
-    reasons = [
-        f"true regions are {better} than other images' regions, by {gain[0]:+.3f} cosine over step 0 "
-        f"(95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}, {images} {where})"
-    ]
-    if "patch_score" in gains:
-        near = tuple(100 * value for value in gains["patch_score"])
-        reasons.append(
-            f"patches {'find' if near[1] > 0 else 'do not clearly find'} their place in another view better, by "
-            f"{near[0]:+.1f} % of the way over step 0 (95 % interval {near[1]:+.1f} to {near[2]:+.1f} %)"
-        )
-    rotation_learnt = False
+    reasons: list[str] = []
+    learnt: dict[str, bool] = {}
+    for name in ("region_score", "patch_score"):
+        if name in now.scores:
+            gain = interval(now.scores[name] - start.scores[name])
+            figures |= _named(name.replace("score", "gain"), gain)
+            reasons.append(_region(gain, f"{images} {where}") if name == "region_score" else _patch(gain))
+            learnt[name] = _clear(gain, 0, MARGIN)
     if "rotation_accuracy" in now.scores:
         turns = interval(now.scores["rotation_accuracy"])
-        figures |= {
-            "rotation_accuracy": turns[0],
-            "rotation_accuracy_low": turns[1],
-            "rotation_accuracy_high": turns[2],
-        }
-        rotation_learnt = turns[1] > CHANCE
-        reasons.append(
-            f"orientation is {'recognised' if rotation_learnt else 'not recognised yet'}: {100 * turns[0]:.1f} % of "
-            f"rotations are named (95 % interval {100 * turns[1]:.1f} to {100 * turns[2]:.1f} %; chance is 25 %)"
-        )
+        figures |= _named("rotation_accuracy", turns)
+        reasons.append(_rotation(turns))
+        learnt["rotation"] = _clear(turns, CHANCE, MARGIN)
     figures |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(
         f"features {'have shrunk' if shrunk else 'keep their room'}: effective rank {now.rank:.1f} (step 0: "
         f"{start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
     )
-    if shrunk and not (region_learnt and now.spread > start.spread / 10):
+    if shrunk and not (learnt["region_score"] and now.spread > start.spread / 10):
         word = "collapsing"
-    elif region_learnt or rotation_learnt:
+    elif learnt["region_score"] or learnt.get("rotation"):
         word = "learning"
     elif step < LONG:
         word = "too short to tell"
     else:
         word = "stalled"
     return Verdict(word, reasons, figures)
+
+
+Interval = tuple[float, float, float]  # mean, low, high
+
+
+def _named(name: str, values: Interval) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def _clear(values: Interval, floor: float, margin: float) -> bool:
+    return values[1] > floor and values[0] >= floor + margin
+
+
+def _region(gain: Interval, images: str) -> str:
+    if _clear(gain, 0, MARGIN):
+        better = "predicted better"
+    else:
+        better = "hardly predicted better" if gain[1] > 0 else "not clearly predicted better"
+    return (
+        f"true regions are {better} than other images' regions, by {gain[0]:+.3f} cosine over step 0 "
+        f"(95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}, {images})"
+    )
+
+
+def _patch(gain: Interval) -> str:
+    mean, low, high = (100 * value for value in gain)
+    return (
+        f"patches {'find' if low > 0 else 'do not clearly find'} their place in another view better, by {mean:+.1f} % "
+        f"of the way over step 0 (95 % interval {low:+.1f} to {high:+.1f} %)"
+    )
+
+
+def _rotation(accuracy: Interval) -> str:
+    mean, low, high = (100 * value for value in accuracy)
+    return (
+        f"orientation is {'recognised' if _clear(accuracy, CHANCE, MARGIN) else 'not recognised yet'}: {mean:.1f} % of "
+        f"rotations are named (95 % interval {low:.1f} to {high:.1f} %; chance is 25 %)"
+    )
 
 
 def advice(word: str) -> str:

@@ -34,10 +34,14 @@ class GTSA(Method):
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
-        projector_dim, out_dim, predictor_dim: widths of projector U and predictor H.
+        projector_dim: hidden width of projector U.
+        out_dim: width of the maps that are compared, which leave U and H.
+        predictor_dim: hidden width of predictor H.
         cells: pooled cells a side for (global, local) views; None: round(0.7 g) for a g x g token grid.
         matches: kept patch matches for (global, local) views; None: floor(g g / 2).
-        region_weight, patch_weight, rotation_weight: weights of the three losses; 0 leaves a loss out.
+        region_weight: of the region loss; 0 leaves it out.
+        patch_weight: of the patch correspondence loss; 0 leaves it out.
+        rotation_weight: of the rotation loss; 0 leaves it and its head out.
         patch_start: time from which patch correspondence counts.
         region_target: ``overlap``, the pooled region that student and teacher both show; or ``global``, the mean of
             either whole map, which makes the method insensitive to cropping (an ablation).
