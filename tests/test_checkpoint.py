@@ -116,3 +116,15 @@ def test_what_an_interrupted_save_left_is_cleared(tmp_path):
     (tmp_path / ".draft-00000001-123" / "method.safetensors").write_bytes(b"half")
     checkpoint.write(tmp_path, 2, TENSORS, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_damaged_newer_one_never_costs_the_one_just_written(tmp_path):
+    """A run that goes back behind a damaged checkpoint writes older steps: they are the ones to keep."""
+    for step in (40, 60):
+        checkpoint.write(tmp_path, step, {"a": {"x": torch.ones(3)}}, {}, keep=2)
+    file = tmp_path / "step-00000060" / "a.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    for step in (41, 42):
+        place = checkpoint.write(tmp_path, step, {"a": {"x": torch.ones(3)}}, {}, keep=1)
+        assert checkpoint.newest(tmp_path) == (place, [])
+    assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-00000042"]

@@ -5,18 +5,19 @@ import json
 import pytest
 import timm
 import torch
+import transformers
 
 from gtsa import Remedy, export, weights
-from gtsa.backbone import Backbone
-from gtsa.export import backbone_of, write
+from gtsa.backbone import IMAGENET, Backbone
+from gtsa.cli import run as command
+from gtsa.export import OPENS, opened, write
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"]
 
 
-def encoder(model, **options):
+def encoder(model, normalisation=IMAGENET, **arguments):
     torch.manual_seed(0)
-    arguments = {"depth": 2}
-    backbone = Backbone(model, 112, arguments=arguments, **options).eval()
+    backbone = Backbone(model, 112, normalisation=normalisation, arguments={"depth": 2, **arguments}).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -43,7 +44,7 @@ def test_timm_opens_it_and_agrees(tmp_path, model):
 def test_an_export_is_weights_again(tmp_path):
     backbone = encoder("vit_tiny_patch16_224")
     place = write(backbone, tmp_path / "timm")
-    again = backbone_of(str(place))
+    again, _ = opened(str(place))
     for a, b in zip(backbone.vit.state_dict().values(), again.vit.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     export(str(place), str(tmp_path / "second"))
@@ -59,62 +60,110 @@ def test_nothing_is_overwritten(tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
 
 
-def test_tensors_are_counted(tmp_path):
-    source, target = encoder("vit_tiny_patch16_224"), encoder("vit_tiny_patch16_224")
-    torch.save(
-        {"teacher": {f"module.backbone.{k}": v for k, v in source.vit.state_dict().items()}}, tmp_path / "dino.pth"
-    )
-    count = len(source.vit.state_dict())
-    assert weights.load(weights.find(str(tmp_path / "dino.pth")), target).startswith(
-        f"{count} of {count} tensors loaded"
-    )
-    for a, b in zip(source.vit.state_dict().values(), target.vit.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: s.pop("norm.weight"), "norm.weight is missing"),
-        (lambda s: s.update({"blocks.9.norm1.weight": torch.ones(3)}), "blocks.9.norm1.weight has no place"),
-        (lambda s: s.update({"norm.weight": torch.ones(7)}), "norm.weight is 7, 192 is needed"),
-        (lambda s: s.update({"norm.weight": torch.full((192,), float("nan"))}), "NaN"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(tmp_path, change, words):
-    state = encoder("vit_tiny_patch16_224").vit.state_dict()
-    change(state)
-    torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(Remedy, match=words) as remedy:
-        weights.load(weights.find(str(tmp_path / "w.pth")), encoder("vit_tiny_patch16_224"))
-    assert remedy.value.code == 4
-
-
-def test_positions_of_another_grid_are_resampled_by_timm(tmp_path):
-    big = Backbone("vit_tiny_patch16_224", 224, arguments={"depth": 1})
-    small = Backbone("vit_tiny_patch16_224", 112, arguments={"depth": 1})
-    weights.load(weights.find(str(write(big, tmp_path / "timm"))), small)
-    wanted = timm.layers.resample_abs_pos_embed(big.vit.pos_embed, [7, 7], [14, 14])
-    torch.testing.assert_close(small.vit.pos_embed, wanted)
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_a_malicious_pickle_is_not_run(tmp_path):
-    torch.save({"model": Evil(tmp_path / "proof")}, tmp_path / "w.pth")
-    with pytest.raises(Remedy, match="cannot be read as weights"):
-        weights.find(str(tmp_path / "w.pth"))
-    assert not (tmp_path / "proof").exists()
-
-
 def test_the_config_names_no_class(tmp_path):
     config = json.loads((write(encoder("vit_tiny_patch16_224"), tmp_path / "t") / "config.json").read_text())
     assert config["architecture"] == "vit_tiny_patch16_224"
     assert config["model_args"]["global_pool"] == "avg"
     assert config["model_args"]["fc_norm"] is False
+
+
+# Hugging Face and DINO
+
+PLAIN = [
+    ("vit_tiny_patch16_224", {}),
+    ("vit_small_patch8_224", {"qkv_bias": False}),
+    ("vit_tiny_patch16_224", {"mlp_ratio": 2.5, "num_heads": 6, "embed_dim": 96}),
+]
+
+
+@pytest.mark.parametrize(("model", "arguments"), PLAIN)
+def test_transformers_opens_it_and_agrees(tmp_path, model, arguments):
+    backbone = encoder(model, normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), **arguments)
+    place = write(backbone, tmp_path / "timm")
+    folder = export(str(place), str(tmp_path / "hf"), "hf")
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    vit, told = transformers.ViTModel.from_pretrained(folder, output_loading_info=True)
+    assert set(told["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert not any(told[name] for name in told if name != "missing_keys")
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = backbone(images), vit.eval()(images).last_hidden_state
+    torch.testing.assert_close(torch.cat([ours.prefix, ours.patches.flatten(1, 2)], 1), theirs, rtol=0, atol=1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert tuple(processor.image_mean) == (0.1, 0.2, 0.3)
+    assert tuple(processor.image_std) == (0.4, 0.5, 0.6)
+    assert (processor.size["height"], processor.size["width"]) == (112, 112)
+
+
+@pytest.mark.parametrize("to", ["hf", "dino"])
+@pytest.mark.parametrize(("model", "arguments"), PLAIN[:2])
+def test_there_and_back_is_the_same_to_the_bit(tmp_path, model, arguments, to):
+    normalisation = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    place = write(encoder(model, normalisation, **arguments), tmp_path / "timm")
+    there = export(str(place), str(tmp_path / "there"), to)
+    back = export(str(there), str(tmp_path / "back"))
+    assert (back / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
+    assert opened(str(back))[0].normalisation == normalisation
+    assert timm.create_model(f"local-dir:{back}", pretrained=True).patch_embed.img_size == (112, 112)
+
+
+def test_a_dino_file_is_tensors_alone(tmp_path):
+    backbone = encoder("vit_small_patch14_reg4_dinov2")
+    place = export(str(write(backbone, tmp_path / "timm")), str(tmp_path / "new" / "w.pth"), "dino")
+    state = torch.load(place, weights_only=True)
+    assert list(state) == ["teacher", "mean", "std"]
+    assert state["teacher"].keys() == {f"backbone.{k}" for k in backbone.vit.state_dict()}
+    assert [p.name for p in place.parent.iterdir()] == ["w.pth"]
+    told = opened(str(place))[1]
+    assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in told
+    with pytest.raises(Remedy, match="is there already"):
+        export(str(tmp_path / "timm"), str(place), "dino")
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        *((model, {}) for model in MODELS[1:]),
+        ("vit_tiny_patch16_224", {"init_values": 1e-5}),
+        ("vit_tiny_patch16_224", {"no_embed_class": True}),
+        ("vit_tiny_patch16_224", {"class_token": False}),
+        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}),
+        ("vit_tiny_patch16_224", {"qk_norm": True}),
+        ("vit_base_patch16_clip_224", {}),
+    ],
+)
+def test_what_hugging_face_cannot_hold(tmp_path, model, options):
+    place = write(encoder(model, **options), tmp_path / "timm")
+    with pytest.raises(Remedy, match="is no plain ViT with a CLS token.*use --to timm") as remedy:
+        export(str(place), str(tmp_path / "hf"), "hf")
+    assert remedy.value.code == 4
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_eps_that_timm_cannot_say(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=192, num_hidden_layers=1, num_attention_heads=3, intermediate_size=768, image_size=32
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "w")
+    for to in ("timm", "dino"):
+        with pytest.raises(Remedy, match=r"eps of 1e-12.* Use --to hf") as remedy:
+            export(str(tmp_path / "w"), str(tmp_path / "out"), to)
+        assert remedy.value.code == 4
+    again = export(str(tmp_path / "w"), str(tmp_path / "hf"), "hf")
+    assert weights.eps_of(opened(str(again))[0]) == 1e-12
+
+
+def test_how_to_open_is_true(tmp_path):
+    place = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
+    for to, how in OPENS.items():
+        written = export(str(place), str(tmp_path / f"to {to}"), to)
+        assert eval(how.format(written), {"timm": timm, "torch": torch, "transformers": transformers}) is not None
+
+
+def test_the_command_line(tmp_path, capsys):
+    place = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
+    for to, how in OPENS.items():
+        out = tmp_path / to / "x"
+        assert command(["export", str(place), "--out", str(out), "--to", to]) == 0
+        assert how.split("(")[0] in capsys.readouterr().out
+        assert out.exists()

@@ -45,7 +45,9 @@ def test_intervals_cover():
 
 def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8):
     noise = torch.linspace(-0.01, 0.01, n, dtype=torch.float64)
-    return Figures({"region_score": region + noise, "rotation_accuracy": rotation + noise}, rank, spread)
+    return Figures(
+        {"region_score": region + noise, "rotation_accuracy": rotation + noise}, rank, spread, torch.arange(n)
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8):
     ],
 )
 def test_the_verdict_says_what_the_figures_support(now, step, word):
-    found = verdict(now, Figures({"region_score": torch.zeros(8).double()}, 98.0, 0.88), step)
+    found = verdict(now, Figures({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8)), step)
     assert found.word == word
 
 
@@ -104,3 +106,36 @@ def test_which_patches_are_looked_at_goes_with_seed_and_image(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(patches, other, strict=True))
     assert figures["rank"] <= 12
+
+
+def test_a_start_that_was_lucky_is_no_learning():
+    """The views are always the same: what the untrained network names by luck it names at every look."""
+    start = figures(0.0, rotation=0.31)
+    assert verdict(figures(0.0, rotation=0.31), start, 200).word == "too short to tell"
+    assert verdict(figures(0.0, rotation=0.4), start, 200).word == "learning"
+
+
+def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():
+    start, now = figures(0.0), figures(0.5)
+    start.scores["region_score"][3] = 9.0  # would spoil the gain if images were taken for one another
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
+    now = Figures({k: v[kept] for k, v in now.scores.items()}, now.rank, now.spread, kept)
+    found = verdict(now, start, 500)
+    assert found.figures["images"] == 7
+    assert found.figures["region_gain"] == pytest.approx(0.5)
+
+
+def test_one_image_has_no_interval():
+    found = verdict(figures(0.5, n=1), figures(0.0, n=1), 100)
+    assert "no interval" in found.reasons[0]
+    assert "inf" not in " ".join(found.reasons)
+
+
+def test_an_image_shows_the_same_patches_in_any_company_and_others_show_others(monkeypatch):
+    monkeypatch.setattr("gtsa.evals.health.TOKENS", 12)
+    place = torch.arange(16.0).view(1, 4, 4, 1)
+    task, data = FeatureHealth(resize=32, crop=32), labelled(noise(4), kind="none")
+    backbone = Stub(lambda images: place.expand(len(images), 4, 4, 1))
+    shown = [task(backbone, None, data.take(order), lab())["patches"] for order in ([0, 1, 2, 3], [3, 1, 0, 2])]
+    assert all(torch.equal(shown[0][image], shown[1][i]) for i, image in enumerate([3, 1, 0, 2]))
+    assert len({tuple(some.flatten().tolist()) for some in shown[0]}) > 1

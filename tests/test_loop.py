@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
 from gtsa.core import Crops, Objective, Remedy, Views
@@ -113,6 +114,32 @@ def test_three_in_a_hundred_end_the_run():
         for done in steps:
             assert done.step < 93
     assert remedy.value.code == 5
+
+
+def test_fp16_scales_and_its_overflows_are_no_faults():
+    """With a scaler whose scale is far too large: it comes down, nothing non-finite passes, no step counts as lost."""
+    objective = Regression()
+    objective.layer.float(), objective.shadow.float()
+    optimizer = ScheduledAdamW(objective, Constant(0.01), Constant(0.04), clip=3.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[precision])
+    module, wrapped = fabric.setup(objective, optimizer)
+    before, skips = everything(objective, optimizer)[0], deque()
+    steps = fit(module, wrapped, map(single, batches(60)), lambda v: v, fabric=fabric, steps=60, skips=skips)
+    skipped = [done.skipped for done in steps]
+    assert objective.accepted[:5] == [0] * 5
+    assert objective.accepted[-20:] == [1] * 20
+    assert scaler.get_scale() < 2.0**30
+    assert not skips
+    assert not any(skipped)
+    now = everything(objective, optimizer)
+    assert not torch.equal(before, now[0])
+    assert all(torch.isfinite(t).all() for t in now)
+
+
+def single(views):
+    return views.each(lambda crops: crops.each(lambda t: t.float() if t.dtype == torch.float64 else t))
 
 
 def test_micro_batches_give_the_same_weights():

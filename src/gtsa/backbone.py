@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.func import functional_call
 
 from gtsa.core import Remedy, Tokens
 
+GRIDS = 16  # sizes whose resampling of positions is kept
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
 
 
@@ -58,6 +60,14 @@ class Backbone(nn.Module):
     def prefix(self) -> int:
         return cast(int, self.vit.num_prefix_tokens)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights, 16 digits: the same for the same network, wherever it was read from."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.vit.state_dict().items()):
+            digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def forward(self, images: Tensor) -> Tokens:
         return self.blocks(images)[-1]
 
@@ -95,6 +105,8 @@ class Backbone(nn.Module):
             return {}
         key = (*new, embedding.device, embedding.dtype)
         if key not in self._resamplers:
+            if len(self._resamplers) >= GRIDS:  # images of all sizes: the oldest goes
+                del self._resamplers[next(iter(self._resamplers))]
             n = embedding.shape[1]
             unit = torch.eye(n, device=embedding.device)[None]
             prefix = n - old[0] * old[1]

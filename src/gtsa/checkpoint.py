@@ -33,7 +33,7 @@ class Damaged(Exception):
 
 
 def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Writes the checkpoint of ``step`` into ``folder`` and then leaves the newest ``keep`` there.
+    """Writes the checkpoint of ``step`` into ``folder`` and leaves it there with the ``keep`` - 1 before it.
 
     Raises:
         Remedy: the disk is full or refuses (6); what was there before is untouched.
@@ -63,8 +63,10 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], k
             f"{newest}. Make room or choose another disk, then go on with --resume",
             6,
         ) from None
-    for old in listing(folder)[keep:]:
-        shutil.rmtree(old)
+    older = [other for other in listing(folder) if other.name < place.name]
+    for other in listing(folder):  # newer ones are damaged: a run that went back behind them has left them ahead of it
+        if other != place and other not in older[: keep - 1]:
+            shutil.rmtree(other)
     _clear(folder)
     return place
 

@@ -160,8 +160,8 @@ def preview(
     image: int = 0,
     epoch: int = 0,
     config_file: Annotated[str | None, CONFIG] = None,
-    model: str = "vit_small_patch16_224",
-    seed: int = 0,
+    model: str | None = None,
+    seed: int | None = None,
 ) -> None:
     """Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.
 
@@ -183,7 +183,8 @@ def preview(
     settings = config.read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
-    gtsa.preview(data, out, image, epoch, **{"model": model, "seed": seed, **settings})
+    given = {name: value for name, value in (("model", model), ("seed", seed)) if value is not None}
+    gtsa.preview(data, out, image, epoch, **{**settings, **given})
 
 
 @app.command
@@ -253,7 +254,8 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
         return 2
     except Remedy as remedy:
-        print(f"gtsa: {remedy}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one tells
+            print(f"gtsa: {remedy}", file=sys.stderr)
         return remedy.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head

@@ -28,7 +28,9 @@ Positive = Annotated[float, Field(gt=0)]
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors, and all of them are told at once."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gtsa import config, judging, plan
-from gtsa.backbone import Backbone
 from gtsa.checkpoint import store
 from gtsa.core import Remedy
 from gtsa.export import opened
@@ -49,7 +47,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
             "source": s.weights,
             "model": backbone.model,
             "network": s.network,
-            "fingerprint": fingerprint(backbone),
+            "fingerprint": backbone.fingerprint,
         },
         "tokens": s.tokens,
         "seed": s.seed,
@@ -71,14 +69,6 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     if s.out:
         _write(Path(s.out), report)
     return report
-
-
-def fingerprint(backbone: Backbone) -> str:
-    """Of all weights: the same for the same network, wherever it was read from."""
-    digest = hashlib.sha256()
-    for key, value in sorted(backbone.vit.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

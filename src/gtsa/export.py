@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import shutil
@@ -10,37 +11,60 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
+from torch import Tensor
 
-from gtsa import weights
+from gtsa import checkpoint, hf, weights
 from gtsa.backbone import Backbone
 from gtsa.core import Remedy
 
+Format = Literal["timm", "hf", "dino"]
+OPENS = {
+    "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
+    "hf": 'transformers.ViTModel.from_pretrained("{}")',
+    "dino": 'torch.load("{}", weights_only=True)["teacher"]',
+}
+"""How others open what was written."""
+
 
 def export(
-    source: str, out: str, to: Literal["timm"] = "timm", network: Literal["teacher", "student"] = "teacher"
+    source: str,
+    out: str,
+    to: Format = "timm",
+    network: Literal["teacher", "student"] = "teacher",
+    model: str | None = None,
 ) -> Path:
-    """Writes the encoder of a run as a folder that others can open.
-
-    It opens with ``timm.create_model("local-dir:FOLDER", pretrained=True)``. The model's own output is the mean of its
-    patch tokens: GTSA trains no CLS token.
+    """Writes the encoder of a run as others can open it, with the same numbers.
 
     Args:
-        source: a run, an export folder, or other weights as for --init of a known model.
-        out: folder to make; it must not exist or be empty.
-        to: what can open it.
-        network: of a run, the teacher (as evaluated) or the student.
+        source: a run, an export folder, or other weights (docs/weights.md).
+        out: folder to make, or file for ``dino``; it must not exist, or be an empty folder.
+        to: what can open it: ``timm`` (the model's own output is then the mean of its patch tokens: GTSA trains no CLS
+            token), ``hf`` (a ViTModel of Hugging Face's transformers, without its pooler; plain ViTs alone), ``dino``
+            (a .pth file of tensors under ``teacher``, with timm's names behind ``backbone.``; mean and deviation of
+            its images lie beside, as ``mean`` and ``std``).
+        network: where there are both, the teacher (as evaluated) or the student.
+        model: timm's name of it, where the source is a bare file that does not say.
 
     Raises:
-        Remedy: the weights are not whole (4), or the folder holds something (2).
+        Remedy: the weights are not whole, or what is to open them cannot hold them (4); the place is taken (2).
     """
-    place = Path(out)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise Remedy(f"--out {out} is there already; give another folder, or remove it first")
-    backbone, _ = opened(source, network)
+    place, kind = Path(out), "file" if to == "dino" else "folder"
+    if place.exists() and (not place.is_dir() or to == "dino" or any(place.iterdir())):
+        raise Remedy(f"--out {out} is there already; give another {kind}, or remove it first")
+    backbone, _ = opened(source, network, model)
     try:
+        if to == "hf":
+            config, tensors, preprocessor = hf.written(backbone)
+            described = {"config.json": config, "preprocessor_config.json": preprocessor}
+            return _folder(place, tensors, described)
+        _same_eps(backbone)
+        if to == "dino":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            return _file(place, backbone)
         return write(backbone, place, _name(source))
     except OSError as error:
-        raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another folder", 6) from None
+        raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
 
 
 def opened(source: str, network: str = "teacher", model: str | None = None) -> tuple[Backbone, str]:
@@ -50,31 +74,69 @@ def opened(source: str, network: str = "teacher", model: str | None = None) -> t
         model: timm's name of it, where the source is a bare file that does not say.
     """
     found = weights.find(source, network)
-    name = model or found.model
+    name, arguments, remark = found.model, found.arguments, found.remark
+    if model and (found.guessed or model != name):
+        name, remark = model, ""
+        arguments = {"img_size": arguments["img_size"]} if "img_size" in arguments else {}
     if name is None:
-        raise Remedy(f"{source} does not say which model it is; name it with --model", 4)
-    arguments = {k: v for k, v in (found.arguments or {}).items() if k not in ("img_size", "num_classes", *EXPORTED)}
-    size = (found.arguments or {}).get("img_size", 224)
+        raise Remedy(f"{source} does not say which model it is ({remark}); name it with --model", 4)
+    size = arguments.get("img_size", 224)
+    arguments = {k: v for k, v in arguments.items() if k not in ("img_size", "num_classes", *EXPORTED)}
     normalisation = {"normalisation": found.normalisation} if found.normalisation else {}
-    backbone = Backbone(name, size, arguments=arguments, **normalisation)  # type: ignore[arg-type]
-    return backbone, weights.load(found, backbone)
+    try:
+        backbone = Backbone(name, size, arguments=arguments, **normalisation)  # type: ignore[arg-type]
+    except (LookupError, ArithmeticError, AttributeError) as error:  # what timm makes of values that it never met
+        raise Remedy(f"{source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
+    if found.eps is not None:
+        for norm in weights.norms(backbone):
+            norm.eps = found.eps
+    return backbone, weights.load(found, backbone) + (f"; {remark}" if remark else "")
 
 
 EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")
 
 
 def write(backbone: Backbone, place: Path, name: str = "scenes") -> Path:
-    """Writes ``config.json`` and ``model.safetensors``, or nothing."""
+    """Writes a folder that timm opens, ``config.json`` and ``model.safetensors``, or nothing."""
+    return _folder(place, _tensors(backbone), {"config.json": timm_config(backbone, name)})
+
+
+def _tensors(backbone: Backbone) -> dict[str, Tensor]:
+    return {k: v.detach().float().cpu().contiguous() for k, v in backbone.vit.state_dict().items()}
+
+
+def _folder(place: Path, tensors: dict[str, Tensor], described: dict[str, dict[str, Any]]) -> Path:
     draft = place.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in backbone.vit.state_dict().items()}
     safetensors.torch.save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-    (draft / "config.json").write_text(json.dumps(timm_config(backbone, name), indent=2) + "\n")
+    for name, config in described.items():
+        (draft / name).write_text(json.dumps(config, indent=2) + "\n")
     if place.exists():
         shutil.rmtree(place)
     draft.rename(place)
     return place
+
+
+def _file(place: Path, backbone: Backbone) -> Path:
+    state = {f"backbone.{name}": tensor for name, tensor in _tensors(backbone).items()}
+    held = io.BytesIO()
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in backbone.normalisation)
+    torch.save({"teacher": state, "mean": mean, "std": std}, held)
+    checkpoint.store(place, held.getvalue())
+    return place
+
+
+def _same_eps(backbone: Backbone) -> None:
+    """Raises Remedy where timm would open the model with another eps in its LayerNorms, and so with other features."""
+    with torch.device("meta"):
+        usual = weights.eps_of(Backbone(backbone.model, arguments=backbone.arguments))
+    if (here := weights.eps_of(backbone)) != usual:
+        raise Remedy(
+            f"its LayerNorms have an eps of {here:g}, those of timm's {backbone.model} {usual:g}, and neither a timm "
+            "folder nor a .pth file can say so: the features would differ. Use --to hf",
+            4,
+        )
 
 
 def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:

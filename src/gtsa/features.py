@@ -114,9 +114,9 @@ class _Centres(Dataset[Tensor]):
         return torch.rot90(centre(read(self.data, index), self.resize, self.crop), self.turns, (-2, -1)).contiguous()
 
 
-def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any] | None = None) -> DataLoader[Any]:
-    """The items of a dataset in order, for a frozen backbone."""
-    return DataLoader(
+def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any] | None = None) -> Iterator[Any]:
+    """The items of a dataset in order, for a frozen backbone. Raises Remedy (3), which names the image it is about."""
+    loader = DataLoader(
         dataset,
         lab.batch_size,
         num_workers=lab.workers,
@@ -125,6 +125,10 @@ def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any]
         generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
         timeout=600 if lab.workers else 0,
     )
+    try:
+        yield from loader
+    except Remedy as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
+        raise Remedy(str(remedy).rsplit("Remedy: ", 1)[-1].strip(), 3) from None
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ import io
 import math
 import os
 import stat
+import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +80,8 @@ def decode(
             scale = detail(image.width, image.height)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         try:
+            if image.format == "PNG":
+                _checked_png(path)
             deep = _deep_tiff(image)
             array = _from_tiff(path, range16) if deep else _from_pillow(image, path, range16)
         except BadImage:
@@ -161,8 +165,25 @@ def _banded(image: Any) -> None:
         bands = image.tag_v2.get(277, 1)
         colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(image.tag_v2.get(262), 1)  # RGB, CMYK, YCbCr, Lab; else grey, palette
         extra = image.tag_v2.get(338, ())
+        if 2 in image.tag_v2.get(339, ()) and max(image.tag_v2.get(258, (1,))) == 8:
+            raise BadImage("signed 8-bit values: convert to unsigned 8 or 16 bits")
         if bands > colours + 1 or (bands == colours + 1 and tuple(extra) not in ((1,), (2,))):
             raise BadImage(f"{bands} bands, {colours} of them colour, the rest not marked as alpha: save 1 or 3 bands")
+
+
+def _checked_png(path: str | Path) -> None:
+    """Compares the checksum of every chunk: Pillow passes over those of the pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            data, checksum = file.read(length), file.read(4)
+            if len(checksum) < 4:
+                raise BadImage("damaged: image file is truncated")
+            if zlib.crc32(data, zlib.crc32(kind)) != int.from_bytes(checksum):
+                raise BadImage(f"damaged: wrong checksum of a {kind.decode('latin-1')} chunk")
+            if kind == b"IEND":
+                return
 
 
 def _deep_tiff(image: Any) -> bool:

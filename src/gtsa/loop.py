@@ -66,11 +66,11 @@ def fit(
         views = [_next(stream) for _ in range(accumulate)]
         waited = clock.perf_counter() - began
         torch.manual_seed(int(np.random.SeedSequence([seed, step, fabric.global_rank]).generate_state(1, np.uint64)[0]))
-        parts, accepted = train_step(
+        parts, _, lost = train_step(
             objective, optimizer, map(prepare, views), accumulate, fabric, step / steps, (step + 1) / steps
         )
         skipped = _check(pending, step - 1, skips)  # a step late, so that the host never waits for the device
-        pending = accepted, [int(i) for v in views for i in v.images]
+        pending = lost, [int(i) for v in views for i in v.images]
         if step == steps - 1:
             skipped += _check(pending, step, skips)
         replaced = [r for v in views for r in v.replaced]
@@ -85,8 +85,13 @@ def train_step(
     fabric: Fabric,
     time: float,
     next_time: float,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step at ``time``. Returns the mean parts, detached, and whether it was accepted (0/1, device)."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One optimiser step at ``time``.
+
+    Returns:
+        The mean parts, detached; whether the step was accepted; whether it was lost to a non-finite number (0/1, on the
+        device). A step that only the scaler of fp16 leaves out, to lower its scale, is neither.
+    """
     adamw: ScheduledAdamW = optimizer.optimizer
     inner: Objective = objective.module
     adamw.set_time(time)
@@ -98,14 +103,23 @@ def train_step(
                 fabric.backward(parts["loss"] / accumulate)
             for name, value in parts.items():
                 total[name] = total.get(name, 0) + value.detach() / accumulate
-        fabric.strategy.precision.unscale_gradients(adamw)
+        scaler = getattr(fabric.strategy.precision, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(adamw)
         norms = clip_each(adamw.gradients, adamw.clip)
-        finite = torch.isfinite(norms).all() & torch.isfinite(total["loss"])
-        rejected = cast(Tensor, fabric.all_reduce((~finite).float(), reduce_op="sum")).clamp(max=1)
+        wrong = torch.stack([~torch.isfinite(norms).all(), ~torch.isfinite(total["loss"])]).float()
+        in_gradients, in_loss = cast(Tensor, fabric.all_reduce(wrong, reduce_op="sum")).clamp(max=1)
+        rejected = torch.maximum(in_gradients, in_loss)
         adamw.found_inf = rejected  # the fused kernel leaves parameters and moments alone where it is 1
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:  # the scaler's own step would put its word in place of ours
+            adamw.step()
+            scaler.update()
         optimizer.zero_grad()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise Remedy(
             f"the device ran out of memory in a step: {str(error).splitlines()[0]}; halve the memory with "
             f"--accumulate {2 * accumulate} (same results), or choose a smaller --batch-size or model",
@@ -113,7 +127,7 @@ def train_step(
         ) from None
     inner.after_step(next_time, 1 - rejected)
     total["gradient"] = norms.norm()
-    return total, 1 - rejected
+    return total, 1 - rejected, rejected if scaler is None else in_loss
 
 
 def _next(stream: Iterator[Batch]) -> Batch:
@@ -133,7 +147,7 @@ def _next(stream: Iterator[Batch]) -> Batch:
 
 def _check(pending: tuple[Tensor, list[int]] | None, step: int, skips: deque[int]) -> list[int]:
     """The images of a step that was skipped, if it was. Raises Remedy at three in a hundred."""
-    if pending is None or bool(pending[0] > 0):
+    if pending is None or not bool(pending[0] > 0):
         return []
     skips.append(step)
     while skips[0] <= step - 100:

@@ -47,6 +47,11 @@ def engine(settings: Any) -> Plan:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         plan.settle({"devices": "as torchrun started them"}, devices=local, nodes=world // local)
+    elif settings.nodes > 1:
+        raise Remedy(
+            f"--nodes {settings.nodes}: start every machine with torchrun --nnodes={settings.nodes} "
+            "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m gtsa pretrain ..."
+        )
     elif settings.devices == "auto":
         plan.settle({"devices": "all GPUs" if gpus else "one process uses all cores"}, devices=max(1, gpus))
     on = plan.settings.device
@@ -113,6 +118,8 @@ def budget(plan: Plan, images: int) -> None:
         batch = max(1, eighth // ranks) * ranks
         plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
     batch = plan.settings.batch_size
+    if batch < ranks:
+        raise Remedy(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
     if s.steps is None:
         if s.epochs == "auto":
             published = -(-int(PUBLISHED["epochs"]) * images // batch)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from gtsa import augment, config, judging, methods, plan, weights
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Replaced, Views
-from gtsa.data import HELD_OUT, StepSampler, ViewSet, generator, loader
+from gtsa.data import HELD_OUT, NoImageLeft, StepSampler, ViewSet, generator, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.images import BadImage
@@ -32,6 +32,7 @@ from gtsa.terminal import say
 from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
 
+T = TypeVar("T")
 SAMPLE = Path(__file__).parent / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
@@ -68,29 +69,63 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     if asked.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    run = Run(asked.out, asked.resume, asked.overwrite) if fabric.global_rank == 0 else None
+    run = first(fabric, lambda: Run(asked.out, asked.resume, asked.overwrite))
     try:
         return _Pretraining(asked.data if data is None else data, ready, fabric, run)()
-    except Remedy as remedy:
-        if run:
+    except (Remedy, OSError, RuntimeError) as error:
+        remedy = _remedy(error, asked.out)
+        if remedy is None:
+            raise
+        if run and run.began:
             run.note(f"ended: {remedy}")
-        raise
+        raise remedy from None
     finally:
         if run:
             run.close()
+
+
+def first(fabric: Fabric, work: Callable[[], T]) -> T | None:
+    """``work`` done by the first process alone; a Remedy there ends all of them."""
+    done, told = None, None
+    if fabric.global_rank == 0:
+        try:
+            done = work()
+        except Remedy as remedy:
+            told = str(remedy), remedy.code
+    told = fabric.broadcast(told)
+    if told is not None:
+        raise Remedy(*told)
+    return done
+
+
+def _remedy(error: Exception, out: str) -> Remedy | None:
+    """What the user can do about an error of the machine; None where it is a fault of ours."""
+    if isinstance(error, Remedy):
+        return error
+    if isinstance(error, OSError):
+        where = error.filename or out
+        return Remedy(f"{where}: {error.strerror or error}; make room or mend it, then go on with --resume", 6)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return Remedy("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
+    return None
 
 
 def _described(data: Any) -> str:
     """``data`` as config.yaml tells it: a path, from wherever it is resumed, or words for what is no path."""
     if isinstance(data, str | os.PathLike):
         return os.path.abspath(data) if os.path.exists(data) else os.fspath(data)
+    if not hasattr(data, "__len__"):
+        raise Remedy(f"data: a folder, a list file or a map-style dataset, not a {type(data).__name__}")
     return f"<{type(data).__name__} of {len(data)} items>"
 
 
 def _asked(given: Mapping[str, Any]) -> Any:
     """Settings as asked for: over the demo where there is no data, over the run's own where it is resumed."""
     base: dict[str, Any] = {}
-    where = Path(given["out"]) / "config.yaml" if given.get("out") else None
+    out = given.get("out")
+    where = None
+    if isinstance(out, str | os.PathLike):
+        where, given = Path(out) / "config.yaml", {**given, "out": os.fspath(out)}
     if given.get("resume") and where and where.is_file():
         base = config.read_yaml(where)
         new = config.validated(config.Pretrain, config.merged(base, given))
@@ -106,11 +141,19 @@ def _asked(given: Mapping[str, Any]) -> Any:
             if line.split(":")[0] not in ("out", "resume") and os.environ.get("RANK", "0") == "0":
                 say(f"changed: {line}")
         return new
+    if given.get("resume") and given.get("data") is None:
+        raise Remedy(f"--resume: there is no run in {out}; mind its name, or give --data to start one")
     if given.get("data") is None:
         base = config.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
     asked = config.validated(config.Pretrain, config.merged(base, given))
     if asked.out is None:
         raise Remedy("--out is missing: name a folder for the run")
+    for name in ("data", "init"):
+        place = os.path.realpath(getattr(asked, name) or os.devnull)
+        if asked.overwrite and os.path.commonpath([place, os.path.realpath(asked.out)]) == os.path.realpath(asked.out):
+            raise Remedy(
+                f"--{name} {getattr(asked, name)} lies inside --out, which is to be overwritten; move either", 8
+            )
     return asked
 
 
@@ -119,26 +162,25 @@ class _Pretraining:
 
     def __init__(self, data: Any, ready: plan.Plan, fabric: Fabric, run: Run | None) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
-        self._remember(ready.settings)  # as asked, before anything else: a run killed here can be resumed too
+        self.settings = ready.settings
+        self.multicrop = MultiCrop(**ready.settings.views.model_dump())
+        files = first(fabric, lambda: self._scanned(data))  # everything that can be refused is opened before
+        self.method, self.loaded = self._networks()  # anything is written, and before a run that was here goes
+        plan.workers(ready)
+        self.settings = ready.settings
+        self.judged = first(fabric, self._questions) or []
+        if run:
+            run.begin(files or {})
         self.source, self.train, self.held_out = self._images(data)
         plan.budget(ready, len(self.train))
-        s = self.settings = ready.settings
-        self.multicrop = MultiCrop(**s.views.model_dump())
-        self.judged = self._questions()
+        self.settings = ready.settings
+        self._remember(ready.settings)
         self.best: tuple[int, float] | None = None  # step and figure of --keep-best
-        self.method, self.loaded = self._networks()
         self.bad: dict[int, str] = {}
 
     def __call__(self) -> Trained:
         fabric = self.fabric
-        if fabric.global_rank == 0:
-            s = self.settings
-            micro = max(1, s.batch_size // (s.devices * s.nodes))
-            cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric, micro)
-            plan.memory(self.plan, cost, _free_memory(fabric.device))
-            if self.loaded:
-                say(self.loaded)
-            plan.show(self.plan, cost, self.method, len(self.train), len(self.held_out), self.loaded)
+        first(fabric, self._planned)
         accumulate = fabric.broadcast(self.plan.settings.accumulate)
         s = self.settings = self.plan.settings.model_copy(update={"accumulate": accumulate})
         self._remember(s)
@@ -159,7 +201,7 @@ class _Pretraining:
 
         looked_at = self.held_out or self.train[:64]
         self.health = Health(ViewSet(self.source, looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
-        self.gallery = squares(self._gallery(looked_at), 2 * self.multicrop.global_size)
+        self.looked_at = looked_at
         other = f"{s.out}/images.jsonl is not the one that the run was started with"
         self._begin(training.restore("images", self.digest, other) if s.resume else None)
         views = ViewSet(self.source, self.train, self.multicrop, s.seed)
@@ -170,24 +212,42 @@ class _Pretraining:
         training(batches, prepare, self._account, self._look, self._kept)
         return self._finish()
 
+    def _planned(self) -> None:
+        """Measures what a step costs and shows the plan."""
+        s, fabric = self.settings, self.fabric
+        micro = max(1, s.batch_size // (s.devices * s.nodes))
+        cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric, micro)
+        plan.memory(self.plan, cost, _free_memory(fabric.device))
+        if self.loaded:
+            say(self.loaded)
+        plan.show(self.plan, cost, self.method, len(self.train), len(self.held_out), self.loaded)
+
     # Data
+
+    def _scanned(self, data: Any) -> dict[str, str]:
+        """Looks through the images; {name: text} of the files that a new run starts with."""
+        s = self.settings
+        if s.resume and self.run and self.run.began:
+            return {}
+        if s.resume and self.run and any(self.run.checkpoints.glob("step-*")):
+            raise Remedy(f"{s.out} has checkpoints, but images.jsonl is gone: bring it back, or start another run", 4)
+        say(f"reading {data if isinstance(data, str) else s.data}")
+        source = open_source(data, range16=s.range16, data_root=s.data_root)
+        found = scan(source, range16=s.range16)
+        insist(found, data, s.max_bad)
+        for name, reason in found.bad:
+            say(f"left out: {escaped(name)}: {reason}")
+        lines = [json.dumps({"name": source.name(i), "bytes": source.size(i)}) for i in found.used]
+        return {
+            "scan.json": json.dumps(found.report(), indent=1) + "\n",
+            "config.yaml": self._kept_settings(s),
+            "images.jsonl": "\n".join(lines) + "\n",
+        }
 
     def _images(self, data: Any) -> tuple[Source, list[int], list[int]]:
         """The source, restricted to usable images, and which of them train and which are held out."""
         s = self.plan.settings
         options = {"range16": s.range16, "data_root": s.data_root}
-        if self.run:
-            manifest = self.run.path("images.jsonl")
-            if not (s.resume and manifest.exists()):
-                say(f"reading {data if isinstance(data, str) else s.data}")
-                source = open_source(data, **options)
-                found = scan(source, range16=s.range16)
-                self.run.write("scan.json", json.dumps(found.report(), indent=1) + "\n")
-                insist(found, data, s.max_bad)
-                for name, reason in found.bad:
-                    say(f"left out: {escaped(name)}: {reason}")
-                lines = [json.dumps({"name": source.name(i), "bytes": source.size(i)}) for i in found.used]
-                self.run.write("images.jsonl", "\n".join(lines) + "\n")
         self.fabric.barrier()
         frozen = Path(s.out, "images.jsonl").read_bytes()
         self.digest = hashlib.sha256(frozen).hexdigest()
@@ -199,17 +259,20 @@ class _Pretraining:
 
     def _account(self, done: Done) -> None:
         """Names images that could not be read in mid-run, and steps that were skipped."""
-        note = self.training.note
-        for image, reason, by in (Replaced(*r) for r in done.replaced):
-            if image not in self.bad:
-                self.bad[image] = reason
-                note(
-                    f"step {done.step}: {escaped(self.source.name(image))} could not be read ({reason}); "
-                    f"{escaped(self.source.name(by))} took its place"
-                )
+        self._unreadable(done.replaced, f"step {done.step}: ")
         if done.skipped:
             names = ", ".join(escaped(self.source.name(i)) for i in done.skipped[:20])
-            note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
+            self.training.note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
+
+    def _unreadable(self, replaced: Iterable[Replaced], when: str) -> None:
+        """Names images that could not be read, and ends the run where they are too many."""
+        for image, reason, by in (Replaced(*entry) for entry in replaced):
+            if image not in self.bad:
+                self.bad[image] = reason
+                self.training.note(
+                    f"{when}{escaped(self.source.name(image))} could not be read ({reason}); "
+                    f"{escaped(self.source.name(by))} took its place"
+                )
         if len(self.bad) > max(1, self.settings.max_bad * len(self.train)):
             listed = "; ".join(f"{escaped(self.source.name(i))}: {why}" for i, why in list(self.bad.items())[:5])
             raise Remedy(
@@ -236,16 +299,17 @@ class _Pretraining:
     def _begin(self, before: Kept | None) -> None:
         """What the run is compared with: the network at step 0, looked at now or kept by the checkpoint."""
         if before is None:
-            self.start = self.health(self.method) if self.run else None
-            self.start_maps = patch_maps(self._teacher, self.gallery) if self.run else None
+            self.start = first(self.fabric, lambda: self.health(self.method))
+            self.gallery = first(self.fabric, self._gallery)
+            self.start_maps = None if self.gallery is None else patch_maps(self._teacher, self.gallery)
             return
         tensors, state = before
         self.bad = {int(k): v for k, v in state["unreadable"].items()}
-        self.best = tuple(state["best"]) if state["best"] else None
-        first = tensors["start"]
-        scores = {k.removeprefix("score."): v for k, v in first.items() if k.startswith("score.")}
-        self.start = Figures(scores, float(first["rank"]), float(first["spread"]))
-        self.start_maps = first["maps"]
+        self.best = tuple(state["best"]) if state.get("best") else None
+        kept = tensors["start"]
+        scores = {k.removeprefix("score."): v for k, v in kept.items() if k.startswith("score.")}
+        self.start = Figures(scores, float(kept["rank"]), float(kept["spread"]), kept["images"])
+        self.start_maps, self.gallery = kept["maps"], kept["gallery"].float() / 255
 
     def _kept(self) -> Kept:
         """What ``_begin`` takes up again, and what opens the encoder."""
@@ -259,11 +323,18 @@ class _Pretraining:
             "unreadable": {str(k): v for k, v in self.bad.items()},
             "best": self.best,
         }
-        if self.start is None or self.start_maps is None:  # not the first process, which alone writes
+        if self.start is None or self.start_maps is None or self.gallery is None:  # not the first process, which writes
             return {}, state
-        scores = {f"score.{k}": v for k, v in self.start.scores.items()}
-        kept = {"rank": torch.tensor(self.start.rank), "spread": torch.tensor(self.start.spread)}
-        return {"start": {**scores, **{k: v.double() for k, v in kept.items()}, "maps": self.start_maps}}, state
+        return {
+            "start": {
+                **{f"score.{name}": values for name, values in self.start.scores.items()},
+                "rank": torch.tensor(self.start.rank, dtype=torch.float64),
+                "spread": torch.tensor(self.start.spread, dtype=torch.float64),
+                "images": self.start.images,
+                "maps": self.start_maps,
+                "gallery": (255 * self.gallery).round().to(torch.uint8),
+            }
+        }, state
 
     @property
     def _teacher(self) -> Backbone:
@@ -272,13 +343,20 @@ class _Pretraining:
     # What the user sees
 
     def _look(self, step: int) -> Verdict | None:
-        """Health figures and the strip of feature maps, logged and kept."""
-        if not self.run or self.start is None or self.start_maps is None:
-            return None
-        seen = verdict(self.health(self.method), self.start, step, bool(self.held_out))
+        """Health figures, feature maps and evaluations, logged and kept by the first process."""
+        return first(self.fabric, lambda: self._looked(step))
+
+    def _looked(self, step: int) -> Verdict:
+        assert self.run is not None
+        assert self.start is not None
+        assert self.start_maps is not None
+        assert self.gallery is not None
+        now = self.health(self.method)
+        self._unreadable(now.replaced, f"look at step {step}: ")
+        seen = verdict(now, self.start, step, bool(self.held_out))
         self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
-        now = patch_maps(self._teacher, self.gallery)
-        strip(self.gallery, self.start_maps, now, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
+        maps = patch_maps(self._teacher, self.gallery)
+        strip(self.gallery, self.start_maps, maps, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
         self._judge(step)
         return seen
 
@@ -338,21 +416,27 @@ class _Pretraining:
         self.fabric.barrier()
         return Trained(out, place, seen)
 
-    def _gallery(self, indices: list[int]) -> list[torch.Tensor]:
+    def _gallery(self) -> torch.Tensor:
+        """Four of the user's images as squares, [n, 3, s, s] in [0, 1], in steps of 1 / 255."""
         found: list[torch.Tensor] = []
-        for index in indices:
+        for index in self.looked_at:
             if len(found) < 4:
                 try:
                     found.append(self.source.read(index))
                 except BadImage:
                     continue
-        return found
+        if not found:
+            raise NoImageLeft
+        return (255 * squares(found, 2 * self.multicrop.global_size)).round() / 255
 
     def _remember(self, settings: Any) -> None:
         """config.yaml: what --resume goes on with, and what --config takes for another run."""
         if self.run:
-            kept = settings.model_copy(update={"resume": False, "overwrite": False})
-            self.run.write("config.yaml", config.to_yaml(kept))
+            self.run.write("config.yaml", self._kept_settings(settings))
+
+    @staticmethod
+    def _kept_settings(settings: Any) -> str:
+        return config.to_yaml(settings.model_copy(update={"resume": False, "overwrite": False}))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -20,10 +22,13 @@ from gtsa.checkpoint import store
 from gtsa.core import Remedy
 
 LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
-OURS = ("config.yaml", "images.jsonl", "scan.json", "train.log", *LOGS)
+OURS = (
+    "config.yaml", "images.jsonl", "scan.json", "train.log", *LOGS, "events.out.tfevents.*",
+    "checkpoints/step-*", "checkpoints/.draft-*", "checkpoints/.old-*",
+    "best/checkpoints/step-*", "best/checkpoints/.draft-*", "best/checkpoints/.old-*",
+    "pictures/features-*.png", "exports/timm",
+)  # fmt: skip
 BEFORE = ("config.yaml", "scan.json", "train.log")  # all that a start leaves which failed before there were images
-OUR_FOLDERS = ("checkpoints", "best", "pictures", "exports")
-EVENTS = "events.out.tfevents."
 
 
 class Run:
@@ -32,7 +37,7 @@ class Run:
     Args:
         folder: where; made if it is not there.
         resume: go on with the run that is there (or start one in a folder that is empty, or holds a failed start).
-        overwrite: remove what a run of ours wrote there, and nothing else.
+        overwrite: ``begin`` removes what a run of ours wrote there, and nothing else.
 
     Raises:
         Remedy: the folder holds something and neither way on was asked for, or another run writes into it.
@@ -49,16 +54,27 @@ class Run:
                 f"--out {folder} is not empty ({found[0].name}{', ...' if len(found) > 1 else ''}): go on with the run "
                 "there with --resume, replace it with --overwrite, or give another folder"
             )
-        if found and resume and not overwrite and not any(_ours(p) for p in found):
-            raise Remedy(f"--resume: {folder} holds files but no run of gtsa; give the run's own folder")
+        if begun and not any((self.folder / name).is_file() for name in ("config.yaml", "images.jsonl")):
+            way = "--resume" if resume else "--overwrite"
+            raise Remedy(f"{way}: {folder} holds files but no run of gtsa; give the run's own folder, or a new one")
+        made = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
         except OSError as error:
             raise Remedy(f"--out {folder} cannot be written: {error.strerror}; give another folder", 6) from None
-        if not resume and (overwrite or not begun):
-            self._remove()
+        self._made = made
         self._writer: SummaryWriter | None = None
+
+    def begin(self, files: Mapping[str, str]) -> None:
+        """Writes the first files of a run, once all that could refuse it has been opened; none where it goes on.
+
+        Only now the run that was here goes, if it is to be replaced.
+        """
+        if files:
+            self._remove()
+        for name, text in files.items():
+            self.write(name, text)
 
     @property
     def checkpoints(self) -> Path:
@@ -73,18 +89,23 @@ class Run:
     def write(self, name: str, text: str) -> None:
         store(self.path(name), text.encode())
 
-    def start_logs(self, step: int) -> None:
-        """Opens the logs for steps after ``step``; what an interrupted run wrote beyond it goes."""
+    def start_logs(self, step: int, done: bool = False) -> None:
+        """Opens the logs for steps after ``step``; what an interrupted run wrote beyond it goes.
+
+        Of a run that was ``done`` the last look goes too: it is taken again.
+        """
         for log in map(self.path, LOGS):
             if log.exists():
-                kept = [line for line in log.read_text().splitlines() if _step(line) <= step]
+                last = step - 1 if done and log.name != LOGS[0] else step
+                kept = [line for line in log.read_text().splitlines() if _step(line) <= last]
                 store(log, "".join(f"{line}\n" for line in kept).encode())
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: Mapping[str, float], file: str = "metrics.jsonl", **words: str) -> None:
         """One line of a log file, and the numbers to TensorBoard."""
         assert self._writer is not None
-        self._append(file, json.dumps({"step": step, **words, **values}))
+        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append(file, json.dumps({"step": step, **words, **told}, allow_nan=False))
         for name, value in values.items():
             self._writer.add_scalar(name if file == "metrics.jsonl" else f"{Path(file).stem}/{name}", value, step)
 
@@ -93,9 +114,17 @@ class Run:
         self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def close(self) -> None:
+        """Gives the lock back; a folder that was made for a run which never began goes."""
         if self._writer is not None:
             self._writer.close()
-        os.close(self._descriptor)  # gives the lock back
+        if self._made and [p.name for p in self._entries()] == [".lock"]:
+            (self.folder / ".lock").unlink()
+            self.folder.rmdir()
+        os.close(self._descriptor)
+
+    @property
+    def began(self) -> bool:
+        return (self.folder / "images.jsonl").exists()
 
     def _append(self, name: str, line: str) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a planted link is not followed
@@ -117,17 +146,16 @@ class Run:
             ) from None
 
     def _remove(self) -> None:
-        for path in self._entries():
-            if path.is_symlink():
-                continue
-            if path.is_dir() and path.name in OUR_FOLDERS:
-                shutil.rmtree(path)
-            elif path.is_file() and _ours(path):
-                path.unlink()
-
-
-def _ours(path: Path) -> bool:
-    return path.name in OURS or path.name in OUR_FOLDERS or path.name.startswith(EVENTS)
+        """Removes what a run wrote, by name and pattern; what else lies there, or in its folders, stays."""
+        for pattern in OURS:
+            for path in self.folder.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif not path.is_symlink():
+                    path.unlink()
+        for folder in ("checkpoints", "best/checkpoints", "best", "pictures", "exports"):
+            with suppress(OSError):  # it is not there, or holds something else
+                (self.folder / folder).rmdir()
 
 
 def _step(line: str) -> float:

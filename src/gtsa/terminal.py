@@ -18,7 +18,7 @@ if not console.is_terminal:
 
 def table(title: str, rows: list[tuple[str, Any, str]]) -> None:
     """Three columns: name, value, reason."""
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False)
+    grid = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, show_header=False)
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     grid.add_column(style="dim")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -74,6 +74,8 @@ class Training:
         tensors, state = checkpoint.read(place)
         if state[key] != value:
             raise Remedy(otherwise, 4)
+        if state["step"] > self.settings.steps:
+            raise Remedy(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
         self.objective.load_state_dict(tensors["objective"])
         saved = self.optimizer.state_dict()
         for moment, tensor in tensors["optimizer"].items():
@@ -111,7 +113,7 @@ class Training:
         module, optimizer = self.wrapped
         progress = Progress(s.steps, self.start, s.batch_size) if self.run else None
         if self.run:
-            self.run.start_logs(self.start)
+            self.run.start_logs(self.start, done=self.start == s.steps)
         steps = fit(
             module, optimizer, batches, prepare,
             fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
@@ -121,13 +123,13 @@ class Training:
             try:
                 for done in steps:
                     recent.append(done)
+                    stopping = self._shared(done, bool(asked))
                     account(done)
                     if done.step % s.log_every == 0 or done.step == s.steps:
                         self._log(recent, progress)
                         recent = []
                     if done.step % s.evaluate_every == 0 and done.step < s.steps:
                         look(done.step)
-                    stopping = self._anywhere(bool(asked))
                     if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
                         self.save(done.step, *kept())
                     if stopping and done.step < s.steps:
@@ -155,6 +157,8 @@ class Training:
     ) -> None:
         """Writes a checkpoint with all that the next step needs, to where checkpoints are kept or to ``folder``."""
         if self.run:
+            if not all(torch.isfinite(p).all() for p in self.objective.parameters()):
+                raise Remedy("training diverged: weights are not finite; start anew with a lower --learning-rate", 5)
             moments = {
                 f"{index}.{name}": value
                 for index, entry in self.optimizer.state_dict()["state"].items()
@@ -184,12 +188,20 @@ class Training:
         self.run.log(recent[-1].step, values)
         progress.show(recent[-1].step, values)
 
-    def _anywhere(self, here: bool) -> bool:
-        """Whether it is so in any process."""
+    def _shared(self, done: Done, asked: bool) -> bool:
+        """Brings what went wrong in any process to all of them; returns whether any was asked to stop."""
         if self.fabric.world_size == 1:
-            return here
-        count: Any = self.fabric.all_reduce(torch.tensor(float(here), device=self.fabric.device), reduce_op="sum")
-        return bool(count > 0)
+            return asked
+        here = torch.tensor(
+            [asked, bool(done.replaced or done.skipped)], dtype=torch.float32, device=self.fabric.device
+        )
+        stopping, news = cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")).tolist()
+        if news:
+            told: list[Any] = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(told, (done.replaced, done.skipped))
+            done.replaced = [entry for replaced, _ in told for entry in replaced]
+            done.skipped = [image for _, skipped in told for image in skipped]
+        return bool(stopping)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
-import re
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
-from gtsa import checkpoint
+from gtsa import bare, checkpoint, hf
 from gtsa.backbone import Backbone
 from gtsa.core import Remedy
 
-BEYOND = ("head.", "head_dist.", "attn_pool.", "head_drop.")  # parts of a published model after its last norm
-PREFIXES = ("module.", "backbone.", "teacher.", "student.", "encoder.", "vit.")
+BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass
@@ -29,18 +33,24 @@ class Weights:
     tensors: dict[str, Tensor]
     source: str
     model: str | None = None
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    arguments: dict[str, Any] | None = None
+    normalisation: Normalisation | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)  # of timm's constructor
+    eps: float | None = None  # of its LayerNorms; None: timm's own for the model
+    left: dict[str, int] = field(default_factory=dict)  # tensors that are not the encoder's, by part
+    guessed: bool = False  # model and arguments, from the tensors alone
+    remark: str = ""  # how they were told, or why not
 
 
 def find(spec: str, network: str = "teacher") -> Weights:
-    """The weights that ``spec`` names: a run, an export folder, a .safetensors or .pth file, timm:NAME, random:NAME.
+    """The weights that ``spec`` names.
 
     Args:
-        network: of a run, the ``teacher`` or the ``student``.
+        spec: a run, an export, a folder of timm or of a Hugging Face ViT, a .safetensors or DINO-style .pth file,
+            timm:NAME, random:NAME (docs/weights.md).
+        network: ``teacher`` or ``student``, where there are both.
 
     Raises:
-        Remedy: there is nothing there, or it is not what it should be (4).
+        Remedy: there is nothing there, or it is not what it should be (4), or it reaches out of its folder (8).
     """
     if spec.startswith("timm:"):
         return _from_timm(spec)
@@ -51,11 +61,12 @@ def find(spec: str, network: str = "teacher") -> Weights:
     if (path / "checkpoints").is_dir():
         return _from_run(path, network)
     if (path / "config.json").is_file():
-        return _from_export(path)
+        return _from_folder(path)
     if path.is_file():
-        return Weights(_from_file(path), spec)
+        return _from_file(path, network)
     raise Remedy(
-        f"{spec}: no weights there; give a run, an export folder, a .safetensors or .pth file, or timm:NAME",
+        f"{spec}: no weights there; give a run, an export, a timm or Hugging Face folder (config.json and "
+        "model.safetensors), a .safetensors or .pth file, or timm:NAME",
         4,
     )
 
@@ -64,11 +75,13 @@ def load(weights: Weights, backbone: Backbone) -> str:
     """Puts every tensor in its place and says how many there were; position embeddings are resampled to the grid.
 
     Raises:
-        Remedy: a tensor is missing, left over or of another shape (4).
+        Remedy: a tensor is missing, left over, of another shape, or not finite (4).
     """
     wanted = backbone.vit.state_dict()
-    given = {k: v for k, v in weights.tensors.items() if not k.startswith(BEYOND)}
-    dropped = len(weights.tensors) - len(given)
+    given = {k: v for k, v in weights.tensors.items() if k.split(".")[0] not in BEYOND}
+    left = {**weights.left}
+    for name in weights.tensors.keys() - given.keys():
+        left[name.split(".")[0]] = left.get(name.split(".")[0], 0) + 1
     if "norm.weight" not in given and "fc_norm.weight" in given:  # models that averaged before their last norm
         given = {k.replace("fc_norm.", "norm.") if k.startswith("fc_norm.") else k: v for k, v in given.items()}
     if "pos_embed" in wanted and "pos_embed" in given:
@@ -91,8 +104,22 @@ def load(weights: Weights, backbone: Backbone) -> str:
     if bad := [k for k, v in given.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
         raise Remedy(f"{weights.source}: {bad[0]} holds NaN or infinite values; the file is damaged", 4)
     backbone.vit.load_state_dict(given, strict=True)
-    left = f", {dropped} of its head left out" if dropped else ""
-    return f"{len(wanted)} of {len(wanted)} tensors loaded from {weights.source}{left}"
+    told = f"{len(wanted)} of {len(wanted)} tensors loaded from {weights.source}"
+    if left:
+        told += f"; left out: {', '.join(f'{count} of {part}' for part, count in sorted(left.items()))}"
+    if weights.eps is not None and weights.eps != (here := eps_of(backbone)):
+        told += f"; LayerNorm eps is {weights.eps:g} there and {here:g} here"
+    return told
+
+
+def norms(backbone: Backbone) -> list[nn.LayerNorm]:
+    """The LayerNorms of a backbone."""
+    return [module for module in backbone.vit.modules() if isinstance(module, nn.LayerNorm)]
+
+
+def eps_of(backbone: Backbone) -> float:
+    """What its LayerNorms add to the variance."""
+    return norms(backbone)[0].eps
 
 
 def _from_timm(spec: str) -> Weights:
@@ -105,7 +132,8 @@ def _from_timm(spec: str) -> Weights:
             f"{spec} could not be fetched: {told}; check the name and the network, or give a file", 4
         ) from None
     config = model.pretrained_cfg
-    return Weights(model.state_dict(), spec, name, (tuple(config["mean"]), tuple(config["std"])))
+    side = {"img_size": config["input_size"][-1]}
+    return Weights(model.state_dict(), spec, name, _normalisation(config["mean"], config["std"]), side)
 
 
 def _from_run(path: Path, network: str) -> Weights:
@@ -116,57 +144,128 @@ def _from_run(path: Path, network: str) -> Weights:
     start = f"{network}.encoder.vit."
     encoder = {k.removeprefix(start): v for k, v in tensors["objective"].items() if k.startswith(start)}
     known = state["encoder"]
-    mean, std = known["normalisation"]
     return Weights(
-        encoder, f"{path}/checkpoints/{place.name}", known["model"], (tuple(mean), tuple(std)), known["arguments"]
+        encoder,
+        f"{path}/checkpoints/{place.name}",
+        known["model"],
+        _normalisation(*known["normalisation"]),
+        known["arguments"],
     )
 
 
-def _from_export(path: Path) -> Weights:
+def _from_folder(path: Path) -> Weights:
+    """An export or timm's own folder (``architecture``), or one of Hugging Face (``model_type``)."""
     try:
-        config = json.loads((path / "config.json").read_text())
-        cfg = config.get("pretrained_cfg", {})
-        normalisation = (tuple(cfg["mean"]), tuple(cfg["std"])) if "mean" in cfg else None
-        tensors = _from_file(path / "model.safetensors")
-    except (OSError, ValueError) as error:
-        raise Remedy(f"{path} is no export folder: {error}", 4) from None
-    return Weights(tensors, str(path), config.get("architecture"), normalisation, config.get("model_args"))
+        config = _json(path / "config.json")
+        tensors = _tensors(path)
+        if "architecture" not in config and "model_type" in config:
+            model, arguments, eps, tensors, left = hf.read(config, tensors, str(path))
+            before = path / "preprocessor_config.json"
+            known = _normalisation(*hf.normalisation(_json(before))) if before.is_file() else None
+            remark = "" if known else "no preprocessor_config.json: images are normalised as for ImageNet"
+            return Weights(tensors, str(path), model, known, arguments, eps, left, remark=remark)
+        cfg = config.get("pretrained_cfg", config)  # timm's older folders have one level
+        arguments = {"img_size": cfg.get("input_size", [3, 224, 224])[-1], **config.get("model_args", {})}
+        known = _normalisation(cfg["mean"], cfg["std"]) if "mean" in cfg else None
+        allowed = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
+        if strange := sorted(arguments.keys() - allowed):  # timm would load files and fetch weights for some
+            raise Remedy(f"{path}: config.json has model_args {strange[0]}, which is no argument of a ViT", 4)
+        if isinstance(arguments["img_size"], list):
+            (arguments["img_size"],) = set(arguments["img_size"])  # squares alone
+        return Weights(tensors, str(path), str(config["architecture"]), known, arguments)
+    except Remedy:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise Remedy(
+            f"{path} is no export and no timm or Hugging Face folder ({type(error).__name__}: {error}); it needs "
+            "config.json and model.safetensors as these write them",
+            4,
+        ) from None
 
 
-def _from_file(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pth file read without running anything in it."""
+def _from_file(path: Path, network: str) -> Weights:
+    found = _read(path)
+    if isinstance(found, dict) and any("patch_embeddings" in str(key) for key in found):
+        raise Remedy(f"{path} is of Hugging Face: give the folder that it lies in, with its config.json", 4)
+    try:
+        normalisation = _beside(found)
+        tensors, left, chosen = bare.encoder(found, network, str(path))
+        model, arguments, remark = bare.guess(tensors)
+    except Remedy:
+        raise
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:  # tensors of odd shapes
+        raise Remedy(f"{path} holds no vision transformer: {error}", 4) from None
+    source = f"{path} ({chosen})" if chosen else str(path)
+    remark += "" if normalisation else "; images normalised as for ImageNet"
+    return Weights(tensors, source, model, normalisation, arguments, None, left, True, remark)
+
+
+def _beside(found: Any) -> Normalisation | None:
+    """Takes out what ``gtsa export --to dino`` writes beside the network: mean and deviation of its images."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), Tensor) for name in ("mean", "std")):
+        return None
+    return _normalisation(found.pop("mean").tolist(), found.pop("std").tolist())
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder: model.safetensors, or the shards that its index lists."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return dict(_read(folder / "model.safetensors"))
+    places: dict[str, str] = _json(index)["weight_map"]
+    if outside := [name for name in places.values() if Path(name).name != name or name in ("", "..") or "\\" in name]:
+        raise Remedy(f"{index} points out of its folder: {outside[0]!r}; shards must lie beside it", 8)
+    shards = {name: _read(folder / name) for name in sorted(set(places.values()))}
+    listed = set(places.items())
+    if strange := listed ^ {(key, name) for name, shard in shards.items() for key in shard}:
+        key, name = min(strange)
+        raise Remedy(f"{index} and {name} do not agree about {key}: get both again", 4)
+    return {key: shards[name][key] for key, name in places.items()}
+
+
+def _read(path: Path) -> Any:
+    """What a .safetensors file holds, or a .pth file, read without running anything in it."""
     try:
         if path.suffix == ".safetensors":
-            loaded: Any = safetensors.torch.load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its settings so: plain attributes
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Remedy(f"{path}: no such file", 4) from None
     except Exception as error:  # damaged files and refused pickles raise nearly anything
         told = " ".join(str(error).split())[:200]
-        raise Remedy(f"{path} cannot be read as weights: {told}", 4) from None
-    for name in ("teacher", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
-            loaded = loaded[name]
-            break
-    if not isinstance(loaded, dict) or not any(isinstance(v, Tensor) for v in loaded.values()):
-        raise Remedy(f"{path} holds no dictionary of tensors", 4)
-    tensors = {}
-    for key, value in loaded.items():
-        bare = re.sub(rf"^({'|'.join(map(re.escape, PREFIXES))})+", "", key)
-        if isinstance(value, Tensor) and not key.startswith(("projector", "predictor")):
-            tensors[bare] = value
-    return tensors
+        raise Remedy(
+            f"{path} cannot be read as weights, and nothing in it was run: {told}; get it again, or save its tensors "
+            "alone",
+            4,
+        ) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no dictionary")
+    return found
+
+
+def _normalisation(mean: Any, std: Any) -> Normalisation:
+    """Raises ValueError where it is none for three channels."""
+    both = tuple(float(value) for value in mean), tuple(float(value) for value in std)
+    if not len(both[0]) == len(both[1]) == 3 or not all(map(math.isfinite, both[0])) or not min(both[1]) > 0:
+        raise ValueError(f"mean {mean} and deviation {std} are not of three channels")
+    return both
 
 
 def _positions(given: Tensor, wanted: Tensor, backbone: Backbone) -> Tensor:
     """Square position embeddings of another grid, resampled by timm; ones of another width are left to fail."""
     grid = backbone.vit.patch_embed.grid_size
+    if given.shape == wanted.shape or given.ndim != 3 or given.shape[-1] != wanted.shape[-1]:
+        return given
     prefix = wanted.shape[1] - grid[0] * grid[1]
     side = round(max(0, given.shape[1] - prefix) ** 0.5)
-    if given.shape == wanted.shape or given.shape[-1] != wanted.shape[-1] or side**2 + prefix != given.shape[1]:
+    if side**2 + prefix != given.shape[1]:
         return given
-    return resample_abs_pos_embed(given, list(grid), [side, side], num_prefix_tokens=prefix)  # type: ignore[no-any-return]
+    return resample_abs_pos_embed(given.float(), list(grid), [side, side], num_prefix_tokens=prefix)  # type: ignore[no-any-return]
 
 
 def _shape(tensor: Tensor) -> str:

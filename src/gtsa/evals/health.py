@@ -9,15 +9,17 @@ whether the features still fill their space (RankMe, Garrido et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-from gtsa.core import Draw, Evaluator, Evidence, Method, Views
+from gtsa.core import Draw, Evaluator, Evidence, Method, Remedy, Replaced, Views
 from gtsa.data import ViewSet, collate, generator
 from gtsa.features import Lab, tokens_of, whole_patches
 
@@ -35,6 +37,12 @@ class Figures:
     scores: dict[str, Tensor]
     rank: float  # effective number of dimensions of the patch tokens, at most their width
     spread: float  # of the direction of patch tokens: 1 where all directions are equal, 0 where there is one
+    images: Tensor  # [images]: which ones, ascending
+    replaced: Sequence[Replaced] = ()  # images that could not be read any more
+
+    def of(self, name: str, images: Tensor) -> Tensor:
+        """The scores of some of the images, in their order."""
+        return self.scores[name][torch.searchsorted(self.images, images)]
 
 
 class Health:
@@ -57,28 +65,31 @@ class Health:
         scores: dict[str, list[Tensor]] = {}
         images: list[Tensor] = []
         tokens: list[Tensor] = []
+        replaced: dict[int, Replaced] = {}
         for batch in self._batches():
+            replaced |= {entry[0]: entry for entry in batch.replaced}
             for name, values in method.diagnose(batch).items():
                 scores.setdefault(name, []).append(values.double().cpu())
             images.append(batch.images)
             patches = method.encoders["teacher"](batch.global_crops.pixels.flatten(0, 1)).patches
             tokens.append(patches.flatten(0, 2).float().cpu())
         method.train(training)
-        _, row = torch.unique(torch.cat(images), return_inverse=True)
+        seen, row = torch.unique(torch.cat(images), return_inverse=True)
         count = torch.bincount(row).double()
         means = {
             name: torch.zeros(len(count), dtype=torch.float64).index_add_(0, row, torch.cat(values)) / count
             for name, values in scores.items()
         }
         chosen = evenly(torch.cat(tokens))
-        return Figures(means, rank_me(chosen), spread(chosen))
+        if not torch.isfinite(chosen).all():
+            raise Remedy("training diverged: features are not finite; start anew with a lower --learning-rate", 5)
+        return Figures(means, rank_me(chosen), spread(chosen), seen, list(replaced.values()))
 
     def _batches(self) -> Iterator[Views]:
+        count = len(self.views)
         for draw in range(self.draws):
-            places = range(len(self.views))
-            for first in range(0, len(places), 16):
-                some = [self.views[Draw(draw, place)] for place in places[first : first + 16]]
-                yield self.prepare(collate(some))
+            for places in np.array_split(np.arange(count), -(-count // 16)):  # evenly: none is left without others
+                yield self.prepare(collate([self.views[Draw(draw, int(place))] for place in places]))
 
 
 class FeatureHealth(Evaluator):
@@ -156,21 +167,25 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
     has hardly moved differs from itself by little, but surely.
     """
     where = "held-out images" if held_out else "TRAINING images (none were held out)"
-    images = len(now.scores["region_score"])
+    common = now.images[torch.isin(now.images, start.images)]
+    images = len(common)
     figures: dict[str, Any] = {"images": images}
     reasons: list[str] = []
     learnt: dict[str, bool] = {}
     for name in ("region_score", "patch_score"):
         if name in now.scores:
-            gain = interval(now.scores[name] - start.scores[name])
+            gain = interval(now.of(name, common) - start.of(name, common))
             figures |= _named(name.replace("score", "gain"), gain)
             reasons.append(_region(gain, f"{images} {where}") if name == "region_score" else _patch(gain))
             learnt[name] = _clear(gain, 0, MARGIN)
     if "rotation_accuracy" in now.scores:
-        turns = interval(now.scores["rotation_accuracy"])
-        figures |= _named("rotation_accuracy", turns)
-        reasons.append(_rotation(turns))
+        accuracy = now.of("rotation_accuracy", common)
+        turns = interval(accuracy)
         learnt["rotation"] = _clear(turns, CHANCE, MARGIN)
+        if "rotation_accuracy" in start.scores:  # views are always the same: the start may have been lucky with them
+            learnt["rotation"] &= _clear(interval(accuracy - start.of("rotation_accuracy", common)), 0, MARGIN)
+        figures |= _named("rotation_accuracy", turns)
+        reasons.append(_rotation(turns, learnt["rotation"]))
     figures |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(
@@ -204,25 +219,26 @@ def _region(gain: Interval, images: str) -> str:
         better = "predicted better"
     else:
         better = "hardly predicted better" if gain[1] > 0 else "not clearly predicted better"
-    return (
-        f"true regions are {better} than other images' regions, by {gain[0]:+.3f} cosine over step 0 "
-        f"(95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}, {images})"
-    )
+    between = f"95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}" if isfinite(gain[1]) else "no interval"
+    where = f"by {gain[0]:+.3f} cosine over step 0 ({between}, {images})"
+    return f"true regions are {better} than other images' regions, {where}"
 
 
 def _patch(gain: Interval) -> str:
     mean, low, high = (100 * value for value in gain)
+    between = f"95 % interval {low:+.1f} to {high:+.1f} %" if isfinite(low) else "no interval"
     return (
         f"patches {'find' if low > 0 else 'do not clearly find'} their place in another view better, by {mean:+.1f} % "
-        f"of the way over step 0 (95 % interval {low:+.1f} to {high:+.1f} %)"
+        f"of the way over step 0 ({between})"
     )
 
 
-def _rotation(accuracy: Interval) -> str:
+def _rotation(accuracy: Interval, learnt: bool) -> str:
     mean, low, high = (100 * value for value in accuracy)
+    between = f"95 % interval {low:.1f} to {high:.1f} %" if isfinite(low) else "one image: no interval"
     return (
-        f"orientation is {'recognised' if _clear(accuracy, CHANCE, MARGIN) else 'not recognised yet'}: {mean:.1f} % of "
-        f"rotations are named (95 % interval {low:.1f} to {high:.1f} %; chance is 25 %)"
+        f"orientation is {'recognised' if learnt else 'not recognised yet'}: {mean:.1f} % of rotations are named "
+        f"({between}; chance is 25 %)"
     )
 
 

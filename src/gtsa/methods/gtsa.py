@@ -159,7 +159,9 @@ class GTSA(Method):
         """[B, V, G] patch correspondence of whole maps [B, V, h, w, C] and [B, G, h, w, C]."""
         mine, theirs = student.flatten(2, 3), teacher.flatten(2, 3)
         matches = self.matches[size] if self.matches else max(1, mine.shape[2] // 2)
-        return losses.patch_correspondence(mine[:, :, None], theirs[:, None], min(matches, theirs.shape[2]))
+        return losses.patch_correspondence(
+            mine[:, :, None], theirs[:, None], min(matches, mine.shape[2], theirs.shape[2])
+        )
 
     # For evaluation
 

@@ -1,0 +1,251 @@
+"""Vision transformers as Hugging Face's transformers writes them, in timm's terms and back.
+
+Both layouts of names are read: that of transformers 4, which 5 still writes by default
+(``encoder.layer.0.attention.attention.query``), and that of 5 (``layers.0.attention.q_proj``). Heads, poolers and mask
+tokens are left out and counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from gtsa import bare
+from gtsa.backbone import Backbone
+from gtsa.core import Remedy
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, by its model_type
+    "vit": {"patch_size": 16, "intermediate_size": 3072, "layer_norm_eps": 1e-12},
+    "dinov2": {"patch_size": 14, "layer_norm_eps": 1e-6},
+    "dinov2_with_registers": {"patch_size": 16, "layer_norm_eps": 1e-6, "num_register_tokens": 4},
+    "dinov3_vit": {"patch_size": 16, "layer_norm_eps": 1e-5, "num_register_tokens": 0, "rope_theta": 100.0},
+}
+LEFT_OUT = re.compile(r"(?:embeddings\.)?(pooler|classifier|decoder|mask_token)\b")
+NAMES = (  # ours, theirs
+    ("cls_token", r"embeddings\.cls_token"),
+    ("reg_token", r"embeddings\.register_tokens"),
+    ("pos_embed", r"embeddings\.position_embeddings"),
+    (r"patch_embed.proj.\1", r"embeddings\.patch_embeddings\.(?:projection\.)?(weight|bias)"),
+    (r"norm.\1", r"(?:layernorm|norm)\.(weight|bias)"),
+)
+BLOCK = re.compile(r"(?:model\.)?(?:encoder\.layer|layers|layer)\.(\d+)\.(.+)")
+IN_BLOCK = (
+    (r"norm1.\1", r"(?:layernorm_before|norm1)\.(weight|bias)"),
+    (r"norm2.\1", r"(?:layernorm_after|norm2)\.(weight|bias)"),
+    (r"attn.q.\1", r"attention\.(?:attention\.query|q_proj)\.(weight|bias)"),
+    (r"attn.k.\1", r"attention\.(?:attention\.key|k_proj)\.(weight|bias)"),
+    (r"attn.v.\1", r"attention\.(?:attention\.value|v_proj)\.(weight|bias)"),
+    (r"attn.proj.\1", r"attention\.(?:output\.dense|o_proj)\.(weight|bias)"),
+    (r"mlp.fc1.\1", r"(?:intermediate\.dense|mlp\.fc1|mlp\.up_proj)\.(weight|bias)"),
+    (r"mlp.fc2.\1", r"(?:output\.dense|mlp\.fc2|mlp\.down_proj)\.(weight|bias)"),
+    (r"ls\1.gamma", r"layer_scale([12])\.lambda1"),
+)
+
+
+def read(
+    config: Mapping[str, Any], given: Mapping[str, Tensor], source: str
+) -> tuple[str, dict[str, Any], float, dict[str, Tensor], dict[str, int]]:
+    """timm's name of the model, its arguments, the eps of its LayerNorms, its tensors, and what was left out.
+
+    Raises:
+        Remedy: timm's ViT cannot hold it, or description and tensors are not of one model (4).
+    """
+    kind = config.get("model_type")
+    if kind not in DEFAULTS:
+        raise Remedy(f"{source}: model_type {kind!r} cannot be read; {', '.join(DEFAULTS)} can", 4)
+    try:
+        return _read(str(kind), {**DEFAULTS[str(kind)], **config}, given, source)
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, Remedy):
+            raise
+        raise Remedy(f"{source}: config.json and its tensors cannot be understood ({error!r:.200})", 4) from None
+
+
+def _read(
+    kind: str, config: Mapping[str, Any], given: Mapping[str, Tensor], source: str
+) -> tuple[str, dict[str, Any], float, dict[str, Tensor], dict[str, int]]:
+    tensors, left = _named(given)
+    width, depth, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    patch, side = (_square(config.get(k, 224), k, source) for k in ("patch_size", "image_size"))
+    hidden = (
+        int(config["intermediate_size"]) if "intermediate_size" in config else int(width * config.get("mlp_ratio", 4))
+    )
+    registers = int(config.get("num_register_tokens", 0))
+    reasons = {
+        f"hidden_act {config.get('hidden_act')!r} is not gelu": config.get("hidden_act", "gelu") != "gelu",
+        "its MLPs are gated (SwiGLU)": config.get("use_swiglu_ffn") or config.get("use_gated_mlp"),
+        f"it sees {config.get('num_channels')} channels, not 3": config.get("num_channels", 3) != 3,
+        "its keys have a bias of their own": kind == "dinov3_vit" and config.get("key_bias"),
+        "queries, values, MLPs and projections do not all have a bias": kind == "dinov3_vit"
+        and not all(config.get(k, True) for k in ("query_bias", "value_bias", "mlp_bias", "proj_bias")),
+        "its heads are of another width than the tokens": config.get("head_dim") not in (None, width // heads),
+    }
+    if told := [reason for reason, holds in reasons.items() if holds]:
+        raise Remedy(f"{source}: {'; '.join(told)}: a plain ViT of timm cannot hold it; look for it with timm:NAME", 4)
+    shape = len(tensors["patch_embed.proj.weight"]), len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
+    if shape != (width, depth):
+        raise Remedy(
+            f"{source}: config.json tells of {depth} blocks of width {width}, there are {shape[1]} of {shape[0]}; "
+            "the files are not of one model: get both again",
+            4,
+        )
+    eps = float(config["layer_norm_eps"])
+    tensors = _fused(tensors, depth, split_bias=kind == "dinov3_vit")
+    if kind == "dinov3_vit":
+        tensors = {re.sub(r"\bls([12])\.gamma", r"gamma_\1", k): v for k, v in tensors.items()}
+        if not registers:
+            tensors.pop("reg_token", None)  # of length 0
+        size = {384: "small", 768: "base", 1024: "large"}.get(width, "small")
+        shaped: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        more = {
+            "mlp_ratio": bare.ratio(hidden, width),
+            "num_reg_tokens": registers,
+            "rope_temperature": config["rope_theta"],
+        }
+        return f"vit_{size}_patch16_dinov3_qkvb", {"img_size": side, **shaped, **more}, eps, tensors, left
+    options: dict[str, Any] = {"qkv_bias": bool(config.get("qkv_bias", True))}
+    if kind != "vit":
+        options["init_values"] = 1e-5
+    if registers:
+        tensors = bare.merged(tensors)
+        options |= {"reg_tokens": registers, "no_embed_class": True}
+    return *bare.plain(width, depth, heads, patch, hidden, side, **options), eps, tensors, left
+
+
+def normalisation(preprocessor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, of pixels in [0, 1], from a preprocessor_config.json.
+
+    Raises:
+        ValueError: it does something else to pixels.
+    """
+    if not preprocessor.get("do_rescale", True) or abs(255 * preprocessor.get("rescale_factor", 1 / 255) - 1) > 1e-3:
+        raise ValueError("pixels are not scaled to [0, 1]")
+    if not preprocessor.get("do_normalize", True):
+        return [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
+    return preprocessor["image_mean"], preprocessor["image_std"]
+
+
+def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """config.json, tensors (in the names of transformers 4) and preprocessor_config.json of a ViTModel, no pooler.
+
+    Raises:
+        Remedy: a ViTModel cannot hold it (4).
+    """
+    vit = backbone.vit
+    state = {k: v.detach().float().cpu() for k, v in vit.state_dict().items()}
+    first = vit.blocks[0]
+    if (
+        any(type(block) is not Block or type(block.mlp.act) is not nn.GELU for block in vit.blocks)
+        or any(not bare.PLAIN.fullmatch(name) or name.endswith("gamma") for name in state)
+        or backbone.prefix != 1
+        or state["pos_embed"].shape[1] != 1 + math.prod(vit.patch_embed.grid_size)
+    ):
+        raise Remedy(
+            f"{backbone.model} is no plain ViT with a CLS token and positions for it, which is all that a ViTModel of "
+            "Hugging Face holds (no registers, layer scale or rotary positions); use --to timm",
+            4,
+        )
+    side, mean_std = backbone.arguments["img_size"], backbone.normalisation
+    config = {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": backbone.width,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "intermediate_size": first.mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": first.norm1.eps,
+        "image_size": side,
+        "patch_size": backbone.patch,
+        "num_channels": 3,
+        "qkv_bias": first.attn.qkv.bias is not None,
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+    }
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean_std[0]),
+        "image_std": list(mean_std[1]),
+    }
+    return config, dict(pair for name, value in state.items() for pair in _theirs(name, value)), preprocessor
+
+
+THEIRS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def _theirs(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor under the name that transformers 4 gives it; one of queries, keys and values as three."""
+    if name in THEIRS:
+        return [(THEIRS[name], value)]
+    stem, kind = name.rsplit(".", 1)
+    start = ""
+    if stem.startswith("blocks."):
+        _, number, stem = stem.split(".", 2)
+        start = f"encoder.layer.{number}."
+    if stem == "attn.qkv":
+        parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+        return [(f"{start}attention.attention.{part}.{kind}", each.contiguous()) for part, each in parts]
+    return [(f"{start}{THEIRS[stem]}.{kind}", value)]
+
+
+def _named(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors under our names; a name that is not known stays as it is, and then finds no place in the model."""
+    tensors: dict[str, Tensor] = {}
+    left: Counter[str] = Counter()
+    for key, value in given.items():
+        name = re.sub(r"^(vit|dinov2|dinov2_with_registers|dinov3_vit)\.", "", key)
+        if part := LEFT_OUT.match(name):
+            left[part[1]] += 1
+        elif block := BLOCK.fullmatch(name):
+            tensors[f"blocks.{block[1]}.{_translated(block[2], IN_BLOCK)}"] = value
+        else:
+            tensors[_translated(name, NAMES)] = value
+    return tensors, dict(left)
+
+
+def _translated(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for ours, theirs in table:
+        if match := re.fullmatch(theirs, name):
+            return match.expand(ours)
+    return name
+
+
+def _fused(tensors: dict[str, Tensor], depth: int, split_bias: bool) -> dict[str, Tensor]:
+    """Queries, keys and values in one tensor each; DINOv3's keys have no bias, and timm keeps the other two apart."""
+    for start in (f"blocks.{number}.attn." for number in range(depth)):
+        tensors[f"{start}qkv.weight"] = torch.cat([tensors.pop(f"{start}{part}.weight") for part in "qkv"])
+        if split_bias:
+            tensors |= {f"{start}{part}_bias": tensors.pop(f"{start}{part}.bias") for part in "qv"}
+        elif f"{start}q.bias" in tensors:
+            tensors[f"{start}qkv.bias"] = torch.cat([tensors.pop(f"{start}{part}.bias") for part in "qkv"])
+    return tensors
+
+
+def _square(value: Any, name: str, source: str) -> int:
+    both = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(set(both)) != 1 or int(both[0]) != both[0] or both[0] < 1:
+        raise Remedy(f"{source}: {name} {value} is no square in px, and only such can be read", 4)
+    return int(both[0])

@@ -1,0 +1,123 @@
+"""The run folder: nobody's files are lost, and a start that fails changes nothing."""
+
+import json
+import shutil
+
+import pytest
+
+import gtsa
+from conftest import TINY, make_scenes, run
+from gtsa.core import Remedy
+
+SHORT = {**TINY, "steps": 4, "checkpoint_every": 2, "evaluate_every": 2}
+
+
+def contents(folder):
+    """All files but the log, which tells of every start."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "train.log"}
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory, scenes):
+    out = tmp_path_factory.mktemp("runs") / "old"
+    gtsa.pretrain(str(scenes), out=str(out), **SHORT)
+    return out
+
+
+@pytest.fixture
+def copied(old, tmp_path):
+    return shutil.copytree(old, tmp_path / "run")
+
+
+def test_overwrite_needs_a_run_of_ours(tmp_path, scenes):
+    for name in ("pictures/holiday.png", "checkpoints/user.txt", "notes.txt"):
+        (tmp_path / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / name).write_text("mine")
+    before = contents(tmp_path / "home")
+    for way in ("overwrite", "resume"):
+        with pytest.raises(Remedy, match="no run of gtsa"):
+            gtsa.pretrain(str(scenes), out=str(tmp_path / "home"), **{way: True}, **SHORT)
+        assert contents(tmp_path / "home") == before
+
+
+def test_overwrite_leaves_what_is_not_ours_in_our_folders(copied, scenes):
+    for name in ("pictures/holiday.png", "checkpoints/user.txt", "exports/mine/a.bin"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("mine")
+    gtsa.pretrain(str(scenes), out=str(copied), overwrite=True, **{**SHORT, "steps": 2})
+    assert [
+        (copied / n).read_text() for n in ("pictures/holiday.png", "checkpoints/user.txt", "exports/mine/a.bin")
+    ] == ["mine"] * 3
+    assert [p.name for p in (copied / "checkpoints").glob("step-*")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [({"data": "nowhere"}, 3), ({"init": "nowhere.pth"}, 4), ({"model": "resnet50"}, 2), ({"eval": ("knn",)}, 2)],
+)
+def test_a_start_that_fails_costs_no_run(copied, scenes, settings, code):
+    before = contents(copied)
+    with pytest.raises(Remedy) as remedy:
+        gtsa.pretrain(**{"data": str(scenes), "out": str(copied), "overwrite": True, **SHORT, **settings})
+    assert remedy.value.code == code
+    assert contents(copied) == before
+
+
+def test_data_inside_the_folder_to_be_overwritten_is_refused(copied):
+    data = make_scenes(copied / "pictures", 4)
+    with pytest.raises(Remedy, match="lies inside --out") as remedy:
+        gtsa.pretrain(str(data), out=str(copied), overwrite=True, **SHORT)
+    assert remedy.value.code == 8
+    assert len(list(data.glob("scene_*"))) == 4
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path, scenes):
+    with pytest.raises(Remedy):
+        gtsa.pretrain(str(tmp_path / "nowhere"), out=str(tmp_path / "run"), **SHORT)
+    assert not (tmp_path / "run").exists()
+    gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **{**SHORT, "steps": 2})
+
+
+def test_a_failed_resume_changes_nothing(copied, tmp_path):
+    before = contents(copied)
+    code, _, err = run("pretrain", "--out", copied, "--resume", "--data", tmp_path / "nowhere")
+    assert code == 3, err
+    assert contents(copied) == before
+    assert run("pretrain", "--out", copied, "--resume")[0] == 0
+
+
+def test_resume_needs_a_run_or_data(tmp_path):
+    with pytest.raises(Remedy, match="there is no run in"):
+        gtsa.pretrain(out=str(tmp_path / "typo"), resume=True)
+
+
+def test_resume_of_a_finished_run_looks_once(copied):
+    gtsa.pretrain(out=str(copied), resume=True)
+    assert [json.loads(line)["step"] for line in (copied / "health.jsonl").read_text().splitlines()] == [2, 4]
+    with pytest.raises(Remedy, match="4 steps are done"):
+        gtsa.pretrain(out=str(copied), resume=True, steps=2)
+
+
+def test_checkpoints_without_their_images_are_refused(copied):
+    (copied / "images.jsonl").unlink()
+    with pytest.raises(Remedy, match=r"images\.jsonl is gone"):
+        gtsa.pretrain(out=str(copied), resume=True)
+    assert list((copied / "checkpoints").glob("step-*"))
+
+
+def test_a_held_out_image_that_goes_bad_is_named_and_left_out(tmp_path):
+    data = make_scenes(tmp_path / "data", 14)
+    out = tmp_path / "run"
+    gtsa.pretrain(str(data), out=str(out), **SHORT)
+    held = [name for name in sorted(p.name for p in data.iterdir())]
+    seen = []
+    for name in held:  # whichever is held out: take them away one by one until a look says so
+        kept = (data / name).read_bytes()
+        (data / name).write_bytes(kept[:50])
+        copy = shutil.copytree(out, tmp_path / f"copy-{name}")
+        done = gtsa.pretrain(out=str(copy), resume=True)
+        if done.verdict.figures["images"] == 2:
+            seen.append(name)
+            assert name in (copy / "train.log").read_text()
+        (data / name).write_bytes(kept)
+    assert len(seen) == TINY["hold_out"]
