@@ -76,7 +76,8 @@ def questions(s: Any) -> list[Question]:
     for name in s.task:
         settings = dict(getattr(s, name))
         evaluator = evals.found()[name](**settings)
-        asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s), s.folds))
+        folds = s.folds if evaluator.learns else None  # what does not learn is asked about all images at once
+        asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s), folds))
     return asked
 
 
@@ -85,7 +86,7 @@ def _data(evaluator: Evaluator, name: str, s: Any) -> tuple[Labelled | None, Lab
         both = _open(evaluator, s.train, s)
         if s.folds > len(both):
             raise Remedy(f"--folds {s.folds}: there are {len(both)} images")
-        return both, both
+        return (both if evaluator.learns else None), both
     if evaluator.learns and not s.train:
         raise Remedy(f"--task {name} learns from examples: give --train IMAGES LABELS, or --folds N with --train alone")
     val = _open(evaluator, s.val, s)

@@ -55,7 +55,9 @@ def find(spec: str, network: str = "teacher") -> Weights:
     if spec.startswith("timm:"):
         return _from_timm(spec)
     if spec.startswith("random:"):
-        backbone = Backbone(spec.removeprefix("random:"))
+        with torch.random.fork_rng(devices=[]):  # the same untrained network every time
+            torch.manual_seed(0)
+            backbone = Backbone(spec.removeprefix("random:"))
         return Weights(backbone.vit.state_dict(), spec, backbone.model)
     path = Path(spec)
     if (path / "checkpoints").is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from gtsa.core import Evaluator, Evidence, Remedy
 from gtsa.features import Lab, image_features
+from gtsa.terminal import say
+
+SIMILARITIES = 2**24  # that are held at once
 
 
 class KNN(Evaluator):
@@ -32,39 +36,52 @@ class KNN(Evaluator):
         self.k, self.temperature, self.resize, self.crop = k, temperature, resize, crop
 
     def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+        possible = [k for k in self.k if k <= len(train)]
+        if not possible:
+            raise Remedy(f"knn: there are {len(train)} training images; give --knn.k of at most that")
+        if left_out := [str(k) for k in self.k if k > len(train)]:
+            say(f"knn: k = {', '.join(left_out)} left out, there are {len(train)} training images")
         memory, queries = (
             F.normalize(image_features(backbone, data, lab, self.resize, self.crop)[:, 0], dim=-1).to(lab.device)
             for data in (train, val)
         )
         classes = torch.tensor([train.target(i) for i in range(len(train))], device=lab.device)
         truth = torch.tensor([val.target(i) for i in range(len(val))], device=lab.device)
+        similarity, nearest = neighbours(queries, memory, max(possible))
         evidence: Evidence = {}
-        for k in self.k:
-            if k <= len(train):
-                votes = votes_of(queries, memory, classes, len(train.classes), k, self.temperature)
-                best = votes.topk(min(5, votes.shape[1]), dim=-1).indices == truth[:, None]
-                evidence[f"top1, k = {k}"] = best[:, 0].cpu()
-                evidence[f"top5, k = {k}"] = best.any(-1).cpu()
-                if k == self.k[0]:
-                    for index, row in enumerate(votes.cpu()):
-                        lab.keep(index, row / row.sum())
-        if not evidence:
-            raise Remedy(f"knn: there are {len(train)} training images; give --knn.k of at most that")
+        for k in possible:
+            votes = votes_of(similarity[:, :k], classes[nearest[:, :k]], len(train.classes), self.temperature)
+            right = votes.topk(min(5, votes.shape[1]), dim=-1).indices == truth[:, None]
+            evidence[f"top1, k = {k}"] = right[:, 0].cpu()
+            if len(train.classes) > 5:
+                evidence[f"top5, k = {k}"] = right.any(-1).cpu()
+            if k == possible[0]:
+                for index, row in enumerate((votes / votes.sum(-1, keepdim=True)).cpu()):
+                    lab.keep(index, row)
         return evidence
 
     def figures(self, evidence: Evidence) -> dict[str, float]:
         return {name: 100 * float(right.double().mean()) for name, right in evidence.items()}
 
 
-def votes_of(queries: Tensor, memory: Tensor, classes: Tensor, count: int, k: int, temperature: float) -> Tensor:
-    """Votes [queries, count] of the ``k`` most similar unit vectors of ``memory`` [n, D], whose classes are [n].
+def neighbours(queries: Tensor, memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and places [queries, k] of the ``k`` most similar of the unit vectors ``memory`` [n, D].
 
     Queries go by in chunks, so that memory is bounded.
     """
-    found = []
-    for chunk in torch.split(queries, max(1, 2**24 // len(memory))):
-        similarity, nearest = (chunk @ memory.T).topk(k, dim=-1)
-        weights = (similarity / temperature).exp()
-        votes = torch.zeros(len(chunk), count, dtype=weights.dtype, device=weights.device)
-        found.append(votes.scatter_add_(1, classes[nearest], weights))
-    return torch.cat(found)
+    chunks: Sequence[Tensor] = torch.split(queries, max(1, SIMILARITIES // len(memory)))
+    found = [(chunk @ memory.T).topk(k, dim=-1) for chunk in chunks]
+    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])
+
+
+def votes_of(similarity: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
+    """Votes [queries, count] of neighbours of these similarities and classes [queries, k], nearest first.
+
+    They are relative to the nearest one's, which weighs 1, so that no temperature is too low for the arithmetic.
+    """
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(weights), count)
+    rows = torch.arange(len(weights), device=weights.device)
+    for weight, vote in zip(weights.T, classes.T, strict=True):  # one after the other: sums in a fixed order on GPUs
+        votes[rows, vote] += weight
+    return votes

@@ -1,0 +1,221 @@
+"""gtsa evaluate as a user meets it: several questions, folds, files, and what is wrong told with an exit code."""
+
+import csv
+import json
+import os
+import shutil
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gtsa
+from conftest import run as as_user
+from evaluating import coloured
+from gtsa.cli import run
+from gtsa.core import Remedy
+from gtsa.judging import folds_of, joined
+
+QUICK = {
+    "knn": {"k": (3, 1), "resize": 64, "crop": 64},
+    "linear": {"steps": 10, "resize": 64, "crop": 64},
+    "rotation": {"resize": 64, "crop": 64},
+    "health": {"resize": 64, "crop": 64},
+    "finetune": {"epochs": 1.0, "warmup": 0.5, "batch_size": 4, "resize": 64, "crop": 64},
+}
+FLAGS = ["--knn.k", "3", "--knn.resize", "64", "--knn.crop", "64", "--device", "cpu", "--workers", "0"]
+WEIGHTS = "random:test_vit"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders of 12 and 6 coloured images in three class folders."""
+    root = tmp_path_factory.mktemp("labelled")
+    for part, count, seed in (("train", 12, 0), ("val", 6, 1)):
+        kinds = [i % 3 for i in range(count)]
+        for i, (kind, pixels) in enumerate(zip(kinds, coloured(kinds, 64, seed), strict=True)):
+            folder = root / part / f"class {'abc'[kind]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+    return root
+
+
+def asked(places, task, **settings):
+    data = {"train": (str(places / "train"),), "val": (str(places / "val"),)}
+    tasks = (task,) if isinstance(task, str) else task
+    quick = {name: QUICK[name] for name in tasks}
+    return gtsa.evaluate(WEIGHTS, task, **{**data, **quick, "device": "cpu", "workers": 0, **settings})
+
+
+def test_several_questions_in_one_call(places, tmp_path):
+    report = asked(places, ("knn", "linear", "rotation", "health"), out=str(tmp_path / "new" / "out.json"), seed=3)
+    assert json.loads((tmp_path / "new" / "out.json").read_text()) == json.loads(json.dumps(report))
+    assert [r["task"] for r in report["results"]] == ["knn", "linear", "rotation", "health"]
+    assert report["seed"] == 3 and report["tokens"] == "mean"
+    assert report["weights"]["source"] == WEIGHTS and len(report["weights"]["fingerprint"]) == 16
+    assert report["versions"]["torch"] == version("torch") and report["versions"]["gtsa"] == gtsa.__version__
+    knn, linear, rotation, health = report["results"]
+    assert knn["figures"] == {"top1, k = 3": 100.0, "top1, k = 1": 100.0}
+    assert list(linear["figures"]) == ["top1"]
+    assert knn["settings"] == {"k": (3, 1), "temperature": 0.07, "resize": 64, "crop": 64}
+    for result in (knn, linear, rotation):
+        assert result["images"] == {"judged": 6, "trained_on": 12}
+    assert health["images"] == {"judged": 6}
+    assert knn["data"] == linear["data"] and knn["data"]["train"] != knn["data"]["val"]
+    assert knn["classes"] == 3
+
+
+def test_the_same_call_gives_the_same_figures_and_fingerprints(places):
+    one, again = (asked(places, ("knn", "finetune")) for _ in range(2))
+    assert one == again
+
+
+def test_another_file_name_is_another_data_set(places, tmp_path):
+    moved, renamed = tmp_path / "moved", tmp_path / "renamed"
+    for copy in (moved, renamed):
+        shutil.copytree(places / "val", copy)
+    (renamed / "class a" / "00.png").rename(renamed / "class a" / "new.png")
+    first, second, third = (
+        asked(places, "knn", val=(str(where),))["results"][0]["data"]["val"]
+        for where in (places / "val", moved, renamed)
+    )
+    assert first == second != third
+
+
+@pytest.mark.parametrize("task", ["knn", "linear", "finetune", "rotation"])
+def test_folds_judge_every_image_once(places, task, tmp_path):
+    report = asked(places, task, val=(), folds=4, predictions=str(tmp_path), work=str(tmp_path / "work"))
+    (result,) = report["results"]
+    assert result["images"] == {"judged": 12, "folds": 4}
+    assert all(np.isfinite(value) for value in result["figures"].values())
+    if task == "knn":
+        assert result["figures"]["top1, k = 3"] == 100.0
+        with open(tmp_path / "knn" / "predictions.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [r["image"] for r in rows] == sorted(f"class {'abc'[i % 3]}/{i:02d}.png" for i in range(12))
+        assert all(r["truth"] == r["prediction"] == r["image"].split("/")[0] for r in rows)
+
+
+def test_folds_are_a_partition_that_follows_from_the_seed():
+    folds = list(folds_of(23, 5, 7))
+    assert sorted(i for _, judged in folds for i in judged) == list(range(23))
+    assert all(sorted(learnt + judged) == list(range(23)) for learnt, judged in folds)
+    assert {len(judged) for _, judged in folds} == {4, 5}
+    assert folds == list(folds_of(23, 5, 7)) != list(folds_of(23, 5, 8))
+
+
+def test_evidence_of_folds_is_put_together():
+    parts = [{"a": torch.tensor([1, 2]), "b": ["x", "y"], "c": torch.ones(2)}, {"a": torch.tensor([3]), "b": ["z"]}]
+    found = joined(parts)
+    assert found["a"].tolist() == [1, 2, 3] and found["b"] == ["x", "y", "z"] and set(found) == {"a", "b"}
+
+
+def test_predictions_and_pictures(places, tmp_path):
+    asked(places, ("knn", "rotation"), predictions=str(tmp_path), pictures=2)
+    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert found == ["knn/pictures/class a/00.png", "knn/pictures/class c/05.png", "knn/predictions.csv"]
+    with Image.open(tmp_path / found[0]) as picture:
+        picture.load()
+
+
+def test_on_the_command_line(places, tmp_path):
+    code, out, err = as_user(
+        "evaluate", WEIGHTS, "--task", "knn", "health", "--train", places / "train", "--val", places / "val", *FLAGS,
+        "--health.resize", "64", "--health.crop", "64", "--out", tmp_path / "out.json",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "knn (6 images, learnt from 12)" in out and "100.00" in out and "health (6 images)" in out
+    assert [r["task"] for r in json.loads((tmp_path / "out.json").read_text())["results"]] == ["knn", "health"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ([WEIGHTS, "--val", "VAL"], 2, "task: name one or several of"),
+        ([WEIGHTS, "--task", "guess", "--val", "VAL"], 2, "there is no 'guess'; there is"),
+        ([WEIGHTS, "--task", "knn", "--train", "TRAIN"], 2, "val: give the images to judge by, or --folds"),
+        ([WEIGHTS, "--task", "knn", "--val", "VAL"], 2, "give --train IMAGES LABELS"),
+        (
+            [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--folds", "3"],
+            2,
+            "folds: goes with --train alone",
+        ),
+        ([WEIGHTS, "--task", "knn", "--train", "TRAIN", "--folds", "13"], 2, "there are 12 images"),
+        ([WEIGHTS, "--task", "knn", "--train", "TRAIN", "--folds", "1"], 2, "folds"),
+        ([WEIGHTS, "--task", "knn", "--train", "NOWHERE", "--val", "VAL"], 3, "there is no such file or folder"),
+        (
+            [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--pictures", "3"],
+            2,
+            "name a folder with --predictions",
+        ),
+        (
+            [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--knn.k", "13"],
+            2,
+            "there are 12 training images",
+        ),
+        ([WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--knn.k", "0"], 2, "k must be at least 1"),
+        (
+            [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--knn.neighbours", "3"],
+            2,
+            "--knn.neighbours",
+        ),
+        ([WEIGHTS, "--task", "linear", "--train", "TRAIN", "--val", "VAL", "--linear.steps", "many"], 2, "steps"),
+        (
+            [WEIGHTS, "--task", "finetune", "--train", "TRAIN", "--val", "VAL", "--finetune.batch-size", "3"],
+            2,
+            "must be even",
+        ),
+        (["NOWHERE", "--task", "knn", "--train", "TRAIN", "--val", "VAL"], 4, "no weights there"),
+        (["random:vit_none", "--task", "knn", "--train", "TRAIN", "--val", "VAL"], 2, "has no model 'vit_none'"),
+        ([WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--device", "cuda"], 6, "no GPU"),
+        (
+            [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--predictions", "FILE"],
+            6,
+            "cannot be written",
+        ),
+        (
+            [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--out", "FILE/x.json"],
+            6,
+            "cannot be written",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_code(places, tmp_path, capsys, arguments, code, told):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "file").write_text("")
+    words = {
+        "TRAIN": places / "train",
+        "VAL": places / "val",
+        "NOWHERE": tmp_path / "nowhere",
+        "FILE": tmp_path / "file",
+    }
+    given = [str(words.get(a, a)).replace("FILE", str(tmp_path / "file")) for a in arguments]
+    flags = [] if "--device" in given else ["--device", "cpu"]
+    if "--knn.k" not in given:
+        flags += ["--knn.k", "3"]
+    small = ["--knn.resize", "64", "--knn.crop", "64", "--workers", "0"]
+    assert run(["evaluate", *given, *flags, *small]) == code
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_cannot_be_read_is_named(places, tmp_path, capsys, workers):
+    shutil.copytree(places / "val", tmp_path / "val")
+    whole = (places / "val" / "class b" / "01.png").read_bytes()
+    (tmp_path / "val" / "class b" / "01.png").write_bytes(whole[: len(whole) // 2])
+    data = ["--train", str(places / "train"), "--val", str(tmp_path / "val")]
+    assert run(["evaluate", WEIGHTS, "--task", "knn", *data, *FLAGS[:-1], workers]) == 3
+    told = capsys.readouterr().err
+    assert told.startswith("gtsa: class b/01.png: damaged") and "Traceback" not in told
+
+
+def test_train_and_val_of_other_classes_are_refused(places, tmp_path):
+    shutil.copytree(places / "val", tmp_path / "val")
+    (tmp_path / "val" / "class c").rename(tmp_path / "val" / "class d")
+    with pytest.raises(Remedy, match="class c, class d") as told:
+        asked(places, "knn", val=(str(tmp_path / "val"),))
+    assert told.value.code == 3

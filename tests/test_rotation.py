@@ -1,0 +1,175 @@
+"""Rotation figures on backbones whose answers follow from how they are made."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.linear_model import Ridge
+from torch import nn
+
+from evaluating import Stub, cells, lab, labelled, noise
+from gtsa.backbone import Backbone
+from gtsa.core import Remedy, Tokens
+from gtsa.evals.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
+
+SMALL = {"resize": 64, "crop": 64, "size": 64}
+
+
+class Invariant(nn.Module):
+    """A backbone made exactly invariant: maps of the four rotations, each rotated back, averaged."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.patch, self.prefix, self.normalisation = inner, inner.patch, 0, inner.normalisation
+
+    def blocks(self, images, which=(), norm=True):
+        back = [
+            torch.rot90(self.inner(torch.rot90(images, turns, (-2, -1))).patches, -turns, (1, 2)) for turns in range(4)
+        ]
+        patches = torch.stack(back).mean(0)
+        return [Tokens(patches, patches.new_zeros(len(patches), 0, 1))] * max(1, len(which))
+
+    def forward(self, images):
+        return self.blocks(images)[-1]
+
+
+def lit(count, seed):
+    """Noise that is brighter towards the top, so that orientation can be seen."""
+    shade = torch.linspace(255, 0, 64)[None, :, None]
+    return [((image / 2 + shade / 2) * 0.99).to(torch.uint8) for image in noise(count, 64, seed)]
+
+
+def gradient(images):
+    """What an edge filter would see: for every patch its light on the left, right, above and below, and its place."""
+    n, h, w, _ = cells(images).shape
+    light = images.mean(1)
+    halves = [half.mean((1, 2)) for half in (light[:, :32], light[:, 32:], light[:, :, :32], light[:, :, 32:])]
+    whole = torch.stack(halves, dim=-1)[:, None, None].expand(n, h, w, 4)
+    return torch.cat([whole, placed(images)], dim=-1)
+
+
+def placed(images):
+    """Row and column of a patch, mixed with one another."""
+    n, h, w, _ = cells(images).shape
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.stack([rows + 2 * columns, rows - columns, torch.ones(h, w)], dim=-1).float()
+    return place.expand(n, h, w, 3)
+
+
+def asked(backbone, train=24, val=40, images=lit, kind="none", **options):
+    task = Rotation(**SMALL)
+    evidence = task(
+        backbone, labelled(images(train, 0), kind=kind), labelled(images(val, 1), kind=kind), lab(**options)
+    )
+    return task.figures(evidence), evidence
+
+
+def vit():
+    torch.manual_seed(0)
+    return Backbone("test_vit", 64).eval()
+
+
+def test_an_invariant_backbone_names_no_rotation():
+    figures, evidence = asked(Invariant(vit()))
+    right = round(float(evidence["named"].sum() * 4))
+    low, high = stats.binomtest(right, 160).proportion_ci()
+    assert low <= 0.25 <= high
+    assert figures["rotation accuracy"] == pytest.approx(100 * right / 160)
+    assert figures["cosine turned back"] == pytest.approx(1, abs=1e-5)
+    assert figures["cosine as it lies"] < 1 - 1e-4
+
+
+def test_its_cosine_as_it_lies_is_that_of_its_own_map_with_its_own_rotations():
+    backbone = Invariant(Stub(cells))
+    images = lit(3, 1)
+    figures, _ = asked(backbone, val=3)
+    pixels = (torch.stack(images).float() / 255 - 0.5) / 0.25
+    maps = backbone(pixels).patches.double().numpy()
+    maps /= np.linalg.norm(maps, axis=-1, keepdims=True)
+    lies = np.mean([(maps * np.rot90(maps, turns, (1, 2))).sum(-1).mean() for turns in (1, 2, 3)])
+    every = np.mean([(m.reshape(64, -1) @ m.reshape(64, -1).T).mean() for m in maps])
+    assert figures["cosine as it lies"] == pytest.approx(lies, abs=1e-5)
+    assert figures["cosine at random"] == pytest.approx(every, abs=1e-5)  # each position with each
+
+
+def test_a_sensitive_backbone_names_them_all_and_knows_its_place():
+    figures, _ = asked(Stub(gradient))
+    assert figures["rotation accuracy"] == 100
+    assert figures["position R2"] == pytest.approx(1, abs=1e-6)
+
+
+def test_features_that_are_the_place_alone_lie_as_they_lie():
+    figures, _ = asked(Stub(placed))
+    assert figures["rotation accuracy"] == 25
+    assert figures["cosine as it lies"] == pytest.approx(1, abs=1e-6)
+    assert figures["cosine turned back"] < 0.9
+    assert figures["position R2"] == pytest.approx(1, abs=1e-6)
+
+
+def test_noise_knows_nothing_of_its_place():
+    figures, _ = asked(Stub(cells), images=lambda count, seed: noise(count, 64, seed))
+    assert -0.05 < figures["position R2"] < 0.05
+    assert 15 < figures["rotation accuracy"] < 35
+
+
+@pytest.mark.parametrize("strength", range(0, len(STRENGTHS), 2))
+def test_the_regression_is_scikit_learns(strength, monkeypatch):
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((60, 5)) * [1, 2, 3, 4, 0.1] + 7
+    y = x @ draw.standard_normal((5, 2)) + draw.standard_normal((60, 2))
+    monkeypatch.setattr("gtsa.evals.rotation.STRENGTHS", STRENGTHS[strength : strength + 1])
+    learn, choose = (moments_of(*(torch.from_numpy(v[part]) for v in (x, y))) for part in (slice(40), slice(40, 60)))
+    alpha = float(STRENGTHS[strength]) * np.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).mean()
+    oracle = Ridge(alpha=alpha, solver="cholesky").fit(x, y)
+    found = predicted(torch.from_numpy(x), ridge(learn, choose, 2))
+    np.testing.assert_allclose(found, oracle.predict(x), atol=1e-8)
+
+
+def test_the_strength_is_the_one_with_the_least_error_on_held_out_images():
+    draw = np.random.default_rng(1)
+    x = draw.standard_normal((30, 25))
+    y = x[:, :1] + 2 * draw.standard_normal((30, 1))
+    first, last = slice(20), slice(20, 30)
+
+    def alpha(part, strength):
+        return strength * np.linalg.eigvalsh((x[part] - x[part].mean(0)).T @ (x[part] - x[part].mean(0))).mean()
+
+    errors = [
+        np.square(
+            Ridge(alpha(first, s), solver="cholesky").fit(x[first], y[first]).predict(x[last]).reshape(-1, 1) - y[last]
+        ).sum()
+        for s in STRENGTHS.numpy()
+    ]
+    best = float(STRENGTHS[int(np.argmin(errors))])
+    oracle = Ridge(alpha(slice(30), best), solver="cholesky").fit(x, y).predict(x).reshape(-1, 1)
+    sums = [moments_of(torch.from_numpy(x[part]), torch.from_numpy(y[part])) for part in (first, last)]
+    np.testing.assert_allclose(predicted(torch.from_numpy(x), ridge(*sums, outputs=1)), oracle, atol=1e-8)
+
+
+def test_masks_are_found_again_in_turned_images_by_features_that_turn():
+    """Two halves, side by side or one above the other, have two of three colours, which are their classes."""
+
+    def scenes(count, seed):
+        draw = np.random.default_rng(seed)
+        halves = [torch.from_numpy(draw.permutation(3)[:2]).repeat_interleave(32).expand(64, 64) for _ in range(count)]
+        masks = [mask.T.contiguous() if i % 2 else mask.contiguous() for i, mask in enumerate(halves)]
+        colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+        return labelled([colours[mask].permute(2, 0, 1).contiguous() for mask in masks], masks, "masks", "rgb")
+
+    task = Rotation(**SMALL)
+    evidence = task(Stub(cells), scenes(6, 0), scenes(4, 1), lab())
+    assert evidence["hit"].shape == (4, 4, 3)
+    figures = task.figures(evidence)
+    assert figures["in-context mIoU upright"] == 100
+    assert figures["in-context mIoU turned"] == 100
+    alone = task.figures({name: values[:1] for name, values in evidence.items()})
+    assert alone["in-context mIoU turned"] == 100
+    place_only = task.figures(task(Stub(placed), scenes(6, 0), scenes(4, 1), lab()))
+    assert place_only["in-context mIoU turned"] < 60
+
+
+def test_no_labels_no_masks_figures():
+    figures, _ = asked(Stub(cells), val=2)
+    assert not any("mIoU" in name for name in figures)
+    with pytest.raises(Remedy, match="one training image is too few"):
+        asked(Stub(cells), train=1)
