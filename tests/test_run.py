@@ -109,7 +109,7 @@ def test_a_held_out_image_that_goes_bad_is_named_and_left_out(tmp_path):
     data = make_scenes(tmp_path / "data", 14)
     out = tmp_path / "run"
     gtsa.pretrain(str(data), out=str(out), **SHORT)
-    held = [name for name in sorted(p.name for p in data.iterdir())]
+    held = sorted(p.name for p in data.iterdir())
     seen = []
     for name in held:  # whichever is held out: take them away one by one until a look says so
         kept = (data / name).read_bytes()

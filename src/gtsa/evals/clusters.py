@@ -8,11 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans  # type: ignore[import-untyped]
-from sklearn.decomposition import PCA  # type: ignore[import-untyped]
-from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
-from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -95,6 +90,12 @@ class Clusters(Evaluator):
 
 def _clustered(tokens: np.ndarray, dimensions: int, k: int, starts: list[int]) -> tuple[Any, list[Any]]:
     """What standardises [n, D] and brings them to principal components; and k-means of these, from each start."""
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # here: every other command would wait for it
+    from sklearn.decomposition import PCA  # type: ignore[import-untyped]
+    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+    from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+
     simple = make_pipeline(StandardScaler(), PCA(min(dimensions, *tokens.shape), svd_solver="covariance_eigh"))
     with warnings.catch_warnings(), threadpool_limits(1):  # more threads would add up in the order in which they end
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different tokens than clusters: so be it

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 from gtsa.core import Draw, Evaluator, Evidence, Method, Remedy, Replaced, Views
@@ -147,7 +147,7 @@ def interval(values: Tensor) -> tuple[float, float, float]:
     n, mean = len(values), float(values.mean())
     if n < 2:
         return mean, float("-inf"), float("inf")
-    half = float(stats.t.ppf(0.975, n - 1) * values.std() / n**0.5)
+    half = float(stdtrit(n - 1, 0.975)) * float(values.std()) / n**0.5
     return mean, mean - half, mean + half
 
 
