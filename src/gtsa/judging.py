@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +74,27 @@ def questions(s: Any) -> list[Question]:
         Remedy: data are missing, of the wrong format, or wrong (2, 3).
     """
     asked = []
+    opened = cache(lambda places, kinds: _open(places, kinds, s))  # several tasks, one look at the labels
     for name in s.task:
         settings = dict(getattr(s, name))
         evaluator = evals.found()[name](**settings)
         folds = s.folds if evaluator.learns else None  # what does not learn is asked about all images at once
-        asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s), folds))
+        asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s, opened), folds))
     return asked
 
 
-def _data(evaluator: Evaluator, name: str, s: Any) -> tuple[Labelled | None, Labelled]:
+def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelled | None, Labelled]:
     if s.folds:
-        both = _open(evaluator, s.train, s)
+        both = opened(s.train, evaluator.labels)
         if s.folds > len(both):
             raise Remedy(f"--folds {s.folds}: there are {len(both)} images")
         return (both if evaluator.learns else None), both
     if evaluator.learns and not s.train:
         raise Remedy(f"--task {name} learns from examples: give --train IMAGES LABELS, or --folds N with --train alone")
-    val = _open(evaluator, s.val, s)
+    val = opened(s.val, evaluator.labels)
     if not evaluator.learns:
         return None, val
-    train = _open(evaluator, s.train, s)
+    train = opened(s.train, evaluator.labels)
     if train.kind != val.kind or train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         more = f" and {len(only) - 5} more" if len(only) > 5 else ""
@@ -101,10 +103,11 @@ def _data(evaluator: Evaluator, name: str, s: Any) -> tuple[Labelled | None, Lab
     return train, val
 
 
-def _open(evaluator: Evaluator, places: tuple[str, ...], s: Any) -> Labelled:
+def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any) -> Labelled:
+    """The images and labels at ``places``, of the first of ``kinds`` that they can be."""
     options = {"ignore": s.ignore, "reduce_zero_label": s.reduce_zero_label, "classes": s.classes}
     told: list[str] = []
-    for kind in evaluator.labels:
+    for kind in kinds:
         try:
             return labels.open_labelled(places[0], places[1] if len(places) > 1 else None, kind, **options)  # type: ignore[arg-type]
         except labels.UnknownFormat as remedy:
