@@ -523,7 +523,7 @@ def test_fingerprint_and_pickle(root, tmp_path):
     assert opened(root, content).fingerprint != data.fingerprint
 
 
-@pytest.mark.skipif(not os.path.exists(COCO_SMALL), reason="coco-small is not here")
+@pytest.mark.skipif(not os.path.exists(COCO_SMALL), reason="GTSA_COCO_SMALL names no small real set")
 @pytest.mark.parametrize(
     ("name", "images", "boxes", "masks"),
     [

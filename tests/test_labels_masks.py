@@ -337,7 +337,7 @@ def test_fingerprint_and_pickle(root, tmp_path):
     assert opened(root).fingerprint == data.fingerprint
 
 
-@pytest.mark.skipif(not os.path.exists(COCO_SMALL), reason="coco-small is not here")
+@pytest.mark.skipif(not os.path.exists(COCO_SMALL), reason="GTSA_COCO_SMALL names no small real set")
 @pytest.mark.parametrize(("part", "count"), [("train", 83), ("val", 55)])
 def test_no_false_alarm_on_coco_small(part, count):
     folder = f"{COCO_SMALL}/semantic/{part}"
