@@ -28,8 +28,8 @@ from lightning_fabric import Fabric
 import gtsa
 from gtsa.backbone import Backbone
 from gtsa.dense import Memory
-from gtsa.evals.knn import neighbours, votes_of
-from gtsa.features import Lab, image_features
+from gtsa.evals.knn import votes_of
+from gtsa.features import Lab, image_features, nearest
 from gtsa.labels import Labelled
 from gtsa.sources import open_source
 
@@ -88,16 +88,17 @@ def held() -> float:
 
 
 def retrieval(kind: str, size: int) -> dict[str, float]:
-    vectors = F.normalize(torch.randn(size, WIDTH, device=DEVICE), dim=-1)
+    vectors = torch.randn(size, WIDTH, device=DEVICE)
+    vectors.div_(vectors.norm(dim=-1, keepdim=True))  # in place: what is held from here on is the search's own
     queries = F.normalize(torch.randn(QUERIES, WIDTH, device=DEVICE), dim=-1)
     classes = torch.randint(CLASSES, (size,), device=DEVICE)
     if kind == "knn":
 
         def work() -> object:
-            similarity, places = neighbours(queries, vectors, 20)
+            similarity, places = nearest(queries, vectors, 20)
             return votes_of(similarity, classes[places], CLASSES, 0.07)
     else:
-        memory = Memory(vectors, F.one_hot(classes, CLASSES).to(torch.float32))
+        memory = Memory(vectors, torch.zeros(size, CLASSES, device=DEVICE).scatter_(1, classes[:, None], 1.0))
 
         def work() -> object:
             return memory(queries, 30, 0.02)

@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MulticlassRecall
 
-from gtsa import dense
+from gtsa import dense, features
 from gtsa.backbone import IMAGENET
 from gtsa.core import Remedy, Tokens
 from gtsa.features import Lab
@@ -227,7 +227,8 @@ def test_chunks_change_nothing(monkeypatch, rows, columns):
     queries = F.normalize(torch.randn(20, 8, generator=rng, dtype=torch.float64), dim=-1)
     whole = memory(queries, 10, 0.02)
     monkeypatch.setattr(dense, "ROWS", rows)
-    monkeypatch.setattr(dense, "COLUMNS", columns)
+    monkeypatch.setattr(features, "ROWS", rows)
+    monkeypatch.setattr(features, "COLUMNS", columns)
     assert torch.allclose(memory(queries, 10, 0.02), whole, rtol=0, atol=1e-12)
 
 

@@ -6,9 +6,11 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
+from gtsa import features
 from gtsa.core import Remedy
 from gtsa.evals import knn
-from gtsa.evals.knn import KNN, neighbours, votes_of
+from gtsa.evals.knn import KNN, votes_of
+from gtsa.features import nearest
 
 SMALL = {"resize": 32, "crop": 32}
 
@@ -82,9 +84,10 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 def test_chunks_change_nothing(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     memory, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=draw), dim=-1) for n in (50, 33))
-    whole = neighbours(queries, memory, 7)
-    monkeypatch.setattr(knn, "SIMILARITIES", 200)  # four queries at a time
-    parts = neighbours(queries, memory, 7)
+    whole = nearest(queries, memory, 7)
+    monkeypatch.setattr(features, "ROWS", 4)
+    monkeypatch.setattr(features, "COLUMNS", 13)
+    parts = nearest(queries, memory, 7)
     assert torch.equal(whole[1], parts[1])
     torch.testing.assert_close(whole[0], parts[0])
 

@@ -15,8 +15,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from gtsa import Remedy, bare, weights
 from gtsa.backbone import Backbone
-from gtsa.evals.knn import neighbours, votes_of
+from gtsa.evals.knn import votes_of
 from gtsa.export import opened
+from gtsa.features import nearest
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -152,8 +153,8 @@ def test_one_network_in_any_guise(tmp_path, vit, guise):
     for token in (slice(0, 1), slice(1, None)):  # CLS, mean of patches
         a, b = (torch.nn.functional.normalize(t[:, token].mean(1), dim=-1) for t in (found, wanted))
         classes = torch.arange(32) % 4
-        (ours, near), (theirs, nearest) = (neighbours(t[32:], t[:32], 10) for t in (a, b))
-        assert torch.equal(near, nearest)
+        (ours, near), (theirs, far) = (nearest(t[32:], t[:32], 10) for t in (a, b))
+        assert torch.equal(near, far)
         votes = [votes_of(s, classes[near], 4, 0.07) for s in (ours, theirs)]
         assert torch.equal(votes[0].argsort(1), votes[1].argsort(1))
         torch.testing.assert_close(*votes)

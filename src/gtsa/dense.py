@@ -18,11 +18,10 @@ from torch.utils.data import Dataset
 from gtsa.backbone import Backbone
 from gtsa.core import Evidence, Remedy
 from gtsa.data import generator
-from gtsa.features import Lab, batches, normalised, read, resized
+from gtsa.features import ROWS, Lab, batches, nearest, normalised, read, resized
 from gtsa.labels import IGNORE, Labelled
 
 MEMORY = 4  # stream of random numbers, see data.generator
-ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that retrieval holds at once
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
 
@@ -174,22 +173,13 @@ class Memory:
     def __call__(self, queries: Tensor, k: int, temperature: float) -> Tensor:
         """Soft labels [n, C] of unit vectors [n, D]: those of the ``k`` most similar patches, each weighing
         softmax(cosine similarity / temperature).
-
-        Exact. The block of similarities that is held at once is bounded, so time is linear in the memory's size.
         """
-        return torch.cat([self._retrieved(chunk, k, temperature) for chunk in torch.split(queries, ROWS)])
-
-    def _retrieved(self, queries: Tensor, k: int, temperature: float) -> Tensor:
-        best = queries.new_empty(len(queries), 0)
-        places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start in range(0, len(self.tokens), COLUMNS):
-            similarity = queries @ self.tokens[start : start + COLUMNS].T
-            near = similarity.topk(min(k, similarity.shape[1]))
-            best, places = torch.cat([best, near.values], 1), torch.cat([places, near.indices + start], 1)
-            best, kept = best.topk(min(k, best.shape[1]))
-            places = places.gather(1, kept)
-        weights = (best / temperature).softmax(-1)
-        return torch.einsum("nk,nkc->nc", weights, self.labels[places])
+        found = []
+        for chunk in torch.split(queries, ROWS):  # the labels of all neighbours of a chunk are held at once
+            similarity, places = nearest(chunk, self.tokens, k)
+            weights = (similarity / temperature).softmax(-1)
+            found.append(torch.einsum("nk,nkc->nc", weights, self.labels[places]))
+        return torch.cat(found)
 
 
 def remembered(backbone: Backbone, data: Labelled, lab: Lab, size: int, most: int) -> Memory:

@@ -20,6 +20,7 @@ from gtsa.labels import Labelled
 from gtsa.scan import escaped
 
 Pooling = Literal["mean", "cls", "both"]
+ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once
 
 
 def _nothing(index: int, prediction: Any) -> None:
@@ -160,3 +161,28 @@ def image_features(
         for batch in tokens_of(backbone, data, lab, max(resize, crop), crop, which, turns)
     ]
     return torch.cat(found)
+
+
+def nearest(queries: Tensor, memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and places [n, k] of the ``k`` most similar of the unit vectors ``memory`` [M, D].
+
+    Exact. The block of similarities that is held at once is bounded, so time is linear in the memory's size.
+
+    Args:
+        queries: [n, D] unit vectors.
+        k: at most M; the most similar come first.
+    """
+    found = [_nearest(chunk, memory, k) for chunk in torch.split(queries, ROWS)]
+    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])
+
+
+def _nearest(queries: Tensor, memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best = queries.new_empty(len(queries), 0)
+    places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(memory), COLUMNS):
+        similarity = queries @ memory[start : start + COLUMNS].T
+        near = similarity.topk(min(k, similarity.shape[1]))
+        best, places = torch.cat([best, near.values], 1), torch.cat([places, near.indices + start], 1)
+        best, kept = best.topk(min(k, best.shape[1]))
+        places = places.gather(1, kept)
+    return best, places

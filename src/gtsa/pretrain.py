@@ -138,7 +138,7 @@ def _asked(given: Mapping[str, Any]) -> Any:
                 + "\nleave them out, or start another run with --init and another --out"
             )
         for line in changes:
-            if line.split(":")[0] not in ("out", "resume") and os.environ.get("RANK", "0") == "0":
+            if line.split(":")[0] not in ("out", "resume") and os.environ.get("LOCAL_RANK", "0") == "0":
                 say(f"changed: {line}")
         return new
     if given.get("resume") and given.get("data") is None:
@@ -199,9 +199,8 @@ class _Pretraining:
         def prepare(views: Views) -> Views:
             return augment.apply(views, fabric.device, mean, std)
 
-        looked_at = self.held_out or self.train[:64]
-        self.health = Health(ViewSet(self.source, looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
-        self.looked_at = looked_at
+        self.looked_at = self.held_out or self.train[:64]
+        self.health = Health(ViewSet(self.source, self.looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
         other = f"{s.out}/images.jsonl is not the one that the run was started with"
         self._begin(training.restore("images", self.digest, other) if s.resume else None)
         views = ViewSet(self.source, self.train, self.multicrop, s.seed)

@@ -60,19 +60,19 @@ class Training:
             otherwise: the message where it says something else.
 
         Raises:
-            Remedy: it is another training's (4).
-            Remedy: there are checkpoints and none of them is whole (4).
+            Remedy: it is another training's, or there are checkpoints and none of them is whole (4); more steps are
+                done than there are to be (2).
         """
         place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
         if place is None:
             if problems:
-                told = "; ".join(problems)
-                raise Remedy(f"no whole checkpoint in {self.settings.out}: {told}; use --overwrite to start anew", 4)
+                told = f"no whole checkpoint in {self.settings.out}: {'; '.join(problems)}"
+                raise Remedy(f"{told}; start anew in another folder, or with --overwrite", 4)
             return None
         for problem in problems:
             self.note(f"{problem}: going on from {place.name}")
         tensors, state = checkpoint.read(place)
-        if state[key] != value:
+        if state.get(key) != value:
             raise Remedy(otherwise, 4)
         if state["step"] > self.settings.steps:
             raise Remedy(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
@@ -263,10 +263,10 @@ def teach(
         checkpoint_every=checkpoint_every, keep=1, out=str(folder),
     )  # fmt: skip
     try:
-        run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
         training = Training(objective, optimizer, settings, fabric, run, "the same command")
         other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"
         training.restore("digest", digest, other)
+        run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
         if training.start < steps:
             training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
     finally:

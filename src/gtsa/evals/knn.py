@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa.core import Evaluator, Evidence, Remedy
-from gtsa.features import Lab, image_features
+from gtsa.features import Lab, image_features, nearest
 from gtsa.terminal import say
-
-SIMILARITIES = 2**24  # that are held at once
 
 
 class KNN(Evaluator):
@@ -47,10 +44,10 @@ class KNN(Evaluator):
         )
         classes = torch.tensor([train.target(i) for i in range(len(train))], device=lab.device)
         truth = torch.tensor([val.target(i) for i in range(len(val))], device=lab.device)
-        similarity, nearest = neighbours(queries, memory, max(possible))
+        similarity, places = nearest(queries, memory, max(possible))
         evidence: Evidence = {}
         for k in possible:
-            votes = votes_of(similarity[:, :k], classes[nearest[:, :k]], len(train.classes), self.temperature)
+            votes = votes_of(similarity[:, :k], classes[places[:, :k]], len(train.classes), self.temperature)
             right = votes.topk(min(5, votes.shape[1]), dim=-1).indices == truth[:, None]
             evidence[f"top1, k = {k}"] = right[:, 0].cpu()
             if len(train.classes) > 5:
@@ -62,16 +59,6 @@ class KNN(Evaluator):
 
     def figures(self, evidence: Evidence) -> dict[str, float]:
         return {name: 100 * float(right.double().mean()) for name, right in evidence.items()}
-
-
-def neighbours(queries: Tensor, memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and places [queries, k] of the ``k`` most similar of the unit vectors ``memory`` [n, D].
-
-    Queries go by in chunks, so that memory is bounded.
-    """
-    chunks: Sequence[Tensor] = torch.split(queries, max(1, SIMILARITIES // len(memory)))
-    found = [(chunk @ memory.T).topk(k, dim=-1) for chunk in chunks]
-    return torch.cat([values for values, _ in found]), torch.cat([places for _, places in found])
 
 
 def votes_of(similarity: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
