@@ -370,8 +370,13 @@ def test_padding_is_to_whole_cells():
 def test_positions_norms_and_biases_are_not_decayed(backbone):
     detector = Detector(backbone, 2, True, width=8)
     names = {id(p): name for name, p in detector.named_parameters()}
-    decayed, spared = ([names[id(p)] for p in group["params"]] for group in groups(detector))
+    found = [
+        ([names[id(p)] for p in group["params"]], group["decayed"], group["rate"]) for group in groups(detector, 5.0)
+    ]
+    decayed, spared = ([name for each, kind, _ in found if kind is wanted for name in each] for wanted in (True, False))
+    rates = {name: rate for each, _, rate in found for name in each}
     assert len(decayed) + len(spared) == len(names)
+    assert all(rates[name] == (1.0 if name.startswith("backbone.") else 5.0) for name in names.values())
     assert all(name.endswith("weight") for name in decayed) and not any("norm" in name for name in decayed)
     assert {"backbone.vit.pos_embed", "backbone.vit.cls_token"} <= set(spared)
     frozen = Detector(backbone, 2, True, width=8, drop_path=0.5, freeze=True)
@@ -404,6 +409,19 @@ def test_squares_are_found(backbone, masks):
     assert not backbone.training
 
 
+def test_boxes_of_other_images_teach_nothing(backbone):
+    """Where the boxes are those of another image, to learn from and to judge by, there is nothing to be found by looking."""
+    right, wrong = [], []
+    for found in (right, wrong):
+        train, val = squares(20, False), squares(10, False, seed=1)
+        if found is wrong:
+            for data in (train, val):
+                object.__setattr__(data, "targets", [*data.targets[3:], *data.targets[:3]])
+        detection = Detection(**SMALL, steps=120, freeze=True)
+        found.append(detection.figures(detection(backbone, train, val, lab()))["box AP50"])
+    assert wrong[0] < right[0] / 4
+
+
 def test_truth_is_what_the_file_says():
     data = squares(7, True)
     entries = truth(data, 6, False)
@@ -426,7 +444,7 @@ def test_scenes_follow_from_seed_and_step():
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
     train, val = squares(6, masks), squares(3, masks, seed=1)
-    detection = Detection(**SMALL, steps=6, drop_path=0.2)
+    detection = Detection(**SMALL, steps=6, drop_path=0.2, accumulate=2 if masks else 1)
     straight = detection(backbone, train, val, lab(folder=tmp_path / "straight"))
     reads = iter(range(10**6))
     train.source.on_read = lambda: os.kill(os.getpid(), signal.SIGTERM) if next(reads) == 5 else None
@@ -444,7 +462,9 @@ def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
     ]
     assert ends[0] == ends[1]
     with pytest.raises(Remedy, match="other settings"):
-        Detection(**SMALL, steps=6, drop_path=0.1)(backbone, train, val, lab(folder=tmp_path / "stopped"))
+        Detection(**SMALL, steps=6, drop_path=0.1, accumulate=2 if masks else 1)(
+            backbone, train, val, lab(folder=tmp_path / "stopped")
+        )
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 500])
@@ -495,7 +515,7 @@ def test_masks_in_one_of_the_sets_alone_are_left_out(backbone):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"scale": 8}, {"epochs": 0}, {"steps": -1}, {"learning_rate": 0.0}, {"batch_size": 0}]
+    "wrong", [{"scale": 8}, {"epochs": 0}, {"steps": -1}, {"learning_rate": 0.0}, {"head_rate": 0.0}, {"batch_size": 0}]
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(Remedy, match="detection"):

@@ -11,6 +11,7 @@ import torch
 from evaluating import coloured, lab, labelled, noise
 from gtsa.backbone import Backbone
 from gtsa.core import Draw, Examples, Remedy
+from gtsa.data import StepSampler
 from gtsa.evals.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
 
 SMALL = {"resize": 32, "crop": 32, "batch_size": 16}
@@ -31,7 +32,7 @@ def sets(per=10, seeds=(0, 1)):
 def test_the_defaults_are_the_papers():
     defaults = {p.name: p.default for p in inspect.signature(Finetune).parameters.values()}
     assert defaults == {
-        "epochs": 300, "batch_size": 1024, "learning_rate": 5e-4, "warmup": 5, "layer_decay": 0.65,
+        "epochs": 300, "batch_size": 1024, "accumulate": 1, "learning_rate": 5e-4, "warmup": 5, "layer_decay": 0.65,
         "weight_decay": 0.05, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "magnitude": 9,
         "smoothing": 0.1, "resize": 256, "crop": 224,
     }  # fmt: skip
@@ -110,8 +111,8 @@ def test_an_augmented_image_follows_from_seed_epoch_and_image_alone():
 
 def test_batches_do_not_depend_on_workers_or_on_where_they_start():
     images = Augmented(labelled(noise(10, 48), [0, 1] * 5), 32, 9, (0.5, 0.5, 0.5), seed=0)
-    alone = list(loader(images, 4, 5, 0, lab()))
-    helped = list(loader(images, 4, 5, 3, lab(workers=1)))
+    alone = list(loader(images, StepSampler(10, 4, 5), lab()))
+    helped = list(loader(images, StepSampler(10, 4, 5, start=3), lab(workers=1)))
     assert len(alone) == 5 and len(helped) == 2
     for a, b in zip(alone[3:], helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -136,9 +137,24 @@ def test_erasing_and_mixing_follow_from_seed_and_step(backbone):
     assert torch.equal(plain.targets, torch.nn.functional.one_hot(truth, 4).float())
 
 
-def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(backbone, tmp_path, monkeypatch):
+def test_micro_batches_make_the_same_step(backbone):
+    """But for the mixing of pairs, which is done within each."""
+    settings = {"epochs": 2, "warmup": 0.5, "learning_rate": 1e-2, "drop_path": 0.0} | SMALL | PLAIN
+    whole, parts = (
+        Finetune(**settings, accumulate=count)(backbone, *sets(4), lab())["scores"]
+        for count in (1, settings["batch_size"] // 2)
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+    assert whole.std() > 0.01
+
+
+@pytest.mark.parametrize(("accumulate", "step"), [(1, 5), (5, 1)])
+def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
+    backbone, tmp_path, monkeypatch, accumulate, step
+):
     train, val = sets(5)
-    task = Finetune(epochs=6, warmup=1, learning_rate=1e-2, **{**SMALL, "batch_size": 10})  # 12 steps
+    settings = {**SMALL, "batch_size": 10, "accumulate": accumulate}
+    task = Finetune(epochs=6, warmup=1, learning_rate=1e-2, **settings)  # 12 steps
     whole = task(backbone, train, val, lab(folder=tmp_path / "whole"))["scores"]
     assert torch.equal(whole, task(backbone, train, val, lab())["scores"])
     forward, seen = Classifier.forward, []
@@ -150,12 +166,12 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(b
         return forward(self, views, time)
 
     monkeypatch.setattr(Classifier, "forward", stopping)
-    with pytest.raises(Remedy, match="stopped on request at step 5 of 12") as stopped:
+    with pytest.raises(Remedy, match=f"stopped on request at step {step} of 12") as stopped:
         task(backbone, train, val, lab(folder=tmp_path / "parts"))
     assert stopped.value.code == 75
     torch.manual_seed(1234), np.random.seed(5), random.seed(6)
     parts = task(backbone, train, val, lab(folder=tmp_path / "parts"))["scores"]
-    assert len(seen) == 12
+    assert len(seen) == 12 * accumulate
     assert torch.equal(whole, parts)
     with pytest.raises(Remedy, match="another folder"):
         task(backbone, train, val, lab(folder=tmp_path / "parts", seed=1))
@@ -164,7 +180,9 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(b
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"batch_size": 7}, "must be even"),
+        ({"batch_size": 7}, "multiple of 2"),
+        ({"batch_size": 12, "accumulate": 4}, "multiple of 8"),
+        ({"accumulate": 0}, "multiple"),
         ({"epochs": 0.0}, "above 0"),
         ({"epochs": 3.0}, "warmup shorter"),
         ({"layer_decay": 0.0}, "shares"),

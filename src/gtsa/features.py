@@ -105,14 +105,14 @@ def pooled(tokens: Tokens, how: Pooling) -> Tensor:
 
 
 class _Centres(Dataset[Tensor]):
-    def __init__(self, data: Labelled, resize: int, crop: int, turns: int) -> None:
-        self.data, self.resize, self.crop, self.turns = data, resize, crop, turns
+    def __init__(self, data: Labelled, resize: int, crop: int) -> None:
+        self.data, self.resize, self.crop = data, resize, crop
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.rot90(centre(read(self.data, index), self.resize, self.crop), self.turns, (-2, -1)).contiguous()
+        return centre(read(self.data, index), self.resize, self.crop).contiguous()
 
 
 def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any] | None = None) -> Iterator[Any]:
@@ -134,21 +134,30 @@ def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any]
 
 @torch.no_grad()
 def tokens_of(
-    backbone: Backbone, data: Labelled, lab: Lab, resize: int, crop: int, which: Sequence[int] = (), turns: int = 0
+    backbone: Backbone,
+    data: Labelled,
+    lab: Lab,
+    resize: int,
+    crop: int,
+    which: Sequence[int] = (),
+    turns: Sequence[int] = (0,),
 ) -> Iterator[list[Tokens]]:
     """Batches of tokens of the central square of every image, in order: for each of the blocks ``which``, or the last.
 
-    ``turns`` quarter-turns counter-clockwise are done to the square before the backbone sees it.
+    All of it for each of ``turns``: quarter-turns counter-clockwise, done to the square before the backbone sees it.
     """
     backbone.eval()
-    for pixels in batches(_Centres(data, resize, crop, turns), lab):
+    for pixels in batches(_Centres(data, resize, crop), lab):
+        squares = normalised(pixels, backbone, lab.device)
         with lab.fabric.autocast():
-            found = backbone.blocks(normalised(pixels, backbone, lab.device), which)
+            found = [
+                tokens for turn in turns for tokens in backbone.blocks(torch.rot90(squares, turn, (-2, -1)), which)
+            ]
         yield [Tokens(tokens.patches.float(), tokens.prefix.float()) for tokens in found]
 
 
 def image_features(
-    backbone: Backbone, data: Labelled, lab: Lab, resize: int = 256, crop: int = 224, blocks: int = 1, turns: int = 0
+    backbone: Backbone, data: Labelled, lab: Lab, resize: int = 256, crop: int = 224, blocks: int = 1
 ) -> Tensor:
     """One vector an image, pooled as the lab says: [images, blocks, D], the last block last, on the host.
 
@@ -158,7 +167,7 @@ def image_features(
     which = range(-blocks, 0)
     found = [
         torch.stack([pooled(tokens, lab.tokens) for tokens in batch], dim=1).cpu()
-        for batch in tokens_of(backbone, data, lab, max(resize, crop), crop, which, turns)
+        for batch in tokens_of(backbone, data, lab, max(resize, crop), crop, which)
     ]
     return torch.cat(found)
 

@@ -122,7 +122,8 @@ def train_step(
             raise
         raise Remedy(
             f"the device ran out of memory in a step: {str(error).splitlines()[0]}; halve the memory with "
-            f"--accumulate {2 * accumulate} (same results), or choose a smaller --batch-size or model",
+            f"--accumulate {2 * accumulate} (same results; of an evaluation it is --TASK.accumulate), or choose a "
+            "smaller batch size or model",
             6,
         ) from None
     inner.after_step(next_time, 1 - rejected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from gtsa import checkpoint
 from gtsa.core import Objective, Remedy
@@ -235,31 +236,35 @@ def teach(
     steps: int,
     batch_size: int,
     fabric: Fabric,
+    accumulate: int = 1,
     seed: int = 0,
     folder: Path | None = None,
-    digest: str = "",
+    depends: Iterable[Any] = (),
     log_every: int = 50,
     checkpoint_every: int = 500,
 ) -> None:
     """Trains a probe or fine-tunes a network; with a folder, exactly as pretraining is done and gone on with.
 
     Args:
-        batches: from the number of steps done before to the batches from there on; they follow from step and seed.
+        batches: from the number of steps done before to the micro-batches from there on, ``accumulate`` a step; they
+            follow from step and seed.
         prepare: brings a batch to the device, ready for the objective.
         folder: for checkpoints and logs; the same call goes on from them. None: nothing is kept.
-        digest: of all that decides the outcome; a folder with another one is refused.
+        depends: what decides the outcome beside the objective's first weights and the numbers given here; a folder of
+            a training that depends on something else is refused.
 
     Raises:
         Remedy: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
     """
     if folder is None:
         module, wrapped = fabric.setup(objective, optimizer)
-        for _ in fit(module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, seed=seed):
-            pass
+        taught = fit(module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, accumulate=accumulate, seed=seed)
+        deque(taught, maxlen=0)
         return
+    digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
     run = Run(folder, resume=True)
     settings = SimpleNamespace(
-        steps=steps, batch_size=batch_size, accumulate=1, seed=seed, log_every=log_every, evaluate_every=steps,
+        steps=steps, batch_size=batch_size, accumulate=accumulate, seed=seed, log_every=log_every, evaluate_every=steps,
         checkpoint_every=checkpoint_every, keep=1, out=str(folder),
     )  # fmt: skip
     try:
@@ -271,6 +276,20 @@ def teach(
             training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
     finally:
         run.close()
+
+
+def digest_of(*parts: Any) -> str:
+    """SHA-256 of networks (their weights), tensors and plain values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            tensors = sorted(part.state_dict().items())
+        else:
+            tensors = [("", part)] if isinstance(part, Tensor) else []
+            digest.update(repr(None if tensors else part).encode())
+        for name, tensor in tensors:
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _nothing(_: Any) -> None:

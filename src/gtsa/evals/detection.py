@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +32,9 @@ class Detection(Evaluator):
         epochs: times that every image is seen.
         steps: optimiser steps; takes the place of epochs. 0: the untrained head.
         batch_size: images a step.
+        accumulate: micro-batches that a step is made of, to save memory.
         learning_rate: peak; a tenth from 8 of 12 on, a hundredth from 11 of 12 on.
+        head_rate: times the learning rate, for pyramid and head: more than 1 for short trainings.
         weight_decay: none on norms, biases, positions and CLS.
         drop_path: stochastic depth of the last block.
         warmup: steps in which the learning rate rises, at most a tenth of all.
@@ -49,20 +50,25 @@ class Detection(Evaluator):
         epochs: int = 12,
         steps: int | None = None,
         batch_size: int = 8,
+        accumulate: int = 1,
         learning_rate: float = 5e-5,
+        head_rate: float = 1.0,
         weight_decay: float = 0.05,
         drop_path: float = 0.05,
         warmup: int = 500,
         freeze: bool = False,
         width: int = 256,
     ) -> None:
-        if min(scale, 32) < 32 or min(epochs, batch_size, width) < 1 or (steps or 0) < 0 or learning_rate <= 0:
+        if scale < 32 or min(epochs, batch_size, accumulate, width) < 1 or (steps or 0) < 0:
             raise Remedy(
-                "detection: scale must be at least 32 px, epochs, batch_size and width at least 1, steps not below 0, "
-                "and the learning rate above 0"
+                "detection: scale must be at least 32 px, epochs, batch_size, accumulate and width at least 1, and "
+                "steps not below 0"
             )
+        if min(learning_rate, head_rate) <= 0:
+            raise Remedy("detection: learning_rate and head_rate must be above 0")
         self.scale, self.epochs, self.steps, self.batch_size = scale, epochs, steps, batch_size
-        self.learning_rate, self.weight_decay, self.drop_path = learning_rate, weight_decay, drop_path
+        self.accumulate, self.learning_rate, self.head_rate = accumulate, learning_rate, head_rate
+        self.weight_decay, self.drop_path = weight_decay, drop_path
         self.warmup, self.freeze, self.width = warmup, freeze, width
 
     def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
@@ -86,13 +92,13 @@ class Detection(Evaluator):
         warm = round(min(self.warmup, steps / 10)) / max(steps, 1)
         at = tuple((share - warm) / (1 - warm) - 1e-9 for share in (8 / 12, 11 / 12))  # of all steps, not of those left
         rate = warmup_then(Steps(self.learning_rate, at), warm, steps)
-        optimizer = ScheduledAdamW(groups(detector), rate, Constant(self.weight_decay))
+        optimizer = ScheduledAdamW(groups(detector, self.head_rate), rate, Constant(self.weight_decay))
         scenes = Scenes(data, self.scale, lab.seed)
 
         def stream(start: int) -> Iterable[Examples]:
             return DataLoader(
                 scenes,
-                batch_sampler=StepSampler(len(data), self.batch_size, steps, start),
+                batch_sampler=StepSampler(len(data), self.batch_size, steps, start, accumulate=self.accumulate),
                 num_workers=lab.workers,
                 collate_fn=_together,
                 generator=torch.Generator().manual_seed(0),
@@ -106,7 +112,8 @@ class Detection(Evaluator):
 
         teach(
             Task(detector), optimizer, stream, prepare, steps=steps, batch_size=self.batch_size, fabric=lab.fabric,
-            seed=lab.seed, folder=lab.folder, digest=_digest(vars(self), lab.seed, data.fingerprint, detector),
+            accumulate=self.accumulate, seed=lab.seed, folder=lab.folder,
+            depends=(sorted(vars(self).items()), data.fingerprint),
         )  # fmt: skip
 
 
@@ -130,22 +137,22 @@ class Task(Objective):
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
 
-def groups(detector: Detector) -> list[dict[str, Any]]:
-    """What learns, in two groups: weights, which are decayed; norms, biases, positions and CLS, which are not."""
+def groups(detector: Detector, head_rate: float = 1.0) -> list[dict[str, Any]]:
+    """What learns: backbone, then pyramid and head; of each the weights, which are decayed, and then norms, biases,
+    positions and CLS, which are not.
+    """
     spared = {f"backbone.vit.{name}" for name in detector.backbone.vit.no_weight_decay()}
-    trained = [(name, p) for name, p in detector.named_parameters() if p.requires_grad]
+    found: dict[tuple[bool, bool], list[Any]] = {
+        (head, decayed): [] for head in (False, True) for decayed in (True, False)
+    }
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and name not in spared
+            found[not name.startswith("backbone."), decayed].append(parameter)
     return [
-        {"params": [p for name, p in trained if (p.ndim > 1 and name not in spared) is decayed], "decayed": decayed}
-        for decayed in (True, False)
+        {"params": parameters, "decayed": decayed, "rate": head_rate if head else 1.0}
+        for (head, decayed), parameters in found.items()
     ]
-
-
-def _digest(settings: Mapping[str, Any], seed: int, data: str, detector: Detector) -> str:
-    """Of all that decides what is learnt: the weights that it starts from are among it."""
-    digest = hashlib.sha256(f"{sorted(settings.items())} {seed} {data}".encode())
-    for name, tensor in sorted(detector.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # What it is trained on

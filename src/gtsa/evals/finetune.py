@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,9 @@ class Finetune(Evaluator):
 
     Args:
         epochs: times that every image is seen.
-        batch_size: images a step; an even number, since images are mixed in pairs.
+        batch_size: images a step.
+        accumulate: micro-batches that a step is made of, to save memory. Images are mixed in pairs, so each has an even
+            number of them.
         learning_rate: peak for a batch of 256; it is scaled by batch / 256.
         warmup: epochs in which the learning rate rises; then it falls along a cosine.
         layer_decay: every block's learning rate is that of the block above times this.
@@ -57,6 +58,7 @@ class Finetune(Evaluator):
         self,
         epochs: float = 300.0,
         batch_size: int = 1024,
+        accumulate: int = 1,
         learning_rate: float = 5e-4,
         warmup: float = 5.0,
         layer_decay: float = 0.65,
@@ -70,15 +72,19 @@ class Finetune(Evaluator):
         resize: int = 256,
         crop: int = 224,
     ) -> None:
-        if batch_size < 2 or batch_size % 2:
-            raise Remedy(f"finetune: batch_size {batch_size} must be even, since images are mixed in pairs")
+        if min(batch_size, accumulate) < 1 or batch_size % (2 * accumulate):
+            raise Remedy(
+                f"finetune: batch_size {batch_size} must be a multiple of {2 * accumulate}: {accumulate} micro-batches "
+                "of an even number of images, since they are mixed in pairs"
+            )
         if epochs <= 0 or learning_rate <= 0 or not 0 <= warmup < epochs:
             raise Remedy("finetune: epochs and learning_rate must be above 0, and warmup shorter than epochs")
         if not (0 < layer_decay <= 1 and 0 <= drop_path < 1 and 0 <= erasing <= 1 and 0 <= smoothing < 1):
             raise Remedy("finetune: layer_decay, drop_path, erasing and smoothing are shares, from 0 to 1")
         if min(mixup, cutmix, weight_decay) < 0 or not 0 <= magnitude <= 10:
             raise Remedy("finetune: mixup, cutmix and weight_decay are at least 0, magnitude is from 0 to 10")
-        self.epochs, self.batch_size, self.learning_rate, self.warmup = epochs, batch_size, learning_rate, warmup
+        self.epochs, self.batch_size, self.accumulate = epochs, batch_size, accumulate
+        self.learning_rate, self.warmup = learning_rate, warmup
         self.layer_decay, self.weight_decay, self.drop_path = layer_decay, weight_decay, drop_path
         self.mixup, self.cutmix, self.erasing, self.magnitude = mixup, cutmix, erasing, magnitude
         self.smoothing, self.resize, self.crop = smoothing, resize, crop
@@ -112,17 +118,18 @@ class Finetune(Evaluator):
         images = Augmented(train, crop, self.magnitude, network.backbone.normalisation[0], lab.seed)
 
         def batches(start: int) -> Iterator[Examples]:
-            for step, (pixels, classes, places) in enumerate(loader(images, batch, steps, start, lab), start):
-                yield Examples(pixels, (classes, step), places)
+            draws = StepSampler(len(train), batch, steps, start, accumulate=self.accumulate)
+            for micro, (pixels, classes, places) in enumerate(loader(images, draws, lab), start * self.accumulate):
+                yield Examples(pixels, (classes, micro), places)
 
         teach(
             network, optimizer, batches, self._prepare(network, len(train.classes), lab), steps=steps,
-            batch_size=batch, fabric=lab.fabric, seed=lab.seed, folder=lab.folder,
-            digest=self._digest(network, train, lab),
+            batch_size=batch, accumulate=self.accumulate, fabric=lab.fabric, seed=lab.seed, folder=lab.folder,
+            depends=(sorted(vars(self).items()), lab.tokens, train.fingerprint),
         )  # fmt: skip
 
     def _prepare(self, network: Classifier, classes: int, lab: Lab) -> Callable[[Examples], Examples]:
-        """To the device, normalised, and then erased and mixed as (seed, step) say."""
+        """To the device, normalised, and then erased and mixed as (seed, number of the micro-batch) say."""
         mix = Mixup(
             self.mixup, self.cutmix, prob=float(self.mixup + self.cutmix > 0), label_smoothing=self.smoothing,
             num_classes=classes,
@@ -130,19 +137,13 @@ class Finetune(Evaluator):
         erase = RandomErasing(self.erasing, mode="pixel", device=lab.device)
 
         def prepare(batch: Examples) -> Examples:
-            truth, step = batch.targets
+            truth, micro = batch.targets
             pixels = normalised(batch.pixels, network.backbone, lab.device)
-            with seeded(generator(lab.seed, MIXED, step), lab.device):
+            with seeded(generator(lab.seed, MIXED, micro), lab.device):
                 pixels, targets = mix(erase(pixels), truth.to(lab.device))
             return Examples(pixels, targets, batch.images)
 
         return prepare
-
-    def _digest(self, network: Classifier, train: Any, lab: Lab) -> str:
-        digest = hashlib.sha256(f"{vars(self)} {lab.tokens} {lab.seed} {train.fingerprint}".encode())
-        for name, value in network.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 class Classifier(Objective):
@@ -195,11 +196,11 @@ class Augmented(Dataset[tuple[Tensor, int, int]]):
             return self.change(image), self.data.target(index), index
 
 
-def loader(images: Augmented, batch: int, steps: int, start: int, lab: Lab) -> DataLoader[Any]:
+def loader(images: Augmented, draws: StepSampler, lab: Lab) -> DataLoader[Any]:
     """Batches in order, the same for any number of workers."""
     return DataLoader(
         images,
-        batch_sampler=StepSampler(len(images.data), batch, steps, start),
+        batch_sampler=draws,
         num_workers=lab.workers,
         pin_memory=lab.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -117,12 +116,9 @@ class Linear(Evaluator):
         def prepare(batch: Examples) -> Examples:
             return Examples(batch.pixels.to(lab.device), batch.targets.to(lab.device), batch.images)
 
-        digest = hashlib.sha256(f"{self.pairs} {steps} {batch} {lab.seed}".encode())
-        for tensor in (features, targets, rows):
-            digest.update(tensor.contiguous().numpy().data)
         teach(
             heads, optimizer, batches, prepare, steps=steps, batch_size=batch, fabric=lab.fabric, seed=lab.seed,
-            folder=lab.folder, digest=digest.hexdigest(),
+            folder=lab.folder, depends=(self.pairs, features, targets, rows),
         )  # fmt: skip
         heads.eval()
 

@@ -75,9 +75,7 @@ class Rotation(Evaluator):
     def _turned(self, backbone: Any, data: Any, lab: Lab) -> Iterator[list[Tokens]]:
         """Batches of the images' tokens, for 0 to 3 quarter-turns counter-clockwise."""
         crop = whole_patches(self.crop, backbone)
-        four = [tokens_of(backbone, data, lab, max(self.resize, crop), crop, turns=turns) for turns in range(4)]
-        for batches in zip(*four, strict=True):
-            yield [tokens for (tokens,) in batches]
+        return tokens_of(backbone, data, lab, max(self.resize, crop), crop, turns=range(4))
 
     def _taught(self, backbone: Any, train: Any, lab: Lab) -> tuple[Tensor, Tensor]:
         """Linear maps from a vector to the four turns, and from a patch to its row and column."""

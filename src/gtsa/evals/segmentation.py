@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -44,6 +43,7 @@ class Segmentation(Evaluator):
         flip: share of training crops that are mirrored left to right.
         steps: of training.
         batch_size: crops a step.
+        accumulate: micro-batches that a step is made of, to save memory.
         learning_rate: peak. auto: 1e-3 (linear), 6e-5 (fpn).
         weight_decay: none on positions, CLS token, norms and biases. auto: 1e-4 (linear), 0.01 (fpn).
         warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
@@ -62,6 +62,7 @@ class Segmentation(Evaluator):
         flip: float = 0.5,
         steps: int = 40_000,
         batch_size: int = 16,
+        accumulate: int = 1,
         learning_rate: float | Auto = "auto",
         weight_decay: float | Auto = "auto",
         warmup: float = 0.0375,
@@ -73,13 +74,17 @@ class Segmentation(Evaluator):
         self.size = int(auto["size"]) if size == "auto" else size
         self.crop = (self.size or 512) if crop == "auto" else crop
         self.scales, self.flip, self.sliding = scales, flip, sliding
-        self.steps, self.batch_size, self.warmup = steps, batch_size, warmup
+        self.steps, self.batch_size, self.accumulate, self.warmup = steps, batch_size, accumulate, warmup
         self.learning_rate = auto["learning_rate"] if learning_rate == "auto" else learning_rate
         self.weight_decay = auto["weight_decay"] if weight_decay == "auto" else weight_decay
-        if min(self.size, sliding) < 0 or min(self.crop, steps, batch_size) < 1 or not 0 < scales[0] <= scales[1]:
+        if (
+            min(self.size, sliding) < 0
+            or min(self.crop, steps, batch_size, accumulate) < 1
+            or not 0 < scales[0] <= scales[1]
+        ):
             raise Remedy(
-                "segmentation: crop, steps and batch_size must be at least 1, size and sliding at least 0, and scales "
-                "rise from above 0"
+                "segmentation: crop, steps, batch_size and accumulate must be at least 1, size and sliding at least 0, "
+                "and scales rise from above 0"
             )
         if not 0 <= flip <= 1 or not 0 <= warmup < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
             raise Remedy(
@@ -106,6 +111,7 @@ class Segmentation(Evaluator):
             with lab.fabric.autocast():
                 return network(seen(pixels))  # type: ignore[no-any-return]
 
+        settings = sorted(item for item in vars(self).items() if item[0] != "sliding")
         teach(
             objective,
             self._optimizer(network),
@@ -115,8 +121,9 @@ class Segmentation(Evaluator):
             batch_size=self.batch_size,
             fabric=lab.fabric,
             seed=lab.seed,
+            accumulate=self.accumulate,
             folder=lab.folder,
-            digest=self._digest(backbone, train, lab) if lab.folder else "",
+            depends=(settings, train.classes, train.fingerprint, backbone),
         )
         objective.eval()
         stride = self.sliding and whole_patches(self.sliding, backbone)
@@ -137,23 +144,12 @@ class Segmentation(Evaluator):
     def _batches(self, cuts: Cuts, lab: Lab, start: int) -> Iterable[Examples]:
         return DataLoader(
             cuts,
-            batch_sampler=StepSampler(len(cuts), self.batch_size, self.steps, start),
+            batch_sampler=StepSampler(len(cuts), self.batch_size, self.steps, start, accumulate=self.accumulate),
             num_workers=lab.workers,
             collate_fn=together,
             generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
             timeout=600 if lab.workers else 0,
         )
-
-    def _digest(self, backbone: Any, train: Labelled, lab: Lab) -> str:
-        """Of all that decides what is learnt."""
-        digest = hashlib.sha256()
-        for name, value in sorted(backbone.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        precision = lab.fabric.strategy.precision.precision
-        settings = sorted(item for item in vars(self).items() if item[0] != "sliding")
-        told = (settings, train.classes, train.fingerprint, lab.seed, precision)
-        digest.update(repr(told).encode())
-        return digest.hexdigest()
 
 
 class Cuts(Dataset[tuple[Tensor, Tensor, int]]):
