@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageOps
 from torchvision.transforms.v2 import functional as vision
 
 from gtsa import augment
@@ -94,7 +95,7 @@ def crops(recipes, turns, seed=0, side=12):
 
 def slowly(pixels, recipe, turn, mean, std):
     """One crop by torchvision, operation after operation."""
-    brightness, contrast, saturation, hue, order, grey, sigma = recipe
+    brightness, contrast, saturation, hue, order, grey, sigma, _ = recipe
     x = vision.to_dtype(pixels, torch.float32, scale=True)
     if order >= 0:
         for which in list(permutations(range(4)))[int(order)]:
@@ -114,6 +115,7 @@ recipes_ = st.tuples(
     st.integers(-1, 23),
     st.sampled_from([0, 1]),
     st.one_of(st.just(0.0), st.floats(0.1, 2)),
+    st.just(0),
 )
 
 
@@ -128,7 +130,7 @@ def test_whole_recipe_is_torchvision_in_its_order(asked, seed):
 
 
 def test_every_order_is_the_one_it_names():
-    recipes = [(0.6, 1.7, 1.5, 0.15, order, 0, 0) for order in range(24)]
+    recipes = [(0.6, 1.7, 1.5, 0.15, order, 0, 0, 0) for order in range(24)]
     given_ = crops(recipes, [0] * 24)
     given_.pixels[:] = given_.pixels[0]
     out = augment.apply(Views(given_), CPU, *PLAIN).global_crops.pixels[:, 0]
@@ -137,8 +139,17 @@ def test_every_order_is_the_one_it_names():
     assert (out[0] - out[23]).abs().max() > 0.01
 
 
+def test_solarisation_is_pillows():
+    given_ = crops([(1, 1, 1, 0, -1, 0, 0, 1)] * 3, [0, 1, 0])
+    given_.pixels[0, 0].view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
+    out = augment.apply(Views(given_), CPU, *PLAIN).global_crops.pixels
+    for i, turn in enumerate((0, 1, 0)):
+        solarised = ImageOps.solarize(vision.to_pil_image(given_.pixels[i, 0]), 128)
+        close(out[i, 0], torch.rot90(vision.to_image(solarised).float() / 255, turn, (-2, -1)), 1e-6)
+
+
 def test_turn_is_counter_clockwise_and_colour_false_leaves_colours():
-    given_ = crops([(0.1, 0.1, 0.1, 0.2, 5, 1, 2)] * 4, [0, 1, 2, 3], side=2)
+    given_ = crops([(0.1, 0.1, 0.1, 0.2, 5, 1, 2, 1)] * 4, [0, 1, 2, 3], side=2)
     given_.pixels[:] = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8)
     out = augment.apply(Views(given_), CPU, *PLAIN, colour=False).global_crops.pixels[:, 0, 0]
     by_hand = [[[10, 20], [30, 40]], [[20, 40], [10, 30]], [[40, 30], [20, 10]], [[30, 10], [40, 20]]]
@@ -146,7 +157,7 @@ def test_turn_is_counter_clockwise_and_colour_false_leaves_colours():
 
 
 def test_normalisation_by_hand():
-    given_ = crops([(1, 1, 1, 0, -1, 0, 0)], [0])
+    given_ = crops([(1, 1, 1, 0, -1, 0, 0, 0)], [0])
     given_.pixels[:] = torch.tensor([51, 102, 204], dtype=torch.uint8)[:, None, None]
     out = augment.apply(Views(given_), CPU, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)).global_crops.pixels
     assert out[0, 0, :, 0, 0].tolist() == pytest.approx([0.2, 0.8, 0.25])
@@ -154,8 +165,8 @@ def test_normalisation_by_hand():
 
 def test_groups_counts_and_what_travels_with_them():
     few_, many = (
-        crops([(1, 1, 1, 0, -1, 0, 0)] * 2, [1, 2]),
-        crops([(0.5, 1, 1, 0.1, 3, 1, 1)] * 6, [0, 1, 2, 3, 0, 1], 5),
+        crops([(1, 1, 1, 0, -1, 0, 0, 0)] * 2, [1, 2]),
+        crops([(0.5, 1, 1, 0.1, 3, 1, 1, 0)] * 6, [0, 1, 2, 3, 0, 1], 5),
     )
     many = many.each(lambda t: t.reshape(2, 3, *t.shape[2:]))
     views = Views(few_, many, images=torch.tensor([7, 9]))

@@ -163,7 +163,7 @@ def test_pixels_are_the_box_resized_with_antialiasing(width, height, seed):
 
 
 def recipes(multicrop, count=4000):
-    return multicrop._recipes(count, rng(7))
+    return multicrop._recipes([2] * count, rng(7))
 
 
 def rate(hits, expected):
@@ -213,16 +213,36 @@ def test_factors_are_never_negative():
 
 
 def test_colours_can_be_switched_off_and_always_on():
-    off = recipes(MultiCrop(jitter=0, grey=0, blur=0))
+    off = recipes(MultiCrop(jitter=0, grey=0, blur=(0, 0, 0)))
     assert (off[:, Colour.ORDER] == -1).all()
     assert not off[:, [Colour.GREY, Colour.SIGMA]].any()
-    on = recipes(MultiCrop(jitter=1, grey=1, blur=1))
+    on = recipes(MultiCrop(jitter=1, grey=1, blur=(1, 1, 1)))
     assert (on[:, [Colour.ORDER]] >= 0).all()
     assert (on[:, [Colour.GREY, Colour.SIGMA]] > 0).all()
 
 
+def test_the_first_crop_the_other_global_ones_and_local_ones_have_their_own_shares():
+    multicrop = MultiCrop(2, 3, 2, 2, blur=(1, 0.1, 0.5), solarise=(0, 0.2, 0))
+    drawn = [multicrop(image(16, 16), rng(seed)) for seed in range(2000)]
+    first, second = (torch.cat([v.global_crops.colours[:, n] for v in drawn]).numpy() for n in (0, 1))
+    local = torch.cat([v.local_crops.colours[0] for v in drawn]).numpy()
+    assert (first[:, Colour.SIGMA] > 0).all() and not first[:, Colour.SOLARISE].any()
+    assert rate(second[:, Colour.SIGMA] > 0, 0.1) and rate(second[:, Colour.SOLARISE] > 0, 0.2)
+    assert rate(local[:, Colour.SIGMA] > 0, 0.5) and not local[:, Colour.SOLARISE].any()
+
+
+def test_crops_are_mirrored():
+    picture = image(40, 30)
+    plain, mirrored = (MultiCrop(3, 2, 32, 16, flip=share)(picture, rng()) for share in (0.0, 1.0))
+    assert torch.equal(plain.global_crops.pixels, mirrored.global_crops.pixels.flip(-1))
+    half = MultiCrop(2000, 1, 2, 2, flip=0.5)(picture, rng()).global_crops
+    other = MultiCrop(2000, 1, 2, 2)(picture, rng()).global_crops
+    assert rate((half.pixels != other.pixels).flatten(2).any(-1)[0].numpy(), 0.5)
+    assert torch.equal(half.boxes, other.boxes)
+
+
 def test_share_is_uniform_aspect_log_uniform_and_place_uniform():
-    free = MultiCrop(1, 3000, local_overlap=-1)
+    free = MultiCrop(1, 3000, local_overlap=0)
     x1, y1, x2, y2 = np.array(free.boxes(3000, 2000, rng())[1], dtype=float).T
     assert uniform((x2 - x1) * (y2 - y1) / 6e6, 0.0995, 0.3005)
     assert uniform(np.log((x2 - x1) / (y2 - y1)), math.log(0.7485), math.log(1.336))

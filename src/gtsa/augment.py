@@ -50,7 +50,7 @@ def _finish(crops: Crops, device: torch.device, mean: tuple[float, ...], std: tu
 
 
 def recolour(images: Tensor, recipes: Tensor) -> Tensor:
-    """Colour jitter in each crop's own random order, then greyscale, then blur.
+    """Colour jitter in each crop's own random order, then greyscale, then blur, then solarisation.
 
     Args:
         images: [N, 3, S, S] in [0, 1], changed in place.
@@ -64,6 +64,7 @@ def recolour(images: Tensor, recipes: Tensor) -> Tensor:
             _on(images, jittered & (turn == column), operation, recipes[:, column])
     _on(images, recipes[:, Colour.GREY] > 0, lambda x, _: grey(x).expand_as(x), recipes[:, Colour.GREY])
     _on(images, recipes[:, Colour.SIGMA] > 0, blurred, recipes[:, Colour.SIGMA])
+    _on(images, recipes[:, Colour.SOLARISE] > 0, lambda x, _: solarised(x), recipes[:, Colour.SOLARISE])
     return images
 
 
@@ -121,6 +122,11 @@ def blurred(images: Tensor, sigma: Tensor) -> Tensor:
     x = F.conv2d(x, kernel, groups=n * c)
     x = F.conv2d(x, kernel.transpose(-2, -1), groups=n * c)
     return x.reshape(n, c, *images.shape[-2:])
+
+
+def solarised(images: Tensor) -> Tensor:
+    """Values from 128 / 255 upwards are inverted."""
+    return torch.where(images >= 128 / 255, 1 - images, images)
 
 
 _JITTER = {

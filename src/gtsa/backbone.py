@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
         self.model = model
         self.arguments = {"img_size": image_size, **(arguments or {})}
         self.normalisation = normalisation
+        self.feature: Literal["mean", "cls"] = "mean"  # one vector an image, as it was trained: what an export gives
         self.vit = _create(model, drop_path_rate=drop_path, **self.arguments)
         self._resamplers: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
@@ -71,6 +73,42 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tokens:
         return self.blocks(images)[-1]
 
+    def masked(self, images: Tensor, hidden: Tensor, token: Tensor) -> Tokens:
+        """As ``forward``, with ``token`` [D] for the patches under ``hidden`` [N, h, w], before positions are added."""
+
+        def replace(_: Any, __: Any, embedded: Tensor) -> Tensor:
+            where = hidden.reshape(*embedded.shape[:-1], 1)  # [N, h, w, 1] or [N, h * w, 1]
+            return torch.where(where, token.to(embedded.dtype), embedded)
+
+        handle = self.vit.patch_embed.register_forward_hook(replace)
+        try:
+            return self.blocks(images)[-1]
+        finally:
+            handle.remove()
+
+    def visible(self, images: Tensor, chosen: Tensor) -> Tensor:
+        """The last block's tokens where the network is given some patches alone: [N, prefix + k, D].
+
+        Args:
+            chosen: [N, k] places of patches, row by row; each keeps its position.
+
+        Raises:
+            Remedy: the model is one that cannot leave patches out.
+        """
+        if not isinstance(getattr(self.vit, "patch_drop", None), nn.Identity):
+            raise Remedy(f"{self.model} cannot leave patches out; choose a plain ViT, e.g. vit_small_patch16_224")
+
+        def choose(_: Any, __: Any, tokens: Tensor) -> Tensor:
+            patches = tokens[:, self.prefix :].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+            return torch.cat([tokens[:, : self.prefix], patches], dim=1)
+
+        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        handle = self.vit.patch_drop.register_forward_hook(choose)
+        try:
+            return self._whole(images, grid)
+        finally:
+            handle.remove()
+
     def blocks(self, images: Tensor, which: Sequence[int] = (), norm: bool = True) -> list[Tokens]:
         """Tokens after some of the blocks, numbered from 0 (-1: the last).
 
@@ -80,20 +118,30 @@ class Backbone(nn.Module):
             norm: put every block's tokens through the final norm.
         """
         grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        if not which:
+            outputs = [self._whole(images, grid)]
+        else:
+            chosen = [index % len(self.vit.blocks) for index in which]
+            with self._fitted(grid) as positions:
+                replaced = {f"vit.{name}": value for name, value in positions.items()}
+                found = functional_call(_Blocks(self.vit, sorted(set(chosen)), norm), replaced, (images,))
+            outputs = [found[sorted(set(chosen)).index(index)] for index in chosen]
+        return [Tokens(x[:, self.prefix :].reshape(len(x), *grid, -1), x[:, : self.prefix]) for x in outputs]
+
+    def _whole(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The network's own output, prefix first."""
+        with self._fitted(grid) as positions:
+            return functional_call(self.vit, positions, (images,))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _fitted(self, grid: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
+        """Position embeddings that fit ``grid``, under the name that they are to take the place of."""
         embed = self.vit.patch_embed
         made_for, embed.grid_size = embed.grid_size, grid  # our positions fit already: timm is to leave them alone
         try:
-            positions = self._positions(made_for, grid)
-            if which:
-                chosen = [index % len(self.vit.blocks) for index in which]
-                replaced = {f"vit.{name}": value for name, value in positions.items()}
-                found = functional_call(_Blocks(self.vit, sorted(set(chosen)), norm), replaced, (images,))
-                outputs = [found[sorted(set(chosen)).index(index)] for index in chosen]
-            else:
-                outputs = [functional_call(self.vit, positions, (images,))]
+            yield self._positions(made_for, grid)
         finally:
             embed.grid_size = made_for
-        return [Tokens(x[:, self.prefix :].unflatten(1, grid), x[:, : self.prefix]) for x in outputs]
 
     def _positions(self, old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
         """Position embeddings for another grid, by one fixed matrix that holds timm's own resampling.

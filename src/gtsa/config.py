@@ -64,10 +64,11 @@ def _described(docstring: str) -> dict[str, str]:
 
 
 ViewSettings = settings_of(MultiCrop, "views", global_size=(int | Auto, "auto"), local_size=(int | Auto, "auto"))
+METHODS = methods.found()
 MethodSettings: dict[str, type[Strict]] = {
-    name: settings_of(maker, name, skip=("encoder",)) for name, maker in methods.found().items()
+    name: settings_of(maker, name, skip=("encoder",), **dict.fromkeys(maker.sized, (Count | Auto, "auto")))
+    for name, maker in METHODS.items()
 }
-
 
 EvaluatorSettings: dict[str, type[Strict]] = {name: settings_of(maker, name) for name, maker in evals.found().items()}
 
@@ -92,7 +93,7 @@ class _Pretrain(Strict):
     accumulate: Count | Auto = "auto"
     """Micro-batches that a step is made of, to save memory. auto: as few as fit."""
     learning_rate: Positive | Auto = "auto"
-    """Peak. auto: 5e-4 x batch / 256 as published; below 256 images the root of batch / 256."""
+    """Peak. auto: 5e-4 (mae: 1.5e-4) x batch / 256 as published; below 256 images the root of batch / 256."""
     final_learning_rate: float = Field(1e-6, ge=0)
     """At the end of the cosine."""
     warmup: float = Field(0.1, ge=0, lt=1)
@@ -103,6 +104,8 @@ class _Pretrain(Strict):
     """At the end of its cosine."""
     clip: float = Field(3.0, ge=0)
     """Largest gradient norm of each parameter tensor; 0: no clipping."""
+    beta2: float = Field(0.999, gt=0, lt=1)
+    """Of AdamW: share of the old second moment that is kept in a step."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the student's last block."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
@@ -154,6 +157,13 @@ class _Pretrain(Strict):
     views: ViewSettings = ViewSettings()  # type: ignore[valid-type]
     """How views are drawn."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: Any) -> Any:
+        """Settings are those that the method was published with, but for what is given."""
+        method = values.get("method", "gtsa")
+        return merged(METHODS[method].published, values) if method in METHODS else values
+
     @model_validator(mode="after")
     def _consistent(self) -> _Pretrain:
         problems = []
@@ -168,7 +178,8 @@ class _Pretrain(Strict):
         if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
             problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         v: Any = self.views
-        if v.global_crops < 1 or v.local_crops < 0 or v.global_crops + v.local_crops < 2:
+        fewest = METHODS[self.method].fewest_views if self.method in METHODS else 2
+        if v.global_crops < 1 or v.local_crops < 0 or v.global_crops + v.local_crops < fewest:
             problems.append("views: at least one global crop and one other view are needed")
         for name in ("global_share", "local_share"):
             low, high = getattr(v, name)
@@ -176,9 +187,20 @@ class _Pretrain(Strict):
                 problems.append(f"views.{name}: 0 < low <= high <= 1, not {low} {high}")
         if not 0 < v.aspect[0] <= v.aspect[1]:
             problems.append(f"views.aspect: 0 < low <= high, not {v.aspect[0]} {v.aspect[1]}")
-        for name in ("jitter", "grey", "blur", "global_overlap", "local_overlap"):
-            if not 0 <= getattr(v, name) <= 1:
-                problems.append(f"views.{name}: from 0 to 1, not {getattr(v, name)}")
+        for name in ("jitter", "grey", "blur", "solarise", "flip", "global_overlap", "local_overlap"):
+            given = getattr(v, name)
+            if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
+                problems.append(f"views.{name}: from 0 to 1, not {given}")
+        if self.method in METHODS and METHODS[self.method].compares_places:
+            problems += [
+                f"views.{name}: must be {wanted} for {self.method}, which compares what crops show of the same place"
+                for name, wanted, wrong in (
+                    ("flip", "0", v.flip > 0),
+                    ("global_overlap", "above 0", v.global_overlap == 0),
+                    ("local_overlap", "above 0", v.local_overlap == 0),
+                )
+                if wrong
+            ]
         for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
             if not 0 <= getattr(v, name) <= most:
                 problems.append(f"views.{name}: from 0 to {most}, not {getattr(v, name)}".replace("to inf", "upwards"))
@@ -191,7 +213,10 @@ class _Pretrain(Strict):
     @property
     def options(self) -> dict[str, Any]:
         """Arguments for the constructor of the chosen method."""
-        return dict(getattr(self, self.method).model_dump())
+        options = dict(getattr(self, self.method).model_dump())
+        if not self.views.rotations and "rotation_weight" in options:  # type: ignore[attr-defined]
+            options["rotation_weight"] = 0.0  # nothing to predict where nothing is turned
+        return options
 
 
 Pretrain: Any = create_model(  # type: ignore[call-overload]

@@ -60,6 +60,7 @@ class Colour(IntEnum):
     ORDER = 4  # 0 to 23: which permutation of the four above; -1: none of them
     GREY = 5  # 1: greyscale
     SIGMA = 6  # of the Gaussian blur in px; 0: none
+    SOLARISE = 7  # 1: the brighter half of the values is inverted
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,28 @@ class Objective(nn.Module, ABC):
 
 
 class Method(Objective):
-    """A self-supervised method: an Objective with a student and a teacher encoder."""
+    """A self-supervised method: an Objective with a student and a teacher encoder.
+
+    Its settings are its constructor's keyword arguments after the encoder, of plain types.
+    """
+
+    published: ClassVar[Mapping[str, Any]] = {}  # settings of a run that it was published with, where they differ
+    rate: ClassVar[float] = 5e-4  # peak learning rate that it was published with, for a batch of 256
+    fewest_views: ClassVar[int] = 2  # of an image
+    sized: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # settings that are auto, from the number of images
+    compares_places: ClassVar[bool] = False  # of crops: so they have to meet, and must not be mirrored
 
     @property
     @abstractmethod
     def encoders(self) -> Mapping[str, nn.Module]:
-        """{"teacher": Backbone, "student": Backbone}."""
+        """{"teacher": Backbone, "student": Backbone}; the same one twice where the method has no teacher."""
 
     @abstractmethod
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Label-free figures of held-out views, per image: {name: [B]}; higher is better."""
+        """Label-free figures of held-out views, per image: {name: [B]}; higher is better, and chance is 0.
+
+        The first one is the one that a verdict is about. evals.health knows what to say of each.
+        """
 
 
 Evidence = dict[str, Any]  # of an evaluation: tensors [images, ...] or lists with an entry for each image

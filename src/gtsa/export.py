@@ -39,10 +39,10 @@ def export(
     Args:
         source: a run, an export folder, or other weights (docs/weights.md).
         out: folder to make, or file for ``dino``; it must not exist, or be an empty folder.
-        to: what can open it: ``timm`` (the model's own output is then the mean of its patch tokens: GTSA trains no CLS
-            token), ``hf`` (a ViTModel of Hugging Face's transformers, without its pooler; plain ViTs alone), ``dino``
-            (a .pth file of tensors under ``teacher``, with timm's names behind ``backbone.``; mean and deviation of
-            its images lie beside, as ``mean`` and ``std``).
+        to: what can open it: ``timm`` (the model's own output is then the vector that was trained: the mean of its
+            patch tokens, and the CLS token after DINO and iBOT), ``hf`` (a ViTModel of Hugging Face's transformers,
+            without its pooler; plain ViTs alone), ``dino`` (a .pth file of tensors under ``teacher``, with timm's names
+            behind ``backbone.``; mean and deviation of its images lie beside, as ``mean`` and ``std``).
         network: where there are both, the teacher (as evaluated) or the student.
         model: timm's name of it, where the source is a bare file that does not say.
 
@@ -85,6 +85,7 @@ def opened(source: str, network: str = "teacher", model: str | None = None) -> t
     normalisation = {"normalisation": found.normalisation} if found.normalisation else {}
     try:
         backbone = Backbone(name, size, arguments=arguments, **normalisation)  # type: ignore[arg-type]
+        backbone.feature = found.feature
     except (LookupError, ArithmeticError, AttributeError) as error:  # what timm makes of values that it never met
         raise Remedy(f"{source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
     if found.eps is not None:
@@ -140,17 +141,18 @@ def _same_eps(backbone: Backbone) -> None:
 
 
 def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:
-    """timm's description of the encoder, whose ``model(x)`` is the mean of the patch tokens."""
+    """timm's description of the encoder, whose ``model(x)`` is the vector that was trained."""
     parameters = inspect.signature(type(backbone.vit)).parameters
     no_norm = "fc_norm" if "fc_norm" in parameters else "use_fc_norm"  # keys stay: the norm is the encoder's own
     side = backbone.arguments["img_size"]
     mean, std = backbone.normalisation
+    pool = "token" if backbone.feature == "cls" else "avg"
     return {
         "architecture": backbone.model.split(".")[0],
         "num_classes": 0,
         "num_features": backbone.width,
-        "global_pool": "avg",
-        "model_args": {**backbone.arguments, "global_pool": "avg", no_norm: False},
+        "global_pool": pool,
+        "model_args": {**backbone.arguments, "global_pool": pool, no_norm: False},
         "pretrained_cfg": {
             "tag": f"gtsa_{name}",
             "custom_load": False,

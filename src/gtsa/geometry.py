@@ -104,3 +104,19 @@ def _weights(low: Tensor, high: Tensor, cells: int, length: int) -> Tensor:
     grid = torch.arange(length, device=low.device)
     hat = (1 - (place[..., None] - grid).abs()).clamp(min=0) * used[..., None]
     return hat.sum(-2) / samples[..., None, None]
+
+
+def pairs_of(size: int, views: int, seen: int) -> tuple[Tensor, Tensor]:
+    """Which (view, teacher's crop) of one image count: all, but no global crop with itself.
+
+    Args:
+        size: of the views, 0 (global) or 1 (local); there are ``views`` of them, and ``seen`` crops of the teacher's.
+
+    Returns:
+        Two index tensors [pairs].
+    """
+    apart = torch.ones(views, seen, dtype=torch.bool)
+    if size == 0:
+        apart.fill_diagonal_(False)
+    v, g = apart.nonzero(as_tuple=True)
+    return v, g

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gtsa.geometry import pairs_of
 
 
 def region(student: Tensor, target: Tensor) -> Tensor:
@@ -45,6 +49,47 @@ def rotation(logits: Tensor, turns: Tensor) -> Tensor:
     """Cross-entropy over the four quarter-turns: logits [..., 4], turns [...] -> [...]."""
     loss = F.cross_entropy(_lifted(logits).flatten(0, -2), turns.flatten(), reduction="none")
     return loss.reshape(turns.shape)
+
+
+def cross_view(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy between what two networks say of views of one image (DINO, section 3.1).
+
+        loss = - sum_k teacher_k log softmax(student)_k      # for every pair of views
+
+    Args:
+        student: [..., V, K] logits, over their temperature.
+        teacher: [..., G, K] probabilities.
+
+    Returns:
+        [..., V, G]
+    """
+    with torch.autocast(student.device.type, enabled=False):  # a sum over thousands of prototypes
+        return -_lifted(student).log_softmax(-1) @ _lifted(teacher).transpose(-2, -1)
+
+
+def told_apart(students: Sequence[Tensor], teacher: Tensor) -> Tensor:
+    """How much more like another view of the same image than like views of other images a view is: [B], a figure.
+
+    Cosine of what the student says of a view with what the teacher says of another, less the mean of that with up to
+    eight other images, mean over pairs of views; the mean vector over the batch is taken off both first.
+
+    Args:
+        students: [B, V, K] for each size of views, the global ones first; these are the teacher's too.
+        teacher: [B, G, K].
+    """
+    target, found = _centred(teacher), []
+    for size, student in enumerate(students):
+        mine = _centred(student)
+        pairs = pairs_of(size, mine.shape[1], target.shape[1])
+        scores = [(mine @ target.roll(shift, 0).transpose(-2, -1))[:, *pairs] for shift in range(min(len(target), 9))]
+        found.append(scores[0] - (torch.stack(scores[1:]).mean(0) if scores[1:] else 0))
+    return torch.cat(found, 1).mean(1)
+
+
+def _centred(vectors: Tensor) -> Tensor:
+    """Directions of [B, V, K] without the mean over all of them, in float32 at least."""
+    lifted = _lifted(vectors)
+    return F.normalize(lifted - lifted.mean((0, 1)), dim=-1)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from gtsa.views import MultiCrop
 FEWEST_STEPS = 1_000
 QUICK = 0.5  # seconds that a pass of the probe may take
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-PUBLISHED = {"epochs": 100, "batch": 512, "rate": 5e-4, "global": 224, "local": 96}
+PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
 
 
 @dataclass
@@ -98,6 +99,16 @@ def sizes(plan: Plan) -> None:
     plan.settle({}, views=views.model_copy(update=chosen))
 
 
+def method(plan: Plan, sized: Mapping[str, Callable[[int], Any]], images: int) -> None:
+    """Resolves the settings of the method that follow from the number of images."""
+    name = plan.settings.method
+    section = getattr(plan.settings, name)
+    found = {key: rule(images) for key, rule in sized.items() if getattr(section, key) == "auto"}
+    if found:
+        told = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in found.items())
+        plan.settle({"method": f"{told} suit {images:,} images"}, **{name: section.model_copy(update=found)})
+
+
 def hold_out(plan: Plan, images: int) -> None:
     """Resolves how many images are left out of training."""
     given = plan.settings.hold_out
@@ -109,8 +120,12 @@ def hold_out(plan: Plan, images: int) -> None:
         raise Remedy(f"--hold-out {given} leaves nothing of {images} images to train on", 2)
 
 
-def budget(plan: Plan, images: int) -> None:
-    """Resolves batch, steps, learning rate and intervals for ``images`` training images."""
+def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
+    """Resolves batch, steps, learning rate and intervals for ``images`` training images.
+
+    Args:
+        base: the method's published learning rate for a batch of 256.
+    """
     s = plan.settings
     ranks = s.devices * s.nodes
     if s.batch_size == "auto":
@@ -130,10 +145,10 @@ def budget(plan: Plan, images: int) -> None:
         plan.settle({}, epochs="auto")
     if s.learning_rate == "auto":
         share = batch / 256
-        rate = float(f"{PUBLISHED['rate'] * (share if share >= 1 else share**0.5):.3g}")
-        why = (
-            "5e-4 x batch / 256, as published" if share >= 1 else "5e-4 x root of batch / 256: small batches need more"
-        )
+        rate = float(f"{base * (share if share >= 1 else share**0.5):.3g}")
+        why = f"{base:g} x batch / 256, as published"
+        if share < 1:
+            why = f"{base:g} x root of batch / 256: small batches need more"
         plan.settle({"learning_rate": why}, learning_rate=rate)
     steps = plan.settings.steps
     if s.checkpoint_every == "auto":
@@ -173,6 +188,7 @@ def probe(method: Method, multicrop: MultiCrop, fabric: Fabric, batch: int) -> C
     Memory is read off two images; time too, or off more of them, up to ``batch``, where two are done in no time.
     """
     method.train()
+    before = [buffer.clone() for buffer in method.buffers()]  # what a method gathers of a step
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -198,6 +214,8 @@ def probe(method: Method, multicrop: MultiCrop, fabric: Fabric, batch: int) -> C
     if count > few:
         each = min(seconds(count, nullcontext()) for _ in range(2)) / count
     method.zero_grad(set_to_none=True)
+    for buffer, value in zip(method.buffers(), before, strict=True):
+        buffer.copy_(value)
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     total = sum(p.nbytes for p in method.parameters())
     activations = sum(size for place, size in kept.items() if place not in own)
@@ -244,7 +262,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
     rows = [
         ("images", f"{train:,}", held),
         ("model", f"{s.model}, {millions:.1f} M parameters", "weights as above" if loaded else "untrained"),
-        ("method", s.method, ""),
+        ("method", s.method, why("method")),
         ("views", views, why("views")),
         ("batch size", s.batch_size, why("batch_size")),
         ("micro-batches", s.accumulate, why("accumulate")),

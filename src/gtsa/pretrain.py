@@ -14,7 +14,7 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, judging, methods, plan, weights
+from gtsa import augment, config, judging, plan, weights
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Replaced, Views
 from gtsa.data import HELD_OUT, NoImageLeft, StepSampler, ViewSet, generator, loader
@@ -165,14 +165,16 @@ class _Pretraining:
         self.settings = ready.settings
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
         files = first(fabric, lambda: self._scanned(data))  # everything that can be refused is opened before
-        self.method, self.loaded = self._networks()  # anything is written, and before a run that was here goes
+        plan.method(ready, config.METHODS[self.settings.method].sized, self._count(files))  # anything is written, and
+        self.settings = ready.settings  # before a run that was here goes
+        self.method, self.loaded = self._networks()
         plan.workers(ready)
         self.settings = ready.settings
         self.judged = first(fabric, self._questions) or []
         if run:
             run.begin(files or {})
         self.source, self.train, self.held_out = self._images(data)
-        plan.budget(ready, len(self.train))
+        plan.budget(ready, len(self.train), config.METHODS[self.settings.method].rate)
         self.settings = ready.settings
         self._remember(ready.settings)
         self.best: tuple[int, float] | None = None  # step and figure of --keep-best
@@ -190,6 +192,7 @@ class _Pretraining:
             warmup_then(Cosine(s.learning_rate, s.final_learning_rate), s.warmup, s.steps),
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
+            (0.9, s.beta2),
         )
         again = f"gtsa pretrain --out {s.out} --resume"
         training = self.training = Training(self.method, optimizer, s, fabric, self.run, again)
@@ -243,6 +246,12 @@ class _Pretraining:
             "images.jsonl": "\n".join(lines) + "\n",
         }
 
+    def _count(self, files: Mapping[str, str] | None) -> int:
+        """How many images the run is about, in every process."""
+        frozen = Path(self.settings.out, "images.jsonl")
+        known = 0 if files is None else files["images.jsonl"].count("\n") if files else frozen.read_text().count("\n")
+        return int(self.fabric.broadcast(known))
+
     def _images(self, data: Any) -> tuple[Source, list[int], list[int]]:
         """The source, restricted to usable images, and which of them train and which are held out."""
         s = self.plan.settings
@@ -290,10 +299,7 @@ class _Pretraining:
         known = {"normalisation": found.normalisation} if found and found.normalisation else {}
         encoder = Backbone(s.model, self.multicrop.global_size, s.drop_path, **known)  # type: ignore[arg-type]
         loaded = weights.load(found, encoder) if found else ""
-        options = s.options
-        if not s.views.rotations:
-            options["rotation_weight"] = 0.0  # nothing to predict where nothing is turned
-        return methods.found()[s.method](encoder, **options), loaded
+        return config.METHODS[s.method](encoder, **s.options), loaded
 
     def _begin(self, before: Kept | None) -> None:
         """What the run is compared with: the network at step 0, looked at now or kept by the checkpoint."""
@@ -317,6 +323,7 @@ class _Pretraining:
                 "model": self._teacher.model,
                 "arguments": self._teacher.arguments,
                 "normalisation": self._teacher.normalisation,
+                "feature": self._teacher.feature,
             },
             "images": self.digest,
             "unreadable": {str(k): v for k, v in self.bad.items()},
@@ -411,7 +418,8 @@ class _Pretraining:
         if self.best:
             say(f"\nbest:     {s.keep_best} {self.best[1]:.2f} at step {self.best[0]}, kept as a run in {out}/best")
         say(f"\npictures: {out}/pictures (your images as feature maps, at the start and now)")
-        say(f'load it:  timm.create_model("local-dir:{place}", pretrained=True)  # model(x): mean of the patch tokens')
+        what = {"mean": "mean of the patch tokens", "cls": "the CLS token"}[self._teacher.feature]
+        say(f'load it:  timm.create_model("local-dir:{place}", pretrained=True)  # model(x): {what}')
         self.fabric.barrier()
         return Trained(out, place, seen)
 

@@ -20,6 +20,18 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """Linear from ``start`` at time 0 to ``end`` at time ``until``, and ``end`` from then on."""
+
+    start: float
+    end: float
+    until: float
+
+    def __call__(self, time: float) -> float:
+        return self.end if time >= self.until else self.start + (self.end - self.start) * time / self.until
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Half a cosine from ``start`` at time 0 to ``end`` at time 1."""
 

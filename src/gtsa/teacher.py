@@ -6,6 +6,7 @@ import copy
 from typing import TypeVar
 
 import torch
+import torch.distributed as processes
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,3 +25,43 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float, accepted: Te
     change = list(torch._foreach_sub(theirs, mine))
     torch._foreach_mul_(change, torch.as_tensor((1 - momentum) * accepted, dtype=mine[0].dtype, device=mine[0].device))
     torch._foreach_add_(mine, change)
+
+
+class Centre(nn.Module):
+    """The running mean of a teacher's logits, which is taken off them so that no prototype can win for all images.
+
+    Published order: what a step sees is the mean of the steps before; its own logits join it once the step is done.
+
+    Args:
+        prototypes: K.
+        momentum: share of the old mean that is kept in a step.
+    """
+
+    value: Tensor
+    gathered: Tensor
+
+    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(prototypes))
+        self.register_buffer(
+            "gathered", torch.zeros(prototypes + 1), persistent=False
+        )  # sum of logits, and their number
+
+    @torch.no_grad()
+    def gather(self, logits: Tensor, rows: int | None = None) -> None:
+        """Logits [..., K] of a micro-batch, in every process; or the mean of ``rows`` of them."""
+        logits = logits.flatten(0, -2).to(self.gathered.dtype)
+        rows = rows or len(logits)
+        total = torch.cat([logits.mean(0) * rows, logits.new_tensor([float(rows)])])
+        if processes.is_available() and processes.is_initialized():
+            processes.all_reduce(total)
+        self.gathered += total
+
+    @torch.no_grad()
+    def follow(self, accepted: Tensor | float = 1.0) -> None:
+        """Moves towards the mean of what was gathered since, where ``accepted`` (0/1, on the device) is 1."""
+        mean = self.gathered[:-1] / self.gathered[-1].clamp(min=1)
+        change = (1 - self.momentum) * (mean - self.value)
+        self.value += torch.where(torch.as_tensor(accepted, device=change.device) > 0, change, 0)
+        self.gathered.zero_()

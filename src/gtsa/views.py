@@ -29,12 +29,15 @@ class MultiCrop:
         global_share: range of a global crop's share of the image's area.
         local_share: range of a local crop's share of the image's area.
         aspect: range of width over height, drawn log-uniformly.
-        global_overlap: a global crop shares more than this part of the image's area with every one drawn before it.
-        local_overlap: a local crop shares more than this part of the image's area with every global crop.
+        global_overlap: a global crop shares more than this part of the image's area with every one drawn before it; 0:
+            it may lie anywhere.
+        local_overlap: a local crop shares more than this part of the image's area with every global crop; 0: anywhere.
         rotations: quarter-turns, uniform over the four; False leaves every crop upright.
+        flip: probability that a crop is mirrored left to right.
         jitter: probability of colour jitter.
         grey: probability of greyscale.
-        blur: probability of Gaussian blur.
+        blur: probabilities of Gaussian blur: of the first global crop, of the other global crops, and of local crops.
+        solarise: probabilities, likewise, that the brighter half of the values is inverted.
         brightness: of the jitter, a factor from 1 -+ this.
         contrast: of the jitter, a factor from 1 -+ this.
         saturation: of the jitter, a factor from 1 -+ this.
@@ -52,22 +55,24 @@ class MultiCrop:
     global_overlap: float = 0.02
     local_overlap: float = 0.01
     rotations: bool = True
+    flip: float = 0.0
     jitter: float = 0.8
     brightness: float = 0.8
     contrast: float = 0.8
     saturation: float = 0.8
     hue: float = 0.2
     grey: float = 0.2
-    blur: float = 0.2
+    blur: tuple[float, float, float] = (0.2, 0.2, 0.2)
     sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def __call__(self, image: Tensor, rng: Generator) -> Views:
         """Views (B = 1) of ``image`` [3, H, W] uint8; every draw comes from ``rng``."""
         height, width = image.shape[-2:]
         global_boxes, local_boxes = self.boxes(width, height, rng)
-        groups = [self._cut(image, global_boxes, self.global_size, rng)]
+        groups = [self._cut(image, global_boxes, self.global_size, [0] + [1] * (len(global_boxes) - 1), rng)]
         if local_boxes:
-            groups.append(self._cut(image, local_boxes, self.local_size, rng))
+            groups.append(self._cut(image, local_boxes, self.local_size, [2] * len(local_boxes), rng))
         return Views.of(groups)
 
     def boxes(self, width: int, height: int, rng: Generator) -> tuple[list[Box], list[Box]]:
@@ -113,24 +118,29 @@ class MultiCrop:
             if 0 < w <= width and 0 < h <= height:
                 x, y = int(place[0] * (width - w + 1)), int(place[1] * (height - h + 1))
                 box = (x, y, x + w, y + h)
-                if all(_common(box, other) > least * area for other in earlier):
+                if least <= 0 or all(_common(box, other) > least * area for other in earlier):
                     return box
         return _legal(width, height, _uniform(rng, *share), least, earlier, rng)
 
-    def _cut(self, image: Tensor, boxes: list[Box], side: int, rng: Generator) -> Crops:
+    def _cut(self, image: Tensor, boxes: list[Box], side: int, kinds: list[int], rng: Generator) -> Crops:
+        """Crops of one size. ``kinds``: the first global crop is 0, other global ones are 1, local ones 2."""
         pixels = torch.stack([_resized(image, box, side) for box in boxes])
         turns = (rng.random(len(boxes)) * 4).astype(np.int64) * self.rotations
+        recipes = self._recipes(kinds, rng)
+        if self.flip > 0:
+            mirrored = torch.from_numpy(rng.random(len(boxes)) < self.flip)
+            pixels[mirrored] = pixels[mirrored].flip(-1)
         return Crops(
             pixels[None],
             torch.tensor(boxes, dtype=torch.float64)[None],
             torch.from_numpy(turns)[None],
-            torch.from_numpy(self._recipes(len(boxes), rng))[None],
+            torch.from_numpy(recipes)[None],
         )
 
-    def _recipes(self, count: int, rng: Generator) -> np.ndarray:
-        """Colour recipes [count, len(Colour)] float32."""
-        draws = rng.random((count, 9))
-        recipe = np.zeros((count, len(Colour)), dtype=np.float32)
+    def _recipes(self, kinds: list[int], rng: Generator) -> np.ndarray:
+        """Colour recipes of crops of these kinds: [crops, len(Colour)] float32."""
+        draws = rng.random((len(kinds), 9))
+        recipe = np.zeros((len(kinds), len(Colour)), dtype=np.float32)
         for column, strength in (
             (Colour.BRIGHTNESS, self.brightness),
             (Colour.CONTRAST, self.contrast),
@@ -141,7 +151,9 @@ class MultiCrop:
         recipe[:, Colour.ORDER] = np.where(draws[:, 5] < self.jitter, (draws[:, 4] * 24).astype(int), -1)
         recipe[:, Colour.GREY] = draws[:, 6] < self.grey
         sigma = self.sigma[0] + draws[:, 8] * (self.sigma[1] - self.sigma[0])
-        recipe[:, Colour.SIGMA] = np.where(draws[:, 7] < self.blur, sigma, 0)
+        recipe[:, Colour.SIGMA] = np.where(draws[:, 7] < np.take(self.blur, kinds), sigma, 0)
+        if any(self.solarise):
+            recipe[:, Colour.SOLARISE] = rng.random(len(kinds)) < np.take(self.solarise, kinds)
         return recipe
 
 

@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import timm
@@ -39,6 +39,7 @@ class Weights:
     left: dict[str, int] = field(default_factory=dict)  # tensors that are not the encoder's, by part
     guessed: bool = False  # model and arguments, from the tensors alone
     remark: str = ""  # how they were told, or why not
+    feature: Literal["mean", "cls"] = "mean"  # what one vector an image is to be, where they say so
 
 
 def find(spec: str, network: str = "teacher") -> Weights:
@@ -143,7 +144,8 @@ def _from_run(path: Path, network: str) -> Weights:
     if place is None:
         raise Remedy(f"{path} has no whole checkpoint{': ' + '; '.join(problems) if problems else ' yet'}", 4)
     tensors, state = checkpoint.read(place)
-    start = f"{network}.encoder.vit."
+    names = [n for n in (network, "student") if any(k.startswith(f"{n}.encoder.") for k in tensors["objective"])]
+    start = f"{names[0]}.encoder.vit."  # a method without a teacher has a student alone
     encoder = {k.removeprefix(start): v for k, v in tensors["objective"].items() if k.startswith(start)}
     known = state["encoder"]
     return Weights(
@@ -152,6 +154,7 @@ def _from_run(path: Path, network: str) -> Weights:
         known["model"],
         _normalisation(*known["normalisation"]),
         known["arguments"],
+        feature=known.get("feature", "mean"),
     )
 
 
@@ -174,7 +177,8 @@ def _from_folder(path: Path) -> Weights:
             raise Remedy(f"{path}: config.json has model_args {strange[0]}, which is no argument of a ViT", 4)
         if isinstance(arguments["img_size"], list):
             (arguments["img_size"],) = set(arguments["img_size"])  # squares alone
-        return Weights(tensors, str(path), str(config["architecture"]), known, arguments)
+        feature: Literal["mean", "cls"] = "cls" if arguments.get("global_pool") == "token" else "mean"
+        return Weights(tensors, str(path), str(config["architecture"]), known, arguments, feature=feature)
     except Remedy:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

@@ -9,6 +9,7 @@ from gtsa import methods
 from gtsa.backbone import Backbone
 from gtsa.config import MethodSettings, validated
 from gtsa.core import Crops, Method, Views
+from gtsa.evals.health import SCORES
 
 FOUND = methods.found()
 
@@ -30,7 +31,7 @@ def views(batch=3, globals_=2, locals_=2):
 
 
 def test_methods_are_found():
-    assert "gtsa" in FOUND
+    assert {"gtsa", "dino", "ibot", "mae"} <= set(FOUND)
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -49,9 +50,11 @@ class TestMethod:
         parts["loss"].backward()
         student = method.encoders["student"]
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
-        assert all(p.grad is None for p in method.encoders["teacher"].parameters())
+        if method.encoders["teacher"] is not student:
+            assert all(p.grad is None for p in method.encoders["teacher"].parameters())
 
-    def test_the_loss_is_a_mean_over_the_batch(self, name):
+    def test_the_loss_is_a_mean_over_the_batch(self, name, monkeypatch):
+        monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.3))  # all images draw alike
         method = small(FOUND[name]).eval()
         whole, one = views(batch=4), views(batch=4)
         halves = [
@@ -65,6 +68,8 @@ class TestMethod:
 
     def test_the_teacher_follows_and_stays_in_evaluation_mode(self, name):
         method = small(FOUND[name]).train()
+        if method.encoders["teacher"] is method.encoders["student"]:
+            return
         assert not method.encoders["teacher"].training
         teacher = [p.clone() for p in method.encoders["teacher"].parameters()]
         with torch.no_grad():
@@ -85,5 +90,5 @@ class TestMethod:
 
     def test_diagnoses_are_per_image(self, name):
         figures = small(FOUND[name]).eval().diagnose(views())
-        assert "region_score" in figures
+        assert next(iter(figures)) in SCORES
         assert all(values.shape == (3,) and torch.isfinite(values).all() for values in figures.values())

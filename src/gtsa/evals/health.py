@@ -27,6 +27,12 @@ TOKENS = 4096  # rows of the matrix whose rank is taken
 CHANCE = 0.25  # of four rotations
 CHOSEN = 41  # stream of random numbers: which patches of an image are looked at
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
+SCORES = {  # figures of Method.diagnose whose gain over step 0 counts, and what it says
+    "region_score": "true regions are predicted {} than other images' regions (cosine)",
+    "image_score": "views of an image are told {} from other images' views (cosine)",
+    "patch_score": "patches find their place in another view {} (share of the way)",
+    "pixel_score": "hidden patches are painted {} than with another image's colours (share of the error)",
+}
 LONG = 1_000  # steps from which a run without progress counts as stalled
 
 
@@ -172,11 +178,11 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
     figures: dict[str, Any] = {"images": images}
     reasons: list[str] = []
     learnt: dict[str, bool] = {}
-    for name in ("region_score", "patch_score"):
-        if name in now.scores:
+    for name in now.scores:
+        if name in SCORES:
             gain = interval(now.of(name, common) - start.of(name, common))
             figures |= _named(name.replace("score", "gain"), gain)
-            reasons.append(_region(gain, f"{images} {where}") if name == "region_score" else _patch(gain))
+            reasons.append(_better(name, gain, f"{images} {where}"))
             learnt[name] = _clear(gain, 0, MARGIN)
     if "rotation_accuracy" in now.scores:
         accuracy = now.of("rotation_accuracy", common)
@@ -192,9 +198,10 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
         f"features {'have shrunk' if shrunk else 'keep their room'}: effective rank {now.rank:.1f} (step 0: "
         f"{start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
     )
-    if shrunk and not (learnt["region_score"] and now.spread > start.spread / 10):
+    main = learnt[next(iter(now.scores))]
+    if shrunk and not (main and now.spread > start.spread / 10):
         word = "collapsing"
-    elif learnt["region_score"] or learnt.get("rotation"):
+    elif main or learnt.get("rotation"):
         word = "learning"
     elif step < LONG:
         word = "too short to tell"
@@ -214,23 +221,11 @@ def _clear(values: Interval, floor: float, margin: float) -> bool:
     return values[1] > floor and values[0] >= floor + margin
 
 
-def _region(gain: Interval, images: str) -> str:
-    if _clear(gain, 0, MARGIN):
-        better = "predicted better"
-    else:
-        better = "hardly predicted better" if gain[1] > 0 else "not clearly predicted better"
-    between = f"95 % interval {gain[1]:+.3f} to {gain[2]:+.3f}" if isfinite(gain[1]) else "no interval"
-    where = f"by {gain[0]:+.3f} cosine over step 0 ({between}, {images})"
-    return f"true regions are {better} than other images' regions, {where}"
-
-
-def _patch(gain: Interval) -> str:
-    mean, low, high = (100 * value for value in gain)
-    between = f"95 % interval {low:+.1f} to {high:+.1f} %" if isfinite(low) else "no interval"
-    return (
-        f"patches {'find' if low > 0 else 'do not clearly find'} their place in another view better, by {mean:+.1f} % "
-        f"of the way over step 0 ({between})"
-    )
+def _better(name: str, gain: Interval, images: str) -> str:
+    mean, low, high = gain
+    better = "better" if _clear(gain, 0, MARGIN) else "hardly better" if low > 0 else "not clearly better"
+    between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
+    return f"{SCORES[name].format(better)}, by {mean:+.3f} over step 0 ({between}, {images})"
 
 
 def _rotation(accuracy: Interval, learnt: bool) -> str:
@@ -248,5 +243,5 @@ def advice(word: str) -> str:
         "learning": "train longer for more, or evaluate the export on your task",
         "too short to tell": f"give it more steps (at least {LONG:,}) before you judge",
         "stalled": "more varied images, a larger batch or a higher --learning-rate may help",
-        "collapsing": "start anew with a lower --learning-rate or a higher teacher momentum (--gtsa.momentum)",
+        "collapsing": "start anew with a lower --learning-rate or a higher momentum of the teacher",
     }[word]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gtsa import losses
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Method, Remedy, Views
-from gtsa.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
+from gtsa.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
 from gtsa.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.schedules import After, Cosine
 from gtsa.teacher import copy_of, follow
@@ -47,6 +47,8 @@ class GTSA(Method):
             either whole map, which makes the method insensitive to cropping (an ablation).
         momentum: of the teacher at the start; it rises to 1 along a cosine.
     """
+
+    compares_places = True
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class GTSA(Method):
         for size, crops in enumerate(views.groups):
             maps, logits = self.student_maps(crops)  # [B, V, h, w, C], [B, V, 4]
             student_cells, target_cells = self.pooled(maps, teacher, crops, views.global_crops, size)
-            pairs = _pairs(size, crops, views.global_crops)
+            pairs = pairs_of(size, crops.count, views.global_crops.count)
             region.append(losses.region(student_cells, target_cells)[:, *pairs])  # [B, pairs]
             if patch_weight > 0:
                 patch.append(self.patch_loss(maps, teacher, size)[:, *pairs])
@@ -186,7 +188,7 @@ class GTSA(Method):
         for size, crops in enumerate(views.groups):
             predicted, logits = self.student_maps(crops)
             maps = _centred(predicted)
-            pairs = _pairs(size, crops, views.global_crops)
+            pairs = pairs_of(size, crops.count, views.global_crops.count)
             scores = [
                 -losses.region(*self.pooled(maps, teacher.roll(shift, 0), crops, views.global_crops, size))[:, *pairs]
                 for shift in range(min(len(teacher), 9))  # 0: the image itself, then up to eight others
@@ -215,15 +217,6 @@ def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
     mine = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.turns[:, :, None], view.side)
     theirs = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.turns[:, None], seen.side)
     return mine, theirs.transpose(1, 2)
-
-
-def _pairs(size: int, view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
-    """Which (view, teacher's crop) count: all, but no global crop with itself. Two index tensors."""
-    apart = torch.ones(view.count, seen.count, dtype=torch.bool)
-    if size == 0:
-        apart.fill_diagonal_(False)
-    v, g = apart.nonzero(as_tuple=True)
-    return v, g
 
 
 def _mean(parts: list[Tensor]) -> Tensor:

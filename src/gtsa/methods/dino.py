@@ -1,0 +1,137 @@
+"""DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294), in the order of the paper.
+
+Shapes: B images, V views of one size, G global crops, D width of a token, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gtsa import losses
+from gtsa.backbone import Backbone
+from gtsa.core import Crops, Method, Remedy, Views
+from gtsa.geometry import pairs_of
+from gtsa.heads import PrototypeHead, prototypes_for
+from gtsa.schedules import Cosine, Ramp
+from gtsa.teacher import Centre, copy_of, follow
+
+VIEWS = {
+    "rotations": False, "flip": 0.5, "global_share": (0.4, 1.0), "local_share": (0.05, 0.4), "global_overlap": 0.0,
+    "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "blur": (1.0, 0.1, 0.5),
+    "solarise": (0.0, 0.2, 0.0),
+}  # fmt: skip
+
+
+class Branch(nn.Module):
+    """What student and teacher have in common: encoder and head, which reads the CLS token."""
+
+    def __init__(self, encoder: Backbone, head: PrototypeHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, crops: Crops, frozen: bool = False) -> Tensor:
+        """Logits [B, V, K]."""
+        logits: Tensor = self.head(self.encoder(crops.pixels.flatten(0, 1)).prefix[:, 0], frozen)
+        return logits.reshape(*crops.turns.shape, -1)
+
+
+class DINO(Method):
+    """Student and teacher say of views of one image which prototypes they show, and are to agree.
+
+    Args:
+        encoder: the student's encoder; the teacher starts as its copy.
+        prototypes: K, the width of what the head says. auto: 65,536 as published; below 20,000 images 1,024 to 4,096.
+        hidden: width of the head's hidden layers.
+        bottleneck: width of what is compared with the prototypes.
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's softmax at the start, and from the end of its warm-up on.
+        temperature_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
+            end value already.
+        freeze: time in which the student's prototypes stay as they are.
+        centre_momentum: share of the centre that is kept in a step.
+        momentum: of the teacher at the start; it rises to 1 along a cosine.
+    """
+
+    published: ClassVar = {"views": VIEWS}
+    sized: ClassVar = {"prototypes": prototypes_for}
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        prototypes: int = 65536,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        student_temperature: float = 0.1,
+        teacher_temperature: tuple[float, float] = (0.04, 0.07),
+        temperature_warmup: float = 0.29,
+        freeze: float = 0.01,
+        centre_momentum: float = 0.9,
+        momentum: float = 0.996,
+    ) -> None:
+        super().__init__()
+        if min(prototypes, hidden, bottleneck) < 1:
+            raise Remedy("dino: prototypes, hidden and bottleneck must be at least 1")
+        if min(student_temperature, *teacher_temperature) <= 0:
+            raise Remedy("dino: temperatures must be above 0; published are 0.1, and 0.04 to 0.07")
+        if not all(0 <= share <= 1 for share in (temperature_warmup, freeze, centre_momentum, momentum)):
+            raise Remedy("dino: temperature_warmup, freeze, centre_momentum and momentum are from 0 to 1")
+        if not encoder.prefix:
+            raise Remedy(f"dino reads the CLS token, and {encoder.model} has none; choose a model that has one")
+        encoder.feature = "cls"
+        self.student = Branch(encoder, PrototypeHead(encoder.width, prototypes, hidden, bottleneck))
+        self.teacher = copy_of(self.student)
+        self.centre = Centre(prototypes, centre_momentum)
+        self.student_temperature = student_temperature
+        self.teacher_temperature = Ramp(*teacher_temperature, temperature_warmup)
+        self.freeze = freeze
+        self.momentum = Cosine(momentum, 1.0)
+
+    def forward(self, views: Views, time: float) -> dict[str, Tensor]:
+        teacher = self.teacher_says(views.global_crops, time)  # [B, G, K]
+        found = []
+        for size, crops in enumerate(views.groups):
+            logits = self.student(crops, frozen=time < self.freeze)  # [B, V, K]
+            pairs = pairs_of(size, crops.count, views.global_crops.count)
+            found.append(losses.cross_view(logits / self.student_temperature, teacher)[:, *pairs])  # [B, pairs]
+        entropy = -(teacher * teacher.clamp(min=1e-12).log()).sum(-1).mean()
+        return {"loss": torch.cat(found, 1).mean(), "teacher_entropy": entropy / math.log(teacher.shape[-1])}
+
+    def after_step(self, time: float, accepted: Tensor | float = 1.0) -> None:
+        self.centre.follow(accepted)
+        follow(self.teacher, self.student, self.momentum(time), accepted)
+
+    def train(self, mode: bool = True) -> DINO:
+        super().train(mode)
+        self.teacher.eval()  # no drop path in the teacher, ever
+        return self
+
+    # Avoiding collapse: centring and sharpening (section 3.1)
+
+    @torch.no_grad()
+    def teacher_says(self, crops: Crops, time: float) -> Tensor:
+        """Probabilities [B, G, K]: logits without their centre, sharpened."""
+        logits = self.teacher(crops).to(self.centre.value.dtype)
+        said: Tensor = ((logits - self.centre.value) / self.teacher_temperature(time)).softmax(-1)
+        if self.training:
+            self.centre.gather(logits)
+        return said
+
+    # For evaluation
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]:
+        return {"teacher": self.teacher.encoder, "student": self.student.encoder}
+
+    @torch.no_grad()
+    def diagnose(self, views: Views) -> dict[str, Tensor]:
+        """Per image ``image_score``, the mean over pairs of views: cosine of what the student says of a view with what
+        the teacher says of another view of the same image, less that with other images. The mean over the batch is
+        taken off both first.
+        """
+        students = [self.student(crops) for crops in views.groups]
+        return {"image_score": losses.told_apart(students, self.teacher(views.global_crops))}

@@ -1,0 +1,183 @@
+"""iBOT: image BERT pre-training with online tokenizer (Zhou et al. 2022, arXiv 2111.07832), in the order of the paper.
+
+Shapes: B images, V views of one size, G global crops, h x w patches, D width, K prototypes, M hidden patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gtsa import losses, masks
+from gtsa.backbone import Backbone
+from gtsa.core import Crops, Method, Remedy, Tokens, Views
+from gtsa.geometry import pairs_of
+from gtsa.heads import PrototypeHead, prototypes_for
+from gtsa.schedules import Cosine, Ramp
+from gtsa.teacher import Centre, copy_of, follow
+
+VIEWS = {
+    "rotations": False, "flip": 0.5, "global_share": (0.25, 1.0), "local_share": (0.05, 0.25), "local_crops": 10,
+    "global_overlap": 0.0, "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
+    "blur": (1.0, 0.1, 0.5), "solarise": (0.0, 0.2, 0.0),
+}  # fmt: skip
+
+
+class Branch(nn.Module):
+    """What student and teacher have in common: encoder, and one head for CLS and patch tokens."""
+
+    def __init__(self, encoder: Backbone, head: PrototypeHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+
+class IBOT(Method):
+    """DINO, and beside it: the student says of hidden patches what the teacher, who sees them, says of them.
+
+    Args:
+        encoder: the student's encoder; the teacher starts as its copy.
+        prototypes: K, the width of what the head says. auto: 8,192 as published; below 20,000 images 1,024 to 4,096.
+        hidden: width of the head's hidden layers.
+        bottleneck: width of what is compared with the prototypes.
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the teacher's softmax at the start, and from the end of its warm-up on.
+        temperature_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
+            end value already.
+        mask_share: range of the part of a global crop's patches that are hidden from the student.
+        mask_probability: share of global crops that anything is hidden of.
+        patch_weight: of the loss of hidden patches.
+        freeze: time in which the student's prototypes stay as they are.
+        centre_momentum: share of the centres that is kept in a step.
+        momentum: of the teacher at the start; it rises to 1 along a cosine.
+    """
+
+    published: ClassVar = {"views": VIEWS}
+    sized: ClassVar = {"prototypes": lambda images: min(8192, prototypes_for(images))}
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        prototypes: int = 8192,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        student_temperature: float = 0.1,
+        teacher_temperature: tuple[float, float] = (0.04, 0.07),
+        temperature_warmup: float = 0.29,
+        mask_share: tuple[float, float] = (0.1, 0.5),
+        mask_probability: float = 0.5,
+        patch_weight: float = 1.0,
+        freeze: float = 0.01,
+        centre_momentum: float = 0.9,
+        momentum: float = 0.996,
+    ) -> None:
+        super().__init__()
+        if min(prototypes, hidden, bottleneck) < 1:
+            raise Remedy("ibot: prototypes, hidden and bottleneck must be at least 1")
+        if min(student_temperature, *teacher_temperature) <= 0 or patch_weight < 0:
+            raise Remedy("ibot: temperatures must be above 0, and patch_weight not below")
+        shares = (temperature_warmup, freeze, centre_momentum, momentum, mask_probability, *mask_share)
+        if not all(0 <= share <= 1 for share in shares) or mask_share[0] > mask_share[1]:
+            raise Remedy(
+                "ibot: mask_share (rising), mask_probability, temperature_warmup, freeze, centre_momentum and momentum "
+                "are from 0 to 1"
+            )
+        if not encoder.prefix:
+            raise Remedy(f"ibot reads the CLS token, and {encoder.model} has none; choose a model that has one")
+        encoder.feature = "cls"
+        self.student = Branch(encoder, PrototypeHead(encoder.width, prototypes, hidden, bottleneck))
+        self.teacher = copy_of(self.student)
+        self.mask_token = nn.Parameter(torch.zeros(1, encoder.width))
+        self.centre, self.patch_centre = Centre(prototypes, centre_momentum), Centre(prototypes, centre_momentum)
+        self.student_temperature = student_temperature
+        self.teacher_temperature = Ramp(*teacher_temperature, temperature_warmup)
+        self.mask_share, self.mask_probability, self.patch_weight = mask_share, mask_probability, patch_weight
+        self.freeze = freeze
+        self.momentum = Cosine(momentum, 1.0)
+
+    def forward(self, views: Views, time: float) -> dict[str, Tensor]:
+        frozen, seen = time < self.freeze, views.global_crops
+        theirs = self._tokens(self.teacher, seen)
+        said = self._said(self._cls(self.teacher, theirs, seen), self.centre, time)  # [B, G, K]
+        hidden = self.hidden(seen, theirs.patches.shape[1]).to(theirs.patches.device)  # [B * G, h, w]
+
+        found, mine = [], theirs
+        for size, crops in enumerate(views.groups):
+            tokens = self._tokens(self.student, crops, hidden if size == 0 else None)
+            mine = tokens if size == 0 else mine
+            logits = self._cls(self.student, tokens, crops, frozen) / self.student_temperature  # [B, V, K]
+            found.append(losses.cross_view(logits, said)[:, *pairs_of(size, crops.count, seen.count)])
+        parts = {"view": torch.cat(found, 1).mean(), "patch": self._patch_loss(mine, theirs, hidden, time, frozen)}
+        return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
+
+    def after_step(self, time: float, accepted: Tensor | float = 1.0) -> None:
+        self.centre.follow(accepted)
+        self.patch_centre.follow(accepted)
+        follow(self.teacher, self.student, self.momentum(time), accepted)
+
+    def train(self, mode: bool = True) -> IBOT:
+        super().train(mode)
+        self.teacher.eval()  # no drop path in the teacher, ever
+        return self
+
+    # What is hidden (section 3.3 and appendix)
+
+    def hidden(self, crops: Crops, side: int) -> Tensor:
+        """bool [B * G, side, side]: blocks of a random share of a part of the crops."""
+        count = crops.turns.numel()
+        draws = torch.rand(2, count)
+        low, high = self.mask_share
+        return masks.blocks((low + (high - low) * draws[0]) * (draws[1] < self.mask_probability), side)
+
+    def _patch_loss(self, mine: Tokens, theirs: Tokens, hidden: Tensor, time: float, frozen: bool) -> Tensor:
+        """Cross-entropy of hidden patches, the mean of those of a crop first; 0 where nothing is hidden."""
+        with torch.no_grad():
+            directions = self.teacher.head.directions(theirs.patches)
+            mean = directions.mean((0, 1, 2), keepdim=True)[0]
+            if self.training:
+                self.patch_centre.gather(self.teacher.head.compared(mean), rows=hidden.numel())
+            target = self.teacher.head.compared(directions[hidden])
+            target = ((target - self.patch_centre.value) / self.teacher_temperature(time)).softmax(-1)  # [M, K]
+        logits = self.student.head(mine.patches[hidden], frozen) / self.student_temperature
+        entropy = losses.cross_view(logits[:, None], target[:, None])[:, 0, 0]  # [M]
+        counts = hidden.sum((1, 2)).clamp(min=1)[:, None, None].expand(hidden.shape)[hidden]
+        return (entropy / counts).sum() / len(hidden) + 0 * self.mask_token.sum()  # DDP waits for its gradient
+
+    # Student and teacher (sections 3.1 and 3.2)
+
+    def _tokens(self, branch: Branch, crops: Crops, hidden: Tensor | None = None) -> Tokens:
+        pixels = crops.pixels.flatten(0, 1)
+        if hidden is not None:
+            return branch.encoder.masked(pixels, hidden, self.mask_token[0])
+        with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
+            tokens: Tokens = branch.encoder(pixels)
+        return tokens
+
+    def _cls(self, branch: Branch, tokens: Tokens, crops: Crops, frozen: bool = False) -> Tensor:
+        """Logits [B, V, K] of the CLS tokens."""
+        with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
+            logits: Tensor = branch.head(tokens.prefix[:, 0], frozen)
+        return logits.reshape(*crops.turns.shape, -1)
+
+    @torch.no_grad()
+    def _said(self, logits: Tensor, centre: Centre, time: float) -> Tensor:
+        """Probabilities of the teacher: logits without their centre, sharpened."""
+        said: Tensor = ((logits - centre.value) / self.teacher_temperature(time)).softmax(-1)
+        if self.training:
+            centre.gather(logits)
+        return said
+
+    # For evaluation
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]:
+        return {"teacher": self.teacher.encoder, "student": self.student.encoder}
+
+    @torch.no_grad()
+    def diagnose(self, views: Views) -> dict[str, Tensor]:
+        """Per image ``image_score``, as of DINO: an image is told from others by another view of it."""
+        teacher = self._cls(self.teacher, self._tokens(self.teacher, views.global_crops), views.global_crops)
+        students = [self._cls(self.student, self._tokens(self.student, crops), crops) for crops in views.groups]
+        return {"image_score": losses.told_apart(students, teacher)}

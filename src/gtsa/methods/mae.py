@@ -1,0 +1,172 @@
+"""MAE: masked autoencoders (He et al. 2022, arXiv 2111.06377), in the order of the paper.
+
+Shapes: N images (one view each), P patches, k of them visible, D and E widths of encoder and decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gtsa import masks
+from gtsa.backbone import Backbone
+from gtsa.core import Method, Remedy, Views
+
+VIEWS = {
+    "global_crops": 1, "local_crops": 0, "global_share": (0.2, 1.0), "rotations": False, "flip": 0.5, "jitter": 0.0,
+    "grey": 0.0, "blur": (0.0, 0.0, 0.0),
+}  # fmt: skip
+
+
+class MAE(Method):
+    """The encoder sees a quarter of the patches; from its tokens a small decoder paints the others. It has no teacher.
+
+    As everywhere here, positions of the encoder are learnt; the paper's are fixed sines and cosines.
+
+    Args:
+        encoder: what is trained, and kept.
+        mask_share: part of the patches that are hidden.
+        decoder_dim: width of the decoder; a multiple of 64, or of 4 and one head wide.
+        decoder_depth: its blocks.
+        normalise: paint every patch with its own mean and deviation taken off.
+    """
+
+    published: ClassVar = {
+        "views": VIEWS, "weight_decay": 0.05, "final_weight_decay": 0.05, "beta2": 0.95, "warmup": 0.05, "clip": 0.0,
+        "drop_path": 0.0, "final_learning_rate": 0.0,
+    }  # fmt: skip
+    rate = 1.5e-4
+    fewest_views = 1
+
+    def __init__(
+        self,
+        encoder: Backbone,
+        mask_share: float = 0.75,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        normalise: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 < mask_share < 1:
+            raise Remedy(f"mae.mask_share: above 0 and below 1, not {mask_share}; published is 0.75")
+        if decoder_dim < 4 or decoder_dim % 4 or decoder_depth < 1:
+            raise Remedy("mae: decoder_dim must be a multiple of 4, and decoder_depth at least 1")
+        self.student = nn.ModuleDict({"encoder": encoder})
+        self.decoder = Decoder(encoder.width, decoder_dim, decoder_depth, 3 * encoder.patch**2)
+        self.mask_share, self.normalise = mask_share, normalise
+
+    def forward(self, views: Views, time: float) -> dict[str, Tensor]:
+        pixels = views.global_crops.pixels.flatten(0, 1)
+        order = masks.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
+        painted, hidden = self.paint(pixels, order)
+        return {"loss": self.errors(painted, self.targets(pixels), hidden).mean()}
+
+    # Asymmetric encoder and decoder (section 3)
+
+    def paint(self, pixels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder makes of all patches, [N, P, 3 p p], and which of them were hidden, bool [N, P].
+
+        Args:
+            order: [N, P], a permutation of the patches for each image, of which the first ones are visible.
+        """
+        encoder = self.encoder
+        count = max(1, round((1 - self.mask_share) * order.shape[1]))
+        tokens = encoder.visible(pixels, order[:, :count])
+        hidden = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :count], False)
+        grid = pixels.shape[-2] // encoder.patch, pixels.shape[-1] // encoder.patch
+        return self.decoder(tokens[:, encoder.prefix :], order, grid), hidden
+
+    def targets(self, pixels: Tensor) -> Tensor:
+        """Pixels of every patch, [N, P, 3 p p], each patch with mean 0 and deviation 1 if so wanted."""
+        p = self.encoder.patch
+        n, c, height, width = pixels.shape
+        cells = pixels.reshape(n, c, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
+        cells = cells.reshape(n, self._patches(pixels), -1).to(torch.promote_types(pixels.dtype, torch.float32))
+        if not self.normalise:
+            return cells
+        return (cells - cells.mean(-1, keepdim=True)) / (cells.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    @staticmethod
+    def errors(painted: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+        """Mean squared error over the hidden patches of each image, [N]."""
+        each = (painted.to(targets.dtype) - targets).square().mean(-1) * hidden
+        error: Tensor = each.sum(1) / hidden.sum(1)
+        return error
+
+    @property
+    def encoder(self) -> Backbone:
+        return self.student["encoder"]  # type: ignore[return-value]
+
+    def _patches(self, pixels: Tensor) -> int:
+        return pixels.shape[-2] * pixels.shape[-1] // self.encoder.patch**2
+
+    # For evaluation
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]:
+        return {"teacher": self.encoder, "student": self.encoder}
+
+    @torch.no_grad()
+    def diagnose(self, views: Views) -> dict[str, Tensor]:
+        """Per image ``pixel_score``: by what share the error of painting its hidden patches is below the error with
+        regard to the same patches of up to eight other images. Always the same patches are hidden.
+        """
+        crops = views.global_crops
+        pixels = crops.pixels.flatten(0, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            order = masks.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
+        painted, hidden = self.paint(pixels, order)
+        targets = self.targets(pixels)
+        of_others = [
+            self.errors(painted, targets.roll(shift * crops.count, 0), hidden)
+            for shift in range(1, min(len(crops.pixels), 9))
+        ]
+        own = self.errors(painted, targets, hidden)
+        score = 1 - own / torch.stack(of_others).mean(0) if of_others else torch.zeros_like(own)
+        return {"pixel_score": score.reshape(len(crops.pixels), crops.count).mean(1)}
+
+
+class Decoder(nn.Module):
+    """Pre-norm transformer blocks over all patches: those that were seen, and a learnt token for each hidden one.
+
+    Args:
+        width_in: of the encoder's tokens.
+        width: E, a multiple of 4.
+        out: values of a patch.
+    """
+
+    def __init__(self, width_in: int, width: int, depth: int, out: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width_in, width)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        heads = max(1, width // 32)
+        heads = heads if width % heads == 0 else 1
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.paint = nn.Linear(width, out)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.token, std=0.02)
+
+    def forward(self, seen: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[N, k, D] tokens of the first k patches of ``order`` [N, P] -> [N, P, out], row by row."""
+        tokens = self.embed(seen)
+        rest = self.token.to(tokens.dtype).expand(len(tokens), order.shape[1] - tokens.shape[1], -1)
+        places = order.argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[-1])
+        whole = torch.cat([tokens, rest], dim=1).gather(1, places)
+        return self.paint(self.blocks(whole + sines(grid, tokens.shape[-1]).to(tokens)))  # type: ignore[no-any-return]
+
+
+def sines(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed positions [h * w, width]: sines and cosines of row and column, a quarter of the width each."""
+    rates = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(length, dtype=torch.float64)[:, None] * rates for length in grid)
+    parts = [rows.sin(), rows.cos()], [columns.sin(), columns.cos()]
+    down, across = (torch.cat(part, 1) for part in parts)
+    return torch.cat([down.repeat_interleave(grid[1], 0), across.repeat(grid[0], 1)], 1)

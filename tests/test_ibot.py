@@ -1,0 +1,156 @@
+"""iBOT against its published formulas, written out slowly in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from gtsa import config
+from gtsa.backbone import Backbone
+from gtsa.core import Remedy
+from gtsa.methods.ibot import IBOT
+from test_dino import loss_by_hand, softmax, views
+
+SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
+
+
+def method(**settings):
+    torch.manual_seed(0)
+    encoder = Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2, "embed_dim": 48, "num_heads": 3})
+    ibot = IBOT(encoder, **{**SMALL, **settings}).double()
+    with torch.no_grad():
+        ibot.mask_token += 0.1 * torch.randn(48, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        for p in ibot.teacher.parameters():  # the teacher is another network
+            p.add_(0.05 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(3)))
+    return ibot
+
+
+def tokens_by_hand(encoder, pixels, hidden=None, token=None):
+    """timm's own steps, with the token put in by hand."""
+    vit = encoder.vit
+    x = vit.patch_embed(pixels)  # [N, h, w, D]
+    if hidden is not None:
+        x = x.clone()
+        for n, row, column in hidden.nonzero().tolist():
+            x[n, row, column] = token
+    return vit.norm(vit.blocks(vit.norm_pre(vit._pos_embed(x)))).detach()
+
+
+def head_by_hand(head, tokens):
+    return head(tokens).detach().numpy()
+
+
+def fixed(hidden):
+    return lambda crops, side: hidden
+
+
+@pytest.fixture
+def hidden():
+    """Of two images with two global crops each: a block, nothing, one patch, and all but one."""
+    found = torch.zeros(4, 4, 4, dtype=torch.bool)
+    found[0, 1:3, :2], found[2, 3, 3], found[3] = True, True, True
+    found[3, 0, 0] = False
+    return found
+
+
+def test_hidden_patches_are_replaced_before_positions_are_added(hidden):
+    ibot, pixels = method(), views(2).global_crops.pixels.flatten(0, 1)
+    found = ibot.student.encoder.masked(pixels, hidden, ibot.mask_token[0])
+    by_hand = tokens_by_hand(ibot.student.encoder, pixels, hidden, ibot.mask_token[0])
+    torch.testing.assert_close(found.patches.flatten(1, 2), by_hand[:, 1:])
+    torch.testing.assert_close(found.prefix, by_hand[:, :1])
+    torch.testing.assert_close(ibot.student.encoder(pixels).prefix, tokens_by_hand(ibot.student.encoder, pixels)[:, :1])
+
+
+def test_the_losses_are_the_published_ones(hidden):
+    ibot, seen = method().eval(), views(2)
+    ibot.hidden = fixed(hidden)
+    ibot.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
+    ibot.patch_centre.value += torch.linspace(0.2, -0.2, 32, dtype=torch.float64)
+    parts = ibot(seen, 0.5)
+
+    pixels = seen.global_crops.pixels.flatten(0, 1)
+    mine = tokens_by_hand(ibot.student.encoder, pixels, hidden, ibot.mask_token[0])
+    theirs = tokens_by_hand(ibot.teacher.encoder, pixels)
+    crops = []
+    for n in range(4):
+        terms = [0.0]
+        for row, column in hidden[n].nonzero().tolist():
+            place = 1 + 4 * row + column
+            student = softmax(head_by_hand(ibot.student.head, mine[n, place]) / 0.1)
+            target = head_by_hand(ibot.teacher.head, theirs[n, place]) - np.linspace(0.2, -0.2, 32)
+            terms.append(-(softmax(target / 0.07) * np.log(student)).sum())
+        crops.append(sum(terms) / max(1, len(terms) - 1))
+    assert parts["patch"].item() == pytest.approx(np.mean(crops), rel=1e-9)
+
+    student = [head_by_hand(ibot.student.head, mine[:, 0]).reshape(2, 2, 32)]
+    local = seen.local_crops.pixels.flatten(0, 1)
+    student.append(head_by_hand(ibot.student.head, ibot.student.encoder(local).prefix[:, 0]).reshape(2, 2, 32))
+    teacher = head_by_hand(ibot.teacher.head, theirs[:, 0]).reshape(2, 2, 32) - np.linspace(-0.3, 0.3, 32)
+    terms = [
+        -(softmax(teacher[:, g] / 0.07) * np.log(softmax(student[size][:, v] / 0.1))).sum(-1).mean()
+        for g in range(2)
+        for size in range(2)
+        for v in range(2)
+        if size or v != g
+    ]
+    assert parts["view"].item() == pytest.approx(np.mean(terms), rel=1e-9)
+    assert parts["loss"].item() == pytest.approx(parts["view"].item() + parts["patch"].item(), rel=1e-12)
+
+
+def test_where_nothing_is_hidden_it_is_dino():
+    ibot, seen = method(mask_probability=0.0).eval(), views(2)
+    parts = ibot(seen, 0.5)
+    assert parts["patch"].item() == 0
+    assert parts["view"].item() == pytest.approx(loss_by_hand(ibot, seen, 0.0, 0.07), rel=1e-9)
+
+
+def test_the_centre_of_patches_is_the_mean_over_all_of_them(hidden):
+    ibot = method().train()
+    ibot.hidden = fixed(hidden)
+    steps = [views(2, seed=1), views(2, seed=2)]
+    for seen in steps:
+        ibot(seen, 0.5)
+    logits = [
+        head_by_hand(
+            ibot.teacher.head, tokens_by_hand(ibot.teacher.encoder, s.global_crops.pixels.flatten(0, 1))[:, 1:]
+        )
+        for s in steps
+    ]
+    ibot.after_step(0.5, 1.0)
+    by_hand = 0.1 * np.concatenate(logits).reshape(-1, 32).mean(0)
+    assert np.abs(ibot.patch_centre.value.numpy() - by_hand).max() < 1e-12
+    assert not np.allclose(by_hand, ibot.centre.value.numpy(), atol=1e-4)
+
+
+def test_gradients_reach_the_mask_token_and_no_teacher(hidden):
+    ibot = method().train()
+    ibot.hidden = fixed(hidden)
+    ibot(views(2), 0.5)["loss"].backward()
+    assert ibot.mask_token.grad.abs().sum() > 0
+    assert all(p.grad is None for p in ibot.teacher.parameters())
+    ibot.zero_grad()
+    ibot.hidden = fixed(torch.zeros_like(hidden))
+    ibot(views(2), 0.5)["loss"].backward()
+    assert ibot.mask_token.grad is not None  # a gradient of 0, which several processes wait for
+
+
+def test_half_of_the_crops_hide_a_tenth_to_a_half():
+    torch.manual_seed(0)
+    crops = views(1500, 2, 0).global_crops
+    share = method().hidden(crops, 14).double().mean((1, 2))
+    assert abs((share > 0).double().mean() - 0.5) < 5 * (0.25 / 3000) ** 0.5
+    assert share.max() <= 0.5 and share[share > 0].mean() > 0.25
+
+
+def test_views_are_the_published_ones():
+    v = config.validated(config.Pretrain, {"method": "ibot"}).views
+    assert (v.global_share, v.local_share, v.local_crops, v.flip) == ((0.25, 1.0), (0.05, 0.25), 10, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [({"bottleneck": 0}, "at least 1"), ({"patch_weight": -1.0}, "not below"), ({"mask_share": (0.5, 0.1)}, "rising")],
+)
+def test_settings_that_mean_nothing_are_refused(wrong, told):
+    with pytest.raises(Remedy, match=told):
+        method(**wrong)
