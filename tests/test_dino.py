@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config
+from gtsa import config, strict
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Remedy, Views
 from gtsa.heads import PrototypeHead
@@ -180,13 +180,13 @@ def test_images_that_look_alike_cannot_be_told_apart():
 
 
 def test_views_are_the_published_ones():
-    v = MultiCrop(**config.validated(config.Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
+    v = MultiCrop(**strict.validated(config.Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
     assert (v.global_crops, v.local_crops, v.global_share, v.local_share) == (2, 8, (0.4, 1.0), (0.05, 0.4))
     assert (v.brightness, v.contrast, v.saturation, v.hue, v.jitter, v.grey) == (0.4, 0.4, 0.2, 0.1, 0.8, 0.2)
     assert (v.flip, v.rotations, v.blur, v.solarise) == (0.5, False, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
-    given = config.validated(config.Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
+    given = strict.validated(config.Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
     assert (given.flip, given.rotations, given.solarise) == (0.0, True, (0.0, 0.2, 0.0))
-    assert config.validated(config.Pretrain, {}).views.flip == 0
+    assert strict.validated(config.Pretrain, {}).views.flip == 0
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_without_a_class_token_it_is_refused():
 
 def test_gtsa_refuses_views_that_it_cannot_compare():
     with pytest.raises(Remedy, match=r"views.flip: must be 0 for gtsa"):
-        config.validated(config.Pretrain, {"views": {"flip": 0.5}})
+        strict.validated(config.Pretrain, {"views": {"flip": 0.5}})
     with pytest.raises(Remedy, match=r"views.local_overlap: must be above 0 for gtsa"):
-        config.validated(config.Pretrain, {"views": {"local_overlap": 0.0}})
+        strict.validated(config.Pretrain, {"views": {"local_overlap": 0.0}})
 
 
 def test_an_untouched_centre_stays():

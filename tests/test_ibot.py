@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config
+from gtsa import config, strict
 from gtsa.backbone import Backbone
 from gtsa.core import Remedy
 from gtsa.methods.ibot import IBOT
@@ -143,7 +143,7 @@ def test_half_of_the_crops_hide_a_tenth_to_a_half():
 
 
 def test_views_are_the_published_ones():
-    v = config.validated(config.Pretrain, {"method": "ibot"}).views
+    v = strict.validated(config.Pretrain, {"method": "ibot"}).views
     assert (v.global_share, v.local_share, v.local_crops, v.flip) == ((0.25, 1.0), (0.05, 0.25), 10, 0.5)
 
 

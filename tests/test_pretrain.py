@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
-from gtsa import checkpoint, config
+from gtsa import checkpoint, strict
 from gtsa.backbone import Backbone
 
 
@@ -75,7 +75,7 @@ def test_export_of_a_run_by_its_verb(trained, tmp_path):
 
 
 def test_config_yaml_is_a_call_written_down(trained, tmp_path):
-    settings = config.read_yaml(trained.folder / "config.yaml") | {"out": str(tmp_path / "again")}
+    settings = strict.read_yaml(trained.folder / "config.yaml") | {"out": str(tmp_path / "again")}
     data = settings.pop("data")
     again = gtsa.pretrain(data, **settings)
     assert final_weights(again.folder) == final_weights(trained.folder)
@@ -104,7 +104,7 @@ def test_any_torch_dataset(tmp_path):
     settings = {**TINY, "steps": 8}
     done = gtsa.pretrain(Photos(), out=str(tmp_path / "a"), **settings)
     assert done.export.is_dir()
-    assert config.read_yaml(done.folder / "config.yaml")["data"] == "<Photos of 14 items>"
+    assert strict.read_yaml(done.folder / "config.yaml")["data"] == "<Photos of 14 items>"
     shutil.rmtree(max((done.folder / "checkpoints").glob("step-*")))
     before = final_weights(done.folder)
     gtsa.pretrain(Photos(), out=str(tmp_path / "a"), resume=True)

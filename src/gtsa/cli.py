@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter
 from cyclopts.exceptions import CycloptsError
 
 import gtsa
-from gtsa import config, methods
+from gtsa import config, methods, strict
 from gtsa.backbone import names
 from gtsa.core import Remedy
 from gtsa.export import OPENS, Format
@@ -52,7 +52,7 @@ def _flags(model: Any, group: Group, prefix: str = "", skip: tuple[str, ...] = (
 
 
 def _bare(kind: Any) -> Any:
-    """A type without its limits: these are checked for flags, YAML and Python alike, in config.validated."""
+    """A type without its limits: these are checked for flags, YAML and Python alike, in strict.validated."""
     if get_origin(kind) is Annotated:
         return _bare(get_args(kind)[0])
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
@@ -87,9 +87,9 @@ def _pretrain(**flat: Any) -> None:
 def _given(flat: dict[str, Any], model: Any, more: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The settings of a command line: flags on top of --config; None where --print-config has shown them."""
     file, stop = flat.pop("config_file", None), flat.pop("print_config", False)
-    given = config.merged(config.read_yaml(file) if file else {}, {**_nested(flat), **(more or {})})
+    given = strict.merged(strict.read_yaml(file) if file else {}, {**_nested(flat), **(more or {})})
     if stop:
-        print(config.to_yaml(config.validated(model, given)), end="")
+        print(strict.to_yaml(strict.validated(model, given)), end="")
         return None
     return given
 
@@ -180,7 +180,7 @@ def preview(
     seed
         As for pretrain.
     """
-    settings = config.read_yaml(config_file) if config_file else {}
+    settings = strict.read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
     given = {name: value for name, value in (("model", model), ("seed", seed)) if value is not None}

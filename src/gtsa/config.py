@@ -1,67 +1,16 @@
-"""Settings: one strict definition for flags, YAML and Python. A configuration is a call written down."""
+"""The settings of the verbs. A configuration is a call written down."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import io
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import docstring_parser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import Field, create_model, model_validator
 
 from gtsa import evals, methods
 from gtsa.core import Remedy
+from gtsa.strict import Auto, Count, Natural, Positive, Strict, merged, settings_of
 from gtsa.views import MultiCrop
-
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Strict(BaseModel):
-    """Unknown keys and wrong types are errors, and all of them are told at once."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return values
-
-
-def settings_of(maker: Any, name: str, skip: tuple[str, ...] = (), **changes: tuple[Any, Any]) -> type[Strict]:
-    """The keyword arguments of a constructor as settings: names, types, defaults and help from the constructor itself.
-
-    ``changes`` replaces the (type, default) of single arguments.
-    """
-    words = _described(maker.__doc__ or "")
-    fields: dict[str, Any] = {}
-    for parameter in inspect.signature(maker, eval_str=True).parameters.values():
-        if parameter.name not in skip:
-            kind, default = changes.get(parameter.name, (parameter.annotation, parameter.default))
-            fields[parameter.name] = (kind, Field(default, description=words.get(parameter.name)))
-    return create_model(name, __base__=Strict, **fields)
-
-
-def _described(docstring: str) -> dict[str, str]:
-    """Help of arguments that share a line: ``a, b: help``."""
-    found = {}
-    for entry in docstring_parser.parse(docstring).params:
-        for name in entry.arg_name.split(","):
-            found[name.strip()] = " ".join((entry.description or "").split())
-    return found
-
 
 ViewSettings = settings_of(MultiCrop, "views", global_size=(int | Auto, "auto"), local_size=(int | Auto, "auto"))
 METHODS = methods.found()
@@ -307,102 +256,3 @@ Evaluate: Any = create_model(  # type: ignore[call-overload]
     },
 )
 """All settings of ``gtsa evaluate``: _Evaluate, and a section for each evaluation that there is."""
-
-
-def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
-    """Settings from plain values. Raises one Remedy with every mistake."""
-    try:
-        return model(**values)
-    except ValidationError as errors:
-        told: dict[str, list[str]] = {}
-        for error in errors.errors():
-            name, message = _told(error, model)
-            told.setdefault(name, []).append(message)
-        lines = told.pop("", [])  # contradictions between settings name them themselves
-        lines += [f"{name}: {' or '.join(dict.fromkeys(messages))}" for name, messages in told.items()]
-    except Remedy as remedy:
-        lines = str(remedy).split("\n")
-    lines = [line for text in lines for line in text.split("\n")]
-    if len(lines) > 1:
-        lines = ["several settings are wrong:", *(f"  {line}" for line in lines)]
-    raise Remedy((f"{where}: " if where else "") + "\n".join(lines))
-
-
-def _told(error: Any, model: Any) -> tuple[str, str]:
-    """The setting that an error of pydantic is about, and what to tell."""
-    known, key = model, []
-    for part in map(str, error["loc"]):  # what follows the setting's own name is the branch of its type
-        fields = getattr(known, "model_fields", {})
-        key.append(part)
-        if part not in fields:
-            break
-        known = fields[part].annotation
-        if not hasattr(known, "model_fields"):
-            break
-    name = ".".join(key)
-    if not name:
-        return name, str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key[-1], list(getattr(known, "model_fields", {})), 1)
-        return name, f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
-    return name, f"{error['input']!r} {_lower(error['msg']).removeprefix('input ')}"
-
-
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file: plain values only, no duplicate keys, nothing it names is imported."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise Remedy(f"--config {path}: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise Remedy(f"--config {path} is not plain YAML: {told[:300]}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise Remedy(f"--config {path}: settings are lines of 'name: value'")
-    return values
-
-
-def to_yaml(settings: Strict, only_given: bool = False) -> str:
-    """Settings as YAML that ``read_yaml`` reads back."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    out = io.StringIO()
-    yaml.dump(_plain(settings.model_dump(exclude_unset=only_given)), out)
-    return out.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``; sections are merged, not replaced."""
-    both = {k: v for k, v in base.items() if not (k == "steps" and "epochs" in over)}
-    if "steps" in over and "epochs" in both:
-        del both["epochs"]  # they say the same thing: the later word counts
-    for key, value in over.items():
-        section = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = {**both[key], **value} if section else value
-    return both
-
-
-def differences(old: Strict, new: Strict, prefix: str = "") -> list[str]:
-    """A line 'name: old value, now new value' for every setting that differs."""
-    lines = []
-    for name in type(old).model_fields:
-        before, after = getattr(old, name), getattr(new, name)
-        if isinstance(before, Strict):
-            lines += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            lines.append(f"{prefix}{name}: {before}, now {after}")
-    return lines

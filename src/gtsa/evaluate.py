@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gtsa import config, judging, plan
+from gtsa import config, judging, plan, strict
 from gtsa.checkpoint import store
 from gtsa.core import Remedy
 from gtsa.export import opened
@@ -34,7 +34,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
-    ready = plan.engine(config.validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
+    ready = plan.engine(strict.validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
     plan.workers(ready)
     s = ready.settings
     questions = judging.questions(s)

@@ -14,7 +14,7 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, judging, plan, weights
+from gtsa import augment, config, judging, plan, strict, weights
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Replaced, Views
 from gtsa.data import HELD_OUT, NoImageLeft, StepSampler, ViewSet, generator, loader
@@ -127,10 +127,10 @@ def _asked(given: Mapping[str, Any]) -> Any:
     if isinstance(out, str | os.PathLike):
         where, given = Path(out) / "config.yaml", {**given, "out": os.fspath(out)}
     if given.get("resume") and where and where.is_file():
-        base = config.read_yaml(where)
-        new = config.validated(config.Pretrain, config.merged(base, given))
-        old = config.validated(config.Pretrain, base)
-        changes = config.differences(old, new)
+        base = strict.read_yaml(where)
+        new = strict.validated(config.Pretrain, strict.merged(base, given))
+        old = strict.validated(config.Pretrain, base)
+        changes = strict.differences(old, new)
         if differing := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
             raise Remedy(
                 "--resume goes on with the same settings; these differ:\n  "
@@ -144,8 +144,8 @@ def _asked(given: Mapping[str, Any]) -> Any:
     if given.get("resume") and given.get("data") is None:
         raise Remedy(f"--resume: there is no run in {out}; mind its name, or give --data to start one")
     if given.get("data") is None:
-        base = config.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
-    asked = config.validated(config.Pretrain, config.merged(base, given))
+        base = strict.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
+    asked = strict.validated(config.Pretrain, strict.merged(base, given))
     if asked.out is None:
         raise Remedy("--out is missing: name a folder for the run")
     for name in ("data", "init"):
@@ -373,11 +373,11 @@ class _Pretraining:
         s = self.settings
         if not s.eval or not self.run:
             return []
-        more = config.read_yaml(s.eval_config) if s.eval_config else {}
+        more = strict.read_yaml(s.eval_config) if s.eval_config else {}
         given = {"task": s.eval, "train": s.eval_train, "val": s.eval_val, "folds": s.eval_folds}
         shared = {"weights": s.out, "seed": s.seed, "workers": s.workers, "precision": s.precision, "device": s.device}
         asked = {**shared, **more, **{key: value for key, value in given.items() if value}}
-        self.judge = config.validated(config.Evaluate, asked, "--eval")
+        self.judge = strict.validated(config.Evaluate, asked, "--eval")
         return judging.questions(self.judge)
 
     def _judge(self, step: int) -> None:
@@ -443,7 +443,7 @@ class _Pretraining:
 
     @staticmethod
     def _kept_settings(settings: Any) -> str:
-        return config.to_yaml(settings.model_copy(update={"resume": False, "overwrite": False}))
+        return strict.to_yaml(settings.model_copy(update={"resume": False, "overwrite": False}))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gtsa import augment, config, pictures, plan
+from gtsa import augment, config, pictures, plan, strict
 from gtsa.backbone import IMAGENET
 from gtsa.core import Remedy
 from gtsa.data import VIEWS, generator
@@ -33,7 +33,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     Raises:
         Remedy: there is no such image, or it cannot be read (3).
     """
-    asked = config.validated(config.Pretrain, settings)
+    asked = strict.validated(config.Pretrain, settings)
     ready = plan.Plan(asked, {})
     plan.sizes(ready)
     multicrop = MultiCrop(**ready.settings.views.model_dump())

@@ -7,9 +7,10 @@ import torch
 
 from gtsa import methods
 from gtsa.backbone import Backbone
-from gtsa.config import MethodSettings, validated
+from gtsa.config import MethodSettings
 from gtsa.core import Crops, Method, Views
 from gtsa.evals.health import SCORES
+from gtsa.strict import validated
 
 FOUND = methods.found()
 
