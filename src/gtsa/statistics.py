@@ -1,6 +1,6 @@
 """How sure is a figure? Intervals over seeds and images together, for figures of any kind and their differences.
 
-A figure varies because another seed would have trained another network, and because other images could have been judged.
+A figure varies because another seed would have trained another network, and because other images could be judged.
 The first is read off the seeds' own variance, the second off a bootstrap over images (figures such as a mean IoU are no
 means over images); what both contain is counted once. With five seeds quantiles of a bootstrap over seeds would be too
 narrow, so the interval is Student's, with Satterthwaite's degrees of freedom.
