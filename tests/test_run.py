@@ -99,6 +99,12 @@ def test_resume_of_a_finished_run_looks_once(copied):
         gtsa.pretrain(out=str(copied), resume=True, steps=2)
 
 
+def test_what_is_left_to_us_stays_as_it_was_resolved(copied):
+    gtsa.pretrain(out=str(copied), resume=True, precision="auto", learning_rate="auto", views={"local_size": "auto"})
+    with pytest.raises(Remedy, match="precision"):
+        gtsa.pretrain(out=str(copied), resume=True, precision="bf16")
+
+
 def test_checkpoints_without_their_images_are_refused(copied):
     (copied / "images.jsonl").unlink()
     with pytest.raises(Remedy, match=r"images\.jsonl is gone"):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gtsa.statistics import difference, estimate, mean_of
+from gtsa.statistics import draw, estimate, mean_of
 
 
-def of(values):
+def of(values, **options):
     """The figure that is a mean of values [seeds, images]."""
-    return lambda seed, places: float(values[seed, places].mean())
+    return draw(lambda seed, places: values[seed, places].mean(keepdims=True), *values.shape, **options)
 
 
 @pytest.mark.parametrize(
@@ -20,51 +20,54 @@ def of(values):
 )
 def test_intervals_cover_the_true_difference_in_95_of_100(seeds, images, of_seeds, of_images, of_both):
     """2,000 comparisons of two methods whose true difference is 0.3; images are hard or easy for both alike."""
-    draw, covered = np.random.default_rng(0), 0
+    noise, covered = np.random.default_rng(0), 0
     for number in range(2000):
-        hard = draw.normal(0, 2, images)
+        hard = noise.normal(0, 2, images)
         one, other = (
-            draw.normal(0, of_images, images)
-            + draw.normal(0, of_seeds, (seeds, 1))
-            + draw.normal(0, of_both, (seeds, images))
+            noise.normal(0, of_images, images)
+            + noise.normal(0, of_seeds, (seeds, 1))
+            + noise.normal(0, of_both, (seeds, images))
             for _ in range(2)
         )
-        found = estimate(difference(of(one + hard + 0.3), of(other + hard)), seeds, images, draws=40, seed=number)
+        options = {"draws": 40, "seed": number}
+        found = estimate(of(one + hard + 0.3, **options) - of(other + hard, **options))
         covered += found.low <= 0.3 <= found.high
     assert 0.92 <= covered / 2000 <= 0.98
 
 
 def test_where_images_do_not_vary_it_is_students_interval_over_seeds():
     values = np.array([1.0, 3.0, 2.0, 6.0, 4.0])
-    found = estimate(of(np.repeat(values[:, None], 50, 1)), 5, 50)
+    found = estimate(of(np.repeat(values[:, None], 50, 1)))
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
     assert (found.mean, found.low, found.high) == pytest.approx((3.2, low, high))
 
 
 def test_where_seeds_do_not_vary_it_is_students_interval_over_images():
     values = np.random.default_rng(0).normal(size=200)
-    found = estimate(of(np.repeat(values[None], 3, 0)), 3, 200, draws=4000)
+    found = estimate(of(np.repeat(values[None], 3, 0), draws=4000))
     low, high = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
 
 
 def test_what_never_varies_is_sure_and_what_is_alone_is_not():
-    found = estimate(of(np.ones((3, 4))), 3, 4)
+    found = estimate(of(np.ones((3, 4))))
     assert (found.low, found.mean, found.high) == (1, 1, 1)
     for shape in ((1, 9), (4, 1)):
-        alone = estimate(of(np.arange(math.prod(shape), dtype=float).reshape(shape)), *shape)
+        alone = estimate(of(np.arange(math.prod(shape), dtype=float).reshape(shape)))
         assert (alone.low, alone.high) == (-math.inf, math.inf)
 
 
 def test_what_two_methods_share_falls_out_of_their_difference():
-    draw = np.random.default_rng(0)
-    hard, one = 10 * draw.normal(size=100), draw.normal(size=(4, 100))
-    apart = estimate(of(one + hard), 4, 100)
-    paired = estimate(difference(of(one + hard), of(hard[None].repeat(4, 0))), 4, 100)
+    noise = np.random.default_rng(0)
+    hard, one = 10 * noise.normal(size=100), noise.normal(size=(4, 100))
+    apart = estimate(of(one + hard))
+    paired = estimate(of(one + hard) - of(hard[None].repeat(4, 0)))
     assert paired.high - paired.low < (apart.high - apart.low) / 4
-    assert mean_of(of(one), of(one + 1))(2, np.arange(100)) == pytest.approx(one[2].mean() + 0.5)
+    assert mean_of([of(one), of(one + 1)]).values[2].item() == pytest.approx(one[2].mean() + 0.5)
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_several_figures_at_once():
     values = np.random.default_rng(0).normal(size=(3, 30))
-    assert estimate(of(values), 3, 30) == estimate(of(values), 3, 30)
+    both = draw(lambda seed, places: np.array([values[seed, places].mean(), values[seed, places].max()]), 3, 30)
+    assert estimate(both[0]) == estimate(of(values))
+    assert both[1].values[:, 0].tolist() == values.max(1).tolist()

@@ -17,6 +17,7 @@ from cyclopts.exceptions import CycloptsError
 import gtsa
 from gtsa import config, methods, strict
 from gtsa.backbone import names
+from gtsa.cells import ABLATIONS
 from gtsa.core import Remedy
 from gtsa.export import OPENS, Format
 from gtsa.terminal import say
@@ -124,6 +125,23 @@ _evaluate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     ]
 )
 app.command(_evaluate, name="evaluate")
+
+
+def _compare(**flat: Any) -> None:
+    """Train methods with several seeds on the same images, ask all networks the same questions, and report.
+
+    The same command goes on after any end: what is done is not done again. Variants for --ablate: VARIANTS.
+    """
+    given = _given(flat, config.Compare)
+    if given is not None:
+        gtsa.compare(**given)
+
+
+_compare.__doc__ = (_compare.__doc__ or "").replace("VARIANTS", ", ".join(ABLATIONS))
+_compare.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [*_flags(config.Compare, Group("Settings", sort_key=1), skip=("rows", "pretrain", "evaluate", "tasks")), *YAML]
+)
+app.command(_compare, name="compare")
 
 
 @app.command
@@ -271,4 +289,8 @@ def _flat(error: Exception) -> str:
 
 def _verb(arguments: list[str] | None) -> str:
     given = sys.argv[1:] if arguments is None else arguments
-    return f"{given[0]} " if given and given[0] in ("pretrain", "evaluate", "check", "preview", "export") else ""
+    return (
+        f"{given[0]} "
+        if given and given[0] in ("pretrain", "evaluate", "compare", "check", "preview", "export")
+        else ""
+    )

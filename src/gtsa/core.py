@@ -163,6 +163,7 @@ class Method(Objective):
 
     published: ClassVar[Mapping[str, Any]] = {}  # settings of a run that it was published with, where they differ
     rate: ClassVar[float] = 5e-4  # peak learning rate that it was published with, for a batch of 256
+    search: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that a search for its settings draws from
     fewest_views: ClassVar[int] = 2  # of an image
     sized: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # settings that are auto, from the number of images
     compares_places: ClassVar[bool] = False  # of crops: so they have to meet, and must not be mirrored

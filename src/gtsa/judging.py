@@ -38,17 +38,19 @@ class Question:
         lab = Lab(fabric, s.tokens, s.seed, s.batch_size, s.workers, None, keeper)
         if s.work:
             lab.folder = Path(s.work) / self.name
-        evidence = self._evidence(backbone, lab, keeper)
+        evidence = self.evidence(backbone, lab, keeper)
         keeper.close()
         return self.evaluator.figures(evidence)
 
-    def _evidence(self, backbone: Backbone, lab: Lab, keeper: Keeper) -> Evidence:
+    def evidence(self, backbone: Any, lab: Lab, keeper: Keeper | None = None) -> Evidence:
+        """What the figures follow from, of every judged image; with folds in the order of the folds."""
         if not self.folds:
             return self.evaluator(backbone, self.train, self.val, lab)
         parts, work = [], lab.folder
         for number, (learnt, judged) in enumerate(folds_of(len(self.val), self.folds, lab.seed)):
             say(f"{self.name}: fold {number + 1} of {self.folds}")
-            keeper.places = judged
+            if keeper:
+                keeper.places = judged
             lab.folder = work / f"fold-{number}" if work else None
             parts.append(self.evaluator(backbone, self.val.take(learnt), self.val.take(judged), lab))
         return joined(parts)

@@ -81,6 +81,19 @@ def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 192
 # What the method does
 
 
+def maps_strip(images: Tensor, maps: Tensor, size: int = 128) -> Image.Image:
+    """Images [n, 3, s, s] above, their patch maps [n, h, w, D] as colours below."""
+    rows = [
+        (images.permute(0, 2, 3, 1), Image.Resampling.BILINEAR),
+        (feature_colours(maps, images), Image.Resampling.NEAREST),
+    ]
+    sheet = _sheet(len(images) * (size + 4), 2 * (size + 4))
+    for r, (drawn, resample) in enumerate(rows):
+        for c, picture in enumerate(drawn):
+            sheet.paste(_image(picture).resize((size, size), resample), (c * (size + 4), r * (size + 4)))
+    return sheet
+
+
 def preview(image: Tensor, views: Views, finished: Views, mean: tuple, std: tuple, cells: int = 6) -> Image.Image:
     """One image, its crops, and the pooled target beside the student's cells.
 

@@ -197,7 +197,7 @@ def probe(method: Method, multicrop: MultiCrop, fabric: Fabric, batch: int) -> C
         return tensor
 
     def seconds(count: int, hooks: Any) -> float:
-        groups = [_noise(multicrop, size, count, fabric.device) for size in range(1 + (multicrop.local_crops > 0))]
+        groups = [noise(multicrop, size, count, fabric.device) for size in range(1 + (multicrop.local_crops > 0))]
         began = time.perf_counter()
         with fabric.autocast(), hooks:
             loss = method(Views.of(groups), 1.0)["loss"]
@@ -222,7 +222,7 @@ def probe(method: Method, multicrop: MultiCrop, fabric: Fabric, batch: int) -> C
     return Cost(each, activations // few, total + 3 * trained)
 
 
-def _noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
+def noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
     n, side = ((multicrop.global_crops, multicrop.global_size), (multicrop.local_crops, multicrop.local_size))[size]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(count, n, 3, side, side, generator=generator).to(device)

@@ -127,7 +127,7 @@ def _asked(given: Mapping[str, Any]) -> Any:
     if isinstance(out, str | os.PathLike):
         where, given = Path(out) / "config.yaml", {**given, "out": os.fspath(out)}
     if given.get("resume") and where and where.is_file():
-        base = strict.read_yaml(where)
+        base, given = strict.read_yaml(where), _settled(given)
         new = strict.validated(config.Pretrain, strict.merged(base, given))
         old = strict.validated(config.Pretrain, base)
         changes = strict.differences(old, new)
@@ -155,6 +155,12 @@ def _asked(given: Mapping[str, Any]) -> Any:
                 f"--{name} {getattr(asked, name)} lies inside --out, which is to be overwritten; move either", 8
             )
     return asked
+
+
+def _settled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` without what is left to us: that was resolved when the run began, and stays as it was."""
+    found = {key: _settled(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+    return {key: value for key, value in found.items() if not (isinstance(value, str) and value == "auto")}
 
 
 class _Pretraining:

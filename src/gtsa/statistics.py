@@ -10,13 +10,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, nan, sqrt
+from math import inf, sqrt
 
 import numpy as np
 from scipy.special import stdtrit
 
 DRAWS = 400
-Figure = Callable[[int, np.ndarray], float]  # of a seed's network, on the images at these places (with repeats)
+Figures = Callable[[int, np.ndarray], np.ndarray]  # [F] of a seed's network, on the images at these places (may repeat)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Figures of S networks on all images, and on D random choices of as many of them, with repeats.
+
+    Sums and differences are of the same seeds and the same choices of images, so what two methods share falls out.
+    """
+
+    values: np.ndarray  # [S, F]
+    drawn: np.ndarray  # [D, S, F]
+    images: int
+
+    def __sub__(self, other: Drawn) -> Drawn:
+        return Drawn(self.values - other.values, self.drawn - other.drawn, self.images)
+
+    def __getitem__(self, figure: int) -> Drawn:
+        """One figure of them, F = 1."""
+        return Drawn(self.values[:, figure, None], self.drawn[..., figure, None], self.images)
+
+
+def draw(figures: Figures, seeds: int, images: int, draws: int = DRAWS, seed: int = 0) -> Drawn:
+    """Asks for the figures of every seed's network; the choices of images follow from ``seed`` and their number."""
+    chosen = np.random.default_rng(seed).integers(images, size=(draws, images))
+    values = np.array([figures(s, np.arange(images)) for s in range(seeds)])
+    return Drawn(values, np.array([[figures(s, places) for s in range(seeds)] for places in chosen]), images)
+
+
+def mean_of(parts: list[Drawn]) -> Drawn:
+    """The mean of figures of the same images."""
+    assert len({part.images for part in parts}) == 1
+    return Drawn(
+        np.mean([part.values for part in parts], axis=0), np.mean([p.drawn for p in parts], axis=0), parts[0].images
+    )
 
 
 @dataclass(frozen=True)
@@ -30,17 +64,14 @@ class Estimate:
     images: int
 
 
-def estimate(figure: Figure, seeds: int, images: int, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """The mean figure over ``seeds`` networks, all judged by the same ``images`` images."""
-    every = np.arange(images)
-    values = np.array([figure(s, every) for s in range(seeds)])
-    mean = float(values.mean())
+def estimate(found: Drawn) -> Estimate:
+    """The mean of one figure over seeds, and how sure it is."""
+    assert found.values.shape[1] == 1
+    values, drawn, images = found.values[:, 0], found.drawn[..., 0], found.images
+    mean, seeds = float(values.mean()), len(values)
+    drawn = np.where(np.isfinite(drawn), drawn, values)  # a choice of images that a figure says nothing of
     if seeds < 2 or images < 2:
         return Estimate(mean, -inf, inf, seeds, images)
-    rng = np.random.default_rng(seed)
-    drawn = np.array(
-        [[figure(s, places) for s in range(seeds)] for places in rng.integers(images, size=(draws, images))]
-    )
     grow = images / (images - 1)  # a bootstrap's variance is too small by this
     of_seeds = values.var(ddof=1) / seeds
     of_images = drawn.mean(1).var(ddof=1) * grow
@@ -52,21 +83,3 @@ def estimate(figure: Figure, seeds: int, images: int, draws: int = DRAWS, seed: 
     freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_images**2 / (images - 1))
     half = float(stdtrit(min(freedom, seeds + images), 0.975)) * sqrt(variance)
     return Estimate(mean, mean - half, mean + half, seeds, images)
-
-
-def difference(one: Figure, other: Figure) -> Figure:
-    """``one`` less ``other``, of the same seed and on the same images: what they share falls out."""
-
-    def figure(seed: int, places: np.ndarray) -> float:
-        return one(seed, places) - other(seed, places)
-
-    return figure
-
-
-def mean_of(*figures: Figure) -> Figure:
-    """The mean of several figures."""
-
-    def figure(seed: int, places: np.ndarray) -> float:
-        return float(np.mean([each(seed, places) for each in figures])) if figures else nan
-
-    return figure

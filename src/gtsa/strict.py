@@ -25,9 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors, and all of them are told at once."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -35,6 +33,23 @@ class Strict(BaseModel):
         if isinstance(values, Mapping):
             return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return values
+
+
+class Documented(Strict):
+    """Settings whose help stands under each of them, as a docstring. Looking for it takes pydantic a tenth of a second
+    a class, so this is for classes that are written out.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+def with_sections(base: type[Strict], name: str, sections: Mapping[str, type[Strict]], told: str) -> Any:
+    """``base`` and a section of further settings for each of ``sections``; ``told`` is their help."""
+    base.model_config["use_attribute_docstrings"] = False  # has been done, and the sections have none
+    fields: dict[str, Any] = {
+        key: (kind, Field(kind(), description=told.format(key))) for key, kind in sections.items()
+    }
+    return create_model(name, __base__=base, **fields)
 
 
 def settings_of(maker: Any, name: str, skip: tuple[str, ...] = (), **changes: tuple[Any, Any]) -> type[Strict]:
@@ -122,11 +137,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def to_yaml(settings: Strict, only_given: bool = False) -> str:
     """Settings as YAML that ``read_yaml`` reads back."""
+    return plain_yaml(settings.model_dump(exclude_unset=only_given))
+
+
+def plain_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     out = io.StringIO()
-    yaml.dump(_plain(settings.model_dump(exclude_unset=only_given)), out)
+    yaml.dump(_plain(values), out)
     return out.getvalue()
 
 

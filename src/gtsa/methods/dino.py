@@ -59,6 +59,10 @@ class DINO(Method):
 
     published: ClassVar = {"views": VIEWS}
     sized: ClassVar = {"prototypes": prototypes_for}
+    search: ClassVar = {
+        "momentum": (0.99, 0.993, 0.996, 0.998),
+        "teacher_temperature": ((0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
+    }
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Shapes: B images, V views of one size, G global crops, h x w tokens, C channels,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class GTSA(Method):
     """
 
     compares_places = True
+    search: ClassVar = {"momentum": (0.99, 0.993, 0.996, 0.998)}
 
     def __init__(
         self,

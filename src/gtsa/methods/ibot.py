@@ -56,6 +56,10 @@ class IBOT(Method):
 
     published: ClassVar = {"views": VIEWS}
     sized: ClassVar = {"prototypes": lambda images: min(8192, prototypes_for(images))}
+    search: ClassVar = {
+        "momentum": (0.99, 0.993, 0.996, 0.998),
+        "teacher_temperature": ((0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
+    }
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class MAE(Method):
     }  # fmt: skip
     rate = 1.5e-4
     fewest_views = 1
+    search: ClassVar = {"mask_share": (0.5, 0.6, 0.75)}
 
     def __init__(
         self,

@@ -1,0 +1,226 @@
+"""gtsa compare: which method is best on my images?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import torch
+
+from gtsa import cells, config, report, strict
+from gtsa.cells import Cell, Row
+from gtsa.core import Remedy
+from gtsa.terminal import say
+
+HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
+
+
+def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
+    """Trains every method with every seed, asks all networks the same questions, and reports with intervals.
+
+    What is done already is not done again, so the same call goes on after any end. A run that fails is reported with
+    its reason and stops no other.
+
+    Args:
+        methods: the first one is what the others are compared with.
+        settings: as listed by ``gtsa compare --help`` and in ``gtsa.config.Compare``.
+
+    Returns:
+        The report: ``OUT/report.html``; the figures lie beside it as ``results.csv`` and ``results.json``.
+
+    Raises:
+        Remedy: something is wrong that the user can mend, or it was stopped (75).
+    """
+    s = strict.validated(config.Compare, {"methods": tuple(methods), **settings})
+    s = s.model_copy(update={"out": os.path.abspath(s.out), "data": os.path.abspath(s.data)})
+    rows = cells.rows_of(s)
+    if HANDED in os.environ:
+        _one(os.environ[HANDED], rows, s)
+        return Path(s.out)
+    _checked(rows, s)
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    for stage in (trials, finals, at_equal_flops):
+        _all(list(stage(rows, s)), s)
+    place = report.write(rows, chain(finals(rows, s), at_equal_flops(rows, s), trials(rows, s)), s)
+    say(f"\nreport: {place}")
+    return place
+
+
+def _checked(rows: Sequence[Row], s: Any) -> None:
+    """Opens everything once, so that what is wrong is told before hours of training."""
+    for row in rows:
+        cell = Cell(row, "images", 0)
+        if row.source is None:
+            strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
+    list(cells.questions_of(Cell(rows[0], "images", 0), s))
+
+
+# Which cells there are. What comes later follows from the results of what came before, and from nothing else.
+
+
+def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+    """The same number of random settings for every method."""
+    steps = s.tune_steps or max(1, s.steps // 3)
+    for row in rows:
+        if row.source is None and row.name == row.tuned_as:
+            for number in range(s.tune):
+                yield Cell(row, "trial", number, {"steps": steps, **drawn(row, number, s)})
+
+
+def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
+    """Settings of a trial: learning rate, log-uniform, and one value of each that the method names."""
+    draw = np.random.default_rng([number, *row.name.encode()])
+    low, high = s.rates
+    rate = float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")
+    search = config.METHODS[row.name].search
+    values = {key: choices[int(draw.integers(len(choices)))] for key, choices in search.items()}
+    return {"learning_rate": rate, row.name: values}
+
+
+def chosen(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any]:
+    """Settings of the best trial of the row's method; none where there were no trials.
+
+    Raises:
+        Remedy: every trial failed.
+    """
+    tried = [cell for cell in trials(rows, s) if cell.row.name == row.tuned_as]
+    if not tried:
+        return {}
+    scored = [(primary_of(result, s), -n) for n, cell in enumerate(tried) if (result := _good(cell, s))]
+    if not scored:
+        raise Remedy(f"all {len(tried)} trials of {row.tuned_as} failed; see {s.out}/cells/{row.tuned_as}/", 5)
+    best = tried[-max(scored)[1]]
+    return {key: value for key, value in best.changes.items() if key != "steps"}
+
+
+def primary_of(result: dict[str, Any], s: Any) -> float:
+    """The figure that decides: the mean of its parts."""
+    return float(np.mean([_part(result, part) for part in s.primary.split("+")]))
+
+
+def _part(result: dict[str, Any], part: str) -> float:
+    task, _, figure = part.partition(":")
+    for entry in result["results"]:
+        if entry["task"] == task:
+            figures = entry["figures"]
+            if figure and figure not in figures:
+                raise Remedy(f"--primary {part}: {task} has no such figure; it has {', '.join(figures)}")
+            return float(figures[figure] if figure else next(iter(figures.values())))
+    raise Remedy(f"--primary {part}: there is no result of {task}")
+
+
+def finals(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+    """Every row with every seed, seed by seed, so that there is something to compare early."""
+    settings: dict[str, dict[str, Any] | Remedy] = {}
+    for number in range(s.seeds):
+        for row in rows:
+            if number and not row.varies:
+                continue
+            if row.source is not None:
+                yield Cell(row, "images", number)
+                continue
+            if row.name not in settings:
+                settings[row.name] = _tuned(row, rows, s)
+            changes = settings[row.name]
+            if not isinstance(changes, Remedy):
+                yield Cell(row, "images", number, changes)
+
+
+def _tuned(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any] | Remedy:
+    try:
+        return chosen(row, rows, s)
+    except Remedy as remedy:
+        say(str(remedy))
+        return remedy
+
+
+def at_equal_flops(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+    """Runs of every method whose operations are those of the first method's."""
+    if not s.equal_flops:
+        return
+    costs = {cell.row.name: r["flops_per_image"] for cell in finals(rows, s) if (r := _good(cell, s)) and "steps" in r}
+    if rows[0].name not in costs:
+        return
+    for cell in finals(rows, s):
+        name = cell.row.name
+        if name in costs and name != rows[0].name:
+            steps = max(1, round(s.steps * costs[rows[0].name] / costs[name]))
+            yield replace(cell, stage="flops", changes={**cell.changes, "steps": steps})
+
+
+def _good(cell: Cell, s: Any) -> dict[str, Any] | None:
+    result = cells.done(cell, s)
+    return result if result and result["status"] == "done" else None
+
+
+# The queue
+
+
+def _all(wanted: Sequence[Cell], s: Any) -> None:
+    """Does cells that are not done, one at a time on each device, each in a process of its own."""
+    left = [cell for cell in wanted if cells.done(cell, s) is None]
+    if not left:
+        return
+    gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
+    free: Queue[str] = Queue()
+    for device in range(max(1, gpus)):
+        free.put(str(device) if gpus else "")
+    say(f"{len(left)} of {len(wanted)} networks to train or ask, on {f'{gpus} GPUs' if gpus else 'the CPU'}")
+    with ThreadPoolExecutor(max(1, gpus)) as pool:
+        for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
+            say(f"{number}/{len(left)}  {told}")
+
+
+def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
+    """Does a cell in a process of its own. Returns a line about it."""
+    device, place = free.get(), cells.folder_of(cell, s)
+    place.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, HANDED: cell.name, "GTSA_COMPARE": s.model_dump_json()}
+    if device:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
+    try:
+        with open(place / "log.txt", "a") as log:
+            ended = subprocess.run([sys.executable, "-m", "gtsa.compare"], env=environment, stdout=log, stderr=log)
+    finally:
+        free.put(device)
+    result = cells.done(cell, s)
+    if result is None and ended.returncode in (75, 130, -2, -15):
+        raise Remedy("stopped on request; the same command goes on", 75)
+    if result is None:
+        how = f"signal {-ended.returncode}" if ended.returncode < 0 else f"code {ended.returncode}"
+        why = ", most likely for lack of memory" if ended.returncode == -9 else ""
+        cells.commit(cell, s, {"status": "failed", "reason": f"its process ended with {how}{why}; see {place}/log.txt"})
+        result = cells.done(cell, s) or {}
+    if result["status"] != "done":
+        return f"{cell.name}: FAILED: {result['reason']}"
+    return f"{cell.name}: primary {primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s"
+
+
+def _one(name: str, rows: Sequence[Row], s: Any) -> None:
+    """The cell that this process was made for."""
+    for stage in (finals, trials, at_equal_flops):
+        for cell in stage(rows, s):
+            if cell.name == name:
+                cells.run(cell, s)
+                return
+    raise Remedy(f"there is no cell {name}")
+
+
+if __name__ == "__main__":
+    try:
+        compare(**json.loads(os.environ["GTSA_COMPARE"]))
+    except Remedy as remedy:
+        print(f"gtsa: {remedy}", file=sys.stderr)
+        sys.exit(remedy.code)

@@ -1,0 +1,260 @@
+"""gtsa compare: cells are committed whole, a comparison goes on after any end, and failures are told."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gtsa import cells, config, strict
+from gtsa.cells import ABLATIONS, Cell, rows_of
+from gtsa.compare import chosen, drawn, finals, primary_of, trials
+from gtsa.core import Remedy
+
+compare = sys.modules["gtsa.compare"]  # the package has the function under this name
+
+SMALL = {
+    "model": "test_vit", "steps": 2, "batch_size": 4, "seeds": 2, "controls": ("untrained", "colour"), "pictures": 1,
+    "device": "cpu", "folds": 2,
+    "pretrain": {
+        "views": {"global_size": 32, "local_size": 32, "local_crops": 1},
+        "gtsa": {"projector_dim": 16, "out_dim": 16, "predictor_dim": 16},
+        "dino": {"prototypes": 16, "hidden": 16, "bottleneck": 8},
+        "hold_out": 2,
+    },
+    "evaluate": {"segmentation": {"size": 32, "steps": 2, "batch_size": 2}, "in_context": {"size": 32, "memory": 50}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten pictures with bright and dark halves, and masks that say which half is which."""
+    place, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (place / name).mkdir()
+    for number in range(10):
+        mask = np.zeros((40, 40), np.uint8)
+        mask[:, draw.integers(10, 30) :] = 1
+        pixels = (60 + 120 * mask[..., None] + draw.integers(0, 60, (40, 40, 3))).astype(np.uint8)
+        Image.fromarray(pixels).save(place / "images" / f"{number}.png")
+        Image.fromarray(mask).save(place / "masks" / f"{number}.png")
+    return place
+
+
+def settings(data, out, **more):
+    images = str(data / "images")
+    return {**SMALL, "data": images, "train": (images, str(data / "masks")), "out": str(out), **more}
+
+
+def validated(*arguments, **more):
+    return strict.validated(config.Compare, settings(*arguments, **more))
+
+
+def here(monkeypatch):
+    """Cells are done in this process, which saves the imports of another."""
+
+    def apart(cell, s, free):
+        cells.run(cell, s)
+        return cell.name
+
+    monkeypatch.setattr(compare, "_apart", apart)
+
+
+def results(out):
+    """What a comparison found, without what it took."""
+    found = json.loads((out / "results.json").read_text())
+    for line in found["rows"]:
+        for cost in ("minutes", "peak_gib"):
+            line["costs"].pop(cost, None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A comparison that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        here(patch)
+        compare.compare(**settings(data, out, rows={"broken": {"method": "gtsa", "learning_rate": 1e30}}))
+    return out
+
+
+def test_every_row_is_asked_with_every_seed(whole):
+    lines = list(csv.DictReader((whole / "results.csv").read_text().splitlines()))
+    assert list(lines[0]) == ["method", "stage", "seed", "task", "feature", "block", "metric", "value", "n"]
+    seen = {(line["method"], line["seed"], line["task"]) for line in lines}
+    tasks = ("segmentation", "in_context")
+    assert {(m, s, t) for m in ("gtsa", "dino", "untrained") for s in "01" for t in tasks} <= seen
+    assert ("colour", "0", "in_context") in seen and ("colour", "1", "in_context") not in seen
+    assert all(line["n"] == "10" for line in lines)
+    by_hand = [float(x["value"]) for x in lines if x["method"] == "dino" and x["metric"] == "mIoU"]
+    found = {line["row"]: line for line in results(whole)["rows"]}
+    assert found["dino"]["figures"]["primary"]["mean"] == pytest.approx(np.mean(by_hand))
+    less = found["dino"]["less_reference"]["primary"]["mean"]
+    assert less == pytest.approx(
+        found["dino"]["figures"]["primary"]["mean"] - found["gtsa"]["figures"]["primary"]["mean"]
+    )
+    assert found["colour"]["figures"]["primary"]["low"] is not None  # images vary, though seeds do not
+
+
+def test_a_cell_that_fails_is_told_with_its_reason_and_stops_no_other(whole):
+    found = {line["row"]: line for line in results(whole)["rows"]}
+    assert found["broken"]["seeds"] == [] and "diverged" in found["broken"]["failed"]["0"]
+    page = (whole / "report.html").read_text()
+    assert "broken, seed 0: training diverged" in page and found["gtsa"]["seeds"] == [0, 1]
+
+
+def test_the_page_needs_nothing_else(whole):
+    page = (whole / "report.html").read_text()
+    assert not re.findall(r"https?://", page)
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]+)', page))
+    assert {"gtsa", "dino", "untrained", "colour"} <= set(re.findall(r"<figcaption>(\w+), seed 0", page))
+
+
+def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monkeypatch, tmp_path):
+    more = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}
+    before = (whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()
+    monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
+    compare.compare(**settings(data, whole, **more))
+    assert ((whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()) == before
+    done = []
+    told = results(whole)
+    here(monkeypatch)
+    run = cells.run
+    monkeypatch.setattr(cells, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
+    (whole / "cells/dino/images-1/result.json").unlink()  # as a kill just before the end leaves it
+    (whole / "cells/gtsa/images-0/result.json").unlink()
+    compare.compare(**settings(data, whole, **more))
+    assert done == ["gtsa/images-0", "dino/images-1"]
+    assert results(whole) == told
+
+
+def test_results_of_other_settings_are_not_taken(whole, data):
+    with pytest.raises(Remedy, match="other settings") as told:
+        compare.compare(**settings(data, whole, steps=3))
+    assert told.value.code == 4
+
+
+def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):
+    more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 30}
+    file = tmp_path / "c.yaml"
+
+    def started(out):
+        file.write_text(strict.plain_yaml(settings(data, out, **more)))
+        command = [sys.executable, "-m", "gtsa", "compare", "--config", str(file)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
+
+    straight = started(tmp_path / "straight")
+    assert straight.wait(300) == 0
+    for signal_, sign in (
+        (signal.SIGKILL, "cells/gtsa/images-0/run/metrics.jsonl"),
+        (signal.SIGTERM, "cells/dino/images-0/log.txt"),
+    ):
+        killed = started(tmp_path / "killed")
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "killed" / sign).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(killed.pid, signal_)
+        assert killed.wait(60) != 0
+    last = started(tmp_path / "killed")
+    assert last.wait(300) == 0
+    told = [results(tmp_path / name) for name in ("straight", "killed")]
+    assert told[0] == told[1]
+
+
+# Tuning
+
+
+def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, tmp_path):
+    s = validated(data, tmp_path, tune=40, methods=("gtsa", "dino", "mae"))
+    rows = rows_of(s)
+    found = list(trials(rows, s))
+    assert [sum(c.row.name == m for c in found) for m in ("gtsa", "dino", "mae")] == [40] * 3
+    rates = [c.changes["learning_rate"] for c in found]
+    assert 2.5e-4 <= min(rates) < 3e-4 and 8e-4 < max(rates) <= 1e-3 and len(set(rates)) > 100
+    assert drawn(rows[1], 7, s) == drawn(rows[1], 7, s) != drawn(rows[1], 8, s)
+    for cell in found:
+        assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].search.keys()
+
+
+def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
+    s = validated(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
+    rows = rows_of(s)
+    for cell in trials(rows, s):
+        good = {"gtsa": (1.0, 5.0, 3.0), "dino": (2.0, 1.0, None)}[cell.row.name][cell.number]
+        entries = [
+            {"task": task, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
+            for task in ("segmentation", "in_context")
+        ]
+        result = {"status": "done", "reason": "", "results": entries} if good else {"status": "failed", "reason": "x"}
+        cells.folder_of(cell, s).mkdir(parents=True)
+        cells.commit(cell, s, result)
+    best = {"gtsa": drawn(rows[0], 1, s), "dino": drawn(rows[1], 0, s)}
+    for row in rows:
+        if row.tuned_as:
+            assert chosen(row, rows, s) == best[row.tuned_as]
+    by_name = {cell.row.name: cells.training_of(cell, s) for cell in finals(rows, s) if cell.row.source is None}
+    assert by_name["gtsa-no-rotation"]["learning_rate"] == best["gtsa"]["learning_rate"]
+    assert by_name["gtsa-no-rotation"]["views"] == {**SMALL["pretrain"]["views"], "rotations": False}
+    assert by_name["dino-rotations"]["dino"] == {**SMALL["pretrain"]["dino"], **best["dino"]["dino"]}
+    assert by_name["gtsa"]["seed"] == 1 and "dino" not in by_name["gtsa"]
+
+
+def test_trials_are_judged_within_the_training_images(data, tmp_path):
+    images, masks = str(data / "images"), str(data / "masks")
+    s = validated(data, tmp_path, folds=None, val=(images, masks))
+    row = rows_of(s)[0]
+    for stage, folds in (("trial", 5), ("images", None)):
+        for _, asked, question in cells.questions_of(Cell(row, stage, 0), s):
+            assert asked.folds == folds
+            assert question.val.fingerprint == question.train.fingerprint  # here the same images
+            assert bool(question.folds) is (folds is not None)
+
+
+def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
+    s = validated(data, tmp_path)
+    parts = [
+        {"task": t, "figures": {"mIoU": v, "aAcc": 90.0}} for t, v in (("segmentation", 10.0), ("in_context", 30.0))
+    ]
+    assert primary_of({"results": parts}, s) == 20
+    with pytest.raises(Remedy, match="no such figure; it has mIoU, aAcc"):
+        primary_of({"results": parts}, s.model_copy(update={"primary": "segmentation:mAP"}))
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_variants_are_valid(name, data, tmp_path):
+    s = validated(data, tmp_path, ablate=(name,))
+    row = next(row for row in rows_of(s) if row.name == name)
+    strict.validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"methods": ("gtsa", "nothing")}, "there is no 'nothing'; there is dino"),
+        ({"methods": ("gtsa", "gtsa")}, "each once"),
+        ({"ablate": ("gtsa-no-head",)}, "gtsa-no-rotation"),
+        ({"controls": ("magic",)}, "untrained"),
+        ({"primary": "knn:top1"}, "not among --task"),
+        ({"rows": {"gtsa": {}}}, "two rows are called gtsa"),
+        ({"rows": {"../up": {}}}, "letters, digits"),
+        ({"rows": {"mine": {"stepz": 3}}}, "row mine: stepz: there is no such setting, did you mean steps"),
+        ({"rates": (1e-3, 1e-4)}, "low <= high"),
+        ({"train": ("nowhere", "nothing")}, "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("nothing is to be trained"))
+    with pytest.raises(Remedy, match=re.escape(told)):
+        compare.compare(**settings(data, tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
