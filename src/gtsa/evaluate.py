@@ -37,6 +37,8 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     ready = plan.engine(strict.validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
     plan.workers(ready)
     s = ready.settings
+    if s.out and Path(s.out).exists():
+        raise Remedy(f"--out {s.out} is there already; give another file, or remove it first")
     questions = judging.questions(s)
     backbone, told = opened(s.weights, s.network, s.model)
     say(told)

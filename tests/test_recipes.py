@@ -1,0 +1,31 @@
+"""Every recipe is a call that the command takes, and says how to run it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gtsa import config, strict
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+MODELS = {
+    "pretrain": (config.Pretrain, {}),
+    "evaluate": (config.Evaluate, {"weights": "RUN", "train": ("a", "b")}),
+    "compare": (config.Compare, {"data": "a", "out": "b", "train": ("a", "b")}),
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_call(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = next(line for line in header if line.startswith("# Command:"))
+    assert any(line.startswith("# Hardware:") for line in header)
+    assert (
+        f"--config recipes/{path.relative_to(path.parents[len(path.parents) - 1]).as_posix().split('recipes/')[1]}"
+        in command
+    )
+    model, given = MODELS[re.search(r"gtsa (\w+)", command)[1]]
+    settings = strict.read_yaml(path)
+    if model is config.Evaluate and "folds" not in settings:
+        given = {**given, "val": ("c", "d")}
+    strict.validated(model, {**settings, **given})
