@@ -7,7 +7,8 @@ import pytest
 
 from gtsa import config, strict
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(RECIPES_FOLDER.rglob("*.yaml"))
 MODELS = {
     "pretrain": (config.Pretrain, {}),
     "evaluate": (config.Evaluate, {"weights": "RUN", "train": ("a", "b")}),
@@ -20,10 +21,7 @@ def test_a_recipe_is_a_call(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     command = next(line for line in header if line.startswith("# Command:"))
     assert any(line.startswith("# Hardware:") for line in header)
-    assert (
-        f"--config recipes/{path.relative_to(path.parents[len(path.parents) - 1]).as_posix().split('recipes/')[1]}"
-        in command
-    )
+    assert f"--config recipes/{path.relative_to(RECIPES_FOLDER).as_posix()}" in command
     model, given = MODELS[re.search(r"gtsa (\w+)", command)[1]]
     settings = strict.read_yaml(path)
     if model is config.Evaluate and "folds" not in settings:
