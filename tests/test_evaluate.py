@@ -49,6 +49,23 @@ def asked(places, task, **settings):
     return gtsa.evaluate(WEIGHTS, task, **{**data, **quick, "device": "cpu", "workers": 0, **settings})
 
 
+def test_a_class_may_be_missing_among_the_images_to_judge_by(places, tmp_path, capsys):
+    shutil.copytree(places / "val", tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "class b")
+    report = asked(places, "knn", val=(str(tmp_path / "val"),))
+    assert report["results"][0]["figures"]["top1, k = 3"] == 100.0  # a and c keep their names
+    assert "--val has no example of class b" in capsys.readouterr().out
+    with pytest.raises(Remedy, match="--val has classes that --train has no example of: class b"):
+        asked(places, "knn", train=(str(tmp_path / "val"),), val=(str(places / "train"),))
+
+
+def test_results_are_not_overwritten(places, tmp_path):
+    (tmp_path / "out.json").write_text("mine")
+    with pytest.raises(Remedy, match="is there already"):
+        asked(places, "knn", out=str(tmp_path / "out.json"))
+    assert (tmp_path / "out.json").read_text() == "mine"
+
+
 def test_several_questions_in_one_call(places, tmp_path):
     report = asked(places, ("knn", "linear", "rotation", "health"), out=str(tmp_path / "new" / "out.json"), seed=3)
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == json.loads(json.dumps(report))
@@ -166,7 +183,7 @@ def test_on_the_command_line(places, tmp_path):
         (
             [WEIGHTS, "--task", "finetune", "--train", "TRAIN", "--val", "VAL", "--finetune.batch-size", "3"],
             2,
-            "must be even",
+            "multiple of 2",
         ),
         (["NOWHERE", "--task", "knn", "--train", "TRAIN", "--val", "VAL"], 4, "no weights there"),
         (["random:vit_none", "--task", "knn", "--train", "TRAIN", "--val", "VAL"], 2, "has no model 'vit_none'"),
@@ -216,6 +233,6 @@ def test_an_image_that_cannot_be_read_is_named(places, tmp_path, capsys, workers
 def test_train_and_val_of_other_classes_are_refused(places, tmp_path):
     shutil.copytree(places / "val", tmp_path / "val")
     (tmp_path / "val" / "class c").rename(tmp_path / "val" / "class d")
-    with pytest.raises(Remedy, match="class c, class d") as told:
+    with pytest.raises(Remedy, match="no example of: class d") as told:
         asked(places, "knn", val=(str(tmp_path / "val"),))
     assert told.value.code == 3

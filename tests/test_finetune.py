@@ -32,10 +32,14 @@ def sets(per=10, seeds=(0, 1)):
 def test_the_defaults_are_the_papers():
     defaults = {p.name: p.default for p in inspect.signature(Finetune).parameters.values()}
     assert defaults == {
-        "epochs": 300, "batch_size": 1024, "accumulate": 1, "learning_rate": 5e-4, "warmup": 5, "layer_decay": 0.65,
+        "epochs": 300, "batch_size": 1024, "accumulate": 1, "learning_rate": 5e-4, "warmup": "auto", "layer_decay": 0.65,
         "weight_decay": 0.05, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "magnitude": 9,
         "smoothing": 0.1, "resize": 256, "crop": 224,
     }  # fmt: skip
+
+
+def test_the_warmup_is_the_papers_and_shorter_in_a_short_training():
+    assert (Finetune().warmup, Finetune(epochs=10.0).warmup, Finetune(epochs=10.0, warmup=2.0).warmup) == (5, 1, 2)
 
 
 def test_learning_rates_fall_from_layer_to_layer(backbone):
@@ -184,7 +188,7 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
         ({"batch_size": 12, "accumulate": 4}, "multiple of 8"),
         ({"accumulate": 0}, "multiple"),
         ({"epochs": 0.0}, "above 0"),
-        ({"epochs": 3.0}, "warmup shorter"),
+        ({"epochs": 3.0, "warmup": 3.0}, "warmup shorter"),
         ({"layer_decay": 0.0}, "shares"),
         ({"smoothing": 1.0}, "shares"),
         ({"magnitude": 11}, "magnitude is from 0 to 10"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gtsa.core import Remedy
-from gtsa.labels import SHOWN, Problems, UnknownFormat, divided, formats, open_labelled
+from gtsa.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, divided, formats, open_labelled
 
 COCO_SMALL = os.environ.get("GTSA_COCO_SMALL", "")  # a small real COCO set, where there is one; no test needs it
 
@@ -173,6 +173,33 @@ def test_a_list_of_classes_makes_train_and_val_alike(tmp_path):
     assert "2 x unknown class" in message and "b/0.jpg: b: not in the list of 2 classes" in message
 
 
+def test_classes_are_numbered_as_in_another_set():
+    """b, d of a, b, c, d: every kind of target keeps its names."""
+
+    def labelled(kind, classes, targets, **more):
+        return Labelled(None, range(len(targets)), targets, kind, classes, "digest", **more)
+
+    few, many = ("b", "d"), ("a", "b", "c", "d")
+    found = {}
+    things = Boxes(torch.zeros(2, 4), torch.tensor([1, 0]), None, torch.zeros(2), torch.zeros(2), torch.zeros(2))
+    for kind, target in (
+        ("classes", 1),
+        ("several", torch.tensor([False, True])),
+        ("masks", torch.tensor([[0, 1], [IGNORE, 1]])),
+        ("boxes", things),
+    ):
+        other = labelled(kind, many, [], category_ids=(5, 6, 7, 8))
+        same = labelled(kind, few, [target], category_ids=(6, 8)).numbered_as(other)
+        assert (same.classes, same.category_ids) == (many, (5, 6, 7, 8))
+        assert pickle.loads(pickle.dumps(same)).classes == many
+        found[kind] = same.target(0)
+        assert other.numbered_as(other) is other
+    assert found["classes"] == 3
+    assert found["several"].tolist() == [False, False, False, True]
+    assert found["masks"].tolist() == [[1, 3], [IGNORE, 3]]
+    assert found["boxes"].classes.tolist() == [3, 1]
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -204,6 +231,7 @@ def four(tmp_path):
     [
         'a.jpg,cat\nb.jpg,dog\nsub/c.jpg,cat\n" d, e.jpg",dog\n',
         '\ufeffpath,label\r\na.jpg,cat\r\nb.jpg,dog\r\n\r\nsub/c.jpg, cat \r\n" d, e.jpg", dog\r\n',
+        'filename,class\na.jpg,cat\nb.jpg,dog\nsub/c.jpg,cat\n" d, e.jpg",dog\n',
         'Label,split, Path\ncat,train,a.jpg\ndog,,./b.jpg\ncat,,sub//c.jpg\ndog,val," d, e.jpg"\ncat,again,a.jpg\n',
     ],
 )
@@ -277,7 +305,7 @@ def test_all_faults_of_a_table_at_once(tmp_path, four):
     [
         ("", "no rows"),
         ("path,label\n", "no rows"),
-        ("image,class\na.jpg,cat\nb.jpg,dog\n", "image: No such file"),
+        ("photo,kind\na.jpg,cat\nb.jpg,dog\n", "photo: No such file"),
         ("a.jpg,cat\nb.jpg,cat\n", "too few classes"),
         pytest.param('a.jpg,cat\n"b.jpg,' + "x" * 200_000, "not CSV", id="open quote"),
     ],

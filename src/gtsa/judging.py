@@ -97,12 +97,19 @@ def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelle
     if not evaluator.learns:
         return None, val
     train = opened(s.train, evaluator.labels)
-    if train.kind != val.kind or train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
-        more = f" and {len(only) - 5} more" if len(only) > 5 else ""
-        told = f"{', '.join(map(str, only[:5]))}{more} are in one of them alone" if only else "their order differs"
-        raise Remedy(f"--train and --val do not have the same classes: {told}; name and list them alike", 3)
-    return train, val
+    if train.kind != val.kind:
+        raise Remedy(f"--train has {train.kind}, --val {val.kind}; give the same kind of labels", 3)
+    if unknown := sorted(set(val.classes) - set(train.classes)):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise Remedy(
+            f"--val has classes that --train has no example of: {', '.join(map(str, unknown[:5]))}{more}; split them "
+            "otherwise, or name them alike",
+            3,
+        )
+    if missing := sorted(set(train.classes) - set(val.classes)):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        say(f"{name}: --val has no example of {', '.join(map(str, missing[:5]))}{more}")
+    return train, val.numbered_as(train)
 
 
 def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any) -> Labelled:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Finetune(Evaluator):
         accumulate: micro-batches that a step is made of, to save memory. Images are mixed in pairs, so each has an even
             number of them.
         learning_rate: peak for a batch of 256; it is scaled by batch / 256.
-        warmup: epochs in which the learning rate rises; then it falls along a cosine.
+        warmup: epochs in which the learning rate rises; then it falls along a cosine. auto: 5, at most a tenth of all.
         layer_decay: every block's learning rate is that of the block above times this.
         weight_decay: none on biases, norms, positions and CLS.
         drop_path: stochastic depth of the last block, linear from 0 at the first.
@@ -60,7 +60,7 @@ class Finetune(Evaluator):
         batch_size: int = 1024,
         accumulate: int = 1,
         learning_rate: float = 5e-4,
-        warmup: float = 5.0,
+        warmup: float | Literal["auto"] = "auto",
         layer_decay: float = 0.65,
         weight_decay: float = 0.05,
         drop_path: float = 0.1,
@@ -77,14 +77,15 @@ class Finetune(Evaluator):
                 f"finetune: batch_size {batch_size} must be a multiple of {2 * accumulate}: {accumulate} micro-batches "
                 "of an even number of images, since they are mixed in pairs"
             )
-        if epochs <= 0 or learning_rate <= 0 or not 0 <= warmup < epochs:
+        rising = min(5.0, epochs / 10) if warmup == "auto" else warmup
+        if epochs <= 0 or learning_rate <= 0 or not 0 <= rising < epochs:
             raise Remedy("finetune: epochs and learning_rate must be above 0, and warmup shorter than epochs")
         if not (0 < layer_decay <= 1 and 0 <= drop_path < 1 and 0 <= erasing <= 1 and 0 <= smoothing < 1):
             raise Remedy("finetune: layer_decay, drop_path, erasing and smoothing are shares, from 0 to 1")
         if min(mixup, cutmix, weight_decay) < 0 or not 0 <= magnitude <= 10:
             raise Remedy("finetune: mixup, cutmix and weight_decay are at least 0, magnitude is from 0 to 10")
         self.epochs, self.batch_size, self.accumulate = epochs, batch_size, accumulate
-        self.learning_rate, self.warmup = learning_rate, warmup
+        self.learning_rate, self.warmup = learning_rate, rising
         self.layer_decay, self.weight_decay, self.drop_path = layer_decay, weight_decay, drop_path
         self.mixup, self.cutmix, self.erasing, self.magnitude = mixup, cutmix, erasing, magnitude
         self.smoothing, self.resize, self.crop = smoothing, resize, crop

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from gtsa.core import Remedy
@@ -81,11 +82,38 @@ class Labelled:
         """Some of the images, in this order."""
         return replace(self, places=[self.places[i] for i in indices])
 
+    def numbered_as(self, other: Labelled) -> Labelled:
+        """The same images with classes and their numbers as in ``other``, which has all of these and perhaps more."""
+        if self.classes == other.classes:
+            return self
+        places = torch.tensor([other.classes.index(name) for name in self.classes])
+        targets = Renumbered(self.targets, places, len(other.classes))
+        return replace(self, targets=targets, classes=other.classes, category_ids=other.category_ids)
+
     @property
     def fingerprint(self) -> str:
         """Of labels and chosen images: the same data set gives the same one anywhere."""
         told = f"{self.digest} {list(self.places)}"
         return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Renumbered:
+    """Targets with other numbers for their classes."""
+
+    targets: Targets
+    places: Tensor  # [C] int64: the new number of each class
+    count: int  # of classes that there are then
+
+    def __getitem__(self, index: int) -> Any:
+        target = self.targets[index]
+        if isinstance(target, Boxes):
+            return replace(target, classes=self.places[target.classes])
+        if not isinstance(target, Tensor):
+            return int(self.places[target])
+        if target.dtype == torch.bool:
+            return torch.zeros(self.count, dtype=torch.bool).index_put((self.places[target],), torch.tensor(True))
+        return torch.where(target == IGNORE, IGNORE, self.places[target.clamp(min=0)])
 
 
 class UnknownFormat(Remedy):

@@ -12,14 +12,16 @@ from gtsa.labels._classes import listed, one_each
 from gtsa.labels._files import located
 from gtsa.sources.folder import Folder
 
-COLUMNS = ("path", "label")
+PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "name")  # of columns, the usual one first
+LABELS = ("label", "class", "category", "target", "species")
 
 
 class Table:
     """Rows of path and label, with a comma between; paths start at the images' folder.
 
-    A first row that names the columns ``path`` and ``label`` is a header: then they may lie in any order among others.
-    Without it there are these two. The classes are all labels that occur, sorted, or the list of ``classes``.
+    A first row that names the columns ``path`` and ``label`` (or file, filename, image, name; class, category, target)
+    is a header: then they may lie in any order among others. Without it there are these two. The classes are all labels
+    that occur, sorted, or the list of ``classes``.
     """
 
     @staticmethod
@@ -53,8 +55,9 @@ def _rows(file: str, problems: Problems) -> Iterator[tuple[int, str, str]]:
             reader = csv.reader(text, skipinitialspace=True)
             for first, row in enumerate(reader):
                 heads = [cell.strip().lower() for cell in row]
-                if first == 0 and all(name in heads for name in COLUMNS):
-                    columns, width = (heads.index("path"), heads.index("label")), len(row)
+                named = [next((heads.index(n) for n in names if n in heads), None) for names in (PATHS, LABELS)]
+                if first == 0 and named[0] is not None and named[1] is not None:
+                    columns, width = (named[0], named[1]), len(row)
                 elif row and len(row) != width:
                     problems.add("row of another width", f"line {reader.line_num}", f"{len(row)} cells, not {width}")
                 elif row:
