@@ -9,8 +9,8 @@ from evaluating import Stub, cells, coloured, lab, labelled, noise
 from gtsa import features
 from gtsa.core import Remedy
 from gtsa.evals import knn
-from gtsa.evals.knn import KNN, votes_of
-from gtsa.features import nearest
+from gtsa.evals.knn import KNN
+from gtsa.features import nearest, votes_of
 
 SMALL = {"resize": 32, "crop": 32}
 

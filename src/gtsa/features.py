@@ -195,3 +195,16 @@ def _nearest(queries: Tensor, memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best, kept = best.topk(min(k, best.shape[1]))
         places = places.gather(1, kept)
     return best, places
+
+
+def votes_of(similarity: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
+    """Votes [queries, count] of neighbours of these similarities and classes [queries, k], nearest first.
+
+    They are relative to the nearest one's, which weighs 1, so that no temperature is too low for the arithmetic.
+    """
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(weights), count)
+    rows = torch.arange(len(weights), device=weights.device)
+    for weight, vote in zip(weights.T, classes.T, strict=True):  # one after the other: sums in a fixed order on GPUs
+        votes[rows, vote] += weight
+    return votes

@@ -23,6 +23,7 @@ SMALL = {  # what makes an evaluation quick enough to be asked four times; one t
     "finetune": {"epochs": 2.0, "batch_size": 8, "warmup": 1.0, "resize": 64, "crop": 64},
     "health": {"resize": 64, "crop": 64},
     "in_context": {"size": 64, "memory": 100},
+    "instances": {"size": 64, "k": 3},
     "knn": {"k": (3, 5), "resize": 64, "crop": 64},
     "linear": {"steps": 10, "resize": 64, "crop": 64},
     "rotation": {"resize": 64, "crop": 64, "size": 64},

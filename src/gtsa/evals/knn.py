@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from gtsa.core import Evaluator, Evidence, Remedy
-from gtsa.features import Lab, image_features, nearest
+from gtsa.features import Lab, image_features, nearest, votes_of
 from gtsa.terminal import say
 
 
@@ -59,16 +58,3 @@ class KNN(Evaluator):
 
     def figures(self, evidence: Evidence) -> dict[str, float]:
         return {name: 100 * float(right.double().mean()) for name, right in evidence.items()}
-
-
-def votes_of(similarity: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
-    """Votes [queries, count] of neighbours of these similarities and classes [queries, k], nearest first.
-
-    They are relative to the nearest one's, which weighs 1, so that no temperature is too low for the arithmetic.
-    """
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    votes = weights.new_zeros(len(weights), count)
-    rows = torch.arange(len(weights), device=weights.device)
-    for weight, vote in zip(weights.T, classes.T, strict=True):  # one after the other: sums in a fixed order on GPUs
-        votes[rows, vote] += weight
-    return votes

@@ -64,6 +64,7 @@ class Labelled:
     category_ids: tuple[int, ...] = ()  # of boxes: the file's own numbers of the classes
     image_ids: tuple[int, ...] = ()  # of boxes: the file's own numbers of the images, by place in the source
     has_masks: bool = False  # of boxes: every box has one
+    groups: tuple[str, ...] = ()  # of boxes: the supercategory of each class, where the file tells them
 
     def __len__(self) -> int:
         return len(self.places)
@@ -88,7 +89,9 @@ class Labelled:
             return self
         places = torch.tensor([other.classes.index(name) for name in self.classes])
         targets = Renumbered(self.targets, places, len(other.classes))
-        return replace(self, targets=targets, classes=other.classes, category_ids=other.category_ids)
+        return replace(
+            self, targets=targets, classes=other.classes, category_ids=other.category_ids, groups=other.groups
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -97,7 +97,14 @@ class Coco:
             category_ids=tuple(number for number, _ in names),
             image_ids=tuple(row["id"] for row in pictures),
             has_masks=drawn,
+            groups=_groups(categories),
         )
+
+
+def _groups(categories: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Supercategories, where every category tells one."""
+    found = [row.get("supercategory") for row in categories]
+    return tuple(map(str, found)) if all(isinstance(name, str) and name for name in found) else ()
 
 
 def _files(images: str, pictures: Sequence[dict[str, Any]], problems: Problems) -> list[str]:

@@ -1,0 +1,116 @@
+"""Things named by their pooled tokens: known answers, an oracle, and supercategories."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from evaluating import Stub, lab, labelled, noise
+from gtsa.core import Remedy
+from gtsa.evals.instances import Instances, covered
+from gtsa.labels import Boxes
+
+SMALL = {"k": 3, "size": 32}
+
+
+def scenes(count, seed, shuffled=False, classes=4):
+    """Two plain squares a picture, each of its class's colour; the background is dark."""
+    draw, images, targets = np.random.default_rng(seed), [], []
+    hues = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
+    for _ in range(count):
+        pixels, masks = np.zeros((3, 32, 32), np.uint8), torch.zeros(2, 32, 32, dtype=torch.bool)
+        kinds = draw.integers(0, classes, 2)
+        for n, kind in enumerate(kinds):
+            top = 16 * n + int(draw.integers(0, 5))
+            pixels[:, top : top + 10, 4:20] = hues[kind][:, None, None]
+            masks[n, top : top + 10, 4:20] = True
+        if shuffled:
+            kinds = draw.integers(0, classes, 2)
+        images.append(torch.from_numpy(pixels))
+        crowd = torch.zeros(2, dtype=torch.bool)
+        targets.append(Boxes(torch.zeros(2, 4), torch.from_numpy(kinds), masks, crowd, torch.ones(2), torch.arange(2)))
+    return labelled(images, targets, "boxes", "abcd", has_masks=True)
+
+
+def colours(images):
+    return images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).permute(0, 2, 3, 1)
+
+
+def asked(train, val, **settings):
+    task = Instances(**{**SMALL, **settings})
+    return task.figures(task(Stub(colours, 2), train, val, lab()))
+
+
+def test_all_are_named_where_colour_tells():
+    assert asked(scenes(20, 0), scenes(10, 1)) == {"accuracy": 100.0, "mean accuracy": 100.0}
+
+
+def test_chance_where_labels_are_shuffled():
+    found = asked(scenes(60, 0, True), scenes(60, 1, True))["accuracy"]
+    assert abs(found - 25) < 4 * 100 * (0.25 * 0.75 / 120) ** 0.5
+
+
+def test_it_is_scikit_learns_nearest_neighbours():
+    draw = np.random.default_rng(0)
+    weights = torch.from_numpy(draw.normal(size=(12, 6))).float()
+
+    def see(images):
+        cells = images.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        return torch.tanh(cells @ weights)
+
+    train, val = scenes(25, 2, True), scenes(15, 3, True)
+    for data, seed in ((train, 4), (val, 5)):
+        data.source.images = noise(len(data), seed=seed)  # no two things alike, so that none are equally near
+    task = Instances(k=7, size=32)
+    evidence = task(Stub(see, 2), train, val, lab())
+    vectors, truth = [], []
+    for data in (train, val):
+        rows, kinds = [], []
+        for i in range(len(data)):
+            pixels = (data.read(i)[None].float() / 255 - 0.5) / 0.25
+            tokens, things = see(pixels)[0].numpy(), data.target(i)
+            for n in range(2):
+                share = things.masks[n].numpy().reshape(16, 2, 16, 2).mean((1, 3))
+                vector = (tokens * share[..., None]).sum((0, 1)) / share.sum()
+                rows.append(vector / np.linalg.norm(vector)), kinds.append(int(things.classes[n]))
+        vectors.append(np.array(rows)), truth.append(np.array(kinds))
+
+    def votes(distance):  # euclidean of unit vectors
+        return np.exp((1 - distance**2 / 2) / 0.07)
+
+    oracle = KNeighborsClassifier(7, weights=votes).fit(vectors[0], truth[0])
+    right = (oracle.predict(vectors[1]) == truth[1]).mean()
+    assert task.figures(evidence)["accuracy"] == pytest.approx(100 * right)
+    assert evidence["true"].sum(1).tolist() == [2] * 15
+    by_class = [(oracle.predict(vectors[1]) == truth[1])[truth[1] == c].mean() for c in np.unique(truth[1])]
+    assert task.figures(evidence)["mean accuracy"] == pytest.approx(100 * np.mean(by_class))
+
+
+def test_supercategories_are_named_where_the_file_tells_them():
+    train, val = scenes(20, 0), scenes(10, 1)
+    for data in (train, val):
+        object.__setattr__(data, "groups", ("warm", "cold", "cold", "warm"))
+    evidence = Instances(**SMALL)(Stub(colours, 2), train, val, lab())
+    assert evidence["true"].shape == (10, 2)
+    assert Instances(**SMALL, groups=False)(Stub(colours, 2), train, val, lab())["true"].shape == (10, 4)
+
+
+def test_shares_of_cells_by_hand_and_without_crowds():
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[0, :2, :2], masks[1, 1:3, :] = True, True
+    masks[2] = True
+    things = Boxes(
+        torch.zeros(3, 4), torch.arange(3), masks, torch.tensor([False, False, True]), torch.ones(3), torch.arange(3)
+    )
+    assert covered(things, (2, 2)).tolist() == [[[1, 0], [0, 0]], [[0.25, 0.25], [0.25, 0.25]]]
+
+
+def test_what_cannot_be_asked_is_refused():
+    boxes = scenes(4, 0)
+    object.__setattr__(boxes, "has_masks", False)
+    with pytest.raises(Remedy, match="boxes alone"):
+        asked(boxes, boxes)
+    with pytest.raises(Remedy, match="below that"):
+        asked(scenes(2, 0), scenes(2, 1), k=4)
+    with pytest.raises(Remedy, match="at least 1"):
+        Instances(k=0)
