@@ -59,6 +59,15 @@ def test_a_class_may_be_missing_among_the_images_to_judge_by(places, tmp_path, c
         asked(places, "knn", train=(str(tmp_path / "val"),), val=(str(places / "train"),))
 
 
+def test_one_place_or_task_may_stand_for_several_and_paths_may_be_paths(places, tmp_path):
+    usual = asked(places, "knn")
+    given = {"train": str(places / "train"), "val": places / "val", "out": tmp_path / "out.json", "device": "cpu"}
+    assert gtsa.evaluate(WEIGHTS, "knn", **given, knn={**QUICK["knn"], "k": 3})["results"][0]["figures"] == {
+        "top1, k = 3": usual["results"][0]["figures"]["top1, k = 3"]
+    }
+    assert (tmp_path / "out.json").exists()
+
+
 def test_results_are_not_overwritten(places, tmp_path):
     (tmp_path / "out.json").write_text("mine")
     with pytest.raises(Remedy, match="is there already"):

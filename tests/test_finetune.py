@@ -113,6 +113,15 @@ def test_an_augmented_image_follows_from_seed_epoch_and_image_alone():
     assert sorted(images[Draw(1, place)][2] for place in range(6)) == list(range(6))
 
 
+def test_the_strongest_augmentation_works():
+    """At magnitude 10 timm's posterising would keep 0 bits."""
+    images = Augmented(labelled(noise(60, 40), [0] * 60), 32, 10, (0.5, 0.5, 0.5), seed=0)
+    kinds = {op.name for step in images.change.transforms for op in getattr(step, "ops", ())}
+    assert "PosterizeIncreasing" in kinds
+    pictures = [images[Draw(epoch, place)][0] for epoch in range(3) for place in range(60)]
+    assert all(picture.float().std() > 1 for picture in pictures)
+
+
 def test_batches_do_not_depend_on_workers_or_on_where_they_start():
     images = Augmented(labelled(noise(10, 48), [0, 1] * 5), 32, 9, (0.5, 0.5, 0.5), seed=0)
     alone = list(loader(images, StepSampler(10, 4, 5), lab()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -29,10 +30,20 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _lists_are_tuples(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return values
+    def _as_they_are_written(cls, values: Any) -> Any:
+        """Lists are tuples, paths are text, and one value will do where several may be given."""
+        if not isinstance(values, Mapping):
+            return values
+        found = {}
+        for name, value in values.items():
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            kind = cls.model_fields[name].annotation if name in cls.model_fields else None
+            if isinstance(value, list | tuple):
+                value = tuple(os.fspath(v) if isinstance(v, os.PathLike) else v for v in value)
+            elif get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis and isinstance(value, str | int | float):
+                value = (value,)
+            found[name] = value
+        return found
 
 
 class Documented(Strict):

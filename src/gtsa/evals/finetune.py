@@ -190,11 +190,20 @@ class Augmented(Dataset[tuple[Tensor, int, int]]):
             normalize=False,
         )  # fmt: skip
 
+        for op in (op for step in self.change.transforms for op in getattr(step, "ops", ())):
+            if op.name == "PosterizeIncreasing":
+                op.level_fn = _bits
+
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
         image = Image.fromarray(read(self.data, index).permute(1, 2, 0).numpy())
         with seeded(generator(self.seed, CUT, draw.epoch, index), torch.device("cpu")):
             return self.change(image), self.data.target(index), index
+
+
+def _bits(level: float, _: Any) -> tuple[int]:
+    """As timm's: from 4 bits a colour down, but never to none, which Pillow refuses (and used to paint black)."""
+    return (max(1, 4 - int(level / 10 * 4)),)
 
 
 def loader(images: Augmented, draws: StepSampler, lab: Lab) -> DataLoader[Any]:
