@@ -16,6 +16,7 @@ from conftest import run as as_user
 from evaluating import coloured
 from gtsa.cli import run
 from gtsa.core import Remedy
+from gtsa.evals.finetune import Finetune
 from gtsa.judging import folds_of, joined
 
 QUICK = {
@@ -68,10 +69,65 @@ def test_one_place_or_task_may_stand_for_several_and_paths_may_be_paths(places, 
     assert (tmp_path / "out.json").exists()
 
 
+def test_a_damaged_image_is_told_before_a_long_training(places, tmp_path, monkeypatch):
+    shutil.copytree(places / "val", tmp_path / "val")
+    bad = sorted((tmp_path / "val").rglob("*.png"))[2:4]
+    for file in bad:
+        file.write_bytes(file.read_bytes()[:200])
+    monkeypatch.setattr(Finetune, "__call__", lambda *_: pytest.fail("nothing is to be trained"))
+    with pytest.raises(Remedy, match="2 x image that cannot be read") as told:
+        asked(places, "finetune", val=(str(tmp_path / "val"),))
+    assert all(str(file.relative_to(tmp_path / "val")) in str(told.value) for file in bad) and told.value.code == 3
+
+
+def test_images_to_judge_by_that_are_learnt_from_are_told(places, capsys):
+    asked(places, "knn", val=(str(places / "train"),))
+    assert "knn: 12 of 12 images to judge by are among those to learn from" in capsys.readouterr().out
+    asked(places, "knn")
+    assert "among those to learn from" not in capsys.readouterr().out
+
+
+def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
+    report = asked(places, ("knn", "linear"), out=str(tmp_path / "out.json"))
+    knn, linear = report["results"]
+    assert knn["guessing"] == {"most frequent class": pytest.approx(100 / 3)}
+    assert knn["intervals"]["top1, k = 3"] == (100.0, 100.0) and knn["seconds"] > 0
+    assert report["asked"]["task"] == ["knn", "linear"] and report["asked"]["train"] == [str(places / "train")]
+    shown = capsys.readouterr().out
+    assert "95 % intervals over images; most frequent class: 33.33 %" in " ".join(shown.split())
+    assert "step 10/" in shown or "ETA 0:00" in shown  # a training tells how far it is, with a folder or without
+    assert linear["by_class"] == {}
+
+
+def test_classes_have_figures_of_their_own(tmp_path):
+    draw = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for number in range(6):
+        mask = draw.integers(0, 3, (4, 4)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{number}.png")
+        Image.fromarray((mask * 80 + draw.integers(0, 9, mask.shape)).astype(np.uint8)).save(
+            tmp_path / "images" / f"{number}.png"
+        )
+    (tmp_path / "names.txt").write_text("ground\nroof\ntree\nnever\n")
+    (result,) = gtsa.evaluate(
+        WEIGHTS, "in_context", train=(tmp_path / "images", tmp_path / "masks"), folds=2, classes=tmp_path / "names.txt",
+        in_context={"size": 64, "k": 3}, device="cpu",
+    )["results"]  # fmt: skip
+    found = result["by_class"]["IoU"]
+    assert list(found) == ["ground", "roof", "tree", "never"] and found["never"] is None
+    assert np.mean([v for v in found.values() if v is not None]) == pytest.approx(result["figures"]["mIoU"])
+    low, high = result["intervals"]["mIoU"]
+    assert low < result["figures"]["mIoU"] < high
+
+
 def test_results_are_not_overwritten(places, tmp_path):
     (tmp_path / "out.json").write_text("mine")
     with pytest.raises(Remedy, match="is there already"):
         asked(places, "knn", out=str(tmp_path / "out.json"))
+    with pytest.raises(Remedy, match="cannot be written") as told:
+        asked(places, "knn", out=str(tmp_path / "out.json" / "x.json"))
+    assert told.value.code == 6
     assert (tmp_path / "out.json").read_text() == "mine"
 
 
@@ -95,6 +151,8 @@ def test_several_questions_in_one_call(places, tmp_path):
 
 def test_the_same_call_gives_the_same_figures_and_fingerprints(places):
     one, again = (asked(places, ("knn", "finetune")) for _ in range(2))
+    for report in (one, again):
+        assert all(result.pop("seconds") > 0 for result in report["results"])
     assert one == again
 
 
@@ -153,7 +211,7 @@ def test_on_the_command_line(places, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert "knn (6 images, learnt from 12)" in out and "100.00" in out and "health (6 images)" in out
+    assert "knn (6 images, learnt from 12;" in out and "100.00" in out and "health (6 images)" in out
     assert [r["task"] for r in json.loads((tmp_path / "out.json").read_text())["results"]] == ["knn", "health"]
 
 

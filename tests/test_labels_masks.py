@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gtsa.core import Remedy
 from gtsa.images import decode
 from gtsa.labels import IGNORE, open_labelled
 from gtsa.labels._files import sizes
@@ -123,13 +124,17 @@ def test_ignore(root):
     data = opened(root, ignore=255)
     assert data.classes[-1] == "class 3"
     assert np.array_equal(data.target(0), np.where(ids == 255, IGNORE, ids.astype(int)))
+    png(root / "masks" / "a.png", IDS)
     assert np.array_equal(opened(root, ignore=1).target(1), np.choose(IDS[::-1], [0, IGNORE, 1, 2]))
 
 
-def test_255_without_a_word_is_pointed_at(root, capsys):
-    png(root / "masks" / "a.png", np.where(IDS == 3, 255, IDS))
-    assert len(opened(root).classes) == 256
-    assert "give --ignore 255" in capsys.readouterr().out
+@pytest.mark.parametrize("value", [255, 42])
+def test_a_value_far_above_all_others_is_told_with_its_file(root, value):
+    png(root / "masks" / "a.png", np.where(IDS == 3, value, IDS))
+    with pytest.raises(Remedy, match=f"value {value} far above all others") as told:
+        opened(root)
+    assert f"\n  a.png: no other is above 3: give --ignore {value}" in str(told.value)
+    assert opened(root, ignore=value).classes[-1] == "class 3"
 
 
 def test_reduce_zero_label(root):

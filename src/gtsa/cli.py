@@ -279,8 +279,18 @@ def run(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
         return 0
     except KeyboardInterrupt:
-        print("gtsa: stopped at once; go on from the last checkpoint with --resume", file=sys.stderr)
+        print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
         return 130
+
+
+def _way_on(arguments: list[str] | None) -> str:
+    """What to do after a stop."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["evaluate"]:
+        return "with --work FOLDER long trainings can be gone on with; without it nothing was kept"
+    if given[:1] == ["compare"]:
+        return "the same command goes on"
+    return "go on from the last checkpoint with --resume"
 
 
 def _flat(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Annotated, Any, Literal
 
@@ -225,7 +226,9 @@ class _Evaluate(Documented):
             problems.append(f"task: name one or several of {', '.join(EvaluatorSettings)}")
         for name in self.task:
             if name not in EvaluatorSettings:
-                problems.append(f"task: there is no {name!r}; there is {', '.join(EvaluatorSettings)}")
+                near = difflib.get_close_matches(name.replace("-", "_"), EvaluatorSettings, 1)
+                hint = f", did you mean {near[0]}?" if near else ";"
+                problems.append(f"task: there is no {name!r}{hint} there is {', '.join(EvaluatorSettings)}")
         for name in ("train", "val"):
             if len(getattr(self, name)) > 2:
                 problems.append(f"{name}: IMAGES and LABELS, not {len(getattr(self, name))} places")

@@ -193,6 +193,8 @@ class Evaluator(ABC):
 
     labels: ClassVar[tuple[str, ...]] = ("classes",)  # kinds of labels it can take, the usual one first
     learns: ClassVar[bool] = True  # from a training set
+    trains: ClassVar[bool] = False  # for long: all images are decoded before
+    resampled: ClassVar[bool] = True  # figures of random choices of images are quick, and mean something
 
     @abstractmethod
     def __call__(self, backbone: Any, train: Any, val: Any, lab: Any) -> Evidence:
@@ -207,3 +209,7 @@ class Evaluator(ABC):
     @abstractmethod
     def figures(self, evidence: Evidence) -> dict[str, float]:
         """The metrics, in per cent where they are shares; the first one is the one to compare by."""
+
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        """Metrics of each class, in the order of the classes, where there are such; NaN: there is nothing to say."""
+        return {}

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gtsa import config, judging, plan, strict
+import numpy as np
+import torch
+
+from gtsa import config, judging, plan, statistics, strict
 from gtsa.checkpoint import store
-from gtsa.core import Remedy
+from gtsa.core import Evidence, Remedy
 from gtsa.export import opened
+from gtsa.labels import Labelled
 from gtsa.terminal import say, table
 
 VERSIONS = ("gtsa", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "faster-coco-eval")
@@ -37,8 +45,8 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     ready = plan.engine(strict.validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
     plan.workers(ready)
     s = ready.settings
-    if s.out and Path(s.out).exists():
-        raise Remedy(f"--out {s.out} is there already; give another file, or remove it first")
+    if s.out:
+        _place(Path(s.out))
     questions = judging.questions(s)
     backbone, told = opened(s.weights, s.network, s.model)
     say(told)
@@ -51,6 +59,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
             "network": s.network,
             "fingerprint": backbone.fingerprint,
         },
+        "asked": json.loads(s.model_dump_json(exclude_unset=True)),
         "tokens": s.tokens,
         "seed": s.seed,
         "device": f"{fabric.device.type}, precision {s.precision}",
@@ -58,13 +67,19 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         "results": [],
     }
     for question in questions:
+        began = time.perf_counter()
+        evidence = question(backbone, fabric, s)
         result = {
             "task": question.name,
             "settings": question.settings,
             "images": question.images,
             "classes": len(question.val.classes),
             "data": question.data,
-            "figures": question(backbone, fabric, s),
+            "figures": question.evaluator.figures(evidence),
+            "guessing": _guessing(question.val),
+            "intervals": _intervals(question, evidence),
+            "by_class": _by_class(question, evidence),
+            "seconds": time.perf_counter() - began,
         }
         _show(result)
         report["results"].append(result)
@@ -83,6 +98,47 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _intervals(question: judging.Question, evidence: Evidence) -> dict[str, tuple[float, float]]:
+    """95 % intervals: other images could have been judged. Other trainings could have come out otherwise too."""
+    if not question.evaluator.resampled:
+        return {}
+    names = list(question.evaluator.figures(evidence))
+
+    def figures(_: int, places: np.ndarray) -> np.ndarray:
+        found = question.evaluator.figures(judging.some(evidence, places))
+        return np.array([found.get(name, math.nan) for name in names])
+
+    try:
+        drawn = statistics.draw(figures, 1, len(question.val), draws=200)
+    except Remedy:  # a choice of images that shows nothing
+        return {}
+    found = {name: statistics.of_images(drawn[number]) for number, name in enumerate(names)}
+    return {name: (value.low, value.high) for name, value in found.items() if math.isfinite(value.low)}
+
+
+def _guessing(data: Labelled) -> dict[str, float]:
+    """What can be had without looking: of classes the share of the most frequent one, of several its mean share."""
+    if data.kind == "classes":
+        counts = np.bincount([data.target(i) for i in range(len(data))])
+        return {"most frequent class": 100 * float(counts.max() / len(data))}
+    if data.kind == "several":
+        shares = torch.stack([data.target(i) for i in range(len(data))]).double().mean(0)
+        return {"mean share of a class": 100 * float(shares[shares > 0].mean())}
+    return {}
+
+
+def _by_class(question: judging.Question, evidence: Evidence) -> dict[str, dict[str, float | None]]:
+    """Metrics of every class by its name; None where no image says anything of it."""
+    found = question.evaluator.by_class(evidence)
+    names = question.val.classes
+    if question.val.groups and any(len(values) != len(names) for values in found.values()):
+        names = tuple(sorted(set(question.val.groups)))
+    return {
+        metric: {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}
+        for metric, values in found.items()
+    }
+
+
 def _show(result: Mapping[str, Any]) -> None:
     images = result["images"]
     how = f"{images['judged']:,} images"
@@ -90,12 +146,28 @@ def _show(result: Mapping[str, Any]) -> None:
         how = f"{images['folds']}-fold over {how}"
     elif "trained_on" in images:
         how += f", learnt from {images['trained_on']:,}"
-    table(f"{result['task']} ({how})", [(name, f"{value:.2f}", "") for name, value in result["figures"].items()])
+    between = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in result["intervals"].items()}
+    if between:
+        how += "; 95 % intervals over images"
+    how += "".join(f"; {name}: {value:.2f} %" for name, value in result["guessing"].items())
+    rows = [(name, f"{value:.2f}", between.get(name, "")) for name, value in result["figures"].items()]
+    table(f"{result['task']} ({how})", rows)
+
+
+def _place(place: Path) -> None:
+    """Raises Remedy where the results could not be written when all is done."""
+    if place.exists():
+        raise Remedy(f"--out {place} is there already; give another file, or remove it first")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(place.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise Remedy(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
 
 
 def _write(place: Path, report: Mapping[str, Any]) -> None:
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
         store(place, (json.dumps(report, indent=1) + "\n").encode())
     except OSError as error:
         raise Remedy(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None

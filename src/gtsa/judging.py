@@ -18,6 +18,7 @@ from gtsa.core import Evaluator, Evidence, Remedy
 from gtsa.features import Lab
 from gtsa.labels import Labelled
 from gtsa.predictions import Keeper
+from gtsa.scan import scan
 from gtsa.terminal import say
 
 
@@ -32,15 +33,15 @@ class Question:
     val: Labelled
     folds: int | None
 
-    def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> dict[str, float]:
-        """The figures of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
+    def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> Evidence:
+        """The evidence of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
         keeper = Keeper(s.predictions, s.pictures, self.name, self.val)
         lab = Lab(fabric, s.tokens, s.seed, s.batch_size, s.workers, None, keeper)
         if s.work:
             lab.folder = Path(s.work) / self.name
         evidence = self.evidence(backbone, lab, keeper)
         keeper.close()
-        return self.evaluator.figures(evidence)
+        return evidence
 
     def evidence(self, backbone: Any, lab: Lab, keeper: Keeper | None = None) -> Evidence:
         """What the figures follow from, of every judged image; with folds in the order of the folds."""
@@ -82,7 +83,21 @@ def questions(s: Any) -> list[Question]:
         evaluator = evals.found()[name](**settings)
         folds = s.folds if evaluator.learns else None  # what does not learn is asked about all images at once
         asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s, opened), folds))
+    for where, data in {id(d): (w, d) for q in asked if q.evaluator.trains for w, d in _sides(q)}.values():
+        _decoded(where, data)
     return asked
+
+
+def _sides(question: Question) -> list[tuple[str, Labelled]]:
+    return [(w, d) for w, d in (("--train", question.train), ("--val", question.val)) if d is not None]
+
+
+def _decoded(where: str, data: Labelled) -> None:
+    """Raises Remedy (3) with all images that cannot be read, before hours go into a training that needs them."""
+    problems = labels.Problems(where)
+    for name, reason in scan(data.source, decode=True).bad:
+        problems.add("image that cannot be read", name, f"{reason}: mend it, or take it out of the labels")
+    problems.insist()
 
 
 def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelled | None, Labelled]:
@@ -109,6 +124,9 @@ def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelle
     if missing := sorted(set(train.classes) - set(val.classes)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         say(f"{name}: --val has no example of {', '.join(map(str, missing[:5]))}{more}")
+    seen = {train.source.path(place) or place for place in train.places}
+    if common := sum((val.source.path(place) or -1) in seen for place in val.places):
+        say(f"{name}: {common:,} of {len(val):,} images to judge by are among those to learn from: no fair judgement")
     return train, val.numbered_as(train)
 
 
@@ -140,4 +158,13 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
         if isinstance(parts[0][name], torch.Tensor)
         else [entry for part in parts for entry in part[name]]
         for name in names
+    }
+
+
+def some(evidence: Evidence, places: np.ndarray) -> Evidence:
+    """Evidence of the images at these places, which may repeat."""
+    chosen = torch.from_numpy(places)
+    return {
+        name: values[chosen] if isinstance(values, torch.Tensor) else [values[i] for i in places]
+        for name, values in evidence.items()
     }

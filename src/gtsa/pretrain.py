@@ -390,7 +390,7 @@ class _Pretraining:
         """Asks the teacher, logs the answers, and keeps this step's checkpoint if it is the best yet."""
         s = self.settings
         for question in self.judged:
-            figures = question(self._teacher, plan.fabric_of(self.judge), self.judge)
+            figures = question.evaluator.figures(question(self._teacher, plan.fabric_of(self.judge), self.judge))
             named = {f"{question.name}: {name}": value for name, value in figures.items()}
             assert self.run is not None
             self.run.log(step, named, "evaluations.jsonl")

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from gtsa import cells, config, evals, statistics
+from gtsa import cells, config, evals, judging, statistics
 from gtsa.cells import Cell, Row
 from gtsa.checkpoint import store
 from gtsa.core import Evidence
@@ -139,19 +138,11 @@ def _of_task(task: str, networks: Sequence[Evidence], s: Any) -> tuple[list[str]
     names = list(evaluator.figures(networks[0]))
 
     def figures(network: int, places: np.ndarray) -> np.ndarray:
-        values = evaluator.figures(_some(networks[network], places))
+        values = evaluator.figures(judging.some(networks[network], places))
         return np.array([values.get(name, math.nan) for name in names])
 
     images = len(next(iter(networks[0].values())))
     return names, statistics.draw(figures, len(networks), images)
-
-
-def _some(evidence: Evidence, places: np.ndarray) -> Evidence:
-    chosen = torch.from_numpy(places)
-    return {
-        name: values[chosen] if isinstance(values, torch.Tensor) else [values[i] for i in places]
-        for name, values in evidence.items()
-    }
 
 
 def _paired(one: Drawn, other: Drawn) -> Drawn:

@@ -64,6 +64,17 @@ class Estimate:
     images: int
 
 
+def of_images(found: Drawn) -> Estimate:
+    """One figure of one network, and how sure it is, for other images could be judged. It says nothing of seeds."""
+    (value,), images = found.values[:, 0], found.images
+    drawn = found.drawn[:, 0, 0]
+    drawn = drawn[np.isfinite(drawn)]
+    if images < 2 or len(drawn) < 2:
+        return Estimate(float(value), -inf, inf, 1, images)
+    half = float(stdtrit(images - 1, 0.975)) * sqrt(drawn.var(ddof=1) * images / (images - 1))
+    return Estimate(float(value), float(value) - half, float(value) + half, 1, images)
+
+
 def estimate(found: Drawn) -> Estimate:
     """The mean of one figure over seeds, and how sure it is."""
     assert found.values.shape[1] == 1

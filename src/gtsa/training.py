@@ -180,12 +180,7 @@ class Training:
     def _log(self, recent: list[Done], progress: Progress | None) -> None:
         if not self.run or progress is None:
             return
-        values = {}
-        for name in recent[-1].parts:
-            found = [done.parts[name] for done in recent if name in done.parts]
-            values[name] = float(sum(found) / len(found))
-        seconds = sum(done.seconds for done in recent)
-        values |= {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
+        values = means(recent)
         self.run.log(recent[-1].step, values)
         progress.show(recent[-1].step, values)
 
@@ -203,6 +198,16 @@ class Training:
             done.replaced = [entry for replaced, _ in told for entry in replaced]
             done.skipped = [image for _, skipped in told for image in skipped]
         return bool(stopping)
+
+
+def means(recent: list[Done]) -> dict[str, float]:
+    """Of the parts of some steps, and of their seconds; the share of these that went into waiting for data."""
+    values = {}
+    for name in recent[-1].parts:
+        found = [done.parts[name] for done in recent if name in done.parts]
+        values[name] = float(sum(found) / len(found))
+    seconds = sum(done.seconds for done in recent)
+    return values | {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
 
 
 @contextmanager
@@ -259,7 +264,15 @@ def teach(
     if folder is None:
         module, wrapped = fabric.setup(objective, optimizer)
         taught = fit(module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, accumulate=accumulate, seed=seed)
-        deque(taught, maxlen=0)
+        progress, recent = Progress(steps, 0, batch_size), []
+        try:
+            for done in taught:
+                recent.append(done)
+                if done.step % log_every == 0 or done.step == steps:
+                    progress.show(done.step, means(recent))
+                    recent = []
+        finally:
+            progress.close()
         return
     digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
     run = Run(folder, resume=True)

@@ -241,8 +241,8 @@ def _read(path: Path) -> Any:
     except Exception as error:  # damaged files and refused pickles raise nearly anything
         told = " ".join(str(error).split())[:200]
         raise Remedy(
-            f"{path} cannot be read as weights, and nothing in it was run: {told}; get it again, or save its tensors "
-            "alone",
+            f"{path} cannot be read as weights, and nothing in it was run ({type(error).__name__}: {told}); get it "
+            "again, or save its tensors alone",
             4,
         ) from None
 

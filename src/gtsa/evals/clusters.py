@@ -33,6 +33,7 @@ class Clusters(Evaluator):
     """
 
     labels = ("masks",)
+    resampled = False
     learns = False
 
     def __init__(self, k: int = 500, dimensions: int = 50, size: int = 448, repeats: int = 5) -> None:
@@ -68,6 +69,9 @@ class Clusters(Evaluator):
 
     def figures(self, evidence: Evidence) -> dict[str, float]:
         return {**dense.figures(evidence), "clusters": float(evidence["clusters"].double().mean())}
+
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        return dense.by_class(evidence)
 
     def _maps(self, backbone: Any, val: Labelled, lab: Lab, size: int, k: int) -> Tensor:
         """The cluster of every patch in every repeat: [images, repeats, h, w]."""

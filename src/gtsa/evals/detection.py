@@ -43,6 +43,8 @@ class Detection(Evaluator):
     """
 
     labels = ("boxes",)
+    trains = True
+    resampled = False
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class Finetune(Evaluator):
     """
 
     labels = ("classes",)
+    trains = True
 
     def __init__(
         self,

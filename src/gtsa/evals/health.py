@@ -111,6 +111,7 @@ class FeatureHealth(Evaluator):
 
     labels = ("none",)
     learns = False
+    resampled = False
 
     def __init__(self, resize: int = 256, crop: int = 224) -> None:
         self.resize, self.crop = resize, crop

@@ -42,3 +42,6 @@ class InContext(Evaluator):
 
     def figures(self, evidence: Evidence) -> dict[str, float]:
         return dense.figures(evidence)
+
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        return dense.by_class(evidence)

@@ -54,6 +54,10 @@ class Instances(Evaluator):
             raise Remedy("instances: there is no thing among the images to judge by", 3)
         return {"accuracy": 100 * float(hit.sum() / true.sum()), "mean accuracy": 100 * float((hit / true).nanmean())}
 
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        """Of each supercategory, or class."""
+        return {"accuracy": (100 * evidence["hit"].sum(0).double() / evidence["true"].sum(0)).tolist()}
+
     def _classes(self, data: Labelled) -> tuple[tuple[str, ...], Tensor]:
         """Names of what is told apart, and the number of each of the data's classes among them."""
         if not (self.groups and data.groups):

@@ -52,6 +52,7 @@ class Segmentation(Evaluator):
     """
 
     labels = ("masks",)
+    trains = True
 
     def __init__(
         self,
@@ -131,6 +132,9 @@ class Segmentation(Evaluator):
 
     def figures(self, evidence: Evidence) -> dict[str, float]:
         return dense.figures(evidence)
+
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        return dense.by_class(evidence)
 
     def _network(self, backbone: Any, classes: int) -> nn.Module:
         if self.head == "fpn":

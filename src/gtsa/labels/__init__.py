@@ -188,6 +188,8 @@ def open_labelled(images: str, labels: str | None, kind: Kind, **options: Any) -
     for place in (images, divided(labels)[0] if labels else None):
         if place is not None and not os.path.exists(place):
             raise Remedy(f"{escaped(place)}: there is no such file or folder", 3)
+    if labels and os.path.isfile(images) and os.path.isdir(labels) and not images.endswith(".txt"):
+        raise UnknownFormat(f"{escaped(images)} is a file, {escaped(labels)} a folder: first come IMAGES, then LABELS")
     for form in formats():
         if form.claims(images, labels, kind):
             return form.read(images, labels, kind, **options)  # type: ignore[no-any-return]

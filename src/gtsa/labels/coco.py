@@ -84,7 +84,7 @@ class Coco:
         things = _things(content, pictures, seen, categories, known, problems)
         problems.insist()
         things.sort(key=lambda thing: thing.image)
-        drawn = _drawn(things, labels)
+        drawn = _drawn(things, labels, problems)
         names = [(row["id"], row["name"]) for row in categories]
         measures = [(row["width"], row["height"]) for row in pictures]
         return Labelled(
@@ -197,9 +197,14 @@ def _crowd(value: Any) -> bool:
     return bool(value)
 
 
-def _drawn(things: Sequence[_Thing], labels: str) -> bool:
-    """Whether there are masks. Where only some have one they are of no use, which is said."""
+def _drawn(things: Sequence[_Thing], labels: str, problems: Problems) -> bool:
+    """Whether there are masks. Where most have one the others are faults; where few have one they are of no use."""
     count = sum(thing.shape is not None for thing in things)
+    if len(things) / 2 < count < len(things):
+        for thing in things:
+            if thing.shape is None:
+                problems.add("annotation without a mask", f"annotation {thing.id}", "others have a 'segmentation'")
+        problems.insist()
     if 0 < count < len(things):
         say(f"{labels}: {len(things) - count:,} of {len(things):,} annotations have no mask: boxes alone are used")
     return 0 < count == len(things)

@@ -69,10 +69,12 @@ class Masks:
         with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) * 2)) as pool:
             found = list(pool.map(_look, paths))
         known, given = _known(labels, classes, reduce_zero_label)
+        if given is not None and ignore is None:
+            say(f"{labels}: {given} counts for nothing, as its classes.json says")
         nothing = (given if ignore is None else ignore, 0 if reduce_zero_label else None)
         ignored = {value for value in nothing if value is not None}
         if known is None:
-            known = _numbered(found, ignored)
+            known = _numbered(found, names, ignored, problems)
         known = {value: name for value, name in known.items() if value not in ignored}
         if not known:
             problems.add("no classes", labels, "there is no mask, or every pixel in them is ignored")
@@ -117,6 +119,9 @@ def values(path: str) -> np.ndarray:
     if colours == 0 and depth in (2, 4):  # Pillow has stretched them to 255
         array = array // (255 // (2**depth - 1))
     return array.astype(np.uint16 if depth == 16 else np.uint8)
+
+
+FAR = 20  # a step between values that is no accident of a small set
 
 
 def _look(path: str) -> _Mask | str:
@@ -178,11 +183,17 @@ def _sound(
             problems.add("unknown class id", name, told)
 
 
-def _numbered(masks: Sequence[_Mask | str], ignored: set[int]) -> dict[int, str]:
-    """Names for all values up to the largest."""
+def _numbered(
+    masks: Sequence[_Mask | str], names: Sequence[str], ignored: set[int], problems: Problems
+) -> dict[int, str]:
+    """Names for all values up to the largest. A value far above all others is hardly a class, which is told."""
     occur = sorted({value for mask in masks if isinstance(mask, _Mask) for value in mask.values} - ignored)
-    if occur[-1:] == [255] and occur[-2:-1] != [254]:
-        say("masks hold 255 and no value just below: if it stands for pixels without a class, give --ignore 255")
+    if len(occur) > 1 and (occur[-1] - occur[-2] > FAR or (occur[-1] == 255 and occur[-2] != 254)):
+        value, below = occur[-1], occur[-2]
+        for name, mask in zip(names, masks, strict=True):
+            if isinstance(mask, _Mask) and value in mask.values:
+                told = f"give --ignore {value} if it stands for no class, or name all classes with --classes FILE"
+                problems.add(f"value {value} far above all others", name, f"no other is above {below}: {told}")
     return {value: f"class {value}" for value in range(occur[-1] + 1)} if occur else {}
 
 
