@@ -121,6 +121,17 @@ def test_classes_have_figures_of_their_own(tmp_path):
     assert low < result["figures"]["mIoU"] < high
 
 
+def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_path, monkeypatch):
+    def fails(*_):
+        raise Remedy("it failed", 6)
+
+    monkeypatch.setattr(Finetune, "__call__", fails)
+    with pytest.raises(Remedy, match="it failed"):
+        asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"))
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert result["task"] == "knn" and result["figures"]["top1, k = 3"] == 100.0
+
+
 def test_results_are_not_overwritten(places, tmp_path):
     (tmp_path / "out.json").write_text("mine")
     with pytest.raises(Remedy, match="is there already"):

@@ -83,8 +83,10 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         }
         _show(result)
         report["results"].append(result)
+        if s.out:  # after every task: the next one may fail, or be stopped
+            _write(Path(s.out), report)
     if s.out:
-        _write(Path(s.out), report)
+        say(f"results: {s.out}")
     return report
 
 
@@ -171,4 +173,3 @@ def _write(place: Path, report: Mapping[str, Any]) -> None:
         store(place, (json.dumps(report, indent=1) + "\n").encode())
     except OSError as error:
         raise Remedy(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
-    say(f"results: {place}")
