@@ -139,6 +139,14 @@ def test_an_image_without_annotations_is_empty(root):
     assert len(none.classes) == len(none.crowd) == len(none.areas) == len(none.ids) == 0
 
 
+def test_single_things_without_a_mask_are_faults(root):
+    content = clean()
+    content["annotations"][1]["segmentation"] = []
+    with pytest.raises(Remedy, match="1 x annotation without a mask") as told:
+        opened(root, content)
+    assert f"annotation {content['annotations'][1]['id']}: " in str(told.value) and told.value.code == 3
+
+
 def test_boxes_alone(root, capsys):
     content = clean()
     del content["annotations"][0]["segmentation"]
