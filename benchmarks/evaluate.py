@@ -28,8 +28,7 @@ from lightning_fabric import Fabric
 import gtsa
 from gtsa.backbone import Backbone
 from gtsa.dense import Memory
-from gtsa.evals.knn import votes_of
-from gtsa.features import Lab, image_features, nearest
+from gtsa.features import Lab, image_features, nearest, votes_of
 from gtsa.labels import Labelled
 from gtsa.sources import open_source
 

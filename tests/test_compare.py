@@ -251,6 +251,11 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"rows": {"mine": {"stepz": 3}}}, "row mine: stepz: there is no such setting, did you mean steps"),
         ({"rates": (1e-3, 1e-4)}, "low <= high"),
         ({"train": ("nowhere", "nothing")}, "nowhere"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"weights": ("nothing.pth",)}, "no weights there"),
+        ({"model": "resnet50"}, "no plain vision transformer"),
+        ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
+        ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):

@@ -15,9 +15,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from gtsa import Remedy, bare, weights
 from gtsa.backbone import Backbone
-from gtsa.evals.knn import votes_of
 from gtsa.export import opened
-from gtsa.features import nearest
+from gtsa.features import nearest, votes_of
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import resource
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,8 +184,6 @@ def run(cell: Cell, s: Any) -> None:
                 raise
             result = {"status": "failed", "reason": str(remedy)}
         except Exception as error:  # a fault of ours must not stop the other cells; the log has its traceback
-            import traceback
-
             traceback.print_exc()
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         commit(cell, s, result)
@@ -372,4 +370,3 @@ def _alone(place: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
-            os.utime(place)

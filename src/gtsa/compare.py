@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gtsa import cells, config, report, strict
+from gtsa import cells, config, plan, report, strict
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
+from gtsa.export import opened
+from gtsa.sources import open_source
 from gtsa.terminal import say
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
@@ -59,10 +61,19 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
 
 def _checked(rows: Sequence[Row], s: Any) -> None:
     """Opens everything once, so that what is wrong is told before hours of training."""
+    if not len(open_source(s.data)):
+        raise Remedy(f"--data {s.data}: no images", 3)
     for row in rows:
         cell = Cell(row, "images", 0)
         if row.source is None:
-            strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
+            told = strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
+            plan.sizes(plan.Plan(told, {}))
+            if s.tune and row.tuned_as not in s.methods:
+                raise Remedy(
+                    f"row {row.name} takes the settings of {row.tuned_as}, which is not tried: add it to --methods"
+                )
+        elif row.source not in config.CONTROLS:
+            opened(row.source)
     list(cells.questions_of(Cell(rows[0], "images", 0), s))
 
 

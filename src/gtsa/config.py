@@ -331,6 +331,9 @@ class Compare(Documented):
         for name in self.task:
             if name not in EvaluatorSettings:
                 problems.append(f"task: there is no {name!r}; there is {', '.join(EvaluatorSettings)}")
+        for name in self.tasks:
+            if name not in self.task:
+                problems.append(f"tasks: {name} is not among --task {' '.join(self.task)}")
         for part in self.primary.split("+"):
             if part.split(":")[0] not in self.task:
                 problems.append(f"primary: {part.split(':')[0]} is not among --task {' '.join(self.task)}")

@@ -48,9 +48,15 @@ class Centre(nn.Module):
             "gathered", torch.zeros(prototypes + 1), persistent=False
         )  # sum of logits, and their number
 
+    def sharpened(self, logits: Tensor, temperature: float) -> Tensor:
+        """What the teacher says, as probabilities [..., K]: logits without their centre, over the temperature."""
+        return ((logits - self.value) / temperature).softmax(-1)
+
     @torch.no_grad()
     def gather(self, logits: Tensor, rows: int | None = None) -> None:
-        """Logits [..., K] of a micro-batch, in every process; or the mean of ``rows`` of them."""
+        """Logits [..., K] of a micro-batch, in every process; or the mean of ``rows`` of them. Looks teach nothing."""
+        if not self.training:
+            return
         logits = logits.flatten(0, -2).to(self.gathered.dtype)
         rows = rows or len(logits)
         total = torch.cat([logits.mean(0) * rows, logits.new_tensor([float(rows)])])

@@ -118,11 +118,10 @@ class DINO(Method):
 
     @torch.no_grad()
     def teacher_says(self, crops: Crops, time: float) -> Tensor:
-        """Probabilities [B, G, K]: logits without their centre, sharpened."""
-        logits = self.teacher(crops).to(self.centre.value.dtype)
-        said: Tensor = ((logits - self.centre.value) / self.teacher_temperature(time)).softmax(-1)
-        if self.training:
-            self.centre.gather(logits)
+        """Probabilities [B, G, K]."""
+        logits = self.teacher(crops)
+        said = self.centre.sharpened(logits, self.teacher_temperature(time))
+        self.centre.gather(logits)
         return said
 
     # For evaluation

@@ -104,7 +104,9 @@ class IBOT(Method):
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         frozen, seen = time < self.freeze, views.global_crops
         theirs = self._tokens(self.teacher, seen)
-        said = self._said(self._cls(self.teacher, theirs, seen), self.centre, time)  # [B, G, K]
+        logits = self._cls(self.teacher, theirs, seen)
+        said = self.centre.sharpened(logits, self.teacher_temperature(time))  # [B, G, K]
+        self.centre.gather(logits)
         hidden = self.hidden(seen, theirs.patches.shape[1]).to(theirs.patches.device)  # [B * G, h, w]
 
         found, mine = [], theirs
@@ -140,10 +142,9 @@ class IBOT(Method):
         with torch.no_grad():
             directions = self.teacher.head.directions(theirs.patches)
             mean = directions.mean((0, 1, 2), keepdim=True)[0]
-            if self.training:
-                self.patch_centre.gather(self.teacher.head.compared(mean), rows=hidden.numel())
-            target = self.teacher.head.compared(directions[hidden])
-            target = ((target - self.patch_centre.value) / self.teacher_temperature(time)).softmax(-1)  # [M, K]
+            logits = self.teacher.head.compared(directions[hidden])
+            target = self.patch_centre.sharpened(logits, self.teacher_temperature(time))  # [M, K]
+            self.patch_centre.gather(self.teacher.head.compared(mean), rows=hidden.numel())
         logits = self.student.head(mine.patches[hidden], frozen) / self.student_temperature
         entropy = losses.cross_view(logits[:, None], target[:, None])[:, 0, 0]  # [M]
         counts = hidden.sum((1, 2)).clamp(min=1)[:, None, None].expand(hidden.shape)[hidden]
@@ -164,14 +165,6 @@ class IBOT(Method):
         with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
             logits: Tensor = branch.head(tokens.prefix[:, 0], frozen)
         return logits.reshape(*crops.turns.shape, -1)
-
-    @torch.no_grad()
-    def _said(self, logits: Tensor, centre: Centre, time: float) -> Tensor:
-        """Probabilities of the teacher: logits without their centre, sharpened."""
-        said: Tensor = ((logits - centre.value) / self.teacher_temperature(time)).softmax(-1)
-        if self.training:
-            centre.gather(logits)
-        return said
 
     # For evaluation
 
