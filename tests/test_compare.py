@@ -261,5 +261,5 @@ def test_variants_are_valid(name, data, tmp_path):
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("nothing is to be trained"))
     with pytest.raises(Remedy, match=re.escape(told)):
-        compare.compare(**settings(data, tmp_path / "out", **wrong))
+        compare.compare(**{**settings(data, tmp_path / "out"), **wrong})
     assert not (tmp_path / "out").exists()
