@@ -371,7 +371,8 @@ def test_positions_norms_and_biases_are_not_decayed(backbone):
     detector = Detector(backbone, 2, True, width=8)
     names = {id(p): name for name, p in detector.named_parameters()}
     found = [
-        ([names[id(p)] for p in group["params"]], group["decayed"], group["rate"]) for group in groups(detector, 5.0)
+        ([names[id(p)] for p in group["params"]], group["decayed"], group["rate"](0.5))
+        for group in groups(detector, 5.0)
     ]
     decayed, spared = ([name for each, kind, _ in found if kind is wanted for name in each] for wanted in (True, False))
     rates = {name: rate for each, _, rate in found for name in each}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config, strict
+from gtsa import config, plan, strict
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Remedy, Views
 from gtsa.heads import PrototypeHead
@@ -97,8 +97,23 @@ def test_temperatures_are_the_published_ones():
 def test_the_momentum_is_the_published_one():
     steps = 1000
     published = 1 + 0.5 * (0.996 - 1) * (1 + np.cos(np.pi * np.arange(steps) / steps))
-    schedule = method().momentum
-    assert [schedule(step / steps) for step in range(steps)] == pytest.approx(published.tolist(), abs=1e-12)
+    dino = method().double()
+    assert [dino.momentum(step / steps) for step in range(steps)] == pytest.approx(published.tolist(), abs=1e-12)
+    with torch.no_grad():
+        for p in dino.student.parameters():
+            p.add_(1)
+    before = [p.clone() for p in dino.teacher.parameters()]
+    dino.after_step(0.5, 0.501)  # step 500 moves with its own momentum
+    for p, was in zip(dino.teacher.parameters(), before, strict=True):
+        torch.testing.assert_close(p - was, torch.full_like(p, 1 - published[500]), rtol=1e-9, atol=1e-12)
+
+
+def test_the_preset_follows_the_number_of_images():
+    for images, prototypes, temperatures in ((38, 1024, (0.02, 0.02)), (10_000, 2048, (0.02, 0.02)),
+                                             (118_287, 65536, (0.04, 0.07))):  # fmt: skip
+        ready = plan.Plan(strict.validated(config.Pretrain, {"method": "dino"}), {})
+        plan.method(ready, DINO.sized, images)
+        assert (ready.settings.dino.prototypes, ready.settings.dino.teacher_temperature) == (prototypes, temperatures)
 
 
 def test_the_centre_follows_the_teachers_logits_a_step_late():
@@ -114,7 +129,7 @@ def test_the_centre_follows_the_teachers_logits_a_step_late():
             drops = [m for m in dino.student.modules() if getattr(m, "drop_prob", 0)]
             assert not drops and loss.item() == pytest.approx(loss_by_hand(dino, part, centre, 0.07), rel=1e-9)
         accepted = step != 2
-        dino.after_step(0.5, torch.tensor(float(accepted)))
+        dino.after_step(0.5, 0.6, torch.tensor(float(accepted)))
         if accepted:
             centre = 0.9 * centre + 0.1 * np.concatenate(logits).mean(0)
         assert np.abs(dino.centre.value.numpy() - centre).max() < 1e-12

@@ -95,3 +95,30 @@ def test_one_folder_two_runs(tmp_path, scenes, tiny_yaml):
     told = [process.communicate(timeout=120) for process in both]
     assert sorted(process.returncode for process in both) == [0, 6]
     assert any("another run is writing into" in err for _, err in told)
+
+
+SMALL_HEADS = {
+    "dino": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
+    "mae": {"decoder_dim": 64, "decoder_depth": 1},
+}
+SMALL_HEADS["ibot"] = SMALL_HEADS["dino"]
+
+
+@pytest.mark.parametrize("method", SMALL_HEADS)
+def test_every_method_is_killed_and_resumed_bit_for_bit(tmp_path, scenes, tiny_yaml, method):
+    config = tmp_path / "run.yaml"
+    config.write_text(tiny_yaml.read_text() + f"method: {method}\n{method}: {json.dumps(SMALL_HEADS[method])}\n")
+    code, _, err = run("pretrain", "--config", config, "--data", scenes, "--out", tmp_path / "straight")
+    assert code == 0, err
+    code, _ = kill_after(tmp_path / "run", 4, "--config", config, "--data", scenes, "--workers", 1)
+    assert code == -signal.SIGKILL
+    code, printed, err = run("pretrain", "--out", tmp_path / "run", "--resume")
+    assert code == 0, err
+    assert "resumed from step-0000" in printed
+    assert final_weights(tmp_path / "run") == final_weights(tmp_path / "straight")
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
+
+
+def losses_of(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]

@@ -335,13 +335,13 @@ def test_the_teacher_starts_as_a_copy_and_follows_by_the_schedule():
         for parameter in method.student.parameters():
             parameter.add_(1)
     start = vector(method.teacher.parameters()).clone()
-    method.after_step(0.5, torch.tensor(0.0))
+    method.after_step(0.4, 0.5, torch.tensor(0.0))
     assert torch.equal(vector(method.teacher.parameters()), start)
-    method.after_step(0.5, torch.tensor(1.0))
+    method.after_step(0.4, 0.5, torch.tensor(1.0))
     momentum = 1 - 0.1 * (1 + math.cos(math.pi / 2)) / 2
     torch.testing.assert_close(vector(method.teacher.parameters()), start + (1 - momentum), rtol=1e-6, atol=1e-8)
     moved = vector(method.teacher.parameters()).clone()
-    method.after_step(1.0, torch.tensor(1.0))
+    method.after_step(0.9, 1.0, torch.tensor(1.0))
     assert torch.equal(vector(method.teacher.parameters()), moved)
 
 

@@ -116,7 +116,7 @@ def test_the_centre_of_patches_is_the_mean_over_all_of_them(hidden):
         )
         for s in steps
     ]
-    ibot.after_step(0.5, 1.0)
+    ibot.after_step(0.5, 0.6, 1.0)
     by_hand = 0.1 * np.concatenate(logits).reshape(-1, 32).mean(0)
     assert np.abs(ibot.patch_centre.value.numpy() - by_hand).max() < 1e-12
     assert not np.allclose(by_hand, ibot.centre.value.numpy(), atol=1e-4)

@@ -34,7 +34,7 @@ class Regression(Objective):
         self.calls += 1
         return {"loss": loss}
 
-    def after_step(self, time, accepted):
+    def after_step(self, time, next_time, accepted):
         self.accepted.append(float(accepted))
         with torch.no_grad():
             for mine, theirs in zip(self.shadow.parameters(), self.layer.parameters(), strict=True):

@@ -9,8 +9,10 @@ from PIL import Image
 
 import gtsa
 from conftest import TINY, final_weights
-from gtsa import checkpoint
+from gtsa import checkpoint, judging, strict
+from gtsa.config import Pretrain
 from gtsa.core import Remedy
+from gtsa.online import Online
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def evaluated(tmp_path_factory, scenes, coloured):
 
 def test_answers_are_logged(evaluated):
     lines = [json.loads(line) for line in (evaluated / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [6, 12]
+    assert [line["step"] for line in lines] == [0, 6, 12]
     assert all(line["knn: top1, k = 3"] == 100 for line in lines)
 
 
@@ -68,3 +70,71 @@ def test_mistakes_are_told_before_anything_is_trained(scenes, tmp_path, settings
     with pytest.raises(Remedy, match=words):
         gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **TINY, **settings)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class Asked:
+    """A question of 50 images, whose evidence is whether a network was right about each."""
+
+    name, val, folds = "knn", range(50), None
+    resampled = True
+
+    def __init__(self):
+        self.evaluator, self.times = self, 0
+
+    def __call__(self, network, *_):
+        self.times += 1
+        return {"right": network}
+
+    def figures(self, evidence):
+        return {"top1": 100 * float(evidence["right"].double().mean()), "wrong": float((1 - evidence["right"]).sum())}
+
+
+@pytest.fixture
+def question(monkeypatch):
+    asked = Asked()
+    monkeypatch.setattr(judging, "questions", lambda _: [asked])
+    return asked
+
+
+def asking(start_counts=True, keep_best="knn"):
+    given = {"eval": ("knn",), "eval_val": ("x",), "eval_train": ("x",), "keep_best": keep_best, "out": "x"}
+    return Online(strict.validated(Pretrain, {**given, "device": "cpu", "precision": "32", "workers": 0}), start_counts)
+
+
+def right(count):
+    return (torch.arange(50) < count).int()
+
+
+def test_the_choice_says_how_sure_it_is(question):
+    online = asking()
+    assert online(0, right(30)) == ({"knn: top1": 60.0, "knn: wrong": 20.0}, True)
+    assert not online(10, right(30))[1]  # as good is not better
+    assert online(20, right(45))[1]
+    assert not online(30, right(40))[1]
+    told = online.choice(right(30), right(45))
+    assert question.times == 4  # nothing is asked again
+    assert told.startswith("take step 20: knn 90.00, at the start 60.00; +30.00 (95 % interval over images +")
+    low, high = (float(word) for word in told.split("images ")[1].rstrip(")").split(" to "))
+    gains = 100 * (right(45) - right(30)).double()
+    half = 2.0096 * float(gains.std()) / 50**0.5  # Student's t for 50 images
+    assert (low, high) == pytest.approx((30 - half, 30 + half), abs=1.5)  # of a bootstrap
+
+
+def test_after_a_resume_both_are_asked_again(question):
+    online = asking()
+    online.best = 20, 62.0
+    told = online.choice(right(30), right(31))
+    assert question.times == 2
+    assert told.endswith("; other images could say otherwise")
+
+
+def test_a_start_that_is_untrained_is_no_choice(question):
+    online = asking(start_counts=False)
+    assert not online(0, right(50))[1]
+    assert online(10, right(10))[1]
+    assert online.choice(None, right(10)) == "take step 10: knn 20.00"
+
+
+def test_a_figure_that_there_is_not(question):
+    with pytest.raises(Remedy, match="knn has no such figure; it has top1, wrong"):
+        asking(keep_best="knn:top7")(0, right(1))

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from conftest import run
+from gtsa import checkpoint
 
 WORKER = """
 import hashlib, json, os, sys
@@ -66,3 +68,19 @@ def test_two_processes_train_and_resume(tmp_path, scenes, tiny_yaml, processes):
     assert [p.name for p in (out / "exports" / "timm").iterdir()]
     code, _, err = run("pretrain", "--out", out, "--resume", "--learning-rate", "1")
     assert code == 2, err
+
+
+def test_two_processes_share_dinos_centre(tmp_path, scenes, tiny_yaml):
+    """The centre is of the logits of the whole batch, whoever made them."""
+    config = tmp_path / "run.yaml"
+    heads = "dino: {prototypes: 64, hidden: 32, bottleneck: 16}\ndrop_path: 0.0\n"  # depth is drawn in each process
+    config.write_text(tiny_yaml.read_text().replace("steps: 12", "steps: 4") + "method: dino\n" + heads)
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = torchrun(processes, "-m", "gtsa", "pretrain", "--config", config, "--data", scenes, "--out", out)
+        assert done.returncode == 0, done.stderr
+        tensors, _ = checkpoint.read(checkpoint.newest(out / "checkpoints")[0])
+        found.append(tensors["objective"]["centre.value"])
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -108,6 +109,15 @@ class Backbone(nn.Module):
             return self._whole(images, grid)
         finally:
             handle.remove()
+
+    def layers(self, decay: float) -> list[tuple[float, dict[str, Any]]]:
+        """Its trained parameters, layer by layer: a layer's share of the last block's learning rate, and their group.
+
+        The share of a block is that of the block above times ``decay``. timm puts the final norm with the last block,
+        and positions and CLS with the embedding of patches; these, norms and biases are not ``decayed``.
+        """
+        groups = param_groups_layer_decay(self.vit, 1.0, self.vit.no_weight_decay(), layer_decay=decay)
+        return [(g["lr_scale"], {"params": g["params"], "decayed": g["weight_decay"] > 0}) for g in groups]
 
     def blocks(self, images: Tensor, which: Sequence[int] = (), norm: bool = True) -> list[Tokens]:
         """Tokens after some of the blocks, numbered from 0 (-1: the last).

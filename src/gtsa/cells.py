@@ -306,6 +306,7 @@ def _untrained(cell: Cell, s: Any) -> Any:
     if source == "untrained":
         views = strict.validated(config.Pretrain, {"model": s.model, **s.pretrain})
         ready = plan.Plan(views, {})
+        plan.start(ready, None)
         plan.sizes(ready)
         torch.manual_seed(cell.number)  # as pretraining starts
         return Backbone(s.model, ready.settings.views.global_size)

@@ -67,7 +67,9 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
         cell = Cell(row, "images", 0)
         if row.source is None:
             told = strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
-            plan.sizes(plan.Plan(told, {}))
+            ready = plan.Plan(told, {})
+            plan.start(ready, None)
+            plan.sizes(ready)
             if s.tune and row.tuned_as not in s.methods:
                 raise Remedy(
                     f"row {row.name} takes the settings of {row.tuned_as}, which is not tried: add it to --methods"

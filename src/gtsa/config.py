@@ -13,11 +13,10 @@ from gtsa.core import Remedy
 from gtsa.strict import Auto, Count, Documented, Natural, Positive, Strict, merged, settings_of, with_sections
 from gtsa.views import MultiCrop
 
-ViewSettings = settings_of(MultiCrop, "views", global_size=(int | Auto, "auto"), local_size=(int | Auto, "auto"))
+ViewSettings = settings_of(MultiCrop, "views", auto=("global_size", "local_size"))
 METHODS = methods.found()
 MethodSettings: dict[str, type[Strict]] = {
-    name: settings_of(maker, name, skip=("encoder",), **dict.fromkeys(maker.sized, (Count | Auto, "auto")))
-    for name, maker in METHODS.items()
+    name: settings_of(maker, name, skip=("encoder",), auto=maker.sized) for name, maker in METHODS.items()
 }
 
 EvaluatorSettings: dict[str, type[Strict]] = {name: settings_of(maker, name) for name, maker in evals.found().items()}
@@ -30,10 +29,18 @@ class _Pretrain(Documented):
     """Folder that the run is written into."""
     method: str = "gtsa"
     """What to learn by: see 'gtsa methods'."""
-    model: str = "vit_small_patch16_224"
-    """Name of a vision transformer of timm; its weights are untrained."""
+    model: str = "auto"
+    """Name of a vision transformer of timm, untrained. auto: that of --init, or vit_small_patch16_224."""
     init: str | None = None
-    """Weights to start from: a run, an export folder, a .safetensors or .pth file, or timm:NAME."""
+    """Weights to start from: a run, an export, timm:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth."""
+    head_start: Annotated[float, Field(ge=0, lt=1)] | Auto = "auto"
+    """Share of the run in which the encoder rests and what is new learns alone. auto: 0.1 with --init, else 0."""
+    encoder_rate: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Learning rate of the encoder's last block, times that of the rest. auto: 0.1 with --init, else 1."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = "auto"
+    """Learning rate of every block, times that of the block above. auto: 0.75 with --init, else 1."""
+    anchor: Annotated[float, Field(ge=0)] | Auto = "auto"
+    """Weight of a loss that holds likenesses between patches to what they were at the start. auto: 1 with --init."""
     epochs: Count | Auto = "auto"
     """Times that every image is seen. auto: 100, or more so that there are 1,000 steps."""
     steps: Count | None = None
@@ -91,7 +98,8 @@ class _Pretrain(Documented):
     eval_config: str | None = None
     """YAML file with further settings of 'gtsa evaluate'."""
     keep_best: str | None = None
-    """Keep the best checkpoint by a figure of --eval, the higher the better: TASK (its first one) or TASK:FIGURE."""
+    """Keep and export the best by a figure of --eval, the higher the better: TASK (its first one) or TASK:FIGURE. With
+    --init it is the first of --eval where it is not given, and the start is one to choose from."""
     hold_out: Natural | Auto = "auto"
     """Images left out of training to judge it by. auto: a tenth, at most 64; none below 20 images."""
     max_bad: float = Field(0.01, ge=0, le=1)
@@ -125,6 +133,8 @@ class _Pretrain(Documented):
             problems.append("resume and overwrite: give one of the two")
         if self.range16[0] >= self.range16[1]:
             problems.append(f"range16: black {self.range16[0]} must be below white {self.range16[1]}")
+        if self.init is None and self.anchor not in ("auto", 0):
+            problems.append("anchor: holds features to those of weights to start from; give --init")
         if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
             problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         v: Any = self.views

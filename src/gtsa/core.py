@@ -148,8 +148,8 @@ class Objective(nn.Module, ABC):
         ``views`` are Views for a method, Examples for a probe.
         """
 
-    def after_step(self, time: float, accepted: Tensor) -> None:
-        """Called after each optimiser step with the time of the *next* step.
+    def after_step(self, time: float, next_time: float, accepted: Tensor) -> None:
+        """Called after each optimiser step with its time and that of the next one.
 
         ``accepted`` is a 0/1 scalar on the device: 0 where the step was skipped for a non-finite number.
         """

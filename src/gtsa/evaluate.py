@@ -105,13 +105,8 @@ def _intervals(question: judging.Question, evidence: Evidence) -> dict[str, tupl
     if not question.evaluator.resampled:
         return {}
     names = list(question.evaluator.figures(evidence))
-
-    def figures(_: int, places: np.ndarray) -> np.ndarray:
-        found = question.evaluator.figures(judging.some(evidence, places))
-        return np.array([found.get(name, math.nan) for name in names])
-
     try:
-        drawn = statistics.draw(figures, 1, len(question.val), draws=200)
+        drawn = judging.drawn(question, evidence, names)
     except Remedy:  # a choice of images that shows nothing
         return {}
     found = {name: statistics.of_images(drawn[number]) for number, name in enumerate(names)}

@@ -73,28 +73,7 @@ def opened(source: str, network: str = "teacher", model: str | None = None) -> t
     Args:
         model: timm's name of it, where the source is a bare file that does not say.
     """
-    found = weights.find(source, network)
-    name, arguments, remark = found.model, found.arguments, found.remark
-    if model and (found.guessed or model != name):
-        name, remark = model, ""
-        arguments = {"img_size": arguments["img_size"]} if "img_size" in arguments else {}
-    if name is None:
-        raise Remedy(f"{source} does not say which model it is ({remark}); name it with --model", 4)
-    size = arguments.get("img_size", 224)
-    arguments = {k: v for k, v in arguments.items() if k not in ("img_size", "num_classes", *EXPORTED)}
-    normalisation = {"normalisation": found.normalisation} if found.normalisation else {}
-    try:
-        backbone = Backbone(name, size, arguments=arguments, **normalisation)  # type: ignore[arg-type]
-        backbone.feature = found.feature
-    except (LookupError, ArithmeticError, AttributeError) as error:  # what timm makes of values that it never met
-        raise Remedy(f"{source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
-    if found.eps is not None:
-        for norm in weights.norms(backbone):
-            norm.eps = found.eps
-    return backbone, weights.load(found, backbone) + (f"; {remark}" if remark else "")
-
-
-EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")
+    return weights.built(weights.find(source, network), model)
 
 
 def write(backbone: Backbone, place: Path, name: str = "scenes") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import evals, labels
+from gtsa import evals, labels, statistics
 from gtsa.backbone import Backbone
 from gtsa.core import Evaluator, Evidence, Remedy
 from gtsa.features import Lab
@@ -68,6 +69,16 @@ class Question:
         """Fingerprints of the images with their labels."""
         train = {"train": self.train.fingerprint} if self.train is not None and not self.folds else {}
         return {**train, "val": self.val.fingerprint}
+
+
+def drawn(question: Question, evidence: Evidence, names: Sequence[str]) -> statistics.Drawn:
+    """Figures by name, of all images and of random choices of them. Raises Remedy where a choice shows nothing."""
+
+    def figures(_: int, places: np.ndarray) -> np.ndarray:
+        found = question.evaluator.figures(some(evidence, places))
+        return np.array([found.get(name, math.nan) for name in names])
+
+    return statistics.draw(figures, 1, len(question.val), draws=200)
 
 
 def questions(s: Any) -> list[Question]:

@@ -126,7 +126,7 @@ def train_step(
             "smaller batch size or model",
             6,
         ) from None
-    inner.after_step(next_time, 1 - rejected)
+    inner.after_step(time, next_time, 1 - rejected)
     total["gradient"] = norms.norm()
     return total, 1 - rejected, rejected if scaler is None else in_loss
 

@@ -67,6 +67,41 @@ def cross_view(student: Tensor, teacher: Tensor) -> Tensor:
         return -_lifted(student).log_softmax(-1) @ _lifted(teacher).transpose(-2, -1)
 
 
+def gram(now: Tensor, start: Tensor) -> Tensor:
+    """Mean squared change of the cosines between the patches of an image (DINOv3, Siméoni et al. 2025, section 4.2).
+
+    Args:
+        now, start: [..., h, w, D], of any widths.
+
+    Returns:
+        [...]
+    """
+    return (_likenesses(now) - _likenesses(start)).square().mean((-2, -1))
+
+
+def agreement(now: Tensor, start: Tensor) -> Tensor:
+    """Correlation of the cosines between different patches of an image with what they were; 1: the same, 0: nothing.
+
+    Args:
+        now, start: [..., h, w, D], of any widths, at least three patches.
+
+    Returns:
+        [...]
+    """
+    cosines = [_likenesses(patches) for patches in (now, start)]
+    count = cosines[0].shape[-1]
+    one, other = torch.triu_indices(count, count, 1, device=now.device)
+    mine, theirs = (each[..., one, other] for each in cosines)
+    return F.cosine_similarity(mine - mine.mean(-1, keepdim=True), theirs - theirs.mean(-1, keepdim=True), dim=-1)
+
+
+def _likenesses(patches: Tensor) -> Tensor:
+    """Cosines [..., h * w, h * w] between all patches of [..., h, w, D]."""
+    with torch.autocast(patches.device.type, enabled=False):
+        unit = _unit(patches.flatten(-3, -2))
+        return unit @ unit.transpose(-2, -1)
+
+
 def told_apart(students: Sequence[Tensor], teacher: Tensor) -> Tensor:
     """How much more like another view of the same image than like views of other images a view is: [B], a figure.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtsa.schedules import Schedule
+from gtsa.schedules import Constant, Schedule
 
 
 class ScheduledAdamW(torch.optim.AdamW):
@@ -19,7 +19,7 @@ class ScheduledAdamW(torch.optim.AdamW):
 
     Args:
         module: its parameters that require a gradient; or groups of parameters as dictionaries with ``params``, and if
-            need be ``decayed`` (whether weight decay is for them) and ``rate`` (times the learning rate).
+            need be ``decayed`` (whether weight decay is for them) and ``rate`` (a schedule, times the learning rate).
         learning_rate, weight_decay: schedules over the run.
         clip: largest L2 norm of each parameter tensor's gradient; 0 switches clipping off.
     """
@@ -32,15 +32,16 @@ class ScheduledAdamW(torch.optim.AdamW):
         clip: float = 3.0,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        groups = by_dimension(module) if isinstance(module, nn.Module) else module
-        groups = [{"decayed": True, "rate": 1.0, "weight_decay": 0.0, **group} for group in groups if group["params"]]
+        groups = by_dimension(module.parameters()) if isinstance(module, nn.Module) else module
+        usual = {"decayed": True, "rate": Constant(1.0), "weight_decay": 0.0}
+        groups = [{**usual, **group} for group in groups if group["params"]]
         self.found_inf: Tensor | None = None  # 1 on the device: leave this step out
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
         self.learning_rate, self.weight_decay, self.clip = learning_rate, weight_decay, clip
 
     def set_time(self, time: float) -> None:
         for group in self.param_groups:
-            group["lr"] = self.learning_rate(time) * group["rate"]
+            group["lr"] = self.learning_rate(time) * group["rate"](time)
             group["weight_decay"] = self.weight_decay(time) if group["decayed"] else 0.0
 
     @property
@@ -48,9 +49,9 @@ class ScheduledAdamW(torch.optim.AdamW):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
-def by_dimension(module: nn.Module) -> list[dict[str, Any]]:
-    """The trained parameters of a module in two groups: matrices, which are decayed, and the rest, which is not."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def by_dimension(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Those that are trained in two groups: matrices, which are decayed, and the rest, which is not."""
+    trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "decayed": True},
         {"params": [p for p in trained if p.ndim <= 1], "decayed": False},

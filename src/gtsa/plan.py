@@ -22,6 +22,9 @@ from gtsa.views import MultiCrop
 FEWEST_STEPS = 1_000
 QUICK = 0.5  # seconds that a pass of the probe may take
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+MODEL = "vit_small_patch16_224"
+GENTLE = {"head_start": 0.1, "encoder_rate": 0.1, "layer_decay": 0.75, "anchor": 1.0}  # see LOG.md
+FROM_SCRATCH = {"head_start": 0.0, "encoder_rate": 1.0, "layer_decay": 1.0, "anchor": 0.0}
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
 
 
@@ -79,6 +82,22 @@ def fabric_of(settings: Any) -> Fabric:
     return fabric
 
 
+def start(plan: Plan, loaded: str | None) -> None:
+    """Resolves the model, and how gently it goes on from weights.
+
+    Args:
+        loaded: the model that --init is of; None: it starts untrained.
+    """
+    s = plan.settings
+    if s.model == "auto":
+        plan.settle({}, model=loaded or MODEL)
+    usual = GENTLE if loaded else FROM_SCRATCH
+    left = {name: value for name, value in usual.items() if getattr(s, name) == "auto"}
+    plan.settle({"adaptation": "the preset for weights to start from"} if left else {}, **left)
+    if loaded and s.eval and not s.keep_best:
+        plan.settle({"keep_best": "start or result, by the first of --eval"}, keep_best=s.eval[0])
+
+
 def sizes(plan: Plan) -> None:
     """Resolves crop sizes to multiples of the model's patch. Raises Remedy where a given one is none."""
     patch, views = patch_of(plan.settings.model), plan.settings.views
@@ -105,8 +124,12 @@ def method(plan: Plan, sized: Mapping[str, Callable[[int], Any]], images: int) -
     section = getattr(plan.settings, name)
     found = {key: rule(images) for key, rule in sized.items() if getattr(section, key) == "auto"}
     if found:
-        told = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in found.items())
+        told = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in found.items())
         plan.settle({"method": f"{told} suit {images:,} images"}, **{name: section.model_copy(update=found)})
+
+
+def _number(value: Any) -> str:
+    return " to ".join(dict.fromkeys(f"{number:,}" for number in (value if isinstance(value, tuple) else (value,))))
 
 
 def hold_out(plan: Plan, images: int) -> None:
@@ -262,6 +285,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
     rows = [
         ("images", f"{train:,}", held),
         ("model", f"{s.model}, {millions:.1f} M parameters", "weights as above" if loaded else "untrained"),
+        *([("adaptation", _gently(s), why("adaptation"))] if loaded else []),
         ("method", s.method, why("method")),
         ("views", views, why("views")),
         ("batch size", s.batch_size, why("batch_size")),
@@ -275,6 +299,12 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
         ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
     ]
     table("plan", rows)
+
+
+def _gently(s: Any) -> str:
+    """How weights to start from are gone on with."""
+    told = f"encoder rests for {round(s.head_start * s.steps):,} steps, then learns at {s.encoder_rate:g} of the rate"
+    return f"{told}, {s.layer_decay:g} of that a block below; anchor {s.anchor:g}; best by {s.keep_best or 'nothing'}"
 
 
 def gib(size: float) -> str:

@@ -14,7 +14,8 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, judging, plan, strict, weights
+from gtsa import augment, config, plan, strict, weights
+from gtsa.adaptation import Adaptation
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Replaced, Views
 from gtsa.data import HELD_OUT, NoImageLeft, StepSampler, ViewSet, generator, loader
@@ -22,12 +23,14 @@ from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.images import BadImage
 from gtsa.loop import Done
-from gtsa.optim import ScheduledAdamW
+from gtsa.online import Online
+from gtsa.optim import ScheduledAdamW, by_dimension
 from gtsa.pictures import patch_maps, squares, strip
 from gtsa.run import Run
 from gtsa.scan import escaped, insist, scan
-from gtsa.schedules import Cosine, warmup_then
+from gtsa.schedules import Cosine, Rise, warmup_then
 from gtsa.sources import Source, open_source
+from gtsa.teacher import copy_of
 from gtsa.terminal import say
 from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
@@ -43,11 +46,12 @@ FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
 
 @dataclass
 class Trained:
-    """What a run leaves: its folder, the exported model, and the verdict."""
+    """What a run leaves: its folder, the exported model, the verdict, and which network was chosen for export."""
 
     folder: Path
     export: Path
     verdict: Verdict
+    choice: str = ""  # empty where nothing was asked on the way
 
 
 def pretrain(data: Any = None, **settings: Any) -> Trained:
@@ -64,6 +68,8 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     given = dict(settings) if data is None else {"data": _described(data), **settings}
     asked = _asked(given)
     ready = plan.engine(asked)
+    found = weights.find(asked.init) if asked.init else None
+    plan.start(ready, weights.described(found, None if asked.model == "auto" else asked.model)[0] if found else None)
     plan.sizes(ready)
     fabric = plan.fabric_of(ready.settings)
     if asked.deterministic and fabric.device.type == "cuda":
@@ -71,7 +77,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
         torch.use_deterministic_algorithms(True)
     run = first(fabric, lambda: Run(asked.out, asked.resume, asked.overwrite))
     try:
-        return _Pretraining(asked.data if data is None else data, ready, fabric, run)()
+        return _Pretraining(asked.data if data is None else data, found, ready, fabric, run)()
     except (Remedy, OSError, RuntimeError) as error:
         remedy = _remedy(error, asked.out)
         if remedy is None:
@@ -166,24 +172,25 @@ def _settled(given: Mapping[str, Any]) -> dict[str, Any]:
 class _Pretraining:
     """One run, from top to bottom: data, plan, networks, training, verdict. Called once."""
 
-    def __init__(self, data: Any, ready: plan.Plan, fabric: Fabric, run: Run | None) -> None:
+    def __init__(
+        self, data: Any, found: weights.Weights | None, ready: plan.Plan, fabric: Fabric, run: Run | None
+    ) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
         self.settings = ready.settings
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
         files = first(fabric, lambda: self._scanned(data))  # everything that can be refused is opened before
         plan.method(ready, config.METHODS[self.settings.method].sized, self._count(files))  # anything is written, and
         self.settings = ready.settings  # before a run that was here goes
-        self.method, self.loaded = self._networks()
+        self.method, self.loaded = self._networks(found)
         plan.workers(ready)
         self.settings = ready.settings
-        self.judged = first(fabric, self._questions) or []
+        self.online = first(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval and run else None)
         if run:
             run.begin(files or {})
         self.source, self.train, self.held_out = self._images(data)
         plan.budget(ready, len(self.train), config.METHODS[self.settings.method].rate)
         self.settings = ready.settings
         self._remember(ready.settings)
-        self.best: tuple[int, float] | None = None  # step and figure of --keep-best
         self.bad: dict[int, str] = {}
 
     def __call__(self) -> Trained:
@@ -194,7 +201,7 @@ class _Pretraining:
         self._remember(s)
 
         optimizer = ScheduledAdamW(
-            self.method,
+            self._learning(),
             warmup_then(Cosine(s.learning_rate, s.final_learning_rate), s.warmup, s.steps),
             Cosine(s.weight_decay, s.final_weight_decay),
             s.clip,
@@ -297,15 +304,31 @@ class _Pretraining:
 
     # Networks, and what a checkpoint holds beside them
 
-    def _networks(self) -> tuple[Method, str]:
-        """The method with its initial weights, which follow from the seed."""
-        s = self.settings
-        found = weights.find(s.init) if s.init else None
+    def _networks(self, found: weights.Weights | None) -> tuple[Method, str]:
+        """The method with its initial weights, which follow from the seed, and what was loaded."""
+        s, size = self.settings, self.multicrop.global_size
         torch.manual_seed(s.seed)
-        known = {"normalisation": found.normalisation} if found and found.normalisation else {}
-        encoder = Backbone(s.model, self.multicrop.global_size, s.drop_path, **known)  # type: ignore[arg-type]
-        loaded = weights.load(found, encoder) if found else ""
-        return config.METHODS[s.method](encoder, **s.options), loaded
+        if found is None:
+            return config.METHODS[s.method](Backbone(s.model, size, s.drop_path), **s.options), ""
+        encoder, loaded = weights.built(found, s.model, size, s.drop_path)
+        start = copy_of(encoder)
+        return Adaptation(config.METHODS[s.method](encoder, **s.options), start, s.anchor), loaded
+
+    def _learning(self) -> list[dict[str, Any]]:
+        """All that is trained. The encoder starts later and learns slower than the rest, where that was asked for.
+
+        While it rests its learning rate is 0: it costs what it costs later, and the plan's time holds.
+        """
+        s, encoder = self.settings, self.method.encoders["student"]
+        if (s.head_start, s.encoder_rate, s.layer_decay) == (0, 1, 1):
+            return by_dimension(self.method.parameters())
+        assert isinstance(encoder, Backbone)
+        layers = [
+            {**group, "rate": Rise(s.head_start, s.head_start + s.warmup, s.encoder_rate * share)}
+            for share, group in encoder.layers(s.layer_decay)
+        ]
+        slow = {id(p) for group in layers for p in group["params"]}
+        return [*by_dimension(p for p in self.method.parameters() if id(p) not in slow), *layers]
 
     def _begin(self, before: Kept | None) -> None:
         """What the run is compared with: the network at step 0, looked at now or kept by the checkpoint."""
@@ -315,8 +338,11 @@ class _Pretraining:
             self.start_maps = None if self.gallery is None else patch_maps(self._teacher, self.gallery)
             return
         tensors, state = before
+        if state.get("start", self._start) != self._start:
+            raise Remedy(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
         self.bad = {int(k): v for k, v in state["unreadable"].items()}
-        self.best = tuple(state["best"]) if state.get("best") else None
+        if self.online and state.get("best"):
+            self.online.best = tuple(state["best"])
         kept = tensors["start"]
         scores = {k.removeprefix("score."): v for k, v in kept.items() if k.startswith("score.")}
         self.start = Figures(scores, float(kept["rank"]), float(kept["spread"]), kept["images"])
@@ -331,9 +357,10 @@ class _Pretraining:
                 "normalisation": self._teacher.normalisation,
                 "feature": self._teacher.feature,
             },
+            "start": self._start,
             "images": self.digest,
             "unreadable": {str(k): v for k, v in self.bad.items()},
-            "best": self.best,
+            "best": self.online and self.online.best,
         }
         if self.start is None or self.start_maps is None or self.gallery is None:  # not the first process, which writes
             return {}, state
@@ -349,13 +376,21 @@ class _Pretraining:
         }, state
 
     @property
+    def _start(self) -> str:
+        """Fingerprint of the weights that it started from, if it did."""
+        return self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
+
+    @property
     def _teacher(self) -> Backbone:
         return self.method.encoders["teacher"]  # type: ignore[return-value]
 
     # What the user sees
 
     def _look(self, step: int) -> Verdict | None:
-        """Health figures, feature maps and evaluations, logged and kept by the first process."""
+        """Health figures, feature maps and evaluations, logged and kept by the first process; at the start the last."""
+        if step == 0:
+            first(self.fabric, lambda: self._judge(0))
+            return None
         return first(self.fabric, lambda: self._looked(step))
 
     def _looked(self, step: int) -> Verdict:
@@ -372,37 +407,15 @@ class _Pretraining:
         self._judge(step)
         return seen
 
-    # Evaluations on the way
-
-    def _questions(self) -> list[judging.Question]:
-        """What --eval asks, with its data checked before anything is trained. The first process asks alone."""
-        s = self.settings
-        if not s.eval or not self.run:
-            return []
-        more = strict.read_yaml(s.eval_config) if s.eval_config else {}
-        given = {"task": s.eval, "train": s.eval_train, "val": s.eval_val, "folds": s.eval_folds}
-        shared = {"weights": s.out, "seed": s.seed, "workers": s.workers, "precision": s.precision, "device": s.device}
-        asked = {**shared, **more, **{key: value for key, value in given.items() if value}}
-        self.judge = strict.validated(config.Evaluate, asked, "--eval")
-        return judging.questions(self.judge)
-
     def _judge(self, step: int) -> None:
         """Asks the teacher, logs the answers, and keeps this step's checkpoint if it is the best yet."""
-        s = self.settings
-        for question in self.judged:
-            figures = question.evaluator.figures(question(self._teacher, plan.fabric_of(self.judge), self.judge))
-            named = {f"{question.name}: {name}": value for name, value in figures.items()}
-            assert self.run is not None
-            self.run.log(step, named, "evaluations.jsonl")
-            say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in named.items()))
-            task, _, figure = (s.keep_best or "").partition(":")
-            if task == question.name:
-                if figure and figure not in figures:
-                    raise Remedy(f"--keep-best {s.keep_best}: {task} has no such figure; it has {', '.join(figures)}")
-                value = figures[figure] if figure else next(iter(figures.values()))
-                if self.best is None or value > self.best[1]:
-                    self.best = step, value
-                    self.training.save(step, *self._kept(), folder=self.run.path("best", "checkpoints"))
+        if self.online is None or self.run is None:
+            return
+        figures, better = self.online(step, self._teacher)
+        self.run.log(step, figures, "evaluations.jsonl")
+        say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+        if better:
+            self.training.save(step, *self._kept(), folder=self.run.path("best", "checkpoints"))
 
     def _finish(self) -> Trained:
         s, out = self.settings, Path(self.settings.out)
@@ -413,7 +426,8 @@ class _Pretraining:
             return Trained(out, place, Verdict("see rank 0", [], {}))
         name = "".join(c if c.isalnum() else "_" for c in Path(s.data).name)[:40]
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_export(self._teacher, place, name)
+        chosen, choice = self._chosen()
+        write_export(chosen, place, name)
         self.run.note(f"done: {seen.word}. " + ". ".join(seen.reasons))
         say(f"\nverdict: {seen.word.upper()}")
         for reason in seen.reasons:
@@ -421,13 +435,27 @@ class _Pretraining:
         say(f"  -> {advice(seen.word)}")
         if self.bad:
             say(f"  {len(self.bad)} images could not be read in mid-run; {out}/train.log names them")
-        if self.best:
-            say(f"\nbest:     {s.keep_best} {self.best[1]:.2f} at step {self.best[0]}, kept as a run in {out}/best")
+        if choice:
+            self.run.note(f"choice: {choice}")
+            say(f"\nchoice: {choice}\n  -> the export is that, and {out}/best a run of it")
+        elif self.loaded:
+            say(
+                "  -> nothing was asked on the way: with --eval and labelled images start and result can be chosen from"
+            )
         say(f"\npictures: {out}/pictures (your images as feature maps, at the start and now)")
         what = {"mean": "mean of the patch tokens", "cls": "the CLS token"}[self._teacher.feature]
         say(f'load it:  timm.create_model("local-dir:{place}", pretrained=True)  # model(x): {what}')
         self.fabric.barrier()
-        return Trained(out, place, seen)
+        return Trained(out, place, seen, choice)
+
+    def _chosen(self) -> tuple[Backbone, str]:
+        """The network to export, and why it is that; the last one where nothing was asked."""
+        if self.online is None or self.online.best is None:
+            return self._teacher, ""
+        best, _ = weights.built(weights.find(str(Path(self.settings.out) / "best")))
+        best = best.to(self.fabric.device).eval()
+        start = self.method.start if isinstance(self.method, Adaptation) else None
+        return best, self.online.choice(start, best)
 
     def _gallery(self) -> torch.Tensor:
         """Four of the user's images as squares, [n, 3, s, s] in [0, 1], in steps of 1 / 255."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gtsa import augment, config, pictures, plan, strict
+from gtsa import augment, config, pictures, plan, strict, weights
 from gtsa.backbone import IMAGENET
 from gtsa.core import Remedy
 from gtsa.data import VIEWS, generator
@@ -35,6 +35,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     """
     asked = strict.validated(config.Pretrain, settings)
     ready = plan.Plan(asked, {})
+    plan.start(ready, weights.described(weights.find(asked.init))[0] if asked.init and asked.model == "auto" else None)
     plan.sizes(ready)
     multicrop = MultiCrop(**ready.settings.views.model_dump())
     source = open_source(data, range16=asked.range16, data_root=asked.data_root)

@@ -92,11 +92,11 @@ class Run:
     def start_logs(self, step: int, done: bool = False) -> None:
         """Opens the logs for steps after ``step``; what an interrupted run wrote beyond it goes.
 
-        Of a run that was ``done`` the last look goes too: it is taken again.
+        Of a run that was ``done`` the last look goes too, and of one that begins the first: it is taken again.
         """
         for log in map(self.path, LOGS):
             if log.exists():
-                last = step - 1 if done and log.name != LOGS[0] else step
+                last = step - 1 if (done or not step) and log.name != LOGS[0] else step
                 kept = [line for line in log.read_text().splitlines() if _step(line) <= last]
                 store(log, "".join(f"{line}\n" for line in kept).encode())
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)

@@ -83,6 +83,20 @@ class After:
 
 
 @dataclass(frozen=True)
+class Rise:
+    """0 until ``start``, then linearly up to ``value`` at time ``until``, and ``value`` from then on."""
+
+    start: float
+    until: float
+    value: float
+
+    def __call__(self, time: float) -> float:
+        if time < self.start:
+            return 0.0
+        return self.value if time >= self.until else self.value * (time - self.start) / (self.until - self.start)
+
+
+@dataclass(frozen=True)
 class Steps:
     """``start``, times ``factor`` once more at each of the times ``at``."""
 

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -63,16 +63,18 @@ def with_sections(base: type[Strict], name: str, sections: Mapping[str, type[Str
     return create_model(name, __base__=base, **fields)
 
 
-def settings_of(maker: Any, name: str, skip: tuple[str, ...] = (), **changes: tuple[Any, Any]) -> type[Strict]:
+def settings_of(maker: Any, name: str, skip: Collection[str] = (), auto: Collection[str] = ()) -> type[Strict]:
     """The keyword arguments of a constructor as settings: names, types, defaults and help from the constructor itself.
 
-    ``changes`` replaces the (type, default) of single arguments.
+    Those of ``auto`` may be left to us, and are by default.
     """
     words = _described(maker.__doc__ or "")
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(maker, eval_str=True).parameters.values():
         if parameter.name not in skip:
-            kind, default = changes.get(parameter.name, (parameter.annotation, parameter.default))
+            kind, default = parameter.annotation, parameter.default
+            if parameter.name in auto:
+                kind, default = Auto | kind, "auto"
             fields[parameter.name] = (kind, Field(default, description=words.get(parameter.name)))
     return create_model(name, __base__=Strict, **fields)
 

@@ -54,19 +54,18 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def gather(self, logits: Tensor, rows: int | None = None) -> None:
-        """Logits [..., K] of a micro-batch, in every process; or the mean of ``rows`` of them. Looks teach nothing."""
+        """Logits [..., K] of a micro-batch; or the mean of ``rows`` of them. Looks teach nothing."""
         if not self.training:
             return
         logits = logits.flatten(0, -2).to(self.gathered.dtype)
         rows = rows or len(logits)
-        total = torch.cat([logits.mean(0) * rows, logits.new_tensor([float(rows)])])
-        if processes.is_available() and processes.is_initialized():
-            processes.all_reduce(total)
-        self.gathered += total
+        self.gathered += torch.cat([logits.mean(0) * rows, logits.new_tensor([float(rows)])])
 
     @torch.no_grad()
     def follow(self, accepted: Tensor | float = 1.0) -> None:
-        """Moves towards the mean of what was gathered since, where ``accepted`` (0/1, on the device) is 1."""
+        """Moves towards the mean of what all processes gathered, where ``accepted`` (0/1, on the device) is 1."""
+        if processes.is_available() and processes.is_initialized():  # not in ``gather``: one alone may measure a step
+            processes.all_reduce(self.gathered)
         mean = self.gathered[:-1] / self.gathered[-1].clamp(min=1)
         change = (1 - self.momentum) * (mean - self.value)
         self.value += torch.where(torch.as_tensor(accepted, device=change.device) > 0, change, 0)

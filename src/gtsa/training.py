@@ -104,7 +104,7 @@ class Training:
         Args:
             batches, prepare: as for ``loop.fit``.
             account: told of every step.
-            look: told of every ``evaluate_every``-th step but the last.
+            look: told of step 0, and of every ``evaluate_every``-th step but the last.
             kept: what else a checkpoint is to hold.
 
         Raises:
@@ -120,6 +120,8 @@ class Training:
             fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
         )  # fmt: skip
         recent: list[Done] = []
+        if self.start == 0:
+            look(0)
         with requests_to_stop() as asked:
             try:
                 for done in steps:

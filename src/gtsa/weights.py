@@ -23,6 +23,7 @@ from gtsa.backbone import Backbone
 from gtsa.core import Remedy
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
+EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")  # arguments of an export that a Backbone sets itself
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -72,6 +73,48 @@ def find(spec: str, network: str = "teacher") -> Weights:
         "model.safetensors), a .safetensors or .pth file, or timm:NAME",
         4,
     )
+
+
+def described(weights: Weights, model: str | None = None) -> tuple[str, dict[str, Any], str]:
+    """The model that weights are of, further arguments of timm's constructor, and a remark about them.
+
+    Args:
+        model: timm's name of it, where it is known; what the weights say counts only if they say the same.
+
+    Raises:
+        Remedy: neither says which model it is (4).
+    """
+    name, arguments, remark = weights.model, weights.arguments, weights.remark
+    if model and (weights.guessed or model != name):
+        name, remark = model, ""
+        arguments = {"img_size": arguments["img_size"]} if "img_size" in arguments else {}
+    if name is None:
+        raise Remedy(f"{weights.source} does not say which model it is ({remark}); name it with --model", 4)
+    return name, {k: v for k, v in arguments.items() if k not in ("num_classes", *EXPORTED)}, remark
+
+
+def built(
+    weights: Weights, model: str | None = None, train_at: int | None = None, drop_path: float = 0.0
+) -> tuple[Backbone, str]:
+    """A backbone with these weights, and how many tensors were loaded.
+
+    Args:
+        model: as for ``described``.
+        train_at: it is to be trained, on crops of this side in px, which its position embeddings are resampled to. Its
+            LayerNorms then have timm's own eps, so that every export can say it.
+    """
+    name, arguments, remark = described(weights, model)
+    size = arguments.pop("img_size", 224)
+    known: dict[str, Any] = {"normalisation": weights.normalisation} if weights.normalisation else {}
+    try:
+        backbone = Backbone(name, train_at or size, drop_path, arguments=arguments, **known)
+    except (LookupError, ArithmeticError, AttributeError) as error:  # what timm makes of values that it never met
+        raise Remedy(f"{weights.source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
+    if train_at is None:
+        backbone.feature = weights.feature
+        for norm in norms(backbone):
+            norm.eps = norm.eps if weights.eps is None else weights.eps
+    return backbone, load(weights, backbone) + (f"; {remark}" if remark else "")
 
 
 def load(weights: Weights, backbone: Backbone) -> str:

@@ -76,9 +76,9 @@ class TestMethod:
         with torch.no_grad():
             for p in method.encoders["student"].parameters():
                 p.add_(1)
-        method.after_step(0.5, torch.tensor(0.0))
+        method.after_step(0.4, 0.5, torch.tensor(0.0))
         assert all(torch.equal(a, b) for a, b in zip(teacher, method.encoders["teacher"].parameters(), strict=True))
-        method.after_step(0.5, torch.tensor(1.0))
+        method.after_step(0.4, 0.5, torch.tensor(1.0))
         assert not any(torch.equal(a, b) for a, b in zip(teacher, method.encoders["teacher"].parameters(), strict=True))
 
     def test_the_same_seed_gives_the_same_step(self, name):

@@ -124,7 +124,7 @@ def test_every_number(path):
         if not part.startswith("teacher"):
             watch_gradients(optimizer, method, part, prefix, norms)
 
-    method.after_step(first / steps)  # the teacher of the case is no copy: its first update shows
+    method.after_step(0.0, first / steps)  # the teacher of the case is no copy: its first update shows
     for expected in case["steps"]:
         step = first + expected["step"]
         teacher = {p: norm(method, prefix) for p, prefix in PARTS.items() if p.startswith("teacher")}

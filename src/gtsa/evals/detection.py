@@ -152,7 +152,7 @@ def groups(detector: Detector, head_rate: float = 1.0) -> list[dict[str, Any]]:
             decayed = parameter.ndim > 1 and name not in spared
             found[not name.startswith("backbone."), decayed].append(parameter)
     return [
-        {"params": parameters, "decayed": decayed, "rate": head_rate if head else 1.0}
+        {"params": parameters, "decayed": decayed, "rate": Constant(head_rate if head else 1.0)}
         for (head, decayed), parameters in found.items()
     ]
 

@@ -15,7 +15,6 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -168,15 +167,8 @@ class Classifier(Objective):
 
 
 def parameter_groups(network: Classifier, decay: float) -> list[dict[str, Any]]:
-    """timm's groups of layers as ScheduledAdamW takes them; the head learns at the full rate, the last block below it.
-
-    timm puts the final norm with the last block, and positions and CLS with the embedding of patches.
-    """
-    vit = network.backbone.vit  # has no head of its own, so that timm's topmost layer is the last block
-    layers = [
-        {"params": group["params"], "decayed": group["weight_decay"] > 0, "rate": decay * group["lr_scale"]}
-        for group in param_groups_layer_decay(vit, 1.0, vit.no_weight_decay(), layer_decay=decay)
-    ]
+    """What learns; the head does at the full rate, the last block below it."""
+    layers = [{**group, "rate": Constant(decay * share)} for share, group in network.backbone.layers(decay)]
     return [*layers, {"params": [network.head.weight]}, {"params": [network.head.bias], "decayed": False}]
 
 

@@ -193,6 +193,9 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
             learnt["rotation"] &= _clear(interval(accuracy - start.of("rotation_accuracy", common)), 0, MARGIN)
         figures |= _named("rotation_accuracy", turns)
         reasons.append(_rotation(turns, learnt["rotation"]))
+    if "agreement" in now.scores:
+        figures["agreement"] = kept = float(now.of("agreement", common).mean())
+        reasons.append(f"likenesses between patches agree to {kept:.2f} with those of the start (1: as they were)")
     figures |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(

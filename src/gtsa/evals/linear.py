@@ -103,7 +103,7 @@ class Linear(Evaluator):
         steps = min(MOST, max(FEWEST, EPOCHS * len(rows) // batch)) if self.steps == "auto" else self.steps
         scale = batch / 256 * FLAT / (1 - MOMENTUM)
         groups = [
-            {"params": [weight, bias], "rate": rate * scale, "eps": FLAT}
+            {"params": [weight, bias], "rate": Constant(rate * scale), "eps": FLAT}
             for (rate, _), weight, bias in zip(self.pairs, heads.weights, heads.biases, strict=True)
         ]
         optimizer = ScheduledAdamW(groups, Cosine(1.0, 0.0), Constant(0.0), clip=0.0, betas=(MOMENTUM, 0.999))

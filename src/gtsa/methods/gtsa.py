@@ -109,8 +109,8 @@ class GTSA(Method):
             loss = loss + self.rotation_weight * parts["rotation"]
         return {"loss": loss, **parts}
 
-    def after_step(self, time: float, accepted: Tensor | float = 1.0) -> None:
-        follow(self.teacher, self.student, self.momentum(time), accepted)
+    def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
+        follow(self.teacher, self.student, self.momentum(next_time), accepted)
 
     def train(self, mode: bool = True) -> GTSA:
         super().train(mode)

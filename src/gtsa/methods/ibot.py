@@ -15,7 +15,7 @@ from gtsa import losses, masks
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Method, Remedy, Tokens, Views
 from gtsa.geometry import pairs_of
-from gtsa.heads import PrototypeHead, prototypes_for
+from gtsa.heads import PrototypeHead, prototypes_for, temperatures_for
 from gtsa.schedules import Cosine, Ramp
 from gtsa.teacher import Centre, copy_of, follow
 
@@ -43,7 +43,8 @@ class IBOT(Method):
         hidden: width of the head's hidden layers.
         bottleneck: width of what is compared with the prototypes.
         student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax at the start, and from the end of its warm-up on.
+        teacher_temperature: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
+            0.07 as published; below 20,000 images 0.02, since small networks' heads tell images apart by less.
         temperature_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
             end value already.
         mask_share: range of the part of a global crop's patches that are hidden from the student.
@@ -55,10 +56,13 @@ class IBOT(Method):
     """
 
     published: ClassVar = {"views": VIEWS}
-    sized: ClassVar = {"prototypes": lambda images: min(8192, prototypes_for(images))}
+    sized: ClassVar = {
+        "prototypes": lambda images: min(8192, prototypes_for(images)),
+        "teacher_temperature": temperatures_for,
+    }
     search: ClassVar = {
         "momentum": (0.99, 0.993, 0.996, 0.998),
-        "teacher_temperature": ((0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
+        "teacher_temperature": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
     }
 
     def __init__(
@@ -118,7 +122,7 @@ class IBOT(Method):
         parts = {"view": torch.cat(found, 1).mean(), "patch": self._patch_loss(mine, theirs, hidden, time, frozen)}
         return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
 
-    def after_step(self, time: float, accepted: Tensor | float = 1.0) -> None:
+    def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
         self.centre.follow(accepted)
         self.patch_centre.follow(accepted)
         follow(self.teacher, self.student, self.momentum(time), accepted)
