@@ -136,6 +136,21 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     assert results(whole) == told
 
 
+def test_the_report_grows_with_every_network(data, tmp_path, monkeypatch):
+    here(monkeypatch)
+    seen, write = [], compare.report.write
+
+    def written(*arguments):
+        place = write(*arguments)
+        seen.append(len(results(tmp_path)["rows"]))
+        return place
+
+    monkeypatch.setattr(compare.report, "write", written)
+    compare.compare(**settings(data, tmp_path, methods=("mae",), controls=("colour", "position"), seeds=1))
+    assert len(seen) == 4 and seen == sorted(seen) and seen[0] >= 1  # the next network does not wait for the report
+    assert [line["row"] for line in results(tmp_path)["rows"]] == ["mae", "colour", "position"]
+
+
 def test_results_of_other_settings_are_not_taken(whole, data):
     with pytest.raises(Remedy, match="other settings") as told:
         compare.compare(**settings(data, whole, steps=3))

@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -52,11 +52,19 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         return Path(s.out)
     _checked(rows, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)
-    for stage in (trials, finals, at_equal_flops):
-        _all(list(stage(rows, s)), s)
-    place = report.write(rows, chain(finals(rows, s), at_equal_flops(rows, s), trials(rows, s)), s)
+    _all(list(trials(rows, s)), s)
+    for row in rows:
+        if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
+            say(f"{row.name} is left out: {without}")
+    for stage in (finals, at_equal_flops):
+        _all(list(stage(rows, s)), s, lambda: _reported(rows, s))  # whoever waits for days sees what there is
+    place = _reported(rows, s)
     say(f"\nreport: {place}")
     return place
+
+
+def _reported(rows: Sequence[Row], s: Any) -> Path:
+    return report.write(rows, chain(finals(rows, s), at_equal_flops(rows, s), trials(rows, s)), s)
 
 
 def _checked(rows: Sequence[Row], s: Any) -> None:
@@ -154,7 +162,6 @@ def _tuned(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any] | Remedy:
     try:
         return chosen(row, rows, s)
     except Remedy as remedy:
-        say(str(remedy))
         return remedy
 
 
@@ -180,8 +187,10 @@ def _good(cell: Cell, s: Any) -> dict[str, Any] | None:
 # The queue
 
 
-def _all(wanted: Sequence[Cell], s: Any) -> None:
-    """Does cells that are not done, one at a time on each device, each in a process of its own."""
+def _all(wanted: Sequence[Cell], s: Any, after: Callable[[], Any] = lambda: None) -> None:
+    """Does cells that are not done, one at a time on each device, each in a process of its own; ``after`` each of them
+    something else.
+    """
     left = [cell for cell in wanted if cells.done(cell, s) is None]
     if not left:
         return
@@ -193,6 +202,7 @@ def _all(wanted: Sequence[Cell], s: Any) -> None:
     with ThreadPoolExecutor(max(1, gpus)) as pool:
         for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
             say(f"{number}/{len(left)}  {told}")
+            after()
 
 
 def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:

@@ -134,7 +134,7 @@ def _part(named: Mapping[str, Drawn], part: str) -> Drawn | None:
 
 
 def _of_task(task: str, networks: Sequence[Evidence], s: Any) -> tuple[list[str], Drawn]:
-    evaluator = evals.found()[task](**dict(s.evaluate.get(task, {})))
+    evaluator = evals.found()[task](**{**s.evaluate.get(task, {}), **s.tasks.get(task, {}).get(task, {})})
     names = list(evaluator.figures(networks[0]))
 
     def figures(network: int, places: np.ndarray) -> np.ndarray:
