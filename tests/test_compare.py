@@ -62,7 +62,9 @@ def here(monkeypatch):
 
     def apart(cell, s, free):
         cells.run(cell, s)
-        return cell.name
+        return (
+            f"{cell.name} {primary_of(found, s)}" if (found := cells.done(cell, s))["status"] == "done" else cell.name
+        )
 
     monkeypatch.setattr(compare, "_apart", apart)
 
@@ -146,9 +148,19 @@ def test_the_report_grows_with_every_network(data, tmp_path, monkeypatch):
         return place
 
     monkeypatch.setattr(compare.report, "write", written)
-    compare.compare(**settings(data, tmp_path, methods=("mae",), controls=("colour", "position"), seeds=1))
-    assert len(seen) == 4 and seen == sorted(seen) and seen[0] >= 1  # the next network does not wait for the report
+    compare.compare(**settings(data, tmp_path, methods=("mae",), controls=("colour", "position"), seeds=2))
+    assert len(seen) == 3 and set(seen) == {3}  # the next network does not wait for the report
     assert [line["row"] for line in results(tmp_path)["rows"]] == ["mae", "colour", "position"]
+
+
+def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp_path, monkeypatch):
+    here(monkeypatch)
+    asked = settings(data, tmp_path, primary="in_context:mIoUU", controls=("position",))
+    with pytest.raises(
+        Remedy, match="--primary in_context:mIoUU: in_context has no such figure; it has mIoU, mAcc, aAcc"
+    ):
+        compare.compare(**asked)
+    assert [place.name for place in (tmp_path / "cells").iterdir()] == ["position"]
 
 
 def test_results_of_other_settings_are_not_taken(whole, data):
@@ -268,6 +280,7 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"train": ("nowhere", "nothing")}, "nowhere"),
         ({"data": "nowhere"}, "nowhere"),
         ({"weights": ("nothing.pth",)}, "no weights there"),
+        ({"rows": {"mine": {"init": "nothing.pth"}}}, "no weights there"),
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
         ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),

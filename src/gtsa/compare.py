@@ -52,7 +52,8 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         return Path(s.out)
     _checked(rows, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)
-    _all(list(trials(rows, s)), s)
+    for stage in (untaught, trials):
+        _all(list(stage(rows, s)), s)
     for row in rows:
         if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
             say(f"{row.name} is left out: {without}")
@@ -76,7 +77,7 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
         if row.source is None:
             told = strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
             ready = plan.Plan(told, {})
-            plan.start(ready, None)
+            plan.start(ready, opened(told.init)[0].model if told.init else None)
             plan.sizes(ready)
             if s.tune and row.tuned_as not in s.methods:
                 raise Remedy(
@@ -88,6 +89,11 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
 
 
 # Which cells there are. What comes later follows from the results of what came before, and from nothing else.
+
+
+def untaught(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+    """Rows that learn nothing, once: what is wrong with a question shows before hours of training."""
+    yield from (Cell(row, "images", 0) for row in rows if row.source is not None)
 
 
 def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
