@@ -208,6 +208,9 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
     assert 2.5e-4 <= min(rates) < 3e-4 and 8e-4 < max(rates) <= 1e-3 and len(set(rates)) > 100
     assert drawn(rows[1], 7, s) == drawn(rows[1], 7, s) != drawn(rows[1], 8, s)
     for cell in found:
+        if cell.number == 0:  # the preset: few random draws may all be bad ones
+            assert cell.changes == {"steps": 1, "learning_rate": 5e-4}
+            continue
         assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].search.keys()
 
 
@@ -215,7 +218,7 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
     s = validated(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
     rows = rows_of(s)
     for cell in trials(rows, s):
-        good = {"gtsa": (1.0, 5.0, 3.0), "dino": (2.0, 1.0, None)}[cell.row.name][cell.number]
+        good = {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[cell.row.name][cell.number]
         entries = [
             {"task": task, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
             for task in ("segmentation", "in_context")
@@ -223,7 +226,7 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
         result = {"status": "done", "reason": "", "results": entries} if good else {"status": "failed", "reason": "x"}
         cells.folder_of(cell, s).mkdir(parents=True)
         cells.commit(cell, s, result)
-    best = {"gtsa": drawn(rows[0], 1, s), "dino": drawn(rows[1], 0, s)}
+    best = {"gtsa": drawn(rows[0], 1, s), "dino": drawn(rows[1], 1, s)}
     for row in rows:
         if row.tuned_as:
             assert chosen(row, rows, s) == best[row.tuned_as]

@@ -97,7 +97,7 @@ def untaught(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
 
 
 def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
-    """The same number of random settings for every method."""
+    """The same number of settings for every method: its preset, and random ones."""
     steps = s.tune_steps or max(1, s.steps // 3)
     for row in rows:
         if row.source is None and row.name == row.tuned_as:
@@ -106,7 +106,11 @@ def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
 
 
 def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
-    """Settings of a trial: learning rate, log-uniform, and one value of each that the method names."""
+    """Settings of a trial: learning rate, log-uniform, and one value of each that the method names. The first trial is of
+    the method's preset, in the middle of the rates: few draws may all be bad ones.
+    """
+    if number == 0:
+        return {"learning_rate": float(f"{math.sqrt(s.rates[0] * s.rates[1]):.3g}")}
     draw = np.random.default_rng([number, *row.name.encode()])
     low, high = s.rates
     rate = float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")

@@ -305,7 +305,7 @@ class Compare(Documented):
     seeds: Annotated[int, Field(ge=1)] = 5
     """Runs of every row, each with another seed."""
     tune: Natural = 0
-    """Random trials of settings for every method, the same number for each; 0: settings are taken as given."""
+    """Trials of settings for every method, its preset and random ones, as many for each; 0: settings are as given."""
     tune_steps: Count | None = None
     """Of a trial. Default: a third of --steps."""
     rates: tuple[float, float] = (2.5e-4, 1e-3)
