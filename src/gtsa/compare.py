@@ -106,8 +106,9 @@ def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
 
 
 def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
-    """Settings of a trial: learning rate, log-uniform, and one value of each that the method names. The first trial is of
-    the method's preset, in the middle of the rates: few draws may all be bad ones.
+    """Settings of a trial: learning rate, log-uniform, and one value of each that the method names.
+
+    The first trial is of the method's preset, in the middle of the rates: few draws may all be bad ones.
     """
     if number == 0:
         return {"learning_rate": float(f"{math.sqrt(s.rates[0] * s.rates[1]):.3g}")}

@@ -347,7 +347,8 @@ def _failures(summary: Mapping[str, Any]) -> str:
 
 def _method(s: Any) -> Iterable[str]:
     tuned = (
-        f"Learning rate and the settings that each method names were chosen by {s.tune} trials of every method, its preset and random ones, "
+        f"Learning rate and the settings that each method names were chosen by {s.tune} trials of every method, its "
+        "preset and random ones, "
         + (
             "within the training images."
             if s.val
