@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gtsa import cells, config, strict
+from gtsa import cells, config, report, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.compare import chosen, drawn, finals, primary_of, trials
 from gtsa.core import Remedy
@@ -235,6 +235,26 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
     assert by_name["gtsa-no-rotation"]["views"] == {**SMALL["pretrain"]["views"], "rotations": False}
     assert by_name["dino-rotations"]["dino"] == {**SMALL["pretrain"]["dino"], **best["dino"]["dino"]}
     assert by_name["gtsa"]["seed"] == 1 and "dino" not in by_name["gtsa"]
+
+
+def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
+    s = validated(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
+    row = next(row for row in rows_of(s) if row.name == "mine")
+    tried = {"learning_rate": 1e-4, "gtsa": {"momentum": 0.9, "matches": 3}, "steps": 9}
+    given = cells.training_of(Cell(row, "flops", 0, tried), s)
+    assert (given["learning_rate"], given["steps"]) == (7e-4, 9)
+    assert given["gtsa"] == {**SMALL["pretrain"]["gtsa"], "momentum": 0.5, "matches": 3}
+
+
+def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
+    def line(row, mean, low, high):
+        return {"row": row, "stage": "images", "less_reference": {"primary": {"mean": mean, "low": low, "high": high}}}
+
+    rows = [line("dino", -3.0, -4.0, -2.0), line("untrained", 0.1, -1.0, 1.0), line("colour", 5.0, 4.0, 6.0)]
+    told = report.verdicts({"reference": "gtsa", "rows": rows})
+    assert "nothing that was learnt shows" in told[0]
+    assert "worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
+    assert "better than dino" in told[2] and "+3.00 (95 % interval +2.00 to +4.00)" in told[2]
 
 
 def test_trials_are_judged_within_the_training_images(data, tmp_path):

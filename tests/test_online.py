@@ -61,7 +61,8 @@ def test_the_training_never_notices(evaluated, scenes, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"eval": ("knn",)}, "--eval"),
+        ({"eval": ("knn",)}, "eval: give --eval-val IMAGES .LABELS., or --eval-folds N with --eval-train"),
+        ({"eval_train": ("x",), "eval_folds": 3}, "eval: name what to ask of these images"),
         ({"eval": ("nothing",), "eval_val": ("x",)}, "there is no 'nothing'"),
         ({"keep_best": "knn"}, "knn is not among --eval"),
     ],

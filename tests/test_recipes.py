@@ -26,4 +26,6 @@ def test_a_recipe_is_a_call(path):
     settings = strict.read_yaml(path)
     if model is config.Evaluate and "folds" not in settings:
         given = {**given, "val": ("c", "d")}
+    if "--eval-train" in command:
+        given = {**given, "eval_train": ("a", "b"), "eval_folds": 5, "init": "c"}
     strict.validated(model, {**settings, **given})

@@ -127,7 +127,8 @@ def training_of(cell: Cell, s: Any) -> dict[str, Any]:
         "model": s.model, "steps": s.steps, "batch_size": s.batch_size, "precision": s.precision, "device": s.device,
         "workers": s.workers, "devices": 1,
     }  # fmt: skip
-    for more in (s.pretrain, cell.row.settings, cell.changes):
+    steps = {"steps": cell.changes["steps"]} if "steps" in cell.changes else {}
+    for more in (s.pretrain, cell.changes, cell.row.settings, steps):  # a row's own words count more than its trials
         given = strict.merged(given, more)
     given |= {"data": s.data, "seed": cell.number if cell.stage != "trial" else 1_000 + cell.number}
     sections = {"views", given["method"]}

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,7 @@ from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 from gtsa.export import opened
 from gtsa.sources import open_source
-from gtsa.terminal import say
+from gtsa.terminal import clock, say
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
 
@@ -52,13 +53,16 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         return Path(s.out)
     _checked(rows, s)
     Path(s.out).mkdir(parents=True, exist_ok=True)
-    for stage in (untaught, trials):
-        _all(list(stage(rows, s)), s)
+    seen, images = s.steps * s.batch_size, len(open_source(s.data))
+    say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
+    say(f"progress of each: {s.out}/cells/*/*/log.txt")
+    for what, stage in (("ask that learn nothing", untaught), ("try settings on", trials)):
+        _all(list(stage(rows, s)), s, what)
     for row in rows:
         if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
             say(f"{row.name} is left out: {without}")
-    for stage in (finals, at_equal_flops):
-        _all(list(stage(rows, s)), s, lambda: _reported(rows, s))  # whoever waits for days sees what there is
+    for what, stage in (("train or ask", finals), ("train at equal operations", at_equal_flops)):
+        _all(list(stage(rows, s)), s, what, lambda: _reported(rows, s))  # whoever waits for days sees what there is
     place = _reported(rows, s)
     say(f"\nreport: {place}")
     return place
@@ -198,7 +202,7 @@ def _good(cell: Cell, s: Any) -> dict[str, Any] | None:
 # The queue
 
 
-def _all(wanted: Sequence[Cell], s: Any, after: Callable[[], Any] = lambda: None) -> None:
+def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
     """Does cells that are not done, one at a time on each device, each in a process of its own; ``after`` each of them
     something else.
     """
@@ -209,10 +213,12 @@ def _all(wanted: Sequence[Cell], s: Any, after: Callable[[], Any] = lambda: None
     free: Queue[str] = Queue()
     for device in range(max(1, gpus)):
         free.put(str(device) if gpus else "")
-    say(f"{len(left)} of {len(wanted)} networks to train or ask, on {f'{gpus} GPUs' if gpus else 'the CPU'}")
+    say(f"{len(left)} of {len(wanted)} networks to {what}, on {f'{gpus} GPUs' if gpus else 'the CPU'}")
+    began = time.monotonic()
     with ThreadPoolExecutor(max(1, gpus)) as pool:
         for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
-            say(f"{number}/{len(left)}  {told}")
+            rest = (time.monotonic() - began) / number * (len(left) - number)
+            say(f"{number}/{len(left)}  {told}" + (f"; about {clock(rest)} for the others" if rest else ""))
             after()
 
 
@@ -226,7 +232,8 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
         environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
     try:
         with open(place / "log.txt", "a") as log:
-            ended = subprocess.run([sys.executable, "-m", "gtsa.compare"], env=environment, stdout=log, stderr=log)
+            command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]
+            ended = subprocess.run(command, env=environment, stdout=log, stderr=log)
     finally:
         free.put(device)
     result = cells.done(cell, s)
@@ -252,7 +259,8 @@ def _one(name: str, rows: Sequence[Row], s: Any) -> None:
     raise Remedy(f"there is no cell {name}")
 
 
-if __name__ == "__main__":
+def handed() -> None:
+    """What a process does that was made for one cell."""
     try:
         compare(**json.loads(os.environ["GTSA_COMPARE"]))
     except Remedy as remedy:

@@ -135,6 +135,12 @@ class _Pretrain(Documented):
             problems.append(f"range16: black {self.range16[0]} must be below white {self.range16[1]}")
         if self.init is None and self.anchor not in ("auto", 0):
             problems.append("anchor: holds features to those of weights to start from; give --init")
+        if self.eval and not (self.eval_val or self.eval_folds or self.eval_config):
+            problems.append("eval: give --eval-val IMAGES [LABELS], or --eval-folds N with --eval-train IMAGES LABELS")
+        if (self.eval_train or self.eval_val) and not self.eval:
+            problems.append(
+                f"eval: name what to ask of these images, e.g. knn; there is {', '.join(EvaluatorSettings)}"
+            )
         if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
             problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         v: Any = self.views

@@ -93,7 +93,8 @@ def start(plan: Plan, loaded: str | None) -> None:
         plan.settle({}, model=loaded or MODEL)
     usual = GENTLE if loaded else FROM_SCRATCH
     left = {name: value for name, value in usual.items() if getattr(s, name) == "auto"}
-    plan.settle({"adaptation": "the preset for weights to start from"} if left else {}, **left)
+    told = f"{', '.join(name.replace('_', ' ') for name in left)}: the preset for weights to start from"
+    plan.settle({"adaptation": told} if left else {}, **left)
     if loaded and s.eval and not s.keep_best:
         plan.settle({"keep_best": "start or result, by the first of --eval"}, keep_best=s.eval[0])
 

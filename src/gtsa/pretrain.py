@@ -432,7 +432,8 @@ class _Pretraining:
         say(f"\nverdict: {seen.word.upper()}")
         for reason in seen.reasons:
             say(f"  - {reason}")
-        say(f"  -> {advice(seen.word)}")
+        if not choice:
+            say(f"  -> {advice(seen.word)}")
         if self.bad:
             say(f"  {len(self.bad)} images could not be read in mid-run; {out}/train.log names them")
         if choice:

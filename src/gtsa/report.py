@@ -76,7 +76,7 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
                 "seeds": sorted(c.number for c, _ in good),
                 "failed": {c.number: r["reason"] for c, r in mine if r["status"] != "done"},
                 "figures": {name: _told(statistics.estimate(value)) for name, value in figures.items()},
-                "settings": dict(mine[0][0].changes),
+                "settings": {key: cells.training_of(mine[0][0], s)[key] for key in mine[0][0].changes},
                 "costs": _costs([r for _, r in good]),
             }
             if (row.name, stage) != (reference, "images"):
@@ -229,6 +229,11 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             lines.append(f"<b class=lost>{reference} is worse than {who}</b> on the primary figure: {between}.")
         else:
             lines.append(f"{reference} and {who} are not told apart on the primary figure: {between}.")
+    lines.sort(key=lambda line: ("is worse" not in line, "is better" not in line))  # what was lost is told first
+    untaught = next((line for line in lines if f"{reference} and untrained are not told apart" in line), None)
+    if untaught:
+        lines.insert(0, f"{reference} is not told apart from untrained networks: nothing that was learnt shows in this "
+                        "figure. Longer runs, more images, or more images to judge by are needed.")  # fmt: skip
     return lines or [f"There is nothing yet that {reference} could be compared with."]
 
 
@@ -354,7 +359,7 @@ def _method(s: Any) -> Iterable[str]:
             if s.val
             else "on the same folds as the figures are of: alike for all methods."
         )
-        + " Variants take their method's settings."
+        + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune
         else "Settings were taken as given; nothing was tuned."
     )
