@@ -116,9 +116,9 @@ def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeyp
     module = sys.modules["gtsa.pretrain"]
     real = module._Pretraining._networks
 
-    def spoil(self):
+    def spoil(self, *found):
         (data / "scene_04.jpg").write_bytes(b"gone")
-        return real(self)
+        return real(self, *found)
 
     monkeypatch.setattr(module._Pretraining, "_networks", spoil)
     done = gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
@@ -132,10 +132,10 @@ def test_too_many_bad_files_in_mid_run_end_it(tmp_path, monkeypatch):
     module = sys.modules["gtsa.pretrain"]
     real = module._Pretraining._networks
 
-    def spoil(self):
+    def spoil(self, *found):
         for i in range(0, 8, 2):
             (data / f"scene_{i:02d}.jpg").unlink()
-        return real(self)
+        return real(self, *found)
 
     monkeypatch.setattr(module._Pretraining, "_networks", spoil)
     with pytest.raises(gtsa.Remedy, match="could not be read in mid-run") as remedy:
