@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from gtsa.config import Pretrain
 from gtsa.core import Remedy
 from gtsa.export import opened, write
 from gtsa.methods.dino import DINO
-from gtsa.schedules import Rise
+from gtsa.methods.gtsa import GTSA
 from gtsa.teacher import copy_of
 from test_dino import views
 from test_exact import kill_after
@@ -104,22 +105,44 @@ def test_a_checkpoint_is_the_methods_own():
 # The preset
 
 
-def test_rates_of_a_run(start):
-    """The encoder rests for a fifth, its blocks learn at 0.5, 0.25, ... of 0.1; the heads are free at once."""
-    rise = Rise(0.2, 0.4, 0.1)
-    assert [rise(t) for t in (0, 0.19, 0.2, 0.3, 0.4, 1)] == pytest.approx([0, 0, 0, 0.05, 0.1, 0.1])
-    depth = 12
-    shares = dict.fromkeys(range(depth + 2), 0.0)
-    encoder = opened(str(start))[0]
-    names = {id(p): name for name, p in encoder.vit.named_parameters()}
-    for share, group in encoder.layers(0.5):
-        for p in group["params"]:
-            name = names[id(p)]
-            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth if "norm" in name else 0
-            assert share == pytest.approx(0.5 ** (depth - layer)), name
-            assert group["decayed"] == (p.ndim > 1 and name not in ("pos_embed", "cls_token")), name
-            shares[layer] = share
-    assert sum(len(group["params"]) for _, group in encoder.layers(0.5)) == len(names)
+@pytest.mark.parametrize(
+    ("rests", "times"), [(0.2, {0.0: 0, 0.19: 0, 0.25: 0.5, 0.3: 1, 0.9: 1}), (0.0, {0.0: 1, 0.9: 1})]
+)
+def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
+    """Blocks at 0.3, 0.15, ... of the heads' rate, the last one first; what rested has a warm-up of its own."""
+    seen = []
+    module = sys.modules["gtsa.pretrain"]  # the package has the function under this name
+
+    class Seen(module.ScheduledAdamW):
+        def __init__(self, groups, *rest):
+            seen.append(groups)
+            super().__init__(groups, *rest)
+
+    monkeypatch.setattr(module, "ScheduledAdamW", Seen)
+    gentle = {"head_start": rests, "encoder_rate": 0.3, "layer_decay": 0.5}
+    run_ = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(start), **gentle, **{**QUICK, "steps": 2})
+    encoder, depth = opened(str(run_.export))[0].vit, 12
+    shapes = {}
+    for name, p in encoder.named_parameters():
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth if "norm" in name else 0
+        decayed = p.ndim > 1 and name not in ("pos_embed", "cls_token")
+        shapes.setdefault((round(0.3 * 0.5 ** (depth - layer), 9), decayed), []).append(tuple(p.shape))
+    (groups,) = seen
+    free = [g for g in groups if "rate" not in g]
+    slow = [g for g in groups if "rate" in g]
+    found = {}
+    for group in slow:
+        full = group["rate"](1.0)
+        assert [group["rate"](t) for t in times] == pytest.approx([full * share for share in times.values()])
+        found[round(full, 9), group["decayed"]] = sorted(tuple(p.shape) for p in group["params"])
+    assert found == {key: sorted(value) for key, value in shapes.items()}
+    heads = sum(p.requires_grad for p in run_method(start).parameters()) - len(list(encoder.parameters()))
+    assert sum(len(g["params"]) for g in free) == heads > 0
+
+
+def run_method(start):
+    """The method of QUICK, for its number of parameters."""
+    return GTSA(opened(str(start))[0], **QUICK["gtsa"])
 
 
 def test_the_encoder_rests_while_heads_learn(start, scenes, tmp_path):

@@ -252,7 +252,7 @@ def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
 
     rows = [line("dino", -3.0, -4.0, -2.0), line("untrained", 0.1, -1.0, 1.0), line("colour", 5.0, 4.0, 6.0)]
     told = report.verdicts({"reference": "gtsa", "rows": rows})
-    assert "nothing that was learnt shows" in told[0]
+    assert "Nothing that gtsa has learnt shows" in told[0]
     assert "worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
     assert "better than dino" in told[2] and "+3.00 (95 % interval +2.00 to +4.00)" in told[2]
 
@@ -304,6 +304,7 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"data": "nowhere"}, "nowhere"),
         ({"weights": ("nothing.pth",)}, "no weights there"),
         ({"rows": {"mine": {"init": "nothing.pth"}}}, "no weights there"),
+        ({"rows": {"mine": {"init": "random:vit_tiny_patch16_224"}}}, "does not fit test_vit"),
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
         ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa.schedules import After, Constant, Cosine, Warmup, warmup_then
+from gtsa.schedules import After, Constant, Cosine, Ramp, Warmup, warmup_then
 
 few = settings(deadline=None, max_examples=100)
 
@@ -97,3 +97,8 @@ def test_short_and_long_runs_mean_the_same(time, warm, factor):
     assert abs(short(time) - long(time)) <= most + 1e-9
     if time >= warm / 100:
         assert short(time) == close(long(time))
+
+
+def test_a_ramp_may_begin_later():
+    ramp = Ramp(0.0, 0.1, until=0.4, since=0.2)
+    assert [ramp(t) for t in (0, 0.19, 0.2, 0.3, 0.4, 1)] == pytest.approx([0, 0, 0, 0.05, 0.1, 0.1])

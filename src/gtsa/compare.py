@@ -56,12 +56,12 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
     seen, images = s.steps * s.batch_size, len(open_source(s.data))
     say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
     say(f"progress of each: {s.out}/cells/*/*/log.txt")
-    for what, stage in (("ask that learn nothing", untaught), ("try settings on", trials)):
+    for what, stage in (("rows that learn nothing", untaught), ("trials", trials)):
         _all(list(stage(rows, s)), s, what)
     for row in rows:
         if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
             say(f"{row.name} is left out: {without}")
-    for what, stage in (("train or ask", finals), ("train at equal operations", at_equal_flops)):
+    for what, stage in (("all rows and seeds", finals), ("runs of equal operations", at_equal_flops)):
         _all(list(stage(rows, s)), s, what, lambda: _reported(rows, s))  # whoever waits for days sees what there is
     place = _reported(rows, s)
     say(f"\nreport: {place}")
@@ -81,7 +81,7 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
         if row.source is None:
             told = strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
             ready = plan.Plan(told, {})
-            plan.start(ready, opened(told.init)[0].model if told.init else None)
+            plan.start(ready, _model(told))
             plan.sizes(ready)
             if s.tune and row.tuned_as not in s.methods:
                 raise Remedy(
@@ -90,6 +90,11 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
         elif row.source not in config.CONTROLS:
             opened(row.source)
     list(cells.questions_of(Cell(rows[0], "images", 0), s))
+
+
+def _model(told: Any) -> str | None:
+    """The model of the weights that a row starts from. Raises Remedy where they are not of the row's own (4)."""
+    return opened(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None
 
 
 # Which cells there are. What comes later follows from the results of what came before, and from nothing else.
@@ -203,8 +208,11 @@ def _good(cell: Cell, s: Any) -> dict[str, Any] | None:
 
 
 def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
-    """Does cells that are not done, one at a time on each device, each in a process of its own; ``after`` each of them
-    something else.
+    """Does cells that are not done, one at a time on each device, each in a process of its own.
+
+    Args:
+        what: they are, for the user.
+        after: called once a cell is done.
     """
     left = [cell for cell in wanted if cells.done(cell, s) is None]
     if not left:
@@ -213,7 +221,7 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
     free: Queue[str] = Queue()
     for device in range(max(1, gpus)):
         free.put(str(device) if gpus else "")
-    say(f"{len(left)} of {len(wanted)} networks to {what}, on {f'{gpus} GPUs' if gpus else 'the CPU'}")
+    say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {f'{gpus} GPUs' if gpus else 'the CPU'}")
     began = time.monotonic()
     with ThreadPoolExecutor(max(1, gpus)) as pool:
         for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):

@@ -8,6 +8,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MANY = 20_000  # images from which published settings of prototypes are taken
+
 
 class ConvBlock(nn.Module):
     """3x3 convolution, LayerNorm over channels without affine, GELU: [N, C, h, w] -> [N, D, h, w]."""
@@ -106,12 +108,12 @@ class PrototypeHead(nn.Module):
 
 def prototypes_for(images: int) -> int:
     """65,536 as published for DINO; below 20,000 images a power of two near a quarter of them, from 1,024 to 4,096."""
-    return 65536 if images >= 20_000 else min(4096, max(1024, 2 ** round(math.log2(max(images, 1) / 4))))
+    return 65536 if images >= MANY else min(4096, max(1024, 2 ** round(math.log2(max(images, 1) / 4))))
 
 
 def temperatures_for(images: int) -> tuple[float, float]:
     """0.04 and 0.07 as published for DINO and iBOT; below 20,000 images 0.02 throughout (LOG.md)."""
-    return (0.04, 0.07) if images >= 20_000 else (0.02, 0.02)
+    return (0.04, 0.07) if images >= MANY else (0.02, 0.02)
 
 
 def _start(module: nn.Module) -> None:

@@ -96,7 +96,7 @@ def start(plan: Plan, loaded: str | None) -> None:
     told = f"{', '.join(name.replace('_', ' ') for name in left)}: the preset for weights to start from"
     plan.settle({"adaptation": told} if left else {}, **left)
     if loaded and s.eval and not s.keep_best:
-        plan.settle({"keep_best": "start or result, by the first of --eval"}, keep_best=s.eval[0])
+        plan.settle({}, keep_best=s.eval[0])
 
 
 def sizes(plan: Plan) -> None:

@@ -28,7 +28,7 @@ from gtsa.optim import ScheduledAdamW, by_dimension
 from gtsa.pictures import patch_maps, squares, strip
 from gtsa.run import Run
 from gtsa.scan import escaped, insist, scan
-from gtsa.schedules import Cosine, Rise, warmup_then
+from gtsa.schedules import Cosine, Ramp, warmup_then
 from gtsa.sources import Source, open_source
 from gtsa.teacher import copy_of
 from gtsa.terminal import say
@@ -182,9 +182,10 @@ class _Pretraining:
         plan.method(ready, config.METHODS[self.settings.method].sized, self._count(files))  # anything is written, and
         self.settings = ready.settings  # before a run that was here goes
         self.method, self.loaded = self._networks(found)
+        self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
         plan.workers(ready)
         self.settings = ready.settings
-        self.online = first(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval and run else None)
+        self.online = first(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval else None)
         if run:
             run.begin(files or {})
         self.source, self.train, self.held_out = self._images(data)
@@ -317,14 +318,16 @@ class _Pretraining:
     def _learning(self) -> list[dict[str, Any]]:
         """All that is trained. The encoder starts later and learns slower than the rest, where that was asked for.
 
-        While it rests its learning rate is 0: it costs what it costs later, and the plan's time holds.
+        While it rests its learning rate is 0: it costs what it costs later, and the plan's time holds. What has rested
+        has missed the warm-up, and has one of its own.
         """
         s, encoder = self.settings, self.method.encoders["student"]
         if (s.head_start, s.encoder_rate, s.layer_decay) == (0, 1, 1):
             return by_dimension(self.method.parameters())
         assert isinstance(encoder, Backbone)
+        risen = s.head_start + s.warmup if s.head_start else 0.0
         layers = [
-            {**group, "rate": Rise(s.head_start, s.head_start + s.warmup, s.encoder_rate * share)}
+            {**group, "rate": Ramp(0.0, s.encoder_rate * share, risen, s.head_start)}
             for share, group in encoder.layers(s.layer_decay)
         ]
         slow = {id(p) for group in layers for p in group["params"]}
@@ -338,7 +341,7 @@ class _Pretraining:
             self.start_maps = None if self.gallery is None else patch_maps(self._teacher, self.gallery)
             return
         tensors, state = before
-        if state.get("start", self._start) != self._start:
+        if state.get("origin", self.origin) != self.origin:
             raise Remedy(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
         self.bad = {int(k): v for k, v in state["unreadable"].items()}
         if self.online and state.get("best"):
@@ -357,7 +360,7 @@ class _Pretraining:
                 "normalisation": self._teacher.normalisation,
                 "feature": self._teacher.feature,
             },
-            "start": self._start,
+            "origin": self.origin,
             "images": self.digest,
             "unreadable": {str(k): v for k, v in self.bad.items()},
             "best": self.online and self.online.best,
@@ -374,11 +377,6 @@ class _Pretraining:
                 "gallery": (255 * self.gallery).round().to(torch.uint8),
             }
         }, state
-
-    @property
-    def _start(self) -> str:
-        """Fingerprint of the weights that it started from, if it did."""
-        return self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
 
     @property
     def _teacher(self) -> Backbone:

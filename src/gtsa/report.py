@@ -134,7 +134,7 @@ def _part(named: Mapping[str, Drawn], part: str) -> Drawn | None:
 
 
 def _of_task(task: str, networks: Sequence[Evidence], s: Any) -> tuple[list[str], Drawn]:
-    evaluator = evals.found()[task](**{**s.evaluate.get(task, {}), **s.tasks.get(task, {}).get(task, {})})
+    evaluator = evals.found()[task](**{**s.evaluate, **s.tasks.get(task, {})}.get(task, {}))
     names = list(evaluator.figures(networks[0]))
 
     def figures(network: int, places: np.ndarray) -> np.ndarray:
@@ -209,8 +209,11 @@ def _page(summary: Mapping[str, Any], found: Sequence[tuple[Cell, dict[str, Any]
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """What the figures say of the reference, against every other row, in plain words; whatever they say."""
-    lines = []
+    """What the figures say of the reference, against every other row, in plain words; whatever they say.
+
+    What was lost is told first, and before that, where it is so, that nothing was learnt.
+    """
+    lines: list[tuple[int, str]] = []
     reference = escape(summary["reference"])
     for line in summary["rows"]:
         less = line.get("less_reference", {}).get("primary")
@@ -219,22 +222,22 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         gain = -less["mean"]
         who = escape(line["row"]) + ("" if line["stage"] == "images" else f" at {STAGES[line['stage']]}")
         if less["low"] is None:
-            lines.append(f"{reference} less {who}: {gain:+.2f}, of one seed: no interval, so nothing is shown.")
+            lines.append((3, f"{reference} less {who}: {gain:+.2f}, of one seed: no interval, so nothing is shown."))
             continue
         low, high = -less["high"], -less["low"]
         between = f"{gain:+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
         if low > 0:
-            lines.append(f"<b>{reference} is better than {who}</b> on the primary figure, by {between}.")
+            lines.append((2, f"<b>{reference} is better than {who}</b> on the primary figure, by {between}."))
         elif high < 0:
-            lines.append(f"<b class=lost>{reference} is worse than {who}</b> on the primary figure: {between}.")
+            lines.append((1, f"<b class=lost>{reference} is worse than {who}</b> on the primary figure: {between}."))
         else:
-            lines.append(f"{reference} and {who} are not told apart on the primary figure: {between}.")
-    lines.sort(key=lambda line: ("is worse" not in line, "is better" not in line))  # what was lost is told first
-    untaught = next((line for line in lines if f"{reference} and untrained are not told apart" in line), None)
-    if untaught:
-        lines.insert(0, f"{reference} is not told apart from untrained networks: nothing that was learnt shows in this "
-                        "figure. Longer runs, more images, or more images to judge by are needed.")  # fmt: skip
-    return lines or [f"There is nothing yet that {reference} could be compared with."]
+            lines.append((3, f"{reference} and {who} are not told apart on the primary figure: {between}."))
+            if line["row"] == "untrained":
+                more = "Longer runs, more images, or more images to judge by are needed."
+                lines.append((0, f"<b>Nothing that {reference} has learnt shows in this figure.</b> {more}"))
+    return [text for _, text in sorted(lines, key=lambda line: line[0])] or [
+        f"There is nothing yet that {reference} could be compared with."
+    ]
 
 
 def _interval(value: Mapping[str, Any] | None, sign: str = "") -> str:

@@ -21,14 +21,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Linear from ``start`` at time 0 to ``end`` at time ``until``, and ``end`` from then on."""
+    """``start`` up to time ``since``, then linear to ``end`` at time ``until``, and ``end`` from then on."""
 
     start: float
     end: float
     until: float
+    since: float = 0.0
 
     def __call__(self, time: float) -> float:
-        return self.end if time >= self.until else self.start + (self.end - self.start) * time / self.until
+        if time >= self.until:
+            return self.end
+        return self.start + (self.end - self.start) * max(0.0, time - self.since) / (self.until - self.since)
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,6 @@ class After:
 
     def __call__(self, time: float) -> float:
         return self.value if time >= self.start else 0.0
-
-
-@dataclass(frozen=True)
-class Rise:
-    """0 until ``start``, then linearly up to ``value`` at time ``until``, and ``value`` from then on."""
-
-    start: float
-    until: float
-    value: float
-
-    def __call__(self, time: float) -> float:
-        if time < self.start:
-            return 0.0
-        return self.value if time >= self.until else self.value * (time - self.start) / (self.until - self.start)
 
 
 @dataclass(frozen=True)
