@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -84,7 +86,9 @@ def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
         here(patch)
-        compare.compare(**settings(data, out, rows={"broken": {"method": "gtsa", "learning_rate": 1e30}}))
+        with pytest.raises(Remedy, match="failed: broken/images-0, broken/images-1; the report says why") as caught:
+            compare.compare(**settings(data, out, rows={"broken": {"method": "gtsa", "learning_rate": 1e30}}))
+        assert caught.value.code == 7
     return out
 
 
@@ -106,6 +110,18 @@ def test_every_row_is_asked_with_every_seed(whole):
     assert found["colour"]["figures"]["primary"]["low"] is not None  # images vary, though seeds do not
 
 
+def test_every_row_is_compared_with_every_other(whole):
+    found = results(whole)
+    mean = {line["row"]: line["figures"]["primary"]["mean"] for line in found["rows"] if line["figures"]}
+    told = {(d["row"], d["less_row"]): d for d in found["differences"]}
+    assert set(told) == {(one, other) for one in mean for other in mean if one != other}
+    for (one, other), d in told.items():
+        assert d["mean"] == pytest.approx(mean[one] - mean[other])
+        assert (d["low"], d["high"]) == pytest.approx((-told[other, one]["high"], -told[other, one]["low"]))
+    reference = {line["row"]: line["less_reference"]["primary"] for line in found["rows"] if line.get("less_reference")}
+    assert reference and all(told[row, "gtsa"]["low"] == pytest.approx(d["low"]) for row, d in reference.items())
+
+
 def test_a_cell_that_fails_is_told_with_its_reason_and_stops_no_other(whole):
     found = {line["row"]: line for line in results(whole)["rows"]}
     assert found["broken"]["seeds"] == [] and "diverged" in found["broken"]["failed"]["0"]
@@ -124,7 +140,8 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     more = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}
     before = (whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()
     monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
-    compare.compare(**settings(data, whole, **more))
+    with pytest.raises(Remedy, match="failed: broken/images-0"):
+        compare.compare(**settings(data, whole, **more))
     assert ((whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()) == before
     done = []
     told = results(whole)
@@ -133,7 +150,8 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     monkeypatch.setattr(cells, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
     (whole / "cells/dino/images-1/result.json").unlink()  # as a kill just before the end leaves it
     (whole / "cells/gtsa/images-0/result.json").unlink()
-    compare.compare(**settings(data, whole, **more))
+    with pytest.raises(Remedy, match="failed: broken/images-0"):
+        compare.compare(**settings(data, whole, **more))
     assert done == ["gtsa/images-0", "dino/images-1"]
     assert results(whole) == told
 
@@ -167,6 +185,31 @@ def test_results_of_other_settings_are_not_taken(whole, data):
     with pytest.raises(Remedy, match="other settings") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
+
+
+def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, monkeypatch):
+    here(monkeypatch)
+    more = {"methods": ("mae",), "seeds": 1, "controls": ("colour",), "train": ("images", "masks")}
+    shutil.copytree(data, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    compare.compare(**settings(data, "out", **more) | {"data": "images"})
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
+    compare.compare(**settings(data, "out", **more) | {"data": "images"})
+    shutil.copy("images/0.png", "images/10.png")
+    cells._images.cache_clear()  # as in a process of its own
+    with pytest.raises(Remedy, match="other settings"):
+        compare.compare(**settings(data, "out", **more) | {"data": "images"})
+
+
+def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
+    both = threading.Barrier(2, timeout=60)  # breaks if one waits for the other
+    here(monkeypatch)
+    monkeypatch.setattr(
+        compare, "_apart", lambda cell, s, free, apart=compare._apart: (both.wait(), apart(cell, s, free))[1]
+    )
+    compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
 
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):

@@ -3,7 +3,7 @@
 A cell leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
 
 result.json             settings, figures, costs, or why it failed; it is written last, and only then the cell is done
-evidence.safetensors    what the figures follow from, image by image, for intervals
+evidence.npz            what the figures follow from, image by image, for intervals
 maps.png                feature maps of the same images for every row
 run/                    logs and export of the pretraining; its checkpoints go once the cell is done
 """
@@ -11,6 +11,8 @@ run/                    logs and export of the pretraining; its checkpoints go o
 from __future__ import annotations
 
 import fcntl
+import functools
+import io
 import json
 import resource
 import shutil
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -155,12 +157,21 @@ def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Questio
 
 def digest_for(cell: Cell, s: Any) -> str:
     """Of all that decides a cell's figures: a result that was made for something else is not taken."""
-    told = training_of(cell, s) if cell.row.source is None else {"source": cell.row.source, "model": s.model}
+    told = {"source": cell.row.source, "model": s.model}
+    if cell.row.source is None:
+        told = training_of(cell, s) | {"data": _images(s.data)}
     free = ("device", "workers", "devices", "precision")  # they decide no more than the last digits
     asked = (s.task, s.train, s.val, s.folds, s.tokens, s.evaluate, s.tasks)
     primary = s.primary if cell.stage == "trial" else ""
     whole = cell.name, {k: v for k, v in told.items() if k not in free}, asked, primary
     return digest_of(json.dumps(whole, sort_keys=True))[:16]  # as JSON, which knows no tuples: YAML has none either
+
+
+@functools.cache
+def _images(data: str) -> str:
+    """Digest of the images' names, so that a comparison can go on wherever its data lie."""
+    source = open_source(data)
+    return digest_of(*(source.name(index) for index in range(len(source))))
 
 
 # Doing it
@@ -176,7 +187,7 @@ def run(cell: Cell, s: Any) -> None:
     with _alone(place):
         if done(cell, s) is not None:
             return
-        for leftover in ("evidence.safetensors", "maps.png"):
+        for leftover in ("evidence.npz", "maps.png"):
             (place / leftover).unlink(missing_ok=True)
         try:
             result = _run(cell, s, place)
@@ -216,9 +227,10 @@ def evidence_of(cell: Cell, s: Any) -> dict[tuple[str, str], Evidence]:
     """{(task, feature): evidence} of a cell that is done."""
     place = folder_of(cell, s)
     found: dict[tuple[str, str], Evidence] = {}
-    for key, tensor in safetensors.torch.load_file(place / "evidence.safetensors").items():
-        task, feature, name = key.split("/")
-        found.setdefault((task, feature), {})[name] = tensor
+    with np.load(place / "evidence.npz") as arrays:
+        for key, array in arrays.items():
+            task, feature, name = key.split("/")
+            found.setdefault((task, feature), {})[name] = torch.from_numpy(array)
     lists = place / "evidence.json"
     for key, values in (json.loads(lists.read_text()) if lists.exists() else {}).items():
         task, feature, name = key.split("/")
@@ -252,14 +264,17 @@ def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
         for name, values in evidence.items():
             key = f"{question.name}/{feature}/{name}"
             if isinstance(values, Tensor):
-                tensors[key] = values.contiguous()
+                tensors[key] = values
             elif values and all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values):
                 tensors[key] = torch.stack(list(values))
             else:
                 lists[key] = values
     if lists:
         store(place / "evidence.json", json.dumps(lists).encode())
-    safetensors.torch.save_file(tensors, place / "evidence.safetensors")
+    arrays: dict[str, Any] = {key: tensor.cpu().numpy() for key, tensor in tensors.items()}
+    packed = io.BytesIO()  # confusions of single images are mostly zeros
+    np.savez_compressed(packed, **arrays)
+    store(place / "evidence.npz", packed.getvalue())
     if s.pictures and cell.stage != "trial":
         _maps(backbone, s, place)
     shutil.rmtree(place / "work", ignore_errors=True)

@@ -43,7 +43,8 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         The report: ``OUT/report.html``; the figures lie beside it as ``results.csv`` and ``results.json``.
 
     Raises:
-        Remedy: something is wrong that the user can mend, or it was stopped (75).
+        Remedy: something is wrong that the user can mend, it was stopped (75), or the report is there but networks
+            failed (7).
     """
     s = strict.validated(config.Compare, {"methods": tuple(methods), **settings})
     s = s.model_copy(update={"out": os.path.abspath(s.out), "data": os.path.abspath(s.data)})
@@ -65,11 +66,18 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         _all(list(stage(rows, s)), s, what, lambda: _reported(rows, s))  # whoever waits for days sees what there is
     place = _reported(rows, s)
     say(f"\nreport: {place}")
+    if failed := [cell.name for cell in _wanted(rows, s) if (cells.done(cell, s) or {}).get("status") == "failed"]:
+        raise Remedy(f"failed: {', '.join(failed)}; the report says why. To try again remove OUT/cells/NAME", 7)
     return place
 
 
 def _reported(rows: Sequence[Row], s: Any) -> Path:
-    return report.write(rows, chain(finals(rows, s), at_equal_flops(rows, s), trials(rows, s)), s)
+    return report.write(rows, _wanted(rows, s), s)
+
+
+def _wanted(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+    """All that the report tells of."""
+    return chain(finals(rows, s), at_equal_flops(rows, s), trials(rows, s))
 
 
 def _checked(rows: Sequence[Row], s: Any) -> None:
@@ -208,7 +216,7 @@ def _good(cell: Cell, s: Any) -> dict[str, Any] | None:
 
 
 def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
-    """Does cells that are not done, one at a time on each device, each in a process of its own.
+    """Does cells that are not done, ``s.jobs`` at a time on each device, each in a process of its own.
 
     Args:
         what: they are, for the user.
@@ -219,11 +227,12 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
         return
     gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
     free: Queue[str] = Queue()
-    for device in range(max(1, gpus)):
+    for device in list(range(max(1, gpus))) * s.jobs:
         free.put(str(device) if gpus else "")
-    say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {f'{gpus} GPUs' if gpus else 'the CPU'}")
+    where = f"{gpus} GPUs" if gpus else "the CPU"
+    say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.qsize()} at a time")
     began = time.monotonic()
-    with ThreadPoolExecutor(max(1, gpus)) as pool:
+    with ThreadPoolExecutor(free.qsize()) as pool:
         for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
             rest = (time.monotonic() - began) / number * (len(left) - number)
             say(f"{number}/{len(left)}  {told}" + (f"; about {clock(rest)} for the others" if rest else ""))
@@ -238,6 +247,8 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
     if device:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
+    elif s.jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.jobs)))
     try:
         with open(place / "log.txt", "a") as log:
             command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]

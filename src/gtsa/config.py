@@ -328,6 +328,8 @@ class Compare(Documented):
     """auto: the GPUs if there are any; each works at a run of its own."""
     workers: Natural | Auto = "auto"
     """Processes that read images, for each run."""
+    jobs: Count = 1
+    """Networks at a time on each device; on a CPU they share its cores."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Compare:

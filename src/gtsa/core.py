@@ -30,6 +30,7 @@ EXIT_CODES = {
     4: "bad checkpoint or weights",
     5: "training diverged",
     6: "lack of a resource (memory, disk, worker)",
+    7: "done, but for parts that failed and are named",
     8: "refused for safety",
     75: "stopped on request, checkpoint saved: run again with --resume to go on",
 }

@@ -10,8 +10,10 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,18 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
         for c, r in found
         if c.stage == "trial"
     ]
-    return {"reference": reference, "primary": s.primary, "seeds": s.seeds, "rows": lines, "trials": trials}
+    told = {"reference": reference, "primary": s.primary, "seeds": s.seeds, "rows": lines, "trials": trials}
+    return told | {"differences": _differences(drawn)}
+
+
+def _differences(drawn: Mapping[Key, Mapping[str, Drawn]]) -> list[dict[str, Any]]:
+    """Of the primary figure, every row less every other."""
+    primary = {key: figures["primary"] for key, figures in drawn.items() if "primary" in figures}
+    return [
+        {"row": one, "stage": stage, "less_row": other, "less_stage": its_stage}
+        | _told(statistics.estimate(_paired(primary[one, stage], primary[other, its_stage])))
+        for (one, stage), (other, its_stage) in permutations(primary, 2)
+    ]
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, float]:
@@ -179,7 +192,13 @@ def _costs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "minutes": float(np.median([r["seconds"] for r in trained])) / 60,
         "peak_gib": float(np.median([r["peak_memory"] for r in trained])) / 2**30,
         "device": trained[0]["device"],
+        "verdicts": dict(Counter(seen[-1] for r in trained if (seen := _verdicts(r)))),
     }
+
+
+def _verdicts(result: Mapping[str, Any]) -> list[str]:
+    """What a run said of itself at every look."""
+    return [entry["verdict"] for entry in result["curve"] if "verdict" in entry]
 
 
 # The page
@@ -196,6 +215,7 @@ def _page(summary: Mapping[str, Any], found: Sequence[tuple[Cell, dict[str, Any]
         f"<style>{STYLE}</style><h1>Which method is best on these images?</h1>",
         *(f"<p>{line}</p>" for line in verdicts(summary)),
         _figures_table(summary),
+        _differences_table(summary),
         _costs_table(summary),
         _curves(found, s),
         _maps(found, s),
@@ -246,19 +266,37 @@ def _interval(value: Mapping[str, Any] | None, sign: str = "") -> str:
     mean = format(value["mean"], f"{sign}.2f")
     if value["low"] is None:
         return f"<td>{mean}</td>"
+    if sign and value["low"] * value["high"] > 0:
+        mean = f"<b>{mean}</b>"
     return f"<td>{mean}<br><small>{value['low']:{sign}.2f} to {value['high']:{sign}.2f}</small></td>"
 
 
 def _figures_table(summary: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for line in summary["rows"] for name in line["figures"]))
     text = ["<h2>Figures</h2><p class=quiet>Means over seeds with 95 % intervals over seeds and images.</p><table>"]
-    text.append("<tr><th>row<th>seeds<th>primary less reference" + "".join(f"<th>{escape(n)}" for n in names))
+    text.append("<tr><th>row<th>seeds" + "".join(f"<th>{escape(n)}" for n in names))
     for line in summary["rows"]:
-        where = escape(line["row"]) + ("" if line["stage"] == "images" else f" <small>{STAGES[line['stage']]}</small>")
-        less = line.get("less_reference", {}).get("primary")
-        text.append(f"<tr><td>{where}<td>{len(line['seeds'])}{_interval(less, '+')}")
+        text.append(f"<tr><td>{_name(line['row'], line['stage'])}<td>{len(line['seeds'])}")
         text += [_interval(line["figures"].get(name)) for name in names]
     return "".join(text) + "</table>"
+
+
+def _differences_table(summary: Mapping[str, Any]) -> str:
+    found = {((d["row"], d["stage"]), (d["less_row"], d["less_stage"])): d for d in summary["differences"]}
+    keys = list(dict.fromkeys(one for one, _ in found))
+    if not keys:
+        return ""
+    text = [
+        "<h2>Differences</h2><p class=quiet>Of the primary figure: the row less the column, same seeds, same images. "
+    ]
+    text.append("Bold: the interval leaves 0 out.</p><table><tr><th>" + "".join(f"<th>{_name(*key)}" for key in keys))
+    for one in keys:
+        text.append(f"<tr><td>{_name(*one)}" + "".join(_interval(found.get((one, other)), "+") for other in keys))
+    return "".join(text) + "</table>"
+
+
+def _name(row: str, stage: str) -> str:
+    return escape(row) + ("" if stage == "images" else f" <small>{STAGES[stage]}</small>")
 
 
 def _costs_table(summary: Mapping[str, Any]) -> str:
@@ -266,13 +304,14 @@ def _costs_table(summary: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     text = ["<h2>Costs</h2><table><tr><th>row<th>steps<th>images seen<th>GFLOPs an image<th>PFLOPs in all<th>minutes"]
-    text.append("<th>peak memory, GiB<th>device")
+    text.append("<th>peak memory, GiB<th>device<th>its own verdict: runs")
     for line in lines:
         c = line["costs"]
-        where = escape(line["row"]) + ("" if line["stage"] == "images" else f" <small>{STAGES[line['stage']]}</small>")
+        said = ", ".join(f"{escape(word)}: {count}" for word, count in c["verdicts"].items()) or "-"
         text.append(
-            f"<tr><td>{where}<td>{c['steps']:,}<td>{c['images_seen']:,}<td>{c['gflops_per_image']:.1f}"
-            f"<td>{c['petaflops']:.2f}<td>{c['minutes']:.1f}<td>{c['peak_gib']:.1f}<td>{escape(c['device'])}"
+            f"<tr><td>{_name(line['row'], line['stage'])}<td>{c['steps']:,}<td>{c['images_seen']:,}"
+            f"<td>{c['gflops_per_image']:.3g}<td>{c['petaflops']:.3g}<td>{c['minutes']:.1f}<td>{c['peak_gib']:.1f}"
+            f"<td>{escape(c['device'])}<td>{said}"
         )
     return "".join(text) + "</table>"
 
