@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gtsa import cells, config, report, strict
+from gtsa import cells, config, experiment, page, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.compare import chosen, drawn, finals, primary_of, trials
 from gtsa.core import Remedy
@@ -63,7 +63,7 @@ def here(monkeypatch):
     """Cells are done in this process, which saves the imports of another."""
 
     def apart(cell, s, free):
-        cells.run(cell, s)
+        experiment.run(cell, s)
         return (
             f"{cell.name} {primary_of(found, s)}" if (found := cells.done(cell, s))["status"] == "done" else cell.name
         )
@@ -146,8 +146,8 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     done = []
     told = results(whole)
     here(monkeypatch)
-    run = cells.run
-    monkeypatch.setattr(cells, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
+    run = experiment.run
+    monkeypatch.setattr(experiment, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
     (whole / "cells/dino/images-1/result.json").unlink()  # as a kill just before the end leaves it
     (whole / "cells/gtsa/images-0/result.json").unlink()
     with pytest.raises(Remedy, match="failed: broken/images-0"):
@@ -294,7 +294,7 @@ def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
         return {"row": row, "stage": "images", "less_reference": {"primary": {"mean": mean, "low": low, "high": high}}}
 
     rows = [line("dino", -3.0, -4.0, -2.0), line("untrained", 0.1, -1.0, 1.0), line("colour", 5.0, 4.0, 6.0)]
-    told = report.verdicts({"reference": "gtsa", "rows": rows})
+    told = page.verdicts({"reference": "gtsa", "rows": rows})
     assert "Nothing that gtsa has learnt shows" in told[0]
     assert "worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
     assert "better than dino" in told[2] and "+3.00 (95 % interval +2.00 to +4.00)" in told[2]

@@ -10,16 +10,10 @@ run/                    logs and export of the pretraining; its checkpoints go o
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import io
 import json
-import resource
-import shutil
-import time
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,18 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from gtsa import config, judging, pictures, plan, strict
-from gtsa.backbone import Backbone, patch_of
+from gtsa import config, judging, strict
 from gtsa.checkpoint import store
-from gtsa.controls import CONTROLS
-from gtsa.core import Evidence, Method, Remedy, Views
-from gtsa.export import opened
-from gtsa.features import Lab
-from gtsa.images import BadImage
-from gtsa.pretrain import pretrain
+from gtsa.core import Evidence, Remedy
 from gtsa.sources import open_source
 from gtsa.training import digest_of
 from gtsa.views import MultiCrop
@@ -62,6 +48,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     },
     "dino-rotations": {"method": "dino", "views": {"rotations": True}},
 }  # fmt: skip
+STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
 SEED = 0  # of all evaluations: every network is asked alike, so that images and folds pair up
 
 
@@ -174,32 +161,7 @@ def _images(data: str) -> str:
     return digest_of(*(source.name(index) for index in range(len(source))))
 
 
-# Doing it
-
-
-def run(cell: Cell, s: Any) -> None:
-    """Trains and asks a cell's network, and commits its result; a mistake or fault is a result too.
-
-    Raises:
-        Remedy: stopped on request (75); the same call goes on.
-    """
-    place = folder_of(cell, s)
-    with _alone(place):
-        if done(cell, s) is not None:
-            return
-        for leftover in ("evidence.npz", "maps.png"):
-            (place / leftover).unlink(missing_ok=True)
-        try:
-            result = _run(cell, s, place)
-        except Remedy as remedy:
-            if remedy.code == 75:
-                raise
-            result = {"status": "failed", "reason": str(remedy)}
-        except Exception as error:  # a fault of ours must not stop the other cells; the log has its traceback
-            traceback.print_exc()
-            result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        commit(cell, s, result)
-        shutil.rmtree(place / "run" / "checkpoints", ignore_errors=True)
+# What it leaves
 
 
 def commit(cell: Cell, s: Any, result: Mapping[str, Any]) -> None:
@@ -223,8 +185,28 @@ def done(cell: Cell, s: Any) -> dict[str, Any] | None:
     return result
 
 
+def keep_evidence(cell: Cell, s: Any, evidence: Mapping[tuple[str, str], Evidence]) -> None:
+    """Writes {(task, feature): evidence}, for intervals."""
+    arrays: dict[str, Any] = {}
+    lists: dict[str, Any] = {}
+    for (task, feature), found in evidence.items():
+        for name, values in found.items():
+            key = f"{task}/{feature}/{name}"
+            if isinstance(values, Tensor):
+                arrays[key] = values.cpu().numpy()
+            elif values and all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values):
+                arrays[key] = torch.stack(list(values)).cpu().numpy()
+            else:
+                lists[key] = values
+    packed = io.BytesIO()  # confusions of single images are mostly zeros
+    np.savez_compressed(packed, **arrays)
+    store(folder_of(cell, s) / "evidence.npz", packed.getvalue())
+    if lists:
+        store(folder_of(cell, s) / "evidence.json", json.dumps(lists).encode())
+
+
 def evidence_of(cell: Cell, s: Any) -> dict[tuple[str, str], Evidence]:
-    """{(task, feature): evidence} of a cell that is done."""
+    """{(task, feature): evidence} of a cell that is done, as it was kept."""
     place = folder_of(cell, s)
     found: dict[tuple[str, str], Evidence] = {}
     with np.load(place / "evidence.npz") as arrays:
@@ -240,150 +222,3 @@ def evidence_of(cell: Cell, s: Any) -> dict[tuple[str, str], Evidence]:
 
 def folder_of(cell: Cell, s: Any) -> Path:
     return Path(s.out) / "cells" / cell.row.name / f"{cell.stage}-{cell.number}"
-
-
-def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
-    began = time.perf_counter()
-    result: dict[str, Any] = {"status": "done", "reason": ""}
-    if cell.row.source is None:
-        backbone, result = _trained(cell, s, place, result)
-    else:
-        backbone = _untrained(cell, s)
-    fabric = plan.fabric_of(plan.engine(strict.validated(config.Evaluate, _engine(s))).settings)
-    backbone = backbone.to(fabric.device).eval()
-    result |= {"weights": backbone.fingerprint, "results": []}
-    tensors: dict[str, Tensor] = {}
-    lists: dict[str, Any] = {}
-    for feature, asked, question in questions_of(cell, s):
-        lab = Lab(fabric, asked.tokens, SEED, asked.batch_size, 0, place / "work" / f"{question.name}-{feature}")
-        evidence = question.evidence(backbone, lab)
-        figures = question.evaluator.figures(evidence)
-        result["results"].append(
-            {"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)}
-        )
-        for name, values in evidence.items():
-            key = f"{question.name}/{feature}/{name}"
-            if isinstance(values, Tensor):
-                tensors[key] = values
-            elif values and all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values):
-                tensors[key] = torch.stack(list(values))
-            else:
-                lists[key] = values
-    if lists:
-        store(place / "evidence.json", json.dumps(lists).encode())
-    arrays: dict[str, Any] = {key: tensor.cpu().numpy() for key, tensor in tensors.items()}
-    packed = io.BytesIO()  # confusions of single images are mostly zeros
-    np.savez_compressed(packed, **arrays)
-    store(place / "evidence.npz", packed.getvalue())
-    if s.pictures and cell.stage != "trial":
-        _maps(backbone, s, place)
-    shutil.rmtree(place / "work", ignore_errors=True)
-    return result | {"seconds_in_all": time.perf_counter() - began}
-
-
-def _engine(s: Any) -> dict[str, Any]:
-    return {"weights": "-", "task": ("health",), "val": ("-",), "precision": s.precision, "device": s.device}
-
-
-def _trained(cell: Cell, s: Any, place: Path, result: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    given = training_of(cell, s)
-    folder = place / "run"
-    if s.looks and cell.stage != "trial":
-        tasks = tuple(dict.fromkeys(part.split(":")[0] for part in s.primary.split("+")))
-        given |= {"eval": tasks, "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
-        given |= {"evaluate_every": max(1, given["steps"] // s.looks)}
-        if s.evaluate:
-            store(place / "eval.yaml", strict.plain_yaml(s.evaluate).encode())
-            given["eval_config"] = str(place / "eval.yaml")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    pretrain(**given, out=str(folder), resume=True)
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    backbone, _ = opened(str(folder))
-    used = strict.validated(config.Pretrain, strict.read_yaml(folder / "config.yaml"))
-    return backbone, result | {
-        "settings": json.loads(json.dumps(given)),
-        "steps": used.steps,
-        "images_seen": used.steps * used.batch_size,
-        "flops_per_image": flops_per_image(used),
-        "seconds": _seconds(folder),
-        "peak_memory": memory,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and used.device != "cpu" else "cpu",
-        "torch": torch.__version__,
-        "curve": _curve(folder),
-    }
-
-
-def _untrained(cell: Cell, s: Any) -> Any:
-    source = cell.row.source or ""
-    if source in CONTROLS:
-        return CONTROLS[source](patch_of(s.model))
-    if source == "untrained":
-        views = strict.validated(config.Pretrain, {"model": s.model, **s.pretrain})
-        ready = plan.Plan(views, {})
-        plan.start(ready, None)
-        plan.sizes(ready)
-        torch.manual_seed(cell.number)  # as pretraining starts
-        return Backbone(s.model, ready.settings.views.global_size)
-    return opened(source)[0]
-
-
-def flops_per_image(settings: Any) -> float:
-    """Floating-point operations of a training step for one image, forward and backward; settings are resolved."""
-    multicrop = MultiCrop(**settings.views.model_dump())
-    method: Method = config.METHODS[settings.method](
-        Backbone(settings.model, multicrop.global_size), **settings.options
-    )
-    method.train()
-    groups = [plan.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops > 0))]
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        method(Views.of(groups), 1.0)["loss"].backward()
-    return float(counter.get_total_flops()) / 2
-
-
-def _seconds(folder: Path) -> float:
-    """Of all steps, whatever interrupted them."""
-    total, before = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        total, before = total + entry["seconds"] * (entry["step"] - before), entry["step"]
-    return total
-
-
-def _curve(folder: Path) -> list[dict[str, Any]]:
-    """Figures on the way, step by step: evaluations and health."""
-    found: dict[int, dict[str, Any]] = {}
-    for name in ("health.jsonl", "evaluations.jsonl"):
-        file = folder / name
-        for line in file.read_text().splitlines() if file.exists() else ():
-            entry = json.loads(line)
-            found.setdefault(entry["step"], {}).update(entry)
-    return [found[step] for step in sorted(found)]
-
-
-def _maps(backbone: Any, s: Any, place: Path) -> None:
-    """Feature maps of the first images of the data, the same for every row."""
-    source = open_source(s.data)
-    images: list[Tensor] = []
-    for index in range(len(source)):
-        if len(images) < s.pictures:
-            try:
-                images.append(source.read(index))
-            except BadImage:
-                continue
-    side = 16 * backbone.patch
-    gallery = pictures.squares(images, side)
-    pictures.maps_strip(gallery, pictures.patch_maps(backbone, gallery)).save(place / "maps.png")
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Waits until no other process works at this cell, e.g. one that outlived a comparison that was killed."""
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)

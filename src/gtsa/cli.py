@@ -131,6 +131,9 @@ def _compare(**flat: Any) -> None:
     """Train methods with several seeds on the same images, ask all networks the same questions, and report.
 
     The same command goes on after any end: what is done is not done again. Variants for --ablate: VARIANTS.
+
+    A YAML file (--config) can say more: pretrain (settings of every run), evaluate (of every question), tasks (of
+    single ones), rows (further rows: {name: settings of gtsa pretrain}). See docs/compare.md.
     """
     given = _given(flat, config.Compare)
     if given is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gtsa import cells, config, plan, report, strict
+from gtsa import cells, config, experiment, plan, report, strict
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 from gtsa.export import opened
@@ -47,7 +47,6 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
             failed (7).
     """
     s = strict.validated(config.Compare, {"methods": tuple(methods), **settings})
-    s = s.model_copy(update={"out": os.path.abspath(s.out), "data": os.path.abspath(s.data)})
     rows = cells.rows_of(s)
     if HANDED in os.environ:
         _one(os.environ[HANDED], rows, s)
@@ -273,7 +272,7 @@ def _one(name: str, rows: Sequence[Row], s: Any) -> None:
     for stage in (finals, trials, at_equal_flops):
         for cell in stage(rows, s):
             if cell.name == name:
-                cells.run(cell, s)
+                experiment.run(cell, s)
                 return
     raise Remedy(f"there is no cell {name}")
 

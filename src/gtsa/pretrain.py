@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,34 +12,26 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, plan, strict, weights
+from gtsa import augment, config, plan, pool, strict, weights
 from gtsa.adaptation import Adaptation
+from gtsa.asked import asked, described
 from gtsa.backbone import Backbone
-from gtsa.core import Method, Remedy, Replaced, Views
-from gtsa.data import HELD_OUT, NoImageLeft, StepSampler, ViewSet, generator, loader
+from gtsa.core import Method, Remedy, Views
+from gtsa.data import HELD_OUT, StepSampler, ViewSet, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
-from gtsa.images import BadImage
-from gtsa.loop import Done
 from gtsa.online import Online
 from gtsa.optim import ScheduledAdamW, by_dimension
-from gtsa.pictures import patch_maps, squares, strip
+from gtsa.pictures import patch_maps, strip
+from gtsa.pool import Pool
 from gtsa.run import Run
-from gtsa.scan import escaped, insist, scan
 from gtsa.schedules import Cosine, Ramp, warmup_then
-from gtsa.sources import Source, open_source
 from gtsa.teacher import copy_of
 from gtsa.terminal import say
 from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
 
 T = TypeVar("T")
-SAMPLE = Path(__file__).parent / "sample"
-FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
-    "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
-    "checkpoint_every", "evaluate_every", "keep", "eval", "eval_train", "eval_val", "eval_folds", "eval_config",
-    "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic",
-}  # fmt: skip
 
 
 @dataclass
@@ -65,21 +55,20 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     Raises:
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
     """
-    given = dict(settings) if data is None else {"data": _described(data), **settings}
-    asked = _asked(given)
-    ready = plan.engine(asked)
-    found = weights.find(asked.init) if asked.init else None
-    plan.start(ready, weights.described(found, None if asked.model == "auto" else asked.model)[0] if found else None)
+    s = asked(dict(settings) if data is None else {"data": described(data), **settings})
+    ready = plan.engine(s)
+    found = weights.find(s.init) if s.init else None
+    plan.start(ready, weights.described(found, None if s.model == "auto" else s.model)[0] if found else None)
     plan.sizes(ready)
     fabric = plan.fabric_of(ready.settings)
-    if asked.deterministic and fabric.device.type == "cuda":
+    if s.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    run = first(fabric, lambda: Run(asked.out, asked.resume, asked.overwrite))
+    run = first(fabric, lambda: Run(s.out, s.resume, s.overwrite))
     try:
-        return _Pretraining(asked.data if data is None else data, found, ready, fabric, run)()
+        return _Pretraining(s.data if data is None else data, found, ready, fabric, run)()
     except (Remedy, OSError, RuntimeError) as error:
-        remedy = _remedy(error, asked.out)
+        remedy = _remedy(error, s.out)
         if remedy is None:
             raise
         if run and run.began:
@@ -116,59 +105,6 @@ def _remedy(error: Exception, out: str) -> Remedy | None:
     return None
 
 
-def _described(data: Any) -> str:
-    """``data`` as config.yaml tells it: a path, from wherever it is resumed, or words for what is no path."""
-    if isinstance(data, str | os.PathLike):
-        return os.path.abspath(data) if os.path.exists(data) else os.fspath(data)
-    if not hasattr(data, "__len__"):
-        raise Remedy(f"data: a folder, a list file or a map-style dataset, not a {type(data).__name__}")
-    return f"<{type(data).__name__} of {len(data)} items>"
-
-
-def _asked(given: Mapping[str, Any]) -> Any:
-    """Settings as asked for: over the demo where there is no data, over the run's own where it is resumed."""
-    base: dict[str, Any] = {}
-    out = given.get("out")
-    where = None
-    if isinstance(out, str | os.PathLike):
-        where, given = Path(out) / "config.yaml", {**given, "out": os.fspath(out)}
-    if given.get("resume") and where and where.is_file():
-        base, given = strict.read_yaml(where), _settled(given)
-        new = strict.validated(config.Pretrain, strict.merged(base, given))
-        old = strict.validated(config.Pretrain, base)
-        changes = strict.differences(old, new)
-        if differing := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
-            raise Remedy(
-                "--resume goes on with the same settings; these differ:\n  "
-                + "\n  ".join(differing)
-                + "\nleave them out, or start another run with --init and another --out"
-            )
-        for line in changes:
-            if line.split(":")[0] not in ("out", "resume") and os.environ.get("LOCAL_RANK", "0") == "0":
-                say(f"changed: {line}")
-        return new
-    if given.get("resume") and given.get("data") is None:
-        raise Remedy(f"--resume: there is no run in {out}; mind its name, or give --data to start one")
-    if given.get("data") is None:
-        base = strict.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
-    asked = strict.validated(config.Pretrain, strict.merged(base, given))
-    if asked.out is None:
-        raise Remedy("--out is missing: name a folder for the run")
-    for name in ("data", "init"):
-        place = os.path.realpath(getattr(asked, name) or os.devnull)
-        if asked.overwrite and os.path.commonpath([place, os.path.realpath(asked.out)]) == os.path.realpath(asked.out):
-            raise Remedy(
-                f"--{name} {getattr(asked, name)} lies inside --out, which is to be overwritten; move either", 8
-            )
-    return asked
-
-
-def _settled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` without what is left to us: that was resolved when the run began, and stays as it was."""
-    found = {key: _settled(value) if isinstance(value, Mapping) else value for key, value in given.items()}
-    return {key: value for key, value in found.items() if not (isinstance(value, str) and value == "auto")}
-
-
 class _Pretraining:
     """One run, from top to bottom: data, plan, networks, training, verdict. Called once."""
 
@@ -176,30 +112,29 @@ class _Pretraining:
         self, data: Any, found: weights.Weights | None, ready: plan.Plan, fabric: Fabric, run: Run | None
     ) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
-        self.settings = ready.settings
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
-        files = first(fabric, lambda: self._scanned(data))  # everything that can be refused is opened before
-        plan.method(ready, config.METHODS[self.settings.method].sized, self._count(files))  # anything is written, and
-        self.settings = ready.settings  # before a run that was here goes
+        # Everything that can be refused is opened before anything is written, and before a run that was here goes.
+        files = first(fabric, lambda: pool.scanned(data, self.settings, run) if run else {}) or {}
+        images = fabric.broadcast(pool.count(files, self.settings.out) if run else 0)
+        plan.method(ready, config.METHODS[self.settings.method].sized, images)
+        plan.hold_out(ready, images)
         self.method, self.loaded = self._networks(found)
         self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
         plan.workers(ready)
-        self.settings = ready.settings
         self.online = first(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval else None)
         if run:
-            run.begin(files or {})
-        self.source, self.train, self.held_out = self._images(data)
-        plan.budget(ready, len(self.train), config.METHODS[self.settings.method].rate)
-        self.settings = ready.settings
-        self._remember(ready.settings)
-        self.bad: dict[int, str] = {}
+            run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
+        fabric.barrier()
+        self.pool = Pool(data, self.settings, lambda text: self.training.note(text))
+        plan.budget(ready, len(self.pool.train), config.METHODS[self.settings.method].rate)
+        self._remember()
 
     def __call__(self) -> Trained:
         fabric = self.fabric
         first(fabric, self._planned)
-        accumulate = fabric.broadcast(self.plan.settings.accumulate)
-        s = self.settings = self.plan.settings.model_copy(update={"accumulate": accumulate})
-        self._remember(s)
+        self.plan.settle({}, accumulate=fabric.broadcast(self.settings.accumulate))
+        self._remember()
+        s = self.settings
 
         optimizer = ScheduledAdamW(
             self._learning(),
@@ -216,17 +151,20 @@ class _Pretraining:
         def prepare(views: Views) -> Views:
             return augment.apply(views, fabric.device, mean, std)
 
-        self.looked_at = self.held_out or self.train[:64]
-        self.health = Health(ViewSet(self.source, self.looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
+        self.health = Health(ViewSet(self.pool.source, self.pool.looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
         other = f"{s.out}/images.jsonl is not the one that the run was started with"
-        self._begin(training.restore("images", self.digest, other) if s.resume else None)
-        views = ViewSet(self.source, self.train, self.multicrop, s.seed)
-        sampler = StepSampler(
-            len(self.train), s.batch_size, s.steps, training.start, fabric.global_rank, fabric.world_size, s.accumulate
-        )
+        self._begin(training.restore("images", self.pool.digest, other) if s.resume else None)
+        views = ViewSet(self.pool.source, self.pool.train, self.multicrop, s.seed)
+        size, rank, ranks = len(self.pool.train), fabric.global_rank, fabric.world_size
+        sampler = StepSampler(size, s.batch_size, s.steps, training.start, rank, ranks, s.accumulate)
         batches = loader(views, sampler, s.workers, pin=fabric.device.type == "cuda")
-        training(batches, prepare, self._account, self._look, self._kept)
+        training(batches, prepare, self.pool.account, self._look, self._kept)
         return self._finish()
+
+    @property
+    def settings(self) -> Any:
+        """As far as they are resolved."""
+        return self.plan.settings
 
     def _planned(self) -> None:
         """Measures what a step costs and shows the plan."""
@@ -236,72 +174,7 @@ class _Pretraining:
         plan.memory(self.plan, cost, _free_memory(fabric.device))
         if self.loaded:
             say(self.loaded)
-        plan.show(self.plan, cost, self.method, len(self.train), len(self.held_out), self.loaded)
-
-    # Data
-
-    def _scanned(self, data: Any) -> dict[str, str]:
-        """Looks through the images; {name: text} of the files that a new run starts with."""
-        s = self.settings
-        if s.resume and self.run and self.run.began:
-            return {}
-        if s.resume and self.run and any(self.run.checkpoints.glob("step-*")):
-            raise Remedy(f"{s.out} has checkpoints, but images.jsonl is gone: bring it back, or start another run", 4)
-        say(f"reading {data if isinstance(data, str) else s.data}")
-        source = open_source(data, range16=s.range16, data_root=s.data_root)
-        found = scan(source, range16=s.range16)
-        insist(found, data, s.max_bad)
-        for name, reason in found.bad:
-            say(f"left out: {escaped(name)}: {reason}")
-        lines = [json.dumps({"name": source.name(i), "bytes": source.size(i)}) for i in found.used]
-        return {
-            "scan.json": json.dumps(found.report(), indent=1) + "\n",
-            "config.yaml": self._kept_settings(s),
-            "images.jsonl": "\n".join(lines) + "\n",
-        }
-
-    def _count(self, files: Mapping[str, str] | None) -> int:
-        """How many images the run is about, in every process."""
-        frozen = Path(self.settings.out, "images.jsonl")
-        known = 0 if files is None else files["images.jsonl"].count("\n") if files else frozen.read_text().count("\n")
-        return int(self.fabric.broadcast(known))
-
-    def _images(self, data: Any) -> tuple[Source, list[int], list[int]]:
-        """The source, restricted to usable images, and which of them train and which are held out."""
-        s = self.plan.settings
-        options = {"range16": s.range16, "data_root": s.data_root}
-        self.fabric.barrier()
-        frozen = Path(s.out, "images.jsonl").read_bytes()
-        self.digest = hashlib.sha256(frozen).hexdigest()
-        names = [json.loads(line)["name"] for line in frozen.splitlines()]
-        plan.hold_out(self.plan, len(names))
-        count = self.plan.settings.hold_out
-        order = generator(s.seed, HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
-        return open_source(data, files=names, **options), sorted(order[count:]), sorted(order[:count])
-
-    def _account(self, done: Done) -> None:
-        """Names images that could not be read in mid-run, and steps that were skipped."""
-        self._unreadable(done.replaced, f"step {done.step}: ")
-        if done.skipped:
-            names = ", ".join(escaped(self.source.name(i)) for i in done.skipped[:20])
-            self.training.note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
-
-    def _unreadable(self, replaced: Iterable[Replaced], when: str) -> None:
-        """Names images that could not be read, and ends the run where they are too many."""
-        for image, reason, by in (Replaced(*entry) for entry in replaced):
-            if image not in self.bad:
-                self.bad[image] = reason
-                self.training.note(
-                    f"{when}{escaped(self.source.name(image))} could not be read ({reason}); "
-                    f"{escaped(self.source.name(by))} took its place"
-                )
-        if len(self.bad) > max(1, self.settings.max_bad * len(self.train)):
-            listed = "; ".join(f"{escaped(self.source.name(i))}: {why}" for i, why in list(self.bad.items())[:5])
-            raise Remedy(
-                f"{len(self.bad)} of {len(self.train)} images could not be read in mid-run ({listed}); "
-                "mend them and go on with --resume, or allow more with --max-bad",
-                3,
-            )
+        plan.show(self.plan, cost, self.method, len(self.pool.train), len(self.pool.held_out), self.loaded)
 
     # Networks, and what a checkpoint holds beside them
 
@@ -337,13 +210,13 @@ class _Pretraining:
         """What the run is compared with: the network at step 0, looked at now or kept by the checkpoint."""
         if before is None:
             self.start = first(self.fabric, lambda: self.health(self.method))
-            self.gallery = first(self.fabric, self._gallery)
+            self.gallery = first(self.fabric, lambda: self.pool.gallery(2 * self.multicrop.global_size))
             self.start_maps = None if self.gallery is None else patch_maps(self._teacher, self.gallery)
             return
         tensors, state = before
         if state.get("origin", self.origin) != self.origin:
             raise Remedy(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
-        self.bad = {int(k): v for k, v in state["unreadable"].items()}
+        self.pool.bad = {int(k): v for k, v in state["unreadable"].items()}
         if self.online and state.get("best"):
             self.online.best = tuple(state["best"])
         kept = tensors["start"]
@@ -361,8 +234,8 @@ class _Pretraining:
                 "feature": self._teacher.feature,
             },
             "origin": self.origin,
-            "images": self.digest,
-            "unreadable": {str(k): v for k, v in self.bad.items()},
+            "images": self.pool.digest,
+            "unreadable": {str(k): v for k, v in self.pool.bad.items()},
             "best": self.online and self.online.best,
         }
         if self.start is None or self.start_maps is None or self.gallery is None:  # not the first process, which writes
@@ -397,8 +270,8 @@ class _Pretraining:
         assert self.start_maps is not None
         assert self.gallery is not None
         now = self.health(self.method)
-        self._unreadable(now.replaced, f"look at step {step}: ")
-        seen = verdict(now, self.start, step, bool(self.held_out))
+        self.pool.unreadable(now.replaced, f"look at step {step}: ")
+        seen = verdict(now, self.start, step, bool(self.pool.held_out))
         self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
         maps = patch_maps(self._teacher, self.gallery)
         strip(self.gallery, self.start_maps, maps, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
@@ -432,8 +305,8 @@ class _Pretraining:
             say(f"  - {reason}")
         if not choice:
             say(f"  -> {advice(seen.word)}")
-        if self.bad:
-            say(f"  {len(self.bad)} images could not be read in mid-run; {out}/train.log names them")
+        if bad := self.pool.bad:
+            say(f"  {len(bad)} images could not be read in mid-run; {out}/train.log names them")
         if choice:
             self.run.note(f"choice: {choice}")
             say(f"\nchoice: {choice}\n  -> the export is that, and {out}/best a run of it")
@@ -456,27 +329,13 @@ class _Pretraining:
         start = self.method.start if isinstance(self.method, Adaptation) else None
         return best, self.online.choice(start, best)
 
-    def _gallery(self) -> torch.Tensor:
-        """Four of the user's images as squares, [n, 3, s, s] in [0, 1], in steps of 1 / 255."""
-        found: list[torch.Tensor] = []
-        for index in self.looked_at:
-            if len(found) < 4:
-                try:
-                    found.append(self.source.read(index))
-                except BadImage:
-                    continue
-        if not found:
-            raise NoImageLeft
-        return (255 * squares(found, 2 * self.multicrop.global_size)).round() / 255
-
-    def _remember(self, settings: Any) -> None:
+    def _remember(self) -> None:
         """config.yaml: what --resume goes on with, and what --config takes for another run."""
         if self.run:
-            self.run.write("config.yaml", self._kept_settings(settings))
+            self.run.write("config.yaml", self._kept_settings())
 
-    @staticmethod
-    def _kept_settings(settings: Any) -> str:
-        return strict.to_yaml(settings.model_copy(update={"resume": False, "overwrite": False}))
+    def _kept_settings(self) -> str:
+        return strict.to_yaml(self.settings.model_copy(update={"resume": False, "overwrite": False}))
 
 
 def _free_memory(device: torch.device) -> int:

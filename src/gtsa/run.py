@@ -21,9 +21,10 @@ from torch.utils.tensorboard import SummaryWriter
 from gtsa.checkpoint import store
 from gtsa.core import Remedy
 
+IMAGES = "images.jsonl"  # one line for each usable image: its numbers mean these for ever
 LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
 OURS = (
-    "config.yaml", "images.jsonl", "scan.json", "train.log", *LOGS, "events.out.tfevents.*",
+    "config.yaml", IMAGES, "scan.json", "train.log", *LOGS, "events.out.tfevents.*",
     "checkpoints/step-*", "checkpoints/.draft-*", "checkpoints/.old-*",
     "best/checkpoints/step-*", "best/checkpoints/.draft-*", "best/checkpoints/.old-*",
     "pictures/features-*.png", "exports/timm",
@@ -54,7 +55,7 @@ class Run:
                 f"--out {folder} is not empty ({found[0].name}{', ...' if len(found) > 1 else ''}): go on with the run "
                 "there with --resume, replace it with --overwrite, or give another folder"
             )
-        if begun and not any((self.folder / name).is_file() for name in ("config.yaml", "images.jsonl")):
+        if begun and not any((self.folder / name).is_file() for name in ("config.yaml", IMAGES)):
             way = "--resume" if resume else "--overwrite"
             raise Remedy(f"{way}: {folder} holds files but no run of gtsa; give the run's own folder, or a new one")
         made = not self.folder.exists()
@@ -124,7 +125,7 @@ class Run:
 
     @property
     def began(self) -> bool:
-        return (self.folder / "images.jsonl").exists()
+        return (self.folder / IMAGES).exists()
 
     def _append(self, name: str, line: str) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a planted link is not followed

@@ -1,0 +1,186 @@
+"""Doing a cell: its network is made, asked everything, and committed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import resource
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gtsa import cells, config, pictures, plan, strict
+from gtsa.backbone import Backbone, patch_of
+from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, training_of
+from gtsa.checkpoint import store
+from gtsa.controls import CONTROLS
+from gtsa.core import Evidence, Method, Remedy, Views
+from gtsa.export import opened
+from gtsa.features import Lab
+from gtsa.images import BadImage
+from gtsa.pretrain import pretrain
+from gtsa.sources import open_source
+from gtsa.views import MultiCrop
+
+
+def run(cell: Cell, s: Any) -> None:
+    """Trains and asks a cell's network, and commits its result; a mistake or fault is a result too.
+
+    Raises:
+        Remedy: stopped on request (75); the same call goes on.
+    """
+    place = folder_of(cell, s)
+    with _alone(place):
+        if done(cell, s) is not None:
+            return
+        for leftover in ("evidence.npz", "evidence.json", "maps.png"):
+            (place / leftover).unlink(missing_ok=True)
+        try:
+            result = _run(cell, s, place)
+        except Remedy as remedy:
+            if remedy.code == 75:
+                raise
+            result = {"status": "failed", "reason": str(remedy)}
+        except Exception as error:  # a fault of ours must not stop the other cells; the log has its traceback
+            traceback.print_exc()
+            result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        commit(cell, s, result)
+        shutil.rmtree(place / "run" / "checkpoints", ignore_errors=True)
+
+
+def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    backbone, costs = _trained(cell, s, place) if cell.row.source is None else (_untrained(cell, s), {})
+    fabric = plan.fabric_of(plan.engine(strict.validated(config.Evaluate, _engine(s))).settings)
+    backbone = backbone.to(fabric.device).eval()
+    results = []
+    evidence: dict[tuple[str, str], Evidence] = {}
+    for feature, asked, question in questions_of(cell, s):
+        lab = Lab(fabric, asked.tokens, SEED, asked.batch_size, 0, place / "work" / f"{question.name}-{feature}")
+        found = evidence[question.name, feature] = question.evidence(backbone, lab)
+        figures = question.evaluator.figures(found)
+        results.append({"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)})
+    cells.keep_evidence(cell, s, evidence)
+    if s.pictures and cell.stage != "trial":
+        _maps(backbone, s, place)
+    shutil.rmtree(place / "work", ignore_errors=True)
+    taken = {"seconds_in_all": time.perf_counter() - began}
+    return {"status": "done", "reason": "", **costs, "weights": backbone.fingerprint, "results": results, **taken}
+
+
+def _engine(s: Any) -> dict[str, Any]:
+    return {"weights": "-", "task": ("health",), "val": ("-",), "precision": s.precision, "device": s.device}
+
+
+def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
+    """The exported network of a run, and what the run was and cost."""
+    given = training_of(cell, s)
+    folder = place / "run"
+    if s.looks and cell.stage != "trial":
+        tasks = tuple(dict.fromkeys(part.split(":")[0] for part in s.primary.split("+")))
+        given |= {"eval": tasks, "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
+        given |= {"evaluate_every": max(1, given["steps"] // s.looks)}
+        if s.evaluate:
+            store(place / "eval.yaml", strict.plain_yaml(s.evaluate).encode())
+            given["eval_config"] = str(place / "eval.yaml")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    pretrain(**given, out=str(folder), resume=True)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    backbone, _ = opened(str(folder))
+    used = strict.validated(config.Pretrain, strict.read_yaml(folder / "config.yaml"))
+    return backbone, {
+        "settings": json.loads(json.dumps(given)),
+        "steps": used.steps,
+        "images_seen": used.steps * used.batch_size,
+        "flops_per_image": flops_per_image(used),
+        "seconds": _seconds(folder),
+        "peak_memory": memory,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and used.device != "cpu" else "cpu",
+        "torch": torch.__version__,
+        "curve": _curve(folder),
+    }
+
+
+def _untrained(cell: Cell, s: Any) -> Any:
+    source = cell.row.source or ""
+    if source in CONTROLS:
+        return CONTROLS[source](patch_of(s.model))
+    if source == "untrained":
+        views = strict.validated(config.Pretrain, {"model": s.model, **s.pretrain})
+        ready = plan.Plan(views, {})
+        plan.start(ready, None)
+        plan.sizes(ready)
+        torch.manual_seed(cell.number)  # as pretraining starts
+        return Backbone(s.model, ready.settings.views.global_size)
+    return opened(source)[0]
+
+
+def flops_per_image(settings: Any) -> float:
+    """Floating-point operations of a training step for one image, forward and backward; settings are resolved."""
+    multicrop = MultiCrop(**settings.views.model_dump())
+    method: Method = config.METHODS[settings.method](
+        Backbone(settings.model, multicrop.global_size), **settings.options
+    )
+    method.train()
+    groups = [plan.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops > 0))]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        method(Views.of(groups), 1.0)["loss"].backward()
+    return float(counter.get_total_flops()) / 2
+
+
+def _seconds(folder: Path) -> float:
+    """Of all steps, whatever interrupted them."""
+    total, before = 0.0, 0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        total, before = total + entry["seconds"] * (entry["step"] - before), entry["step"]
+    return total
+
+
+def _curve(folder: Path) -> list[dict[str, Any]]:
+    """Figures on the way, step by step: evaluations and health."""
+    found: dict[int, dict[str, Any]] = {}
+    for name in ("health.jsonl", "evaluations.jsonl"):
+        file = folder / name
+        for line in file.read_text().splitlines() if file.exists() else ():
+            entry = json.loads(line)
+            found.setdefault(entry["step"], {}).update(entry)
+    return [found[step] for step in sorted(found)]
+
+
+def _maps(backbone: Any, s: Any, place: Path) -> None:
+    """Feature maps of the first images of the data, the same for every row."""
+    source = open_source(s.data)
+    images: list[Tensor] = []
+    for index in range(len(source)):
+        if len(images) < s.pictures:
+            try:
+                images.append(source.read(index))
+            except BadImage:
+                continue
+    side = 16 * backbone.patch
+    gallery = pictures.squares(images, side)
+    pictures.maps_strip(gallery, pictures.patch_maps(backbone, gallery)).save(place / "maps.png")
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Waits until no other process works at this cell, e.g. one that outlived a comparison that was killed."""
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)

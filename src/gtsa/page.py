@@ -1,0 +1,227 @@
+"""The page of a comparison: tables, curves, maps and failures, and before them in plain words what they say."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from gtsa import cells, config
+from gtsa.cells import STAGES, Cell
+
+COLOURS = ("#0b6e4f", "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be123c", "#0e7490", "#4d7c0f")
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}small,.quiet{color:#666}.lost{color:#b00020}h2{margin-top:2em}
+img{image-rendering:pixelated;max-width:100%}figure{margin:1em 0;display:inline-block}"""
+
+
+def html(summary: Mapping[str, Any], found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>gtsa compare</title>",
+        f"<style>{STYLE}</style><h1>Which method is best on these images?</h1>",
+        *(f"<p>{line}</p>" for line in verdicts(summary)),
+        _figures_table(summary),
+        _differences_table(summary),
+        _costs_table(summary),
+        _curves(found, s),
+        _maps(found, s),
+        _trials_table(summary),
+        _failures(summary),
+        "<h2>How it was done</h2>",
+        *(f"<p>{line}</p>" for line in _method(s)),
+        f"<details><summary>All settings</summary><pre>{escape(s.model_dump_json(indent=1))}</pre></details></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """What the figures say of the reference, against every other row, in plain words; whatever they say.
+
+    What was lost is told first, and before that, where it is so, that nothing was learnt.
+    """
+    lines: list[tuple[int, str]] = []
+    reference = escape(summary["reference"])
+    for line in summary["rows"]:
+        less = line.get("less_reference", {}).get("primary")
+        if less is None:
+            continue
+        gain = -less["mean"]
+        who = escape(line["row"]) + ("" if line["stage"] == "images" else f" at {STAGES[line['stage']]}")
+        if less["low"] is None:
+            lines.append((3, f"{reference} less {who}: {gain:+.2f}, of one seed: no interval, so nothing is shown."))
+            continue
+        low, high = -less["high"], -less["low"]
+        between = f"{gain:+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
+        if low > 0:
+            lines.append((2, f"<b>{reference} is better than {who}</b> on the primary figure, by {between}."))
+        elif high < 0:
+            lines.append((1, f"<b class=lost>{reference} is worse than {who}</b> on the primary figure: {between}."))
+        else:
+            lines.append((3, f"{reference} and {who} are not told apart on the primary figure: {between}."))
+            if line["row"] == "untrained":
+                more = "Longer runs, more images, or more images to judge by are needed."
+                lines.append((0, f"<b>Nothing that {reference} has learnt shows in this figure.</b> {more}"))
+    return [text for _, text in sorted(lines, key=lambda line: line[0])] or [
+        f"There is nothing yet that {reference} could be compared with."
+    ]
+
+
+def _interval(value: Mapping[str, Any] | None, sign: str = "") -> str:
+    if value is None:
+        return "<td class=quiet>-</td>"
+    mean = format(value["mean"], f"{sign}.2f")
+    if value["low"] is None:
+        return f"<td>{mean}</td>"
+    if sign and value["low"] * value["high"] > 0:
+        mean = f"<b>{mean}</b>"
+    return f"<td>{mean}<br><small>{value['low']:{sign}.2f} to {value['high']:{sign}.2f}</small></td>"
+
+
+def _figures_table(summary: Mapping[str, Any]) -> str:
+    names = list(dict.fromkeys(name for line in summary["rows"] for name in line["figures"]))
+    text = ["<h2>Figures</h2><p class=quiet>Means over seeds with 95 % intervals over seeds and images.</p><table>"]
+    text.append("<tr><th>row<th>seeds" + "".join(f"<th>{escape(n)}" for n in names))
+    for line in summary["rows"]:
+        text.append(f"<tr><td>{_name(line['row'], line['stage'])}<td>{len(line['seeds'])}")
+        text += [_interval(line["figures"].get(name)) for name in names]
+    return "".join(text) + "</table>"
+
+
+def _differences_table(summary: Mapping[str, Any]) -> str:
+    found = {((d["row"], d["stage"]), (d["less_row"], d["less_stage"])): d for d in summary["differences"]}
+    keys = list(dict.fromkeys(one for one, _ in found))
+    if not keys:
+        return ""
+    text = [
+        "<h2>Differences</h2><p class=quiet>Of the primary figure: the row less the column, same seeds, same images. "
+    ]
+    text.append("Bold: the interval leaves 0 out.</p><table><tr><th>" + "".join(f"<th>{_name(*key)}" for key in keys))
+    for one in keys:
+        text.append(f"<tr><td>{_name(*one)}" + "".join(_interval(found.get((one, other)), "+") for other in keys))
+    return "".join(text) + "</table>"
+
+
+def _name(row: str, stage: str) -> str:
+    return escape(row) + ("" if stage == "images" else f" <small>{STAGES[stage]}</small>")
+
+
+def _costs_table(summary: Mapping[str, Any]) -> str:
+    lines = [line for line in summary["rows"] if line["costs"]]
+    if not lines:
+        return ""
+    text = ["<h2>Costs</h2><table><tr><th>row<th>steps<th>images seen<th>GFLOPs an image<th>PFLOPs in all<th>minutes"]
+    text.append("<th>peak memory, GiB<th>device<th>its own verdict: runs")
+    for line in lines:
+        c = line["costs"]
+        said = ", ".join(f"{escape(word)}: {count}" for word, count in c["verdicts"].items()) or "-"
+        text.append(
+            f"<tr><td>{_name(line['row'], line['stage'])}<td>{c['steps']:,}<td>{c['images_seen']:,}"
+            f"<td>{c['gflops_per_image']:.3g}<td>{c['petaflops']:.3g}<td>{c['minutes']:.1f}<td>{c['peak_gib']:.1f}"
+            f"<td>{escape(c['device'])}<td>{said}"
+        )
+    return "".join(text) + "</table>"
+
+
+def _curves(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
+    """Mean over seeds of the primary figure on the way, and of the effective rank."""
+
+    def primary(entry: Mapping[str, Any]) -> float | None:
+        values = [entry.get(part.replace(":", ": ")) for part in s.primary.split("+")]
+        return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
+
+    drawings = []
+    for title, value in (("primary figure", primary), ("effective rank of patch tokens", lambda e: e.get("rank"))):
+        lines: dict[str, dict[int, list[float]]] = {}
+        for cell, result in found:
+            for entry in result.get("curve", ()) if cell.stage == "images" else ():
+                if (y := value(entry)) is not None:
+                    lines.setdefault(cell.row.name, {}).setdefault(entry["step"], []).append(y)
+        if lines:
+            drawings.append(f"<figure><figcaption>{title}, by steps</figcaption>{_svg(lines)}</figure>")
+    return "<h2>Learning curves</h2>" + "".join(drawings) if drawings else ""
+
+
+def _svg(lines: Mapping[str, Mapping[int, list[float]]]) -> str:
+    width, height, left, low = 560, 300, 50, 30
+    points = {name: [(x, float(np.mean(ys))) for x, ys in sorted(of.items())] for name, of in lines.items()}
+    xs, ys = ([p[i] for of in points.values() for p in of] for i in (0, 1))
+    x0, x1, y0, y1 = 0.0, float(max(xs)), min(ys), max(ys)
+    span = (y1 - y0) or 1.0
+
+    def at(x: float, y: float) -> str:
+        right, up = (x - x0) / (x1 - x0 or 1), (y - y0) / span
+        return f"{left + (width - left - 130) * right:.1f},{height - low - (height - 45) * up:.1f}"
+
+    text = [f'<svg width="{width}" height="{height}" font-size="12">']
+    for y in (y0, (y0 + y1) / 2, y1):
+        x_, y_ = at(x0, y).split(",")
+        text.append(f'<text x="4" y="{y_}">{y:.3g}</text><path d="M{x_},{y_}H{width - 130}" stroke="#ddd"/>')
+    text.append(f'<text x="{left}" y="{height - 8}">0</text><text x="{width - 160}" y="{height - 8}">{x1:,.0f}</text>')
+    for number, (name, of) in enumerate(points.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(at(*point) for point in of)
+        text.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        text.append(f'<text x="{width - 124}" y="{20 + 16 * number}" fill="{colour}">{escape(name)}</text>')
+    return "".join(text) + "</svg>"
+
+
+def _maps(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
+    text, seen = ["<h2>What the networks see</h2><p class=quiet>Three principal components of patch tokens.</p>"], set()
+    for cell, result in found:
+        file = cells.folder_of(cell, s) / "maps.png"
+        if cell.stage == "images" and cell.row.name not in seen and result["status"] == "done" and file.exists():
+            seen.add(cell.row.name)
+            data = base64.b64encode(file.read_bytes()).decode()
+            caption = f"{escape(cell.row.name)}, seed {cell.number}"
+            text.append(f'<figure><figcaption>{caption}</figcaption><img src="data:image/png;base64,{data}"></figure>')
+    return "".join(text) if seen else ""
+
+
+def _trials_table(summary: Mapping[str, Any]) -> str:
+    if not summary["trials"]:
+        return ""
+    text = [
+        "<h2>Trials</h2><p class=quiet>The same number for every method; the best by the primary figure is taken.</p>"
+    ]
+    text.append("<table><tr><th>method<th>trial<th>settings<th>figures")
+    for t in summary["trials"]:
+        figures = ", ".join(f"{escape(name)} {value:.2f}" for name, value in t["figures"].items()) or t["status"]
+        text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(json.dumps(t['settings']))}<td>{figures}")
+    return "".join(text) + "</table>"
+
+
+def _failures(summary: Mapping[str, Any]) -> str:
+    failed = [(line, seed, why) for line in summary["rows"] for seed, why in line["failed"].items()]
+    if not failed:
+        return ""
+    items = (f"<li>{escape(line['row'])}, seed {seed}: {escape(why)}" for line, seed, why in failed)
+    return f"<h2 class=lost>Failed</h2><ul>{''.join(items)}</ul>"
+
+
+def _method(s: Any) -> Iterable[str]:
+    tuned = (
+        f"Learning rate and the settings that each method names were chosen by {s.tune} trials of every method, its "
+        "preset and random ones, "
+        + (
+            "within the training images."
+            if s.val
+            else "on the same folds as the figures are of: alike for all methods."
+        )
+        + " Variants and further rows take their method's choice, but for what they say themselves."
+        if s.tune
+        else "Settings were taken as given; nothing was tuned."
+    )
+    yield f"Primary figure, named beforehand: {escape(s.primary)}. {tuned}"
+    yield (
+        f"Every run sees the same {s.steps:,} x {s.batch_size} images in the same order. Differences are paired: of "
+        "the same seed, on the same images. Intervals are of seeds (their variance) and images (a bootstrap) together."
+    )
+    missing = [name for name in ("untrained", *config.CONTROLS) if name not in s.controls]
+    if missing or not s.weights:
+        without = [*dict.fromkeys(missing), *([] if s.weights else ["published weights"])]
+        yield f"Not among the rows: {', '.join(without)}."
