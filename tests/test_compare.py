@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gtsa import cells, config, experiment, page, strict
+from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.compare import chosen, drawn, finals, primary_of, trials
 from gtsa.core import Remedy
+from gtsa.export import opened
+from gtsa.statistics import Drawn
 
 compare = sys.modules["gtsa.compare"]  # the package has the function under this name
 
@@ -122,11 +124,34 @@ def test_every_row_is_compared_with_every_other(whole):
     assert reference and all(told[row, "gtsa"]["low"] == pytest.approx(d["low"]) for row, d in reference.items())
 
 
+def test_differences_are_of_the_same_seeds():
+    draws = np.random.default_rng(0).normal(size=(5, 3, 1))
+
+    def answers(seeds, values):
+        places = list(range(len(seeds)))
+        return report.Answers(seeds, {"primary": Drawn(np.array(values)[:, None], draws[:, places], 7)})
+
+    whole, without = answers((0, 1, 2), [1.0, 10.0, 100.0]), answers((0, 2), [3.0, 400.0])
+    assert without.less(whole, "primary").values[:, 0].tolist() == [2.0, 300.0]
+    assert whole.less(without, "primary").drawn[:, 1, 0] == pytest.approx(draws[:, 2, 0] - draws[:, 1, 0])
+    assert whole.less(answers((3,), [1.0]), "primary") is None and whole.less(without, "mAP") is None
+    one = statistics.estimate(whole.less(answers((1,), [1.0]), "primary"))
+    assert (one.mean, one.low, one.seeds) == (9.0, -np.inf, 1)  # a seed that others lack says nothing here
+
+
 def test_a_cell_that_fails_is_told_with_its_reason_and_stops_no_other(whole):
     found = {line["row"]: line for line in results(whole)["rows"]}
     assert found["broken"]["seeds"] == [] and "diverged" in found["broken"]["failed"]["0"]
     page = (whole / "report.html").read_text()
     assert "broken, seed 0: training diverged" in page and found["gtsa"]["seeds"] == [0, 1]
+
+
+def test_what_a_comparison_trained_can_be_opened(whole):
+    place = whole / "cells/gtsa/images-0"
+    backbone, _ = opened(str(place / "run"))
+    assert backbone.fingerprint == json.loads((place / "result.json").read_text())["weights"]
+    with pytest.raises(Remedy, match="no weights there"):
+        opened(str(place / "run"), network="student")
 
 
 def test_the_page_needs_nothing_else(whole):

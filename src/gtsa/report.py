@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,22 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
             if not mine:
                 continue
             good = [(c, r) for c, r in mine if r["status"] == "done"]
-            figures = drawn.get((row.name, stage), {})
-            against = drawn.get((reference, "images"), {})
+            answers = drawn.get((row.name, stage), Answers((), {}))
             line: dict[str, Any] = {
                 "row": row.name,
                 "stage": stage,
                 "seeds": sorted(c.number for c, _ in good),
                 "failed": {c.number: r["reason"] for c, r in mine if r["status"] != "done"},
-                "figures": {name: _told(statistics.estimate(value)) for name, value in figures.items()},
+                "figures": {name: _told(statistics.estimate(value)) for name, value in answers.figures.items()},
                 "settings": {key: cells.training_of(mine[0][0], s)[key] for key in mine[0][0].changes},
                 "costs": _costs([r for _, r in good]),
             }
             if (row.name, stage) != (reference, "images"):
+                against = drawn.get((reference, "images"), Answers((), {}))
                 line["less_reference"] = {
-                    name: _told(statistics.estimate(_paired(value, against[name])))
-                    for name, value in figures.items()
-                    if name in against
+                    name: _told(statistics.estimate(less))
+                    for name in answers.figures
+                    if (less := answers.less(against, name)) is not None
                 }
             lines.append(line)
     trials = [
@@ -98,13 +99,13 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
     return told | {"differences": _differences(drawn)}
 
 
-def _differences(drawn: Mapping[Key, Mapping[str, Drawn]]) -> list[dict[str, Any]]:
+def _differences(drawn: Mapping[Key, Answers]) -> list[dict[str, Any]]:
     """Of the primary figure, every row less every other."""
-    primary = {key: figures["primary"] for key, figures in drawn.items() if "primary" in figures}
     return [
-        {"row": one, "stage": stage, "less_row": other, "less_stage": its_stage}
-        | _told(statistics.estimate(_paired(primary[one, stage], primary[other, its_stage])))
-        for (one, stage), (other, its_stage) in permutations(primary, 2)
+        {"row": one[0], "stage": one[1], "less_row": other[0], "less_stage": other[1]}
+        | _told(statistics.estimate(less))
+        for one, other in permutations(drawn, 2)
+        if (less := drawn[one].less(drawn[other], "primary")) is not None
     ]
 
 
@@ -112,20 +113,36 @@ def _plain(result: Mapping[str, Any]) -> dict[str, float]:
     return {f"{e['task']}:{n}": v for e in result.get("results", ()) for n, v in e["figures"].items()}
 
 
-def _drawn(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> dict[Key, dict[str, Drawn]]:
-    """For every row the figures of its networks, by name, with those of random choices of the images."""
-    evidence: dict[Key, list[dict[tuple[str, str], Evidence]]] = {}
+@dataclass(frozen=True)
+class Answers:
+    """Figures of a row's networks, by name, with those of random choices of the images; and the networks' seeds."""
+
+    seeds: tuple[int, ...]
+    figures: Mapping[str, Drawn]
+
+    def less(self, other: Answers, name: str) -> Drawn | None:
+        """The difference, seed by seed, of the seeds that both have; None where there are none."""
+        both = [seed for seed in self.seeds if seed in other.seeds]
+        if not both or name not in self.figures or name not in other.figures:
+            return None
+        mine, its = (each.figures[name].of_seeds([each.seeds.index(seed) for seed in both]) for each in (self, other))
+        return mine - its
+
+
+def _drawn(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> dict[Key, Answers]:
+    """What every row answered."""
+    evidence: dict[Key, dict[int, dict[tuple[str, str], Evidence]]] = {}
     steady = {cell.row.name for cell, _ in found if not cell.row.varies}
     for cell, result in found:
         if cell.stage in STAGES and result["status"] == "done":
-            evidence.setdefault((cell.row.name, cell.stage), []).append(cells.evidence_of(cell, s))
-    all_drawn: dict[Key, dict[str, Drawn]] = {}
-    for key, networks in evidence.items():
-        named: dict[str, Drawn] = {}
+            evidence.setdefault((cell.row.name, cell.stage), {})[cell.number] = cells.evidence_of(cell, s)
+    answers: dict[Key, Answers] = {}
+    for key, of_seeds in evidence.items():
+        seeds, networks, named = tuple(of_seeds), list(of_seeds.values()), {}
         for task, feature in networks[0]:
             names, drawn = _of_task(task, [network[task, feature] for network in networks], s)
-            if key[0] in steady:
-                drawn = _repeated(drawn, s.seeds)  # another seed would have given the same
+            if key[0] in steady:  # another seed would have given the same
+                seeds, drawn = tuple(range(s.seeds)), drawn.of_seeds([0] * s.seeds)
             for number, name in enumerate(names):
                 named[f"{task}:{name}" if feature in ("patches", s.tokens[0]) else f"{task}:{name} ({feature})"] = (
                     drawn[number]
@@ -133,8 +150,8 @@ def _drawn(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> dict[Key, di
         parts = [_part(named, part) for part in s.primary.split("+")]
         if all(part is not None for part in parts) and len({part.images for part in parts if part}) == 1:
             named = {"primary": statistics.mean_of([part for part in parts if part]), **named}
-        all_drawn[key] = named
-    return all_drawn
+        answers[key] = Answers(seeds, named)
+    return answers
 
 
 def _part(named: Mapping[str, Drawn], part: str) -> Drawn | None:
@@ -151,21 +168,6 @@ def _of_task(task: str, networks: Sequence[Evidence], s: Any) -> tuple[list[str]
 
     images = len(next(iter(networks[0].values())))
     return names, statistics.draw(figures, len(networks), images)
-
-
-def _paired(one: Drawn, other: Drawn) -> Drawn:
-    """The difference, seed by seed; what does not vary with the seed is the same for all of them."""
-    seeds = max(len(one.values), len(other.values))
-    if len(one.values) != len(other.values) and 1 not in (len(one.values), len(other.values)):
-        seeds = min(len(one.values), len(other.values))  # some failed: as many as both have
-    wide = [_repeated(each, seeds) for each in (one, other)]
-    return wide[0] - wide[1]
-
-
-def _repeated(found: Drawn, seeds: int) -> Drawn:
-    if len(found.values) == 1:
-        return Drawn(found.values.repeat(seeds, 0), found.drawn.repeat(seeds, 1), found.images)
-    return Drawn(found.values[:seeds], found.drawn[:, :seeds], found.images)
 
 
 def _told(value: Estimate) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class Drawn:
     def __sub__(self, other: Drawn) -> Drawn:
         return Drawn(self.values - other.values, self.drawn - other.drawn, self.images)
 
+    def of_seeds(self, places: list[int]) -> Drawn:
+        """Of the seeds at these places, which may repeat."""
+        return Drawn(self.values[places], self.drawn[:, places], self.images)
+
     def __getitem__(self, figure: int) -> Drawn:
         """One figure of them, F = 1."""
         return Drawn(self.values[:, figure, None], self.drawn[..., figure, None], self.images)

@@ -64,6 +64,9 @@ def find(spec: str, network: str = "teacher") -> Weights:
     path = Path(spec)
     if (path / "checkpoints").is_dir():
         return _from_run(path, network)
+    exported = path / "exports" / "timm"
+    if network == "teacher" and (exported / "config.json").is_file():  # a run whose checkpoints were removed
+        return _from_folder(exported)
     if (path / "config.json").is_file():
         return _from_folder(path)
     if path.is_file():
