@@ -66,7 +66,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
     place = _reported(rows, s)
     say(f"\nreport: {place}")
     if failed := [cell.name for cell in _wanted(rows, s) if (cells.done(cell, s) or {}).get("status") == "failed"]:
-        raise Remedy(f"failed: {', '.join(failed)}; the report says why. To try again remove OUT/cells/NAME", 7)
+        raise Remedy(f"failed: {', '.join(failed)}; the report says why. To try again remove {s.out}/cells/NAME", 7)
     return place
 
 
