@@ -237,6 +237,25 @@ def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
     compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
 
 
+def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys):
+    begun = []
+    here(monkeypatch)
+    monkeypatch.setattr(
+        compare,
+        "_apart",
+        lambda cell, s, free, apart=compare._apart: (begun.append(cell.name), apart(cell, s, free))[1],
+    )
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.report, "write", interrupted)  # Ctrl-C while the first report is written
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=8, controls=()))
+    assert len(begun) < 4  # the first, and what had been begun by then
+    assert "stopping: no more networks are begun" in capsys.readouterr().out
+
+
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):
     more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 30}
     file = tmp_path / "c.yaml"

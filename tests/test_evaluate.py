@@ -95,7 +95,7 @@ def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
     assert report["asked"]["task"] == ["knn", "linear"] and report["asked"]["train"] == [str(places / "train")]
     shown = capsys.readouterr().out
     assert "95 % intervals over images; most frequent class: 33.33 %" in " ".join(shown.split())
-    assert "step 10/" in shown or "ETA 0:00" in shown  # a training tells how far it is, with a folder or without
+    assert "step 10/" in shown or "ETA 0 s" in shown  # a training tells how far it is, with a folder or without
     assert linear["by_class"] == {}
 
 

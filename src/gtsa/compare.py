@@ -24,7 +24,7 @@ from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 from gtsa.export import opened
 from gtsa.sources import open_source
-from gtsa.terminal import clock, say
+from gtsa.terminal import lasting, say
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
 
@@ -232,10 +232,15 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
     say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.qsize()} at a time")
     began = time.monotonic()
     with ThreadPoolExecutor(free.qsize()) as pool:
-        for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
-            rest = (time.monotonic() - began) / number * (len(left) - number)
-            say(f"{number}/{len(left)}  {told}" + (f"; about {clock(rest)} for the others" if rest else ""))
-            after()
+        try:
+            for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
+                rest = (time.monotonic() - began) / number * (len(left) - number)
+                say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
+                after()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            say("stopping: no more networks are begun, and those at work come to a stop first")
+            raise
 
 
 def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:

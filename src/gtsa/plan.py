@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 
 from gtsa.backbone import patch_of
 from gtsa.core import Crops, Method, Remedy, Views
-from gtsa.terminal import clock, table
+from gtsa.terminal import lasting, table
 from gtsa.views import MultiCrop
 
 FEWEST_STEPS = 1_000
@@ -295,7 +295,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
         ("learning rate", f"{s.learning_rate:g}", why("learning_rate")),
         ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why("device")),
         ("workers", s.workers, why("workers")),
-        ("time", f"about {clock(cost.seconds * each * s.steps)}", "forward and backward; the ETA below has it all"),
+        ("time", f"about {lasting(cost.seconds * each * s.steps)}", "forward and backward; the ETA below has it all"),
         ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
         ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
     ]

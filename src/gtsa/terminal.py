@@ -67,7 +67,7 @@ class Progress:
             if name not in ("seconds", "waited", "learning_rate", "gradient")
         )
         return (
-            f"step {step}/{self.steps}  ETA {clock(each * (self.steps - step))}  "
+            f"step {step}/{self.steps}  ETA {lasting(each * (self.steps - step))}  "
             f"{self.images / values['seconds']:.1f} images/s  data {100 * values['waited']:.0f} %  {figures}"
         )
 
@@ -76,8 +76,8 @@ class Progress:
             self.live.stop()
 
 
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+def lasting(seconds: float) -> str:
+    """2 h 05 min, 2 min 03 s or 3 s: not to be read as a time of day."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    return f"{hours:,} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
