@@ -63,8 +63,10 @@ def in_patches(maps: Tensor, patch: int) -> Tensor:
 
 def class_of_patches(classes: Tensor, patch: int) -> Tensor:
     """[N, patches]: the class of more than half of the pixels; 255 where there is none."""
-    counts = F.one_hot(in_patches(classes[:, None], patch)[:, :, 0], 256).sum(2)
-    most, which = counts.max(-1)
+    cut = in_patches(classes[:, None], patch)[:, :, 0]  # [N, patches, pixels]
+    number = torch.arange(cut[..., 0].numel()).reshape(*cut.shape[:2], 1)
+    counts = torch.bincount((256 * number + cut).flatten(), minlength=256 * number.numel())
+    most, which = counts.reshape(*cut.shape[:2], 256).max(-1)
     return torch.where(most > patch * patch // 2, which, NONE)
 
 
@@ -117,9 +119,7 @@ def scores(found: Tensor, classes: Tensor) -> tuple[float, float]:
     """mIoU over the classes that occur, and accuracy, in per cent."""
     known = classes != NONE
     found, truth = found[known], classes[known]
-    each = [
-        ((found == c) & (truth == c)).sum() / ((found == c) | (truth == c)).sum() for c in truth.unique()
-    ]  # fmt: skip
+    each = [((found == c) & (truth == c)).sum() / ((found == c) | (truth == c)).sum() for c in truth.unique()]
     return 100 * float(torch.stack(each).mean()), 100 * float((found == truth).float().mean())
 
 
