@@ -238,7 +238,6 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
                 say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
                 after()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             say("stopping: no more networks are begun, and those at work come to a stop first")
             raise
 
