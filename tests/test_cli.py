@@ -8,6 +8,7 @@ from PIL import Image
 
 from conftest import make_scenes, run
 from gtsa.cli import run as in_process
+from gtsa.terminal import lasting
 
 
 def told(capsys, *arguments):
@@ -217,3 +218,18 @@ def test_places_that_cannot_be_written(tmp_path, scenes, capsys):
         code, err = told(capsys, *arguments)
         assert code == 6
         assert "cannot be written" in err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (123, "2 min 03 s"),
+        (3599.6, "1 h 00 min"),
+        (7545, "2 h 05 min"),
+    ],
+)
+def test_durations_are_no_times_of_day(seconds, words):
+    assert lasting(seconds) == words

@@ -1,12 +1,13 @@
 """What do the patch tokens of networks hold? Looks behind the figures of a comparison, without training anything.
 
     python tools/tokens.py OUT/cells/gtsa/images-0/run OUT/cells/dino/images-0/run untrained:test_vit:0 \
-        --images labelled/images --masks masks --json runs/tokens.json
+        --images labelled/images --masks masks --ignore 255 --json runs/tokens.json
 
-Of the central square of every image that has a mask, 6-fold over images (image i is judged in fold i mod 6):
+Of the central square of every image that has a mask, 6-fold over images (image i is judged in fold i mod 6). Masks are
+read as ``gtsa evaluate`` reads them; --ignore is the value that counts for nothing.
 
 * ``linear``, ``accuracy``: multinomial logistic regression of a patch's class (that of most of its pixels, where that
-  is more than half of them and not 255) on its standardised token, trained to convergence (L-BFGS), at several
+  is more than half of them) on its standardised token, trained to convergence (L-BFGS), at several
   strengths of L2; mIoU over classes, and accuracy of patches, in per cent. A probe that stops early asks how easy
   something is to find as well; this one asks what there is.
 * ``neighbours``: mIoU of the majority of the 30 nearest tokens by cosine.
@@ -22,35 +23,37 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
 
 from gtsa.backbone import Backbone
+from gtsa.core import Remedy
+from gtsa.evals.health import rank_me
 from gtsa.export import opened
+from gtsa.labels import IGNORE, Labelled, open_labelled
 
-SIDE, FOLDS, NONE = 224, 6, 255
+SIDE, FOLDS = 224, 6
 STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2)
 
 
-def central(images: Path, masks: Path) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, S, S] in 0..1 and classes [N, S, S], of the images that have a mask of their name."""
-    by_stem = {path.stem: path for path in images.iterdir()}
-    pixels, classes = [], []
-    for path in sorted(masks.glob("*.png")):
-        image, mask = Image.open(by_stem[path.stem]).convert("RGB"), Image.open(path)
-        short = min(image.size)
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        box = left, top, left + short, top + short
-        image = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
-        classes.append(torch.from_numpy(np.array(mask.crop(box).resize((SIDE, SIDE), Image.Resampling.NEAREST))).long())
-    return torch.stack(pixels), torch.stack(classes)
+def central(data: Labelled) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, S, S] in 0..1 and classes [N, S, S] of their central squares."""
+
+    def square(image: Tensor, how: transforms.InterpolationMode) -> Tensor:
+        height, width = image.shape[-2:]
+        short = min(height, width)
+        cut = transforms.crop(image, (height - short) // 2, (width - short) // 2, short, short)
+        return transforms.resize(cut, [SIDE, SIDE], how)
+
+    pixels = [square(data.read(i), transforms.InterpolationMode.BILINEAR) for i in range(len(data))]
+    classes = [square(data.target(i)[None], transforms.InterpolationMode.NEAREST)[0] for i in range(len(data))]
+    return torch.stack(pixels) / 255, torch.stack(classes)
 
 
 def in_patches(maps: Tensor, patch: int) -> Tensor:
@@ -62,12 +65,10 @@ def in_patches(maps: Tensor, patch: int) -> Tensor:
 
 
 def class_of_patches(classes: Tensor, patch: int) -> Tensor:
-    """[N, patches]: the class of more than half of the pixels; 255 where there is none."""
+    """[N, patches]: the class of more than half of the pixels, IGNORE where there is none."""
     cut = in_patches(classes[:, None], patch)[:, :, 0]  # [N, patches, pixels]
-    number = torch.arange(cut[..., 0].numel()).reshape(*cut.shape[:2], 1)
-    counts = torch.bincount((256 * number + cut).flatten(), minlength=256 * number.numel())
-    most, which = counts.reshape(*cut.shape[:2], 256).max(-1)
-    return torch.where(most > patch * patch // 2, which, NONE)
+    middle = cut.median(-1).values  # whatever more than half of them are
+    return torch.where((cut == middle[..., None]).sum(-1) > patch * patch // 2, middle, IGNORE)
 
 
 def contents(pixels: Tensor, patch: int) -> dict[str, Tensor]:
@@ -117,17 +118,17 @@ def folded(tokens: Tensor, answer: Callable[[Tensor, Tensor], Tensor]) -> Tensor
 
 def scores(found: Tensor, classes: Tensor) -> tuple[float, float]:
     """mIoU over the classes that occur, and accuracy, in per cent."""
-    known = classes != NONE
+    known = classes != IGNORE
     found, truth = found[known], classes[known]
     each = [((found == c) & (truth == c)).sum() / ((found == c) | (truth == c)).sum() for c in truth.unique()]
     return 100 * float(torch.stack(each).mean()), 100 * float((found == truth).float().mean())
 
 
 def linear(tokens: Tensor, classes: Tensor, strength: float) -> tuple[float, float]:
-    names, width = classes[classes != NONE].unique(), tokens.shape[-1]
+    names, width = classes[classes != IGNORE].unique(), tokens.shape[-1]
 
     def answer(learns: Tensor, judged: Tensor) -> Tensor:
-        known = classes[learns] != NONE
+        known = classes[learns] != IGNORE
         inputs, truth = tokens[learns][known], torch.searchsorted(names, classes[learns][known])
         mean, deviation = inputs.mean(0), inputs.std(0) + 1e-6
         inputs = (inputs - mean) / deviation
@@ -155,7 +156,7 @@ def neighbours(tokens: Tensor, classes: Tensor, k: int = 30) -> float:
     unit = F.normalize(tokens, dim=-1)
 
     def answer(learns: Tensor, judged: Tensor) -> Tensor:
-        known = classes[learns] != NONE
+        known = classes[learns] != IGNORE
         memory, truth = unit[learns][known], classes[learns][known]
         return torch.stack([truth[(image @ memory.T).topk(k).indices].mode(-1).values for image in unit[judged]])
 
@@ -181,8 +182,6 @@ def held(tokens: Tensor, shown: dict[str, Tensor], classes: Tensor) -> dict[str,
     """All that the page's head names, of tokens [N, patches, width]."""
     probes = [linear(tokens, classes, strength) for strength in STRENGTHS]
     centred = tokens - tokens.mean((0, 1))
-    spread = torch.linalg.svdvals(centred.flatten(0, 1).double())
-    share = spread / spread.sum()
     with_own = torch.cat([tokens, shown["own"]], -1)
     return {
         "linear": [probe[0] for probe in probes],
@@ -191,13 +190,15 @@ def held(tokens: Tensor, shown: dict[str, Tensor], classes: Tensor) -> dict[str,
         **{name: explained(tokens, shown[name]) for name in ("light", "hue", "edges")},
         **{name: explained(with_own, shown[name]) for name in ("around", "image")},
         "between": float(centred.mean(1).square().sum() * tokens.shape[1] / centred.square().sum()),
-        "rank": float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum())),
+        "rank": rank_me(centred.flatten(0, 1)),
     }
 
 
 def network(name: str) -> Backbone:
     if name.startswith("untrained:"):
-        _, model, seed = name.split(":")
+        _, model, seed = name.split(":") if name.count(":") == 2 else ("", "", "")
+        if not seed.isdigit():
+            raise Remedy(f"{name}: write untrained:MODEL:SEED, e.g. untrained:test_vit:0")
         torch.manual_seed(int(seed))
         return Backbone(model, SIDE).eval()
     return opened(name)[0].eval()
@@ -211,15 +212,25 @@ def tokens_of(backbone: Backbone, pixels: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", help="what gtsa opens, or untrained:MODEL:SEED")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--masks", type=Path, required=True)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--images", required=True, help="folder of images")
+    parser.add_argument("--masks", required=True, help="folder of masks with the images' names")
+    parser.add_argument("--ignore", type=int, help="value of the masks that counts for nothing")
+    parser.add_argument("--json", type=Path, help="file for the results")
     given = parser.parse_args()
+    try:
+        tell(given)
+    except Remedy as remedy:
+        sys.exit(f"tokens: {remedy}")
+
+
+def tell(given: argparse.Namespace) -> None:
     torch.set_grad_enabled(False)
-    pixels, classes = central(given.images, given.masks)
+    networks = {name: network(name) for name in given.networks}
+    pixels, classes = central(open_labelled(given.images, given.masks, "masks", ignore=given.ignore))
     found: dict[str, dict[str, float | list[float]]] = {}
-    for name in given.networks:
-        backbone = network(name)
+    for name, backbone in networks.items():
+        if SIDE % backbone.patch:
+            raise Remedy(f"{name}: its patches of {backbone.patch} px do not fill {SIDE} px")
         shown = contents(pixels, backbone.patch)
         if "own" not in found:
             found["own"] = {what: explained(shown["own"], shown[what]) for what in ("around", "image")}

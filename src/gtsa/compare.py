@@ -237,7 +237,7 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
                 rest = (time.monotonic() - began) / number * (len(left) - number)
                 say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
                 after()
-        except BaseException:
+        except BaseException:  # those in the queue are gone with the loop; those at work are waited for
             say("stopping: no more networks are begun, and those at work come to a stop first")
             raise
 
