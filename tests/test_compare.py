@@ -324,6 +324,21 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
     assert by_name["gtsa"]["seed"] == 1 and "dino" not in by_name["gtsa"]
 
 
+@pytest.mark.parametrize(("words", "best"), [(("learning", "collapsing"), 0), (("collapsing", "collapsing"), 1)])
+def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, words, best):
+    s = validated(data, tmp_path, tune=2, methods=("dino",))
+    rows = rows_of(s)
+    for cell, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
+        entries = [
+            {"task": task, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
+            for task in ("segmentation", "in_context")
+        ]
+        cells.folder_of(cell, s).mkdir(parents=True)
+        curve = [{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}]
+        cells.commit(cell, s, {"status": "done", "reason": "", "results": entries, "curve": curve})
+    assert chosen(rows[0], rows, s) == drawn(rows[0], best, s)
+
+
 def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
     s = validated(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
     row = next(row for row in rows_of(s) if row.name == "mine")
@@ -334,11 +349,17 @@ def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
 
 
 def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
-    def line(row, mean, low, high):
-        return {"row": row, "stage": "images", "less_reference": {"primary": {"mean": mean, "low": low, "high": high}}}
+    def line(row, mean, low, high, **runs):
+        less = {"primary": {"mean": mean, "low": low, "high": high}}
+        return {"row": row, "stage": "images", "less_reference": less, "costs": {"verdicts": runs} if runs else {}}
 
-    rows = [line("dino", -3.0, -4.0, -2.0), line("untrained", 0.1, -1.0, 1.0), line("colour", 5.0, 4.0, 6.0)]
-    told = page.verdicts({"reference": "gtsa", "rows": rows})
+    rows = [
+        line("dino", -3.0, -4.0, -2.0, learning=1, collapsing=2),
+        line("untrained", 0.1, -1.0, 1.0),
+        line("colour", 5.0, 4.0, 6.0),
+    ]
+    collapsed, *told = page.verdicts({"reference": "gtsa", "rows": rows})
+    assert "2 of 3 runs of dino collapsed" in collapsed
     assert "Nothing that gtsa has learnt shows" in told[0]
     assert "worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
     assert "better than dino" in told[2] and "+3.00 (95 % interval +2.00 to +4.00)" in told[2]

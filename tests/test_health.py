@@ -115,6 +115,23 @@ def test_a_start_that_was_lucky_is_no_learning():
     assert verdict(figures(0.0, rotation=0.4), start, 200).word == "learning"
 
 
+@pytest.mark.parametrize(
+    ("tells", "word", "reason"),
+    [
+        (0.3, "learning", "tells images apart: 30 %"),
+        (0.0003, "collapsing", "says nearly the same of all images: 0.03 %"),
+    ],
+)
+def test_a_teacher_that_says_the_same_of_all_images_is_no_learning(tells, word, reason):
+    """Views of an image are still told from others', as by the collapsed DINO of the small experiment."""
+    start, now = figures(0.0), figures(0.13)
+    now.scores["teacher_tells"] = torch.full((8,), tells, dtype=torch.float64)
+    found = verdict(now, start, 1000)
+    assert found.word == word
+    assert any(reason in line for line in found.reasons)
+    assert found.figures["teacher_tells"] == pytest.approx(tells)
+
+
 def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():
     start, now = figures(0.0), figures(0.5)
     start.scores["region_score"][3] = 9.0  # would spoil the gain if images were taken for one another

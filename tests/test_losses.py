@@ -126,3 +126,30 @@ def test_gradients_are_right():
     a, b = normal(0, 4, 3).requires_grad_(), normal(1, 5, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, y: losses.patch_correspondence(x, y, 2), (a, b))
     assert torch.autograd.gradcheck(lambda x, y: losses.region(x[None], y[None, :4]), (a, b))
+
+
+# What a teacher tells
+
+
+def test_what_is_told_by_hand():
+    """Two images, three prototypes; of the second image two views, which are averaged first."""
+    said = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    one, other, mean = (0.5, 0.5, 0.0), (0.0, 0.25, 0.75), (0.25, 0.375, 0.375)
+    expected = [
+        sum(p * math.log(p / m) for p, m in zip(row, mean, strict=True) if p) / math.log(2) for row in (one, other)
+    ]
+    assert losses.told(said).tolist() == pytest.approx(expected)
+
+
+@few
+@given(seeds, small, small, st.integers(2, 9), st.floats(0.01, 100))
+def test_what_is_told_of_a_batch_is_a_share(seed, images, crops, prototypes, sharpness):
+    said = (sharpness * normal(seed, images, crops, prototypes)).softmax(-1)
+    assert -1e-9 <= losses.told(said).mean().item() <= 1 + 1e-9
+    assert losses.told(said[:1].expand(images, -1, -1)).abs().max() < 1e-9  # the same of all
+
+
+def test_all_is_told_by_a_prototype_for_each_image():
+    said = torch.eye(4, 6)[:, None].expand(-1, 2, -1)
+    assert losses.told(said).tolist() == pytest.approx([1.0] * 4)
+    assert losses.told(torch.full((4, 2, 6), 1 / 6)).abs().max() < 1e-6

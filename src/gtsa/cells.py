@@ -185,6 +185,12 @@ def done(cell: Cell, s: Any) -> dict[str, Any] | None:
     return result
 
 
+def said(result: Mapping[str, Any]) -> str:
+    """What a cell's run said of itself in the end, e.g. collapsing; nothing where there was none to say it."""
+    words = [entry["verdict"] for entry in result.get("curve", ()) if "verdict" in entry]
+    return words[-1] if words else ""
+
+
 def keep_evidence(cell: Cell, s: Any, evidence: Mapping[tuple[str, str], Evidence]) -> None:
     """Writes {(task, feature): evidence}, for intervals."""
     arrays: dict[str, Any] = {}

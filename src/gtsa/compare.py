@@ -139,16 +139,19 @@ def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
 def chosen(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any]:
     """Settings of the best trial of the row's method; none where there were no trials.
 
+    One that collapsed is the best only where all did: early on its figures may be those of a network that learns.
+
     Raises:
         Remedy: every trial failed.
     """
     tried = [cell for cell in trials(rows, s) if cell.row.name == row.tuned_as]
     if not tried:
         return {}
-    scored = [(primary_of(result, s), -n) for n, cell in enumerate(tried) if (result := _good(cell, s))]
+    good = [(n, result) for n, cell in enumerate(tried) if (result := _good(cell, s))]
+    scored = [(cells.said(result) != "collapsing", primary_of(result, s), -n) for n, result in good]
     if not scored:
         raise Remedy(f"all {len(tried)} trials of {row.tuned_as} failed; see {s.out}/cells/{row.tuned_as}/", 5)
-    best = tried[-max(scored)[1]]
+    best = tried[-max(scored)[2]]
     return {key: value for key, value in best.changes.items() if key != "steps"}
 
 
@@ -268,7 +271,8 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
         result = cells.done(cell, s) or {}
     if result["status"] != "done":
         return f"{cell.name}: FAILED: {result['reason']}"
-    return f"{cell.name}: primary {primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s"
+    collapsed = ", COLLAPSING by its own verdict" if cells.said(result) == "collapsing" else ""
+    return f"{cell.name}: primary {primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"
 
 
 def _one(name: str, rows: Sequence[Row], s: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -119,6 +120,25 @@ def told_apart(students: Sequence[Tensor], teacher: Tensor) -> Tensor:
         scores = [(mine @ target.roll(shift, 0).transpose(-2, -1))[:, *pairs] for shift in range(min(len(target), 9))]
         found.append(scores[0] - (torch.stack(scores[1:]).mean(0) if scores[1:] else 0))
     return torch.cat(found, 1).mean(1)
+
+
+def told(said: Tensor) -> Tensor:
+    """What a teacher tells of each image, beside what it says of every image: [B], a figure.
+
+    Kullback-Leibler divergence of what it says of an image from what it says on average. The mean over the batch is
+    the mutual information of image and prototype. 0: it says the same of all images, be that everything at once or
+    one prototype for all, which are the two ways to collapse (DINO, section 5.3).
+
+    Args:
+        said: [B, G, K] probabilities.
+
+    Returns:
+        [B], as shares of the most that the mean can be, log min(B, K).
+    """
+    of_images = _lifted(said).mean(1)  # [B, K]
+    floor = torch.finfo(of_images.dtype).tiny
+    ratio = of_images.clamp(min=floor).log() - of_images.mean(0).clamp(min=floor).log()
+    return (of_images * ratio).sum(-1) / math.log(max(2, min(of_images.shape)))
 
 
 def _centred(vectors: Tensor) -> Tensor:

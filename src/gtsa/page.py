@@ -42,16 +42,20 @@ def html(summary: Mapping[str, Any], found: Sequence[tuple[Cell, dict[str, Any]]
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
     """What the figures say of the reference, against every other row, in plain words; whatever they say.
 
-    What was lost is told first, and before that, where it is so, that nothing was learnt.
+    What was lost is told first, and before that, where it is so, that nothing was learnt or that runs collapsed.
     """
     lines: list[tuple[int, str]] = []
     reference = escape(summary["reference"])
     for line in summary["rows"]:
+        who = escape(line["row"]) + ("" if line["stage"] == "images" else f" at {STAGES[line['stage']]}")
+        runs = line["costs"].get("verdicts", {})
+        if collapsed := runs.get("collapsing"):
+            many = f"{collapsed} of {sum(runs.values())} runs of {who} collapsed"
+            lines.append((0, f"<b class=lost>{many}</b>: its figures say nothing about a {who} that learns."))
         less = line.get("less_reference", {}).get("primary")
         if less is None:
             continue
         gain = -less["mean"]
-        who = escape(line["row"]) + ("" if line["stage"] == "images" else f" at {STAGES[line['stage']]}")
         if less["low"] is None:
             lines.append((3, f"{reference} less {who}: {gain:+.2f}, of one seed: no interval, so nothing is shown."))
             continue
@@ -186,12 +190,14 @@ def _trials_table(summary: Mapping[str, Any]) -> str:
     if not summary["trials"]:
         return ""
     text = [
-        "<h2>Trials</h2><p class=quiet>The same number for every method; the best by the primary figure is taken.</p>"
+        "<h2>Trials</h2><p class=quiet>The same number for every method; the best by the primary figure is "
+        "taken, of those that did not collapse.</p>"
     ]
-    text.append("<table><tr><th>method<th>trial<th>settings<th>figures")
+    text.append("<table><tr><th>method<th>trial<th>settings<th>figures<th>its own verdict")
     for t in summary["trials"]:
         figures = ", ".join(f"{escape(name)} {value:.2f}" for name, value in t["figures"].items()) or t["status"]
         text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(json.dumps(t['settings']))}<td>{figures}")
+        text.append(f"<td>{escape(t['verdict']) or '-'}")
     return "".join(text) + "</table>"
 
 

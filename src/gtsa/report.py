@@ -90,6 +90,7 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
             "number": c.number,
             "settings": dict(c.changes),
             "status": r["status"],
+            "verdict": cells.said(r),
             "figures": _plain(r),
         }
         for c, r in found
@@ -189,10 +190,5 @@ def _costs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "minutes": float(np.median([r["seconds"] for r in trained])) / 60,
         "peak_gib": float(np.median([r["peak_memory"] for r in trained])) / 2**30,
         "device": trained[0]["device"],
-        "verdicts": dict(Counter(seen[-1] for r in trained if (seen := _verdicts(r)))),
+        "verdicts": dict(Counter(word for r in trained if (word := cells.said(r)))),
     }
-
-
-def _verdicts(result: Mapping[str, Any]) -> list[str]:
-    """What a run said of itself at every look."""
-    return [entry["verdict"] for entry in result["curve"] if "verdict" in entry]

@@ -4,7 +4,8 @@ Of a method they are about held-out images, against the same network at step 0.
 
 A loss alone cannot tell: it also falls when all features become alike. So we ask whether the true region is predicted
 better than regions of other images, whether patches find their place in another view, whether rotations are named, and
-whether the features still fill their space (RankMe, Garrido et al. 2023).
+whether the features still fill their space (RankMe, Garrido et al. 2023). Of a teacher that says which prototypes it
+sees: whether it says something else of another image.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SCORES = {  # figures of Method.diagnose whose gain over step 0 counts, and what
     "patch_score": "patches find their place in another view {} (share of the way)",
     "pixel_score": "hidden patches are painted {} than with another image's colours (share of the error)",
 }
+MUTE = 0.01  # of teacher_tells: 0.0003 was seen where the loss stays at log K, and 0.14 where it falls (LOG.md)
 LONG = 1_000  # steps from which a run without progress counts as stalled
 
 
@@ -196,6 +198,12 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
     if "agreement" in now.scores:
         figures["agreement"] = kept = float(now.of("agreement", common).mean())
         reasons.append(f"likenesses between patches agree to {kept:.2f} with those of the start (1: as they were)")
+    mute = False
+    if "teacher_tells" in now.scores:
+        figures["teacher_tells"] = tells = float(now.of("teacher_tells", common).mean())
+        mute = tells < MUTE
+        does = "says nearly the same of all images" if mute else "tells images apart"
+        reasons.append(f"the teacher {does}: {100 * tells:.2g} % of what it could tell of each")
     figures |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(
@@ -203,7 +211,7 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
         f"{start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
     )
     main = learnt[next(iter(now.scores))]
-    if shrunk and not (main and now.spread > start.spread / 10):
+    if mute or (shrunk and not (main and now.spread > start.spread / 10)):
         word = "collapsing"
     elif main or learnt.get("rotation"):
         word = "learning"
@@ -247,5 +255,8 @@ def advice(word: str) -> str:
         "learning": "train longer for more, or evaluate the export on your task",
         "too short to tell": f"give it more steps (at least {LONG:,}) before you judge",
         "stalled": "more varied images, a larger batch or a higher --learning-rate may help",
-        "collapsing": "start anew with a lower --learning-rate or a higher momentum of the teacher",
+        "collapsing": (
+            "start anew with a lower --learning-rate, a higher momentum of the teacher, or (dino, ibot) a lower "
+            "teacher_temperature"
+        ),
     }[word]
