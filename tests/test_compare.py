@@ -376,6 +376,24 @@ def test_trials_are_judged_within_the_training_images(data, tmp_path):
             assert bool(question.folds) is (folds is not None)
 
 
+def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
+    images, seen = tmp_path / "images", []
+    shutil.copytree(data / "images", images)
+    shutil.copy(images / "0.png", images / "without.png")
+    monkeypatch.setattr("gtsa.labels.masks.say", seen.append)
+    asked = {"segmentation": {"train": (str(data / "images"), str(data / "masks"))}}
+    s = validated(
+        data,
+        tmp_path,
+        train=(str(images), str(data / "masks")),
+        tasks=asked,
+        task=("segmentation", "in_context", "rotation"),
+    )
+    places = [len(question.val) for _, _, question in cells.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
+    assert places == [10, 10, 10]
+    assert seen == ["1 of 11 images have no mask and are left out"]
+
+
 def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
     s = validated(data, tmp_path)
     parts = [

@@ -126,6 +126,7 @@ def training_of(cell: Cell, s: Any) -> dict[str, Any]:
 
 def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Question]]:
     """(feature, settings, question) of all that a cell is asked; a trial is asked the primary tasks alone."""
+    opened: judging.Opened = {}
     wanted = {part.split(":")[0] for part in s.primary.split("+")} if cell.stage == "trial" else set(s.task)
     for task in s.task:
         if task not in wanted:
@@ -138,7 +139,7 @@ def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Questio
             more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
             asked = strict.validated(config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, task)
             feature = tokens if task in ("knn", "linear", "finetune", "rotation") else "patches"
-            for question in judging.questions(asked):
+            for question in judging.questions(asked, opened):
                 yield feature, asked, question
 
 

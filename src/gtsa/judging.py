@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from gtsa.labels import Labelled
 from gtsa.predictions import Keeper
 from gtsa.scan import scan
 from gtsa.terminal import say
+
+Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,17 @@ def drawn(question: Question, evidence: Evidence, names: Sequence[str]) -> stati
     return statistics.draw(figures, 1, len(question.val), draws=200)
 
 
-def questions(s: Any) -> list[Question]:
+def questions(s: Any, shared: Opened | None = None) -> list[Question]:
     """The questions that settings as in config.Evaluate ask, with their data checked.
+
+    Args:
+        shared: labels that were opened for other settings; what is opened here joins them.
 
     Raises:
         Remedy: data are missing, of the wrong format, or wrong (2, 3).
     """
     asked = []
-    opened = cache(lambda places, kinds: _open(places, kinds, s))  # several tasks, one look at the labels
+    opened = partial(_open, s=s, shared={} if shared is None else shared)  # several tasks, one look at the labels
     for name in s.task:
         settings = dict(getattr(s, name))
         evaluator = evals.found()[name](**settings)
@@ -141,13 +146,16 @@ def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelle
     return train, val.numbered_as(train)
 
 
-def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any) -> Labelled:
+def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any, shared: Opened) -> Labelled:
     """The images and labels at ``places``, of the first of ``kinds`` that they can be."""
     options = {"ignore": s.ignore, "reduce_zero_label": s.reduce_zero_label, "classes": s.classes}
     told: list[str] = []
     for kind in kinds:
+        key = (*places, kind, *options.values())
         try:
-            return labels.open_labelled(places[0], places[1] if len(places) > 1 else None, kind, **options)  # type: ignore[arg-type]
+            if key not in shared:
+                shared[key] = labels.open_labelled(places[0], places[1] if len(places) > 1 else None, kind, **options)  # type: ignore[arg-type]
+            return shared[key]
         except labels.UnknownFormat as remedy:
             told.append(str(remedy))
     raise Remedy("\n".join(told), 3)
