@@ -301,18 +301,22 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
         assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].search.keys()
 
 
+def tried(cell, s, good, **more):
+    """Commits a trial with this primary figure, or one that failed."""
+    tasks = ("segmentation", "in_context")
+    entries = [{"task": t, "feature": "patches", "figures": {"mIoU": good}, "images": 10} for t in tasks]
+    result = (
+        {"status": "done", "reason": "", "results": entries, **more} if good else {"status": "failed", "reason": "x"}
+    )
+    cells.folder_of(cell, s).mkdir(parents=True)
+    cells.commit(cell, s, result)
+
+
 def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
     s = validated(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
     rows = rows_of(s)
     for cell in trials(rows, s):
-        good = {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[cell.row.name][cell.number]
-        entries = [
-            {"task": task, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
-            for task in ("segmentation", "in_context")
-        ]
-        result = {"status": "done", "reason": "", "results": entries} if good else {"status": "failed", "reason": "x"}
-        cells.folder_of(cell, s).mkdir(parents=True)
-        cells.commit(cell, s, result)
+        tried(cell, s, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[cell.row.name][cell.number])
     best = {"gtsa": drawn(rows[0], 1, s), "dino": drawn(rows[1], 1, s)}
     for row in rows:
         if row.tuned_as:
@@ -329,13 +333,7 @@ def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, word
     s = validated(data, tmp_path, tune=2, methods=("dino",))
     rows = rows_of(s)
     for cell, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
-        entries = [
-            {"task": task, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
-            for task in ("segmentation", "in_context")
-        ]
-        cells.folder_of(cell, s).mkdir(parents=True)
-        curve = [{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}]
-        cells.commit(cell, s, {"status": "done", "reason": "", "results": entries, "curve": curve})
+        tried(cell, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
     assert chosen(rows[0], rows, s) == drawn(rows[0], best, s)
 
 
@@ -381,14 +379,8 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     shutil.copytree(data / "images", images)
     shutil.copy(images / "0.png", images / "without.png")
     monkeypatch.setattr("gtsa.labels.masks.say", seen.append)
-    asked = {"segmentation": {"train": (str(data / "images"), str(data / "masks"))}}
-    s = validated(
-        data,
-        tmp_path,
-        train=(str(images), str(data / "masks")),
-        tasks=asked,
-        task=("segmentation", "in_context", "rotation"),
-    )
+    places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
+    s = validated(data, tmp_path, train=places, task=tasks)
     places = [len(question.val) for _, _, question in cells.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
     assert places == [10, 10, 10]
     assert seen == ["1 of 11 images have no mask and are left out"]

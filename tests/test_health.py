@@ -43,10 +43,14 @@ def test_intervals_cover():
     assert covered == pytest.approx(0.95, abs=0.02)
 
 
-def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8):
+def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
     noise = torch.linspace(-0.01, 0.01, n, dtype=torch.float64)
     return Figures(
-        {"region_score": region + noise, "rotation_accuracy": rotation + noise}, rank, spread, torch.arange(n)
+        {"region_score": region + noise, "rotation_accuracy": rotation + noise}
+        | {name: value + 0 * noise for name, value in more.items()},
+        rank,
+        spread,
+        torch.arange(n),
     )
 
 
@@ -76,7 +80,10 @@ def test_a_verdict_is_about_held_out_images_or_says_so():
 
 
 def test_one_image_supports_nothing():
-    start, now = figures(0.0, n=1), figures(0.5, rotation=0.9, n=1)
+    start, now = (
+        figures(0.0, n=1),
+        figures(0.5, rotation=0.9, n=1, teacher_information=0.0),
+    )  # which needs another image
     assert verdict(now, start, 100).word == "too short to tell"
 
 
@@ -124,12 +131,10 @@ def test_a_start_that_was_lucky_is_no_learning():
 )
 def test_a_teacher_that_says_the_same_of_all_images_is_no_learning(tells, word, reason):
     """Views of an image are still told from others', as by the collapsed DINO of the small experiment."""
-    start, now = figures(0.0), figures(0.13)
-    now.scores["teacher_tells"] = torch.full((8,), tells, dtype=torch.float64)
-    found = verdict(now, start, 1000)
+    found = verdict(figures(0.13, teacher_information=tells), figures(0.0), 1000)
     assert found.word == word
     assert any(reason in line for line in found.reasons)
-    assert found.figures["teacher_tells"] == pytest.approx(tells)
+    assert found.figures["teacher_information"] == pytest.approx(tells)
 
 
 def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():

@@ -156,11 +156,11 @@ def test_settings_that_mean_nothing_are_refused(wrong, told):
         method(**wrong)
 
 
-def test_what_the_teacher_tells_is_of_its_cls_token():
+def test_what_the_teacher_information_is_of_its_cls_token():
     ibot, seen = method(teacher_temperature=(0.5, 0.05)).eval(), views(4, 2, 1)
     ibot.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
     cls = tokens_by_hand(ibot.teacher.encoder, seen.global_crops.pixels.flatten(0, 1))[:, 0]
     logits = head_by_hand(ibot.teacher.head, cls) - np.linspace(-0.3, 0.3, 32)
     p = softmax(logits / 0.05).reshape(4, 2, 32).mean(1)
     expected = (p * np.log(p / p.mean(0))).sum(-1) / np.log(4)
-    np.testing.assert_allclose(ibot.diagnose(seen)["teacher_tells"].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(ibot.diagnose(seen)["teacher_information"].numpy(), expected, atol=1e-6)

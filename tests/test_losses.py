@@ -138,18 +138,18 @@ def test_what_is_told_by_hand():
     expected = [
         sum(p * math.log(p / m) for p, m in zip(row, mean, strict=True) if p) / math.log(2) for row in (one, other)
     ]
-    assert losses.told(said).tolist() == pytest.approx(expected)
+    assert losses.information(said).tolist() == pytest.approx(expected)
 
 
 @few
 @given(seeds, small, small, st.integers(2, 9), st.floats(0.01, 100))
 def test_what_is_told_of_a_batch_is_a_share(seed, images, crops, prototypes, sharpness):
     said = (sharpness * normal(seed, images, crops, prototypes)).softmax(-1)
-    assert -1e-9 <= losses.told(said).mean().item() <= 1 + 1e-9
-    assert losses.told(said[:1].expand(images, -1, -1)).abs().max() < 1e-9  # the same of all
+    assert -1e-9 <= losses.information(said).mean().item() <= 1 + 1e-9
+    assert losses.information(said[:1].expand(images, -1, -1)).abs().max() < 1e-9  # the same of all
 
 
 def test_all_is_told_by_a_prototype_for_each_image():
     said = torch.eye(4, 6)[:, None].expand(-1, 2, -1)
-    assert losses.told(said).tolist() == pytest.approx([1.0] * 4)
-    assert losses.told(torch.full((4, 2, 6), 1 / 6)).abs().max() < 1e-6
+    assert losses.information(said).tolist() == pytest.approx([1.0] * 4)
+    assert losses.information(torch.full((4, 2, 6), 1 / 6)).abs().max() < 1e-6

@@ -122,7 +122,7 @@ def told_apart(students: Sequence[Tensor], teacher: Tensor) -> Tensor:
     return torch.cat(found, 1).mean(1)
 
 
-def told(said: Tensor) -> Tensor:
+def information(said: Tensor) -> Tensor:
     """What a teacher tells of each image, beside what it says of every image: [B], a figure.
 
     Kullback-Leibler divergence of what it says of an image from what it says on average. The mean over the batch is
@@ -133,12 +133,10 @@ def told(said: Tensor) -> Tensor:
         said: [B, G, K] probabilities.
 
     Returns:
-        [B], as shares of the most that the mean can be, log min(B, K).
+        [B], as shares of the most that the mean can be, log min(B, K); of one image nothing can be told: 0.
     """
-    of_images = _lifted(said).mean(1)  # [B, K]
-    floor = torch.finfo(of_images.dtype).tiny
-    ratio = of_images.clamp(min=floor).log() - of_images.mean(0).clamp(min=floor).log()
-    return (of_images * ratio).sum(-1) / math.log(max(2, min(of_images.shape)))
+    p = _lifted(said).mean(1)  # [B, K]
+    return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(-1) / math.log(max(2, min(p.shape)))
 
 
 def _centred(vectors: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_dino_does_not_collapse_on_the_sample(tmp_path):
     highest = max(losses[:50])  # of the first 500 steps; log K is 6.93
     assert np.mean(losses[-10:]) < highest - 0.3
     assert 0.3 < np.mean(entropies[-10:]) < 0.95
-    assert done.verdict.figures["teacher_tells"] > 0.05
+    assert done.verdict.figures["teacher_information"] > 0.05
     assert done.verdict.word == "learning"
 
 
@@ -71,5 +71,5 @@ def test_dino_with_settings_for_large_data_collapses_on_the_sample_and_says_so(t
     """The published temperatures with a teacher that follows fast."""
     options = {"momentum": 0.99, "teacher_temperature": (0.04, 0.07)}
     done = gtsa.pretrain(out=str(tmp_path / "run"), method="dino", steps=250, learning_rate=6e-4, dino=options)
-    assert done.verdict.figures["teacher_tells"] < 0.002
+    assert done.verdict.figures["teacher_information"] < 0.002
     assert done.verdict.word == "collapsing"

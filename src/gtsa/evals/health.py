@@ -34,7 +34,7 @@ SCORES = {  # figures of Method.diagnose whose gain over step 0 counts, and what
     "patch_score": "patches find their place in another view {} (share of the way)",
     "pixel_score": "hidden patches are painted {} than with another image's colours (share of the error)",
 }
-MUTE = 0.01  # of teacher_tells: 0.0003 was seen where the loss stays at log K, and 0.14 where it falls (LOG.md)
+MUTE = 0.01  # of teacher_information: less is none. Seen: 0.0003 where the loss stays at log K, 0.14 where it falls
 LONG = 1_000  # steps from which a run without progress counts as stalled
 
 
@@ -199,11 +199,11 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
         figures["agreement"] = kept = float(now.of("agreement", common).mean())
         reasons.append(f"likenesses between patches agree to {kept:.2f} with those of the start (1: as they were)")
     mute = False
-    if "teacher_tells" in now.scores:
-        figures["teacher_tells"] = tells = float(now.of("teacher_tells", common).mean())
-        mute = tells < MUTE
+    if "teacher_information" in now.scores and images > 1:
+        figures["teacher_information"] = told = float(now.of("teacher_information", common).mean())
+        mute = told < MUTE
         does = "says nearly the same of all images" if mute else "tells images apart"
-        reasons.append(f"the teacher {does}: {100 * tells:.2g} % of what it could tell of each")
+        reasons.append(f"the teacher {does}: {100 * told:.2g} % of what it could tell of each")
     figures |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(

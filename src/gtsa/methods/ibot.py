@@ -178,8 +178,8 @@ class IBOT(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Per image, as of DINO, ``image_score`` and ``teacher_tells``, both of the CLS token."""
+        """Per image, as of DINO, ``image_score`` and ``teacher_information``, both of the CLS token."""
         teacher = self._cls(self.teacher, self._tokens(self.teacher, views.global_crops), views.global_crops)
         students = [self._cls(self.student, self._tokens(self.student, crops), crops) for crops in views.groups]
         said = self.centre.sharpened(teacher, self.teacher_temperature(1.0))
-        return {"image_score": losses.told_apart(students, teacher), "teacher_tells": losses.told(said)}
+        return {"image_score": losses.told_apart(students, teacher), "teacher_information": losses.information(said)}
