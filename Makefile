@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 .PHONY: setup demo test test-long lint format benchmark lock clean
 
@@ -31,10 +32,10 @@ format: setup
 	$(BIN)/ruff format .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long or not long'
+	$(PYTEST) -m 'long or not long'
 
 benchmark: setup
 	$(BIN)/python benchmarks/step.py --json runs/step.json
