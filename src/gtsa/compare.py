@@ -231,7 +231,9 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
     free: Queue[str] = Queue()
     for device in list(range(max(1, gpus))) * s.jobs:
         free.put(str(device) if gpus else "")
-    where = f"{gpus} GPUs" if gpus else "the CPU"
+    if gpus and s.workers == "auto":
+        s = s.model_copy(update={"workers": plan.readers(free.qsize())})
+    where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU"
     say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.qsize()} at a time")
     began = time.monotonic()
     with ThreadPoolExecutor(free.qsize()) as pool:

@@ -60,12 +60,15 @@ def run(cell: Cell, s: Any) -> None:
 def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
     began = time.perf_counter()
     backbone, costs = _trained(cell, s, place) if cell.row.source is None else (_untrained(cell, s), {})
-    fabric = plan.fabric_of(plan.engine(strict.validated(config.Evaluate, _engine(s))).settings)
+    ready = plan.engine(strict.validated(config.Evaluate, _engine(s)))
+    plan.workers(ready)
+    fabric = plan.fabric_of(ready.settings)
     backbone = backbone.to(fabric.device).eval()
     results = []
     evidence: dict[tuple[str, str], Evidence] = {}
     for feature, asked, question in questions_of(cell, s):
-        lab = Lab(fabric, asked.tokens, SEED, asked.batch_size, 0, place / "work" / f"{question.name}-{feature}")
+        work = place / "work" / f"{question.name}-{feature}"
+        lab = Lab(fabric, asked.tokens, SEED, asked.batch_size, ready.settings.workers, work)
         found = evidence[question.name, feature] = question.evidence(backbone, lab)
         figures = question.evaluator.figures(found)
         results.append({"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)})
@@ -78,7 +81,14 @@ def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
 
 
 def _engine(s: Any) -> dict[str, Any]:
-    return {"weights": "-", "task": ("health",), "val": ("-",), "precision": s.precision, "device": s.device}
+    return {
+        "weights": "-",
+        "task": ("health",),
+        "val": ("-",),
+        "precision": s.precision,
+        "device": s.device,
+        "workers": s.workers,
+    }
 
 
 def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:

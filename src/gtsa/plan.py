@@ -189,12 +189,21 @@ def workers(plan: Plan) -> None:
     """Resolves the processes that read images."""
     s = plan.settings
     if s.workers == "auto":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if s.device == "cuda":
-            count, why = max(1, min(16, cores // s.devices - 1)), f"{cores} cores, one left for each device"
+            count, why = readers(s.devices), f"{cores()} cores, one left for each device"
         else:
-            count, why = (0, "the cores are busy with training") if cores <= 4 else (2, f"{cores} cores")
+            count, why = (0, "the cores are busy with training") if cores() <= 4 else (2, f"{cores()} cores")
         plan.settle({"workers": why}, workers=count)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def readers(runs: int) -> int:
+    """Processes that read images for each of ``runs`` on GPUs of this machine, at the same time."""
+    return max(1, min(16, cores() // runs - 1))
 
 
 @dataclass

@@ -91,8 +91,9 @@ def the_views(case):
     return Views.of(groups)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
-def test_every_number(path):
+def test_every_number(path, device):
     case = json.loads(path.read_text())
     config, schedule = case["config"], case["schedule"]
     method, views = the_method(case), the_views(case)
@@ -115,8 +116,9 @@ def test_every_number(path):
         clip=config["clip_each_parameter_to"],
         betas=tuple(config["adamw_betas"]),
     )
-    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true")
+    fabric = Fabric(accelerator=device, devices=1, precision="64-true")
     module, wrapped = fabric.setup(method, optimizer)
+    views = views.each(lambda crops: crops.each(lambda tensor: tensor.to(fabric.device)))
     module.train()
 
     norms = {}

@@ -1,0 +1,125 @@
+"""What runs on a GPU is what runs on a CPU, but for the last digits. Skipped where there is no GPU."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from conftest import TINY
+from contract.test_evaluations import SMALL, backbone, kinds, sets
+from contract.test_methods import views
+from gtsa import augment, evals, methods
+from gtsa.augment import ORDERS
+from gtsa.backbone import Backbone
+from gtsa.core import Colour, Crops, Views
+from gtsa.features import Lab
+from gtsa.loop import train_step
+from gtsa.optim import ScheduledAdamW
+from gtsa.plan import PRECISIONS
+from gtsa.pretrain import pretrain
+from gtsa.schedules import Constant
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+RATE = 1e-3
+LEARNT_LATE = {"detection", "finetune"}  # a few steps from random weights: the last digits decide what is found
+
+
+def stepped(name, device, precision="32"):
+    """Parts of two steps on the same views, and the student's weights after them; without drop path, whose draws are
+    the device's own."""
+    fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
+    torch.manual_seed(0)
+    method = methods.found()[name](Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2}))
+    module, wrapped = fabric.setup(method, ScheduledAdamW(method, Constant(RATE), Constant(0.04)))
+    module.train()
+    seen = views().each(lambda crops: crops.each(lambda tensor: tensor.to(fabric.device)))
+    found = []
+    for step in range(2):
+        torch.manual_seed(step)  # of masks, which are drawn on the host
+        parts, accepted, _ = train_step(module, wrapped, [seen], 1, fabric, 0.5 + step / 10, 0.6 + step / 10)
+        assert accepted == 1
+        found.append({name: float(value) for name, value in parts.items()})
+    weights = torch.cat([p.detach().cpu().flatten() for p in method.encoders["student"].parameters()])
+    return found, weights
+
+
+@pytest.mark.parametrize("name", sorted(methods.found()))
+def test_a_step_is_that_of_the_cpu(name):
+    (here, weights), (there, same) = stepped(name, "cpu"), stepped(name, "cuda")
+    for mine, theirs in zip(here, there, strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-3, abs=1e-5)
+    assert float((weights - same).abs().max()) < 2 * 2 * RATE  # Adam's first steps are of the size of the rate
+    assert float((weights - same).abs().mean()) < RATE / 10
+
+
+@pytest.mark.parametrize("name", sorted(methods.found()))
+def test_bf16_is_near(name):
+    (full, _), (half, _) = (stepped(name, "cuda", precision) for precision in ("32", "bf16"))
+    assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=0.05)
+
+
+def test_augmentation_is_that_of_the_cpu():
+    draw = torch.Generator().manual_seed(0)
+    count, side = len(ORDERS), 24
+    pixels = torch.randint(0, 256, (count, 2, 3, side, side), dtype=torch.uint8, generator=draw)
+    colours = torch.rand(count, 2, len(Colour), generator=draw)
+    colours[..., Colour.ORDER] = torch.arange(count)[:, None]
+    colours[..., Colour.HUE] -= 0.5
+    colours[..., Colour.GREY] = (colours[..., Colour.GREY] > 0.8).float()
+    colours[..., Colour.SOLARISE] = (colours[..., Colour.SOLARISE] > 0.8).float()
+    turns = torch.randint(4, (count, 2), generator=draw)
+    seen = Views.of([Crops(pixels, torch.zeros(count, 2, 4, dtype=torch.float64), turns, colours)])
+    here, there = (
+        augment.apply(seen, torch.device(device), (0.5,) * 3, (0.25,) * 3).global_crops for device in ("cpu", "cuda")
+    )
+    assert there.pixels.device.type == there.boxes.device.type == there.turns.device.type == "cuda"
+    far = (there.pixels.cpu() - here.pixels).abs() > 1e-3
+    assert float(far.double().mean()) < 1e-3  # a value beside the threshold of solarisation, a hue beside a sector
+
+
+def figures_on(device, name, kind):
+    torch.manual_seed(0)
+    evaluator = evals.found()[name](**SMALL.get(name, {}))
+    train, val = sets(kind)
+    fabric = Fabric(accelerator=device, devices=1)
+    network = copy.deepcopy(backbone()).to(fabric.device)
+    evidence = evaluator(network, train if evaluator.learns else None, val, Lab(fabric, batch_size=16, seed=3))
+    return evaluator.figures(evidence)
+
+
+@pytest.mark.parametrize(("name", "kind"), kinds())
+def test_evaluations_answer_as_on_the_cpu(name, kind):
+    here, there, again = (figures_on(device, name, kind) for device in ("cpu", "cuda", "cuda"))
+    assert there.keys() == here.keys()
+    if name != "clusters":
+        assert there == pytest.approx(again, rel=1e-4, abs=1e-4, nan_ok=True)
+    for figure, value in there.items():
+        if name in LEARNT_LATE or math.isnan(here[figure]):
+            assert math.isfinite(value) or math.isnan(here[figure])
+        else:
+            assert value == pytest.approx(here[figure], rel=0.05, abs=3.0), figure
+
+
+@pytest.mark.parametrize("method", sorted(methods.found()))
+def test_pretraining_takes_bf16_by_itself_and_resumes_bit_for_bit(tmp_path, scenes, method):
+    told = {**TINY, "method": method, "deterministic": True}
+    told = {k: v for k, v in told.items() if k != "gtsa" or method == "gtsa"}
+    whole = pretrain(str(scenes), **told, out=str(tmp_path / "whole"))
+    assert "precision: bf16" in (whole.folder / "config.yaml").read_text()
+    pretrain(str(scenes), **told, out=str(tmp_path / "part"))
+    for step in (8, 12):  # as if it had been killed after step 4
+        for place in (tmp_path / "part" / "checkpoints").glob(f"step-*{step:02d}"):
+            for file in place.iterdir():
+                file.unlink()
+            place.rmdir()
+    again = pretrain(str(scenes), **told, out=str(tmp_path / "part"), resume=True)
+    losses = [
+        [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, again)
+    ]
+    assert losses[0] == losses[1]
+    kept = [max((run.folder / "checkpoints").glob("step-*")) / "objective.safetensors" for run in (whole, again)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
