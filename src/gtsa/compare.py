@@ -255,8 +255,8 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
     if device:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
-    elif s.jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.jobs)))
+    if s.jobs > 1:  # threads that wait for one another must not outnumber the cores
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, plan.cores() // s.jobs // (2 if device else 1))))
     try:
         with open(place / "log.txt", "a") as log:
             command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]
