@@ -13,14 +13,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
-from gtsa.compare import chosen, drawn, finals, primary_of, trials
+from gtsa.compare import finals
 from gtsa.core import Remedy
 from gtsa.export import opened
 from gtsa.statistics import Drawn
+from gtsa.tuning import choices, chosen, drawn, primary_of, trials
 
 compare = sys.modules["gtsa.compare"]  # the package has the function under this name
 
@@ -335,6 +337,38 @@ def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, word
     for cell, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
         tried(cell, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
     assert chosen(rows[0], rows, s) == drawn(rows[0], best, s)
+
+
+def counted(hits):
+    """Evidence of segmentation where ``hits`` of 10 pixels of each image are right, of class 0; and its mIoU by hand."""
+    hit, ten = torch.tensor(hits), torch.full((len(hits),), 10)
+    evidence = {"hit": torch.stack([hit, 0 * hit], 1), "predicted": torch.stack([hit, 10 - hit], 1)}
+    return {**evidence, "true": torch.stack([ten, 0 * ten], 1)}, 100 * sum(hits) / (10 * len(hits)) / 2
+
+
+def test_the_report_says_whether_a_choice_hangs_on_the_folds(data, tmp_path):
+    s = validated(data, tmp_path, tune=2)
+    hits = {  # ten images in two folds
+        "gtsa": ([9] * 5 + [1] * 5, [2] * 5 + [6] * 5),  # the first is better by the first fold alone
+        "dino": ([1] * 5 + [2] * 5, [3] * 5 + [4] * 5),
+    }
+    found = []
+    for cell in trials(rows_of(s), s):
+        evidence, good = counted(hits[cell.row.name][cell.number])
+        assert cells.evaluator_of("segmentation", s).figures(evidence)["mIoU"] == pytest.approx(good)
+        tried(cell, s, good)
+        cells.keep_evidence(cell, s, {(task, "patches"): evidence for task in ("segmentation", "in_context")})
+        found.append((cell, cells.done(cell, s)))
+    told = [{"row": "gtsa", "taken": 0, "without": [1, 0]}, {"row": "dino", "taken": 1, "without": [1, 1]}]
+    assert choices(found, s) == told
+    hangs, steady = page.steadiness(told)
+    assert "gtsa: trial 0 is taken, but would be 1 without fold 1" in hangs
+    assert "dino: trial 1 would be taken whichever of the 2 folds" in steady
+    (cells.folder_of(found[0][0], s) / "evidence.npz").unlink()
+    assert [choice["without"] for choice in choices(found, s)] == [None, [1, 1]]
+    assert page.steadiness(choices(found, s)) == [steady]
+    within = validated(data, tmp_path, tune=2, folds=None, val=s.train)
+    assert [choice["without"] for choice in choices(found, within)] == [None, None]
 
 
 def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtsa import config, judging, strict
+from gtsa import config, evals, judging, strict
 from gtsa.checkpoint import store
-from gtsa.core import Evidence, Remedy
+from gtsa.core import Evaluator, Evidence, Remedy
 from gtsa.sources import open_source
 from gtsa.training import digest_of
 from gtsa.views import MultiCrop
@@ -131,7 +131,7 @@ def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Questio
     for task in s.task:
         if task not in wanted:
             continue
-        shared = {"train": s.train, "val": s.val, "folds": s.folds, **s.evaluate, **s.tasks.get(task, {})}
+        shared = told_of(task, s)
         if cell.stage == "trial" and shared["val"]:  # settings are chosen within the training images
             shared |= {"val": (), "folds": shared["folds"] or 5}
         given = {k: v for k, v in shared.items() if v is not None and v != ()}
@@ -141,6 +141,15 @@ def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Questio
             feature = tokens if task in ("knn", "linear", "finetune", "rotation") else "patches"
             for question in judging.questions(asked, opened):
                 yield feature, asked, question
+
+
+def told_of(task: str, s: Any) -> dict[str, Any]:
+    """Settings of gtsa evaluate for a task: the common ones, and over these its own."""
+    return {"train": s.train, "val": s.val, "folds": s.folds, **s.evaluate, **s.tasks.get(task, {})}
+
+
+def evaluator_of(task: str, s: Any) -> Evaluator:
+    return evals.found()[task](**told_of(task, s).get(task, {}))
 
 
 def digest_for(cell: Cell, s: Any) -> str:
@@ -184,6 +193,12 @@ def done(cell: Cell, s: Any) -> dict[str, Any] | None:
     if result.get("digest") != digest_for(cell, s):
         raise Remedy(f"{file} was made with other settings; give another --out, or remove its folder", 4)
     return result
+
+
+def answered(cell: Cell, s: Any) -> dict[str, Any] | None:
+    """A cell's result, if there is one and it is no failure."""
+    result = done(cell, s)
+    return result if result and result["status"] == "done" else None
 
 
 def said(result: Mapping[str, Any]) -> str:

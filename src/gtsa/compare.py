@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,10 +15,9 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import numpy as np
 import torch
 
-from gtsa import cells, config, experiment, plan, report, strict
+from gtsa import cells, config, experiment, plan, report, strict, tuning
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 from gtsa.export import opened
@@ -56,7 +54,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
     seen, images = s.steps * s.batch_size, len(open_source(s.data))
     say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
     say(f"progress of each: {s.out}/cells/*/*/log.txt")
-    for what, stage in (("rows that learn nothing", untaught), ("trials", trials)):
+    for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
         _all(list(stage(rows, s)), s, what)
     for row in rows:
         if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
@@ -76,7 +74,7 @@ def _reported(rows: Sequence[Row], s: Any) -> Path:
 
 def _wanted(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
     """All that the report tells of."""
-    return chain(finals(rows, s), at_equal_flops(rows, s), trials(rows, s))
+    return chain(finals(rows, s), at_equal_flops(rows, s), tuning.trials(rows, s))
 
 
 def _checked(rows: Sequence[Row], s: Any) -> None:
@@ -112,65 +110,6 @@ def untaught(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
     yield from (Cell(row, "images", 0) for row in rows if row.source is not None)
 
 
-def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
-    """The same number of settings for every method: its preset, and random ones."""
-    steps = s.tune_steps or max(1, s.steps // 3)
-    for row in rows:
-        if row.source is None and row.name == row.tuned_as:
-            for number in range(s.tune):
-                yield Cell(row, "trial", number, {"steps": steps, **drawn(row, number, s)})
-
-
-def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
-    """Settings of a trial: learning rate, log-uniform, and one value of each that the method names.
-
-    The first trial is of the method's preset, in the middle of the rates: few draws may all be bad ones.
-    """
-    if number == 0:
-        return {"learning_rate": float(f"{math.sqrt(s.rates[0] * s.rates[1]):.3g}")}
-    draw = np.random.default_rng([number, *row.name.encode()])
-    low, high = s.rates
-    rate = float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")
-    search = config.METHODS[row.name].search
-    values = {key: choices[int(draw.integers(len(choices)))] for key, choices in search.items()}
-    return {"learning_rate": rate, row.name: values}
-
-
-def chosen(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any]:
-    """Settings of the best trial of the row's method; none where there were no trials.
-
-    One that collapsed is the best only where all did: early on its figures may be those of a network that learns.
-
-    Raises:
-        Remedy: every trial failed.
-    """
-    tried = [cell for cell in trials(rows, s) if cell.row.name == row.tuned_as]
-    if not tried:
-        return {}
-    good = [(n, result) for n, cell in enumerate(tried) if (result := _good(cell, s))]
-    scored = [(cells.said(result) != "collapsing", primary_of(result, s), -n) for n, result in good]
-    if not scored:
-        raise Remedy(f"all {len(tried)} trials of {row.tuned_as} failed; see {s.out}/cells/{row.tuned_as}/", 5)
-    best = tried[-max(scored)[2]]
-    return {key: value for key, value in best.changes.items() if key != "steps"}
-
-
-def primary_of(result: dict[str, Any], s: Any) -> float:
-    """The figure that decides: the mean of its parts."""
-    return float(np.mean([_part(result, part) for part in s.primary.split("+")]))
-
-
-def _part(result: dict[str, Any], part: str) -> float:
-    task, _, figure = part.partition(":")
-    for entry in result["results"]:
-        if entry["task"] == task:
-            figures = entry["figures"]
-            if figure and figure not in figures:
-                raise Remedy(f"--primary {part}: {task} has no such figure; it has {', '.join(figures)}")
-            return float(figures[figure] if figure else next(iter(figures.values())))
-    raise Remedy(f"--primary {part}: there is no result of {task}")
-
-
 def finals(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
     """Every row with every seed, seed by seed, so that there is something to compare early."""
     settings: dict[str, dict[str, Any] | Remedy] = {}
@@ -190,7 +129,7 @@ def finals(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
 
 def _tuned(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any] | Remedy:
     try:
-        return chosen(row, rows, s)
+        return tuning.chosen(row, rows, s)
     except Remedy as remedy:
         return remedy
 
@@ -199,7 +138,11 @@ def at_equal_flops(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
     """Runs of every method whose operations are those of the first method's."""
     if not s.equal_flops:
         return
-    costs = {cell.row.name: r["flops_per_image"] for cell in finals(rows, s) if (r := _good(cell, s)) and "steps" in r}
+    costs = {
+        cell.row.name: r["flops_per_image"]
+        for cell in finals(rows, s)
+        if (r := cells.answered(cell, s)) and "steps" in r
+    }
     if rows[0].name not in costs:
         return
     for cell in finals(rows, s):
@@ -207,11 +150,6 @@ def at_equal_flops(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
         if name in costs and name != rows[0].name:
             steps = max(1, round(s.steps * costs[rows[0].name] / costs[name]))
             yield replace(cell, stage="flops", changes={**cell.changes, "steps": steps})
-
-
-def _good(cell: Cell, s: Any) -> dict[str, Any] | None:
-    result = cells.done(cell, s)
-    return result if result and result["status"] == "done" else None
 
 
 # The queue
@@ -274,12 +212,12 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
     if result["status"] != "done":
         return f"{cell.name}: FAILED: {result['reason']}"
     collapsed = ", COLLAPSING by its own verdict" if cells.said(result) == "collapsing" else ""
-    return f"{cell.name}: primary {primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"
+    return f"{cell.name}: primary {tuning.primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"
 
 
 def _one(name: str, rows: Sequence[Row], s: Any) -> None:
     """The cell that this process was made for."""
-    for stage in (finals, trials, at_equal_flops):
+    for stage in (finals, tuning.trials, at_equal_flops):
         for cell in stage(rows, s):
             if cell.name == name:
                 experiment.run(cell, s)

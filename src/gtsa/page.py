@@ -193,12 +193,28 @@ def _trials_table(summary: Mapping[str, Any]) -> str:
         "<h2>Trials</h2><p class=quiet>The same number for every method; the best by the primary figure is "
         "taken, of those that did not collapse.</p>"
     ]
+    text += [f"<p>{escape(line)}</p>" for line in steadiness(summary["choices"])]
     text.append("<table><tr><th>method<th>trial<th>settings<th>figures<th>its own verdict")
     for t in summary["trials"]:
         figures = ", ".join(f"{escape(name)} {value:.2f}" for name, value in t["figures"].items()) or t["status"]
         text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(json.dumps(t['settings']))}<td>{figures}")
         text.append(f"<td>{escape(t['verdict']) or '-'}")
     return "".join(text) + "</table>"
+
+
+def steadiness(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether the choices of trials hang on the images that the figures are of."""
+    lines = []
+    for choice in choices:
+        row, taken, without = choice["row"], choice["taken"], choice["without"]
+        if without is None:
+            continue
+        others = [f"{best} without fold {fold}" for fold, best in enumerate(without, start=1) if best != taken]
+        if others:
+            lines.append(f"{row}: trial {taken} is taken, but would be {', '.join(others)}: it hangs on these images.")
+        else:
+            lines.append(f"{row}: trial {taken} would be taken whichever of the {len(without)} folds were left out.")
+    return lines
 
 
 def _failures(summary: Mapping[str, Any]) -> str:
@@ -216,7 +232,7 @@ def _method(s: Any) -> Iterable[str]:
         + (
             "within the training images."
             if s.val
-            else "on the same folds as the figures are of: alike for all methods."
+            else "on the same folds as the figures are of: alike for all methods (see Trials for what hangs on that)."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune

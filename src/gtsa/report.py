@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gtsa import cells, evals, judging, page, statistics
+from gtsa import cells, judging, page, statistics, tuning
 from gtsa.cells import STAGES, Cell, Row
 from gtsa.checkpoint import store
 from gtsa.core import Evidence
@@ -97,7 +97,7 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
         if c.stage == "trial"
     ]
     told = {"reference": reference, "primary": s.primary, "seeds": s.seeds, "rows": lines, "trials": trials}
-    return told | {"differences": _differences(drawn)}
+    return told | {"choices": tuning.choices(found, s), "differences": _differences(drawn)}
 
 
 def _differences(drawn: Mapping[Key, Answers]) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ def _part(named: Mapping[str, Drawn], part: str) -> Drawn | None:
 
 
 def _of_task(task: str, networks: Sequence[Evidence], s: Any) -> tuple[list[str], Drawn]:
-    evaluator = evals.found()[task](**{**s.evaluate, **s.tasks.get(task, {})}.get(task, {}))
+    evaluator = cells.evaluator_of(task, s)
     names = list(evaluator.figures(networks[0]))
 
     def figures(network: int, places: np.ndarray) -> np.ndarray:
