@@ -3,6 +3,7 @@
     python benchmarks/step.py --json runs/step.json
 
 One step is what pretraining does: ViT-S/16, 2 x 224 + 8 x 96 px, forward, backward, clipping, AdamW, moving average.
+``--profile FILE`` writes what the time of one step goes into, operation by operation, augmentation included.
 share_of_matrix_rate = (FLOPs of the step / its time) / (FLOPs of a square matrix product / its time), both measured
 alternately in this process at the same precision, medians.
 """
@@ -17,14 +18,18 @@ import time
 from pathlib import Path
 
 import lightning_fabric
+import numpy as np
 import timm
 import torch
 from lightning_fabric import Fabric
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtsa
+from gtsa import augment
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Views
+from gtsa.data import collate
 from gtsa.loop import train_step
 from gtsa.methods.gtsa import GTSA
 from gtsa.optim import ScheduledAdamW
@@ -35,21 +40,21 @@ from gtsa.views import MultiCrop
 KINDS = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def views_of(batch: int, device: torch.device) -> Views:
-    """Noise with real geometry: what augment.apply hands to a method."""
-    import numpy as np
-
-    from gtsa.data import collate
-
+def cut_of(batch: int) -> Views:
+    """Grey crops with real geometry and colour recipes: what the workers hand to augment.apply."""
     cut = MultiCrop()
-    image = torch.zeros(3, 427, 640, dtype=torch.uint8)
-    views = collate([cut(image, np.random.default_rng(i)) for i in range(batch)])
+    image = torch.full((3, 427, 640), 128, dtype=torch.uint8)
+    return collate([cut(image, np.random.default_rng(i)) for i in range(batch)])
+
+
+def views_of(cut: Views, device: torch.device) -> Views:
+    """Noise with the geometry of crops as they were cut: what augment.apply hands to a method."""
 
     def finish(crops: Crops) -> Crops:
         noise = torch.randn(crops.pixels.shape, device=device)
         return Crops(noise, crops.boxes.to(device), crops.turns.to(device), crops.colours)
 
-    return views.each(finish)
+    return cut.each(finish)
 
 
 def seconds(work, device: torch.device) -> float:  # type: ignore[no-untyped-def]
@@ -60,14 +65,25 @@ def seconds(work, device: torch.device) -> float:  # type: ignore[no-untyped-def
     return time.perf_counter() - began
 
 
-def measure(model: str, precision: str, batch: int, repeats: int, device: str) -> dict[str, object]:
+def profile(step, place: Path, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+    """Writes a table of operations by the device's own time, of one step."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=kinds) as seen:
+        seconds(step, device)
+    order = f"self_{device.type}_time_total"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(seen.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90) + "\n")
+
+
+def measure(model: str, precision: str, batch: int, repeats: int, device: str, table: Path | None) -> dict[str, object]:
     torch.manual_seed(0)
     fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
     method = GTSA(Backbone(model, 224, drop_path=0.1))
     optimizer = ScheduledAdamW(method, Constant(1e-5), Constant(0.04))
     module, wrapped = fabric.setup(method, optimizer)
     module.train()
-    views = views_of(batch, fabric.device)
+    cut = cut_of(batch)
+    views = views_of(cut, fabric.device)
 
     def step() -> None:
         train_step(module, wrapped, [views], 1, fabric, 0.5, 0.5)
@@ -84,6 +100,14 @@ def measure(model: str, precision: str, batch: int, repeats: int, device: str) -
     for _ in range(repeats):
         times.append(seconds(step, fabric.device))
         products += [seconds(lambda: torch.mm(a, b), fabric.device) for _ in range(3)]
+    if table:
+        mean, std = method.encoders["student"].normalisation  # type: ignore[misc]
+
+        def whole() -> None:
+            augment.apply(cut, fabric.device, mean, std)
+            step()
+
+        profile(whole, table.with_stem(f"{table.stem}-{precision}"), fabric.device)
     step_time, product_time = statistics.median(times), statistics.median(products)
     rate = 2 * side**3 / product_time
     return {
@@ -108,10 +132,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=list(KINDS), default=["32", "bf16"])
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 4 on CPU, 128 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", type=Path, help="file for a table of operations; the precision joins its name")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = given.batch or (4 if device == "cpu" else 128)
-    rows = [measure(given.model, precision, batch, given.repeats, device) for precision in given.precision]
+    rows = [
+        measure(given.model, precision, batch, given.repeats, device, given.profile) for precision in given.precision
+    ]
     result = {
         "command": f"python benchmarks/step.py --batch {batch} --repeats {given.repeats}",
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",

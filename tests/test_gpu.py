@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ from gtsa.schedules import Constant
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATE = 1e-3
 LEARNT_LATE = {"detection", "finetune"}  # a few steps from random weights: the last digits decide what is found
+
+
+@pytest.fixture(autouse=True)
+def _whole_digits():
+    """A GPU's convolutions keep ten bits of a number unless they are told otherwise."""
+    convolutions: Any = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 def stepped(name, device, precision="32"):
