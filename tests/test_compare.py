@@ -239,6 +239,34 @@ def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
     compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "threads", "workers"),
+    [(2, 2, "2", 3), (1, 1, None, 15), (0, 4, "4", "auto"), (0, 1, None, "auto")],
+)
+def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, jobs, threads, workers):
+    """Sixteen cores: on a GPU half of a run's share are threads, and all of it but one read images."""
+    given = []
+
+    def run(command, env, **_):
+        time.sleep(0.2)  # so that no place is free again before all are taken
+        given.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS"), json.loads(env["GTSA_COMPARE"])))
+        return subprocess.CompletedProcess(command, 1)
+
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(compare.plan, "cores", lambda: 16)
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    s = validated(data, tmp_path, device="auto", seeds=4, jobs=jobs, methods=("mae",), controls=())
+    compare._all(list(finals(rows_of(s), s)), s, "runs")
+    assert sorted(str(device) for device, *_ in given) == (
+        ["0", "0", "1", "1"] if gpus == 2 else ["0"] * 4 if gpus else ["None"] * 4
+    )
+    assert {used for _, used, _ in given} == {threads}
+    assert {told["workers"] for *_, told in given} == {workers}
+
+
 def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys):
     begun = []
     here(monkeypatch)

@@ -166,15 +166,15 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
     if not left:
         return
     gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
-    free: Queue[str] = Queue()
+    free: Queue[str] = Queue(max(1, gpus) * s.jobs)
     for device in list(range(max(1, gpus))) * s.jobs:
         free.put(str(device) if gpus else "")
     if gpus and s.workers == "auto":
-        s = s.model_copy(update={"workers": plan.readers(free.qsize())})
+        s = s.model_copy(update={"workers": plan.readers(free.maxsize)})
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU"
-    say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.qsize()} at a time")
+    say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.maxsize} at a time")
     began = time.monotonic()
-    with ThreadPoolExecutor(free.qsize()) as pool:
+    with ThreadPoolExecutor(free.maxsize) as pool:
         try:
             for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
                 rest = (time.monotonic() - began) / number * (len(left) - number)
@@ -193,8 +193,9 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
     if device:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
-    if s.jobs > 1:  # threads that wait for one another must not outnumber the cores
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, plan.cores() // s.jobs // (2 if device else 1))))
+    if free.maxsize > 1:  # threads that wait for one another must not outnumber the cores
+        share = plan.cores() // free.maxsize // (2 if device else 1)  # on a GPU the other half reads images
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     try:
         with open(place / "log.txt", "a") as log:
             command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]
