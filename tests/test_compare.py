@@ -395,6 +395,10 @@ def test_the_report_says_whether_a_choice_hangs_on_the_folds(data, tmp_path):
     (cells.folder_of(found[0][0], s) / "evidence.npz").unlink()
     assert [choice["without"] for choice in choices(found, s)] == [None, [1, 1]]
     assert page.steadiness(choices(found, s)) == [steady]
+    evidence, _ = counted([1] * 10)
+    evidence["true"][5:] = 0  # whatever is labelled lies in the first fold
+    cells.keep_evidence(found[3][0], s, {(task, "patches"): evidence for task in ("segmentation", "in_context")})
+    assert [choice["without"] for choice in choices(found, s)] == [None, None]
     within = validated(data, tmp_path, tune=2, folds=None, val=s.train)
     assert [choice["without"] for choice in choices(found, within)] == [None, None]
 

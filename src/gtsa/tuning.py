@@ -91,7 +91,7 @@ def choices(found: Iterable[tuple[Cell, Result]], s: Any) -> list[dict[str, Any]
 
     Returns:
         ``row``, ``taken``, and ``without`` with a number for each fold that is left out; None where trials were judged
-        within training images, as they are with --val, or their evidence was not kept.
+        within training images, as they are with --val, their evidence was not kept, or there are too few labels.
     """
     of_rows: dict[str, dict[int, tuple[Cell, Result]]] = {}
     for cell, result in found:
@@ -130,6 +130,9 @@ def _left_out(cell: Cell, s: Any) -> list[float]:
         sizes = [len(judged) for _, judged in judging.folds_of(images, len(figures), SEED)]
         for number, (first, last) in enumerate(pairwise([0, *accumulate(sizes)])):
             others = np.setdiff1d(np.arange(images), np.arange(first, last))
-            values = cells.evaluator_of(task, s).figures(judging.some(evidence[task], others))
+            try:
+                values = cells.evaluator_of(task, s).figures(judging.some(evidence[task], others))
+            except Remedy:  # these images show nothing
+                return []
             figures[number].append({"task": task, "figures": values})
     return [float(np.mean([_part(entries, part) for part in parts])) for entries in figures]
