@@ -374,7 +374,7 @@ def counted(hits):
     return {**evidence, "true": torch.stack([ten, 0 * ten], 1)}, 100 * sum(hits) / (10 * len(hits)) / 2
 
 
-def test_the_report_says_whether_a_choice_hangs_on_the_folds(data, tmp_path):
+def test_the_report_says_whether_a_choice_depends_on_the_folds(data, tmp_path):
     s = validated(data, tmp_path, tune=2)
     hits = {  # ten images in two folds
         "gtsa": ([9] * 5 + [1] * 5, [2] * 5 + [6] * 5),  # the first is better by the first fold alone

@@ -164,6 +164,8 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
     """
     left = [cell for cell in wanted if cells.done(cell, s) is None]
     if not left:
+        if wanted:
+            say(f"{what}: done, {len(wanted)} of {len(wanted)} networks")
         return
     gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
     free: Queue[str] = Queue(max(1, gpus) * s.jobs)

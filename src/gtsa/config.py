@@ -84,7 +84,7 @@ class _Pretrain(Documented):
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept."""
     evaluate_every: Count | Auto = "auto"
-    """Steps between looks: health, pictures, --eval. auto: ten in a run."""
+    """Steps between looks: health, pictures, --eval. auto: ten in a run, at least 50 apart."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
     eval: tuple[str, ...] = ()
@@ -273,7 +273,7 @@ class Compare(Documented):
     methods: tuple[str, ...] = ("gtsa", "dino")
     """What to compare; the first one is what the others are compared with."""
     ablate: tuple[str, ...] = ()
-    """Variants of methods, each a row: see 'gtsa compare --help'."""
+    """Variants of methods, each a row, e.g. gtsa-no-rotation; a wrong name is answered with all that there are."""
     controls: tuple[str, ...] = CONTROLS
     """Rows that learn nothing: untrained networks, colour and edges of each patch, its position."""
     weights: tuple[str, ...] = ()

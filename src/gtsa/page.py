@@ -57,7 +57,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             continue
         gain = -less["mean"]
         if less["low"] is None:
-            lines.append((3, f"{reference} less {who}: {gain:+.2f}, of one seed: no interval, so nothing is shown."))
+            lines.append((3, f"{reference} less {who}: {gain:+.2f}, of one seed: no interval, so it proves nothing."))
             continue
         low, high = -less["high"], -less["low"]
         between = f"{gain:+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
@@ -211,7 +211,7 @@ def steadiness(choices: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         others = [f"{best} without fold {fold}" for fold, best in enumerate(without, start=1) if best != taken]
         if others:
-            lines.append(f"{row}: trial {taken} is taken, but would be {', '.join(others)}: it hangs on these images.")
+            lines.append(f"{row}: trial {taken} is taken, but would be {', '.join(others)}: it depends on the images.")
         else:
             lines.append(f"{row}: trial {taken} would be taken whichever of the {len(without)} folds were left out.")
     return lines
@@ -232,7 +232,7 @@ def _method(s: Any) -> Iterable[str]:
         + (
             "within the training images."
             if s.val
-            else "on the same folds as the figures are of: alike for all methods (see Trials for what hangs on that)."
+            else "on the same folds as the figures are of: alike for all methods (see Trials for what depends on that)."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune

@@ -181,7 +181,8 @@ def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
             checkpoint_every=min(1000, max(10, steps // 20)),
         )
     if s.evaluate_every == "auto":
-        plan.settle({"evaluate_every": "ten in the run"}, evaluate_every=max(1, steps // 10))
+        told = "ten in the run, at least 50 steps apart"
+        plan.settle({"evaluate_every": told}, evaluate_every=max(50, steps // 10))
     workers(plan)
 
 

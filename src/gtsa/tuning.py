@@ -1,4 +1,4 @@
-"""Which settings of each method: trials, as many for all, the choice among them, and what it hangs on."""
+"""Which settings of each method: trials, as many for all, the choice among them, and what it depends on."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _part(results: Iterable[Mapping[str, Any]], part: str) -> float:
     raise Remedy(f"--primary {part}: there is no result of {task}")
 
 
-# With folds, trials are judged by the images that the figures are of. Does the choice hang on them?
+# With folds, trials are judged by the images that the figures are of. Does the choice depend on them?
 
 
 def choices(found: Iterable[tuple[Cell, Result]], s: Any) -> list[dict[str, Any]]:
