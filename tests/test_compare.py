@@ -324,6 +324,7 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
     rates = [c.changes["learning_rate"] for c in found]
     assert 2.5e-4 <= min(rates) < 3e-4 and 8e-4 < max(rates) <= 1e-3 and len(set(rates)) > 100
     assert drawn(rows[1], 7, s) == drawn(rows[1], 7, s) != drawn(rows[1], 8, s)
+    assert {cells.training_of(cell, s)["seed"] for cell in found} == {1000}  # or seeds would be chosen, not settings
     for cell in found:
         if cell.number == 0:  # the preset: few random draws may all be bad ones
             assert cell.changes == {"steps": 1, "learning_rate": 5e-4}

@@ -49,6 +49,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "dino-rotations": {"method": "dino", "views": {"rotations": True}},
 }  # fmt: skip
 STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
+TRIED = 1_000  # seed of all trials: the same start and images for all settings, and those of no run
 SEED = 0  # of all evaluations: every network is asked alike, so that images and folds pair up
 
 
@@ -119,7 +120,7 @@ def training_of(cell: Cell, s: Any) -> dict[str, Any]:
     steps = {"steps": cell.changes["steps"]} if "steps" in cell.changes else {}
     for more in (s.pretrain, cell.changes, cell.row.settings, steps):  # a row's own words count more than its trials
         given = strict.merged(given, more)
-    given |= {"data": s.data, "seed": cell.number if cell.stage != "trial" else 1_000 + cell.number}
+    given |= {"data": s.data, "seed": cell.number if cell.stage != "trial" else TRIED}
     sections = {"views", given["method"]}
     return {k: v for k, v in given.items() if k not in config.METHODS or k in sections}
 
