@@ -163,12 +163,13 @@ def test_the_page_needs_nothing_else(whole):
     assert {"gtsa", "dino", "untrained", "colour"} <= set(re.findall(r"<figcaption>(\w+), seed 0", page))
 
 
-def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monkeypatch, tmp_path):
+def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monkeypatch, tmp_path, capsys):
     more = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}
     before = (whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()
     monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
     with pytest.raises(Remedy, match="failed: broken/images-0"):
         compare.compare(**settings(data, whole, **more))
+    assert "all rows and seeds: done, 9 of 9 networks" in capsys.readouterr().out
     assert ((whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()) == before
     done = []
     told = results(whole)
@@ -260,9 +261,8 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, jobs, 
     monkeypatch.setattr(compare.subprocess, "run", run)
     s = validated(data, tmp_path, device="auto", seeds=4, jobs=jobs, methods=("mae",), controls=())
     compare._all(list(finals(rows_of(s), s)), s, "runs")
-    assert sorted(str(device) for device, *_ in given) == (
-        ["0", "0", "1", "1"] if gpus == 2 else ["0"] * 4 if gpus else ["None"] * 4
-    )
+    devices = sorted(str(number % gpus) if gpus else "" for number in range(4))
+    assert sorted(device or "" for device, *_ in given) == devices
     assert {used for _, used, _ in given} == {threads}
     assert {told["workers"] for *_, told in given} == {workers}
 
@@ -386,7 +386,10 @@ def test_the_report_says_whether_a_choice_depends_on_the_folds(data, tmp_path):
         evidence, good = counted(hits[cell.row.name][cell.number])
         assert cells.evaluator_of("segmentation", s).figures(evidence)["mIoU"] == pytest.approx(good)
         tried(cell, s, good)
-        cells.keep_evidence(cell, s, {(task, "patches"): evidence for task in ("segmentation", "in_context")})
+        other, _ = counted([10 - hit for hit in hits[cell.row.name][cell.number]])  # of a feature that does not decide
+        features = {"patches": evidence, "cls": other}
+        kept = {(task, name): features[name] for task in ("segmentation", "in_context") for name in features}
+        cells.keep_evidence(cell, s, kept)
         found.append((cell, cells.done(cell, s)))
     told = [{"row": "gtsa", "taken": 0, "without": [1, 0]}, {"row": "dino", "taken": 1, "without": [1, 1]}]
     assert choices(found, s) == told

@@ -189,7 +189,7 @@ def test_the_diagnosis_by_hand():
         assert dino.diagnose(seen)["image_score"][image].item() == pytest.approx(np.mean(gains), abs=1e-6)
 
 
-def test_what_the_teacher_information_by_hand():
+def test_teacher_information_by_hand():
     """At the temperature of the end, without the centre; nothing once all prototypes, or one alone, fit all images."""
     dino, seen = method(teacher_temperature=(0.5, 0.05)).eval(), views(4, 2, 1)
     dino.centre.value[:] = torch.linspace(-0.1, 0.1, 32)

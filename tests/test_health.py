@@ -80,11 +80,9 @@ def test_a_verdict_is_about_held_out_images_or_says_so():
 
 
 def test_one_image_supports_nothing():
-    start, now = (
-        figures(0.0, n=1),
-        figures(0.5, rotation=0.9, n=1, teacher_information=0.0),
-    )  # which needs another image
-    assert verdict(now, start, 100).word == "too short to tell"
+    """Nor is it a sign of collapse that a teacher tells nothing: that needs another image."""
+    now = figures(0.5, rotation=0.9, n=1, teacher_information=0.0)
+    assert verdict(now, figures(0.0, n=1), 100).word == "too short to tell"
 
 
 def asked(see, count=4, **options):

@@ -156,7 +156,7 @@ def test_settings_that_mean_nothing_are_refused(wrong, told):
         method(**wrong)
 
 
-def test_what_the_teacher_information_is_of_its_cls_token():
+def test_teacher_information_is_of_the_cls_token():
     ibot, seen = method(teacher_temperature=(0.5, 0.05)).eval(), views(4, 2, 1)
     ibot.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
     cls = tokens_by_hand(ibot.teacher.encoder, seen.global_crops.pixels.flatten(0, 1))[:, 0]

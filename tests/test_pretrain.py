@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
-from gtsa import checkpoint, strict
+from gtsa import checkpoint, config, plan, strict
 from gtsa.backbone import Backbone
 
 
@@ -191,3 +191,10 @@ def test_every_switch_trains(tmp_path, scenes, settings):
         assert group
     tensors, _ = checkpoint.read(checkpoint.newest(done.folder / "checkpoints")[0])
     assert all(torch.isfinite(t).all() for t in tensors["objective"].values())
+
+
+@pytest.mark.parametrize(("steps", "apart"), [(20, 50), (500, 50), (4000, 400)])
+def test_looks_are_ten_in_a_run_but_not_closer_than_fifty_steps(steps, apart):
+    ready = plan.engine(strict.validated(config.Pretrain, {"steps": steps, "device": "cpu"}))
+    plan.budget(ready, 100)
+    assert ready.settings.evaluate_every == apart

@@ -203,7 +203,7 @@ def _trials_table(summary: Mapping[str, Any]) -> str:
 
 
 def steadiness(choices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whether the choices of trials hang on the images that the figures are of."""
+    """Whether the choices of trials depend on the images that the figures are of."""
     lines = []
     for choice in choices:
         row, taken, without = choice["row"], choice["taken"], choice["without"]

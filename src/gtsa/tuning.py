@@ -121,9 +121,10 @@ def _left_out(cell: Cell, s: Any) -> list[float]:
     if len(folds) > 1 or 0 in folds:
         return []
     try:
-        evidence = {task: found for (task, _), found in cells.evidence_of(cell, s).items()}
+        kept = cells.evidence_of(cell, s)
     except FileNotFoundError:
         return []
+    evidence = {task: found for (task, _), found in reversed(kept.items())}  # of several features the first decides
     figures: list[list[dict[str, Any]]] = [[] for _ in range(folds.pop())]
     for task in asked:
         images = len(next(iter(evidence[task].values())))

@@ -135,8 +135,8 @@ class DINO(Method):
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """Per image ``image_score``, the mean over pairs of views: cosine of what the student says of a view with what
         the teacher says of another view of the same image, less that with other images. The mean over the batch is
-        taken off both first. And ``teacher_information``: what the teacher
-        tells of the image, at the temperature of the end, as a share of what it could tell.
+        taken off both first. And ``teacher_information``: what the teacher tells of the image, at the temperature of
+        the end, as a share of what it could tell.
         """
         students, teacher = [self.student(crops) for crops in views.groups], self.teacher(views.global_crops)
         said = self.centre.sharpened(teacher, self.teacher_temperature(1.0))
