@@ -1,6 +1,7 @@
 """gtsa compare: cells are committed whole, a comparison goes on after any end, and failures are told."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.compare import finals
 from gtsa.core import Remedy
+from gtsa.evals.segmentation import Segmentation
 from gtsa.export import opened
 from gtsa.statistics import Drawn
 from gtsa.tuning import choices, chosen, drawn, primary_of, trials
@@ -332,10 +334,12 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
         assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].search.keys()
 
 
-def tried(cell, s, good, **more):
-    """Commits a trial with this primary figure, or one that failed."""
-    tasks = ("segmentation", "in_context")
-    entries = [{"task": t, "feature": "patches", "figures": {"mIoU": good}, "images": 10} for t in tasks]
+def tried(cell, s, good, without=(), **more):
+    """Commits a trial with this primary figure, and without the images of each fold; or one that failed."""
+    tasks, inner = ("segmentation", "in_context"), [{"mIoU": value} for value in without]
+    entries = [
+        {"task": t, "feature": "patches", "figures": {"mIoU": good}, "images": 10, "without": inner} for t in tasks
+    ]
     result = (
         {"status": "done", "reason": "", "results": entries, **more} if good else {"status": "failed", "reason": "x"}
     )
@@ -368,43 +372,56 @@ def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, word
     assert chosen(rows[0], rows, s) == drawn(rows[0], best, s)
 
 
-def counted(hits):
-    """Evidence of segmentation where ``hits`` of 10 pixels of each image are right, of class 0; and its mIoU by hand."""
-    hit, ten = torch.tensor(hits), torch.full((len(hits),), 10)
-    evidence = {"hit": torch.stack([hit, 0 * hit], 1), "predicted": torch.stack([hit, 10 - hit], 1)}
-    return {**evidence, "true": torch.stack([ten, 0 * ten], 1)}, 100 * sum(hits) / (10 * len(hits)) / 2
-
-
-def test_the_report_says_whether_a_choice_depends_on_the_folds(data, tmp_path):
-    s = validated(data, tmp_path, tune=2)
-    hits = {  # ten images in two folds
-        "gtsa": ([9] * 5 + [1] * 5, [2] * 5 + [6] * 5),  # the first is better by the first fold alone
-        "dino": ([1] * 5 + [2] * 5, [3] * 5 + [4] * 5),
+def test_what_most_folds_choose_is_taken(data, tmp_path):
+    s = validated(data, tmp_path, tune=3, folds=3)
+    rows = rows_of(s)
+    inner = {  # by fold, and last of all images; the best of all images is the first trial
+        "gtsa": ([1.0, 9.0, 1.0, 9.0], [2.0, 3.0, 4.0, 3.0], [1.0, 1.0, 1.0, 1.0]),
+        "dino": ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]),
     }
-    found = []
-    for cell in trials(rows_of(s), s):
-        evidence, good = counted(hits[cell.row.name][cell.number])
-        assert cells.evaluator_of("segmentation", s).figures(evidence)["mIoU"] == pytest.approx(good)
-        tried(cell, s, good)
-        other, _ = counted([10 - hit for hit in hits[cell.row.name][cell.number]])  # of a feature that does not decide
-        features = {"patches": evidence, "cls": other}
-        kept = {(task, name): features[name] for task in ("segmentation", "in_context") for name in features}
-        cells.keep_evidence(cell, s, kept)
-        found.append((cell, cells.done(cell, s)))
-    told = [{"row": "gtsa", "taken": 0, "without": [1, 0]}, {"row": "dino", "taken": 1, "without": [1, 1]}]
+    for cell in trials(rows, s):
+        *of_folds, good = inner[cell.row.name][cell.number]
+        tried(cell, s, good, without=of_folds)
+    found = [(cell, cells.done(cell, s)) for cell in trials(rows, s)]
+    told = [{"row": "gtsa", "taken": 1, "of_folds": [1, 0, 1]}, {"row": "dino", "taken": 2, "of_folds": [2, 2, 2]}]
     assert choices(found, s) == told
-    hangs, steady = page.steadiness(told)
-    assert "gtsa: trial 0 is taken, but would be 1 without fold 1" in hangs
-    assert "dino: trial 1 would be taken whichever of the 2 folds" in steady
-    (cells.folder_of(found[0][0], s) / "evidence.npz").unlink()
-    assert [choice["without"] for choice in choices(found, s)] == [None, [1, 1]]
-    assert page.steadiness(choices(found, s)) == [steady]
-    evidence, _ = counted([1] * 10)
-    evidence["true"][5:] = 0  # whatever is labelled lies in the first fold
-    cells.keep_evidence(found[3][0], s, {(task, "patches"): evidence for task in ("segmentation", "in_context")})
-    assert [choice["without"] for choice in choices(found, s)] == [None, None]
-    within = validated(data, tmp_path, tune=2, folds=None, val=s.train)
-    assert [choice["without"] for choice in choices(found, within)] == [None, None]
+    assert [chosen(row, rows, s) for row in rows[:2]] == [drawn(rows[0], 1, s), drawn(rows[1], 2, s)]
+    (line,) = page.unsteady(told)
+    assert "gtsa has the settings of trial 1, the choice of 2 of 3 folds; without" in line and "0 (fold 2)" in line
+    within = [
+        (cell, {**result, "results": [{**e, "without": []} for e in result["results"]]}) for cell, result in found
+    ]
+    told = choices(within, s)
+    assert told == [{"row": "gtsa", "taken": 0, "of_folds": [0]}, {"row": "dino", "taken": 2, "of_folds": [2]}]
+    assert page.unsteady(told) == []
+
+
+def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
+    """Of networks that were trained: for every fold by figures of the other images, from probes that saw none of it."""
+    here(monkeypatch)
+    asked = []
+    learn = Segmentation.__call__
+
+    def seen(self, backbone, train, val, lab):
+        asked.append((set(train.places), set(val.places)))
+        return learn(self, backbone, train, val, lab)
+
+    monkeypatch.setattr(Segmentation, "__call__", seen)
+    more = {"folds": 5, "tune": 2, "seeds": 1, "controls": (), "methods": ("mae",), "task": ("segmentation",)}
+    compare.compare(**settings(data, tmp_path, **more, primary="segmentation:mIoU"))
+    pairs, folds = asked[:10], asked[-5:]
+    assert len(asked) == 10 + 10 + 5 and asked[10:20] == pairs
+    assert all(not learnt & judged and learnt | judged == set(range(10)) for learnt, judged in asked)
+    assert sorted(sorted(judged) for _, judged in pairs) == sorted(
+        sorted(one[1] | other[1]) for one, other in itertools.combinations(folds, 2)
+    )
+    s = validated(data, tmp_path, **more, primary="segmentation:mIoU")
+    found = [cells.done(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
+    good = [[figures["mIoU"] for figures in result["without"]] for result in found]
+    table = (tmp_path / "report.html").read_text().split("<h2>Trials</h2>")[1]
+    assert "<td>steps 1, learning_rate 0.0005<td>" in table and "mae.mask_share 0." in table
+    (told,) = results(tmp_path)["choices"]
+    assert told["of_folds"] == [int(second > first) for first, second in zip(*good, strict=True)]
 
 
 def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
@@ -496,6 +513,7 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
         ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),
+        ({"tune": 1}, "segmentation: trials are chosen for each fold by folds of the other images, so two folds are"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):

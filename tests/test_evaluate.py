@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import gtsa
@@ -17,7 +20,8 @@ from evaluating import coloured
 from gtsa.cli import run
 from gtsa.core import Remedy
 from gtsa.evals.finetune import Finetune
-from gtsa.judging import folds_of, joined
+from gtsa.features import Lab
+from gtsa.judging import Question, folds_of, joined
 
 QUICK = {
     "knn": {"k": (3, 1), "resize": 64, "crop": 64},
@@ -199,6 +203,41 @@ def test_folds_are_a_partition_that_follows_from_the_seed():
     assert all(sorted(learnt + judged) == list(range(23)) for learnt, judged in folds)
     assert {len(judged) for _, judged in folds} == {4, 5}
     assert folds == list(folds_of(23, 5, 7)) != list(folds_of(23, 5, 8))
+
+
+class Leaky:
+    """An evaluator whose evidence tells which images there were to learn from."""
+
+    learns = True
+
+    def __call__(self, backbone, train, val, lab):
+        return {
+            "image": torch.tensor(val),
+            "learnt": torch.stack([torch.bincount(torch.tensor(train), minlength=99)] * len(val)),
+        }
+
+    def figures(self, evidence):
+        return {
+            "images": evidence["image"].tolist(),
+            "learnt": torch.unique(torch.nonzero(evidence["learnt"])[:, 1]).tolist(),
+        }
+
+
+class Places(list):
+    def take(self, indices):
+        return Places(self[i] for i in indices)
+
+
+@given(st.integers(6, 40), st.integers(3, 6), st.integers(0, 9))
+def test_for_every_fold_settings_are_judged_by_all_other_images_and_by_what_has_not_seen_it(images, folds, seed):
+    question = Question("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
+    evidence = question.evidence(None, Lab(None, "mean", seed, 1, 0))
+    told = question.without(evidence, seed)
+    assert len(told) == folds
+    for (_, fold), figures in zip(folds_of(images, folds, seed), told, strict=True):
+        assert sorted(figures["images"]) == sorted(set(range(images)) - set(fold))
+        assert not set(figures["learnt"]) & set(fold)
+    assert replace(question, pairs=False).without(evidence, seed) == []
 
 
 def test_evidence_of_folds_is_put_together():

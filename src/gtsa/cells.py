@@ -14,7 +14,7 @@ import functools
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,15 @@ def training_of(cell: Cell, s: Any) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in config.METHODS or k in sections}
 
 
-def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Question]]:
-    """(feature, settings, question) of all that a cell is asked; a trial is asked the primary tasks alone."""
-    opened: judging.Opened = {}
+def questions_of(
+    cell: Cell, s: Any, opened: judging.Opened | None = None
+) -> Iterator[tuple[str, Any, judging.Question]]:
+    """(feature, settings, question) of all that a cell is asked; a trial is asked the primary tasks alone.
+
+    Args:
+        opened: labels that were opened for other cells; what is opened here joins them.
+    """
+    opened = {} if opened is None else opened
     wanted = {part.split(":")[0] for part in s.primary.split("+")} if cell.stage == "trial" else set(s.task)
     for task in s.task:
         if task not in wanted:
@@ -141,7 +147,13 @@ def questions_of(cell: Cell, s: Any) -> Iterator[tuple[str, Any, judging.Questio
             asked = strict.validated(config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, task)
             feature = tokens if task in ("knn", "linear", "finetune", "rotation") else "patches"
             for question in judging.questions(asked, opened):
-                yield feature, asked, question
+                pairs = cell.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
+                if pairs and question.folds == 2:
+                    raise Remedy(
+                        f"{task}: trials are chosen for each fold by folds of the other images, so two folds are too "
+                        "few; give --folds 3 or more, or --tune 0"
+                    )
+                yield feature, asked, replace(question, pairs=pairs)
 
 
 def told_of(task: str, s: Any) -> dict[str, Any]:
@@ -160,7 +172,7 @@ def digest_for(cell: Cell, s: Any) -> str:
         told = training_of(cell, s) | {"data": _images(s.data)}
     free = ("device", "workers", "devices", "precision")  # they decide no more than the last digits
     asked = (s.task, s.train, s.val, s.folds, s.tokens, s.evaluate, s.tasks)
-    primary = s.primary if cell.stage == "trial" else ""
+    primary = (s.primary, "inner folds") if cell.stage == "trial" else ""
     whole = cell.name, {k: v for k, v in told.items() if k not in free}, asked, primary
     return digest_of(json.dumps(whole, sort_keys=True))[:16]  # as JSON, which knows no tuples: YAML has none either
 

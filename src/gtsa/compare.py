@@ -21,6 +21,7 @@ from gtsa import cells, config, experiment, plan, report, strict, tuning
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 from gtsa.export import opened
+from gtsa.judging import Opened
 from gtsa.sources import open_source
 from gtsa.terminal import lasting, say
 
@@ -94,7 +95,9 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
                 )
         elif row.source not in config.CONTROLS:
             opened(row.source)
-    list(cells.questions_of(Cell(rows[0], "images", 0), s))
+    labels: Opened = {}
+    for stage in ("images", "trial") if s.tune else ("images",):
+        list(cells.questions_of(Cell(rows[0], stage, 0), s, labels))
 
 
 def _model(told: Any) -> str | None:

@@ -71,7 +71,8 @@ def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
         lab = Lab(fabric, asked.tokens, SEED, asked.batch_size, ready.settings.workers, work)
         found = evidence[question.name, feature] = question.evidence(backbone, lab)
         figures = question.evaluator.figures(found)
-        results.append({"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)})
+        result = {"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)}
+        results.append(result | ({"without": without} if (without := question.without(found, SEED)) else {}))
     cells.keep_evidence(cell, s, evidence)
     if s.pictures and cell.stage != "trial":
         _maps(backbone, s, place)

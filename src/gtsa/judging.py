@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options
 
 @dataclass(frozen=True)
 class Question:
-    """An evaluation, with what it learns from and what it is judged by; with folds these are the same images."""
+    """An evaluation, with what it learns from and what it is judged by; with folds these are the same images.
+
+    ``pairs``: settings are to be chosen by it, for every fold without the images of that fold (see pairs_of).
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -35,6 +39,7 @@ class Question:
     train: Labelled | None
     val: Labelled
     folds: int | None
+    pairs: bool = False
 
     def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> Evidence:
         """The evidence of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
@@ -47,17 +52,33 @@ class Question:
         return evidence
 
     def evidence(self, backbone: Any, lab: Lab, keeper: Keeper | None = None) -> Evidence:
-        """What the figures follow from, of every judged image; with folds in the order of the folds."""
+        """What the figures follow from, of every judged image; with folds (or pairs of them) in their order."""
         if not self.folds:
             return self.evaluator(backbone, self.train, self.val, lab)
         parts, work = [], lab.folder
-        for number, (learnt, judged) in enumerate(folds_of(len(self.val), self.folds, lab.seed)):
-            say(f"{self.name}: fold {number + 1} of {self.folds}")
+        splits = list((pairs_of if self.pairs else folds_of)(len(self.val), self.folds, lab.seed))
+        for number, (learnt, judged) in enumerate(splits):
+            say(f"{self.name}: {'pair of folds' if self.pairs else 'fold'} {number + 1} of {len(splits)}")
             if keeper:
                 keeper.places = judged
             lab.folder = work / f"fold-{number}" if work else None
             parts.append(self.evaluator(backbone, self.val.take(learnt), self.val.take(judged), lab))
         return joined(parts)
+
+    def without(self, evidence: Evidence, seed: int) -> list[dict[str, float]]:
+        """Of evidence of pairs, for every fold: the figures of all other images, of which nothing has seen the fold."""
+        if not (self.folds and self.pairs):
+            return []
+        parts = list(folds_of(len(self.val), self.folds, seed))
+        splits = list(pairs_of(len(self.val), self.folds, seed))
+        images = np.concatenate([judged for _, judged in splits])
+        pair = np.repeat(np.arange(len(splits)), [len(judged) for _, judged in splits])
+        told = []
+        for _, fold in parts:
+            has = np.array([set(fold) <= set(judged) for _, judged in splits])
+            places = np.flatnonzero(has[pair] & ~np.isin(images, fold))
+            told.append(self.evaluator.figures(some(evidence, places)))
+        return told
 
     @property
     def images(self) -> dict[str, int]:
@@ -167,6 +188,18 @@ def folds_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], li
     for fold in range(folds):
         judged = np.sort(order[fold::folds])
         yield np.setdiff1d(order, judged).tolist(), judged.tolist()
+
+
+def pairs_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(training, judged) places for each pair of folds: both are judged, and the others learnt from.
+
+    These are the inner folds of every fold: what judges it must not choose, so for the first of six a choice is made
+    by the others' images, each judged by what learnt from four folds. One probe serves both folds of a pair.
+    """
+    parts = [judged for _, judged in folds_of(images, folds, seed)]
+    for one, other in combinations(parts, 2):
+        judged = one + other
+        yield np.setdiff1d(np.arange(images), judged).tolist(), judged
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -25,6 +24,7 @@ def html(summary: Mapping[str, Any], found: Sequence[tuple[Cell, dict[str, Any]]
         "<!doctype html><html lang=en><meta charset=utf-8><title>gtsa compare</title>",
         f"<style>{STYLE}</style><h1>Which method is best on these images?</h1>",
         *(f"<p>{line}</p>" for line in verdicts(summary)),
+        *(f"<p>{escape(line)}</p>" for line in unsteady(summary["choices"])),
         _figures_table(summary),
         _differences_table(summary),
         _costs_table(summary),
@@ -118,17 +118,25 @@ def _costs_table(summary: Mapping[str, Any]) -> str:
     lines = [line for line in summary["rows"] if line["costs"]]
     if not lines:
         return ""
-    text = ["<h2>Costs</h2><table><tr><th>row<th>steps<th>images seen<th>GFLOPs an image<th>PFLOPs in all<th>minutes"]
+    text = ["<h2>Costs</h2><table><tr><th>row<th>steps<th>images seen<th>operations an image<th>in all<th>minutes"]
     text.append("<th>peak memory, GiB<th>device<th>its own verdict: runs")
     for line in lines:
         c = line["costs"]
         said = ", ".join(f"{escape(word)}: {count}" for word, count in c["verdicts"].items()) or "-"
         text.append(
             f"<tr><td>{_name(line['row'], line['stage'])}<td>{c['steps']:,}<td>{c['images_seen']:,}"
-            f"<td>{c['gflops_per_image']:.3g}<td>{c['petaflops']:.3g}<td>{c['minutes']:.1f}<td>{c['peak_gib']:.1f}"
+            f"<td>{_flops(c['gflops_per_image'] * 1e9)}<td>{_flops(c['petaflops'] * 1e15)}<td>{c['minutes']:.1f}"
+            f"<td>{c['peak_gib']:.1f}"
             f"<td>{escape(c['device'])}<td>{said}"
         )
     return "".join(text) + "</table>"
+
+
+def _flops(count: float) -> str:
+    power, prefix = max(
+        (p for p in ((0, ""), (6, "M"), (9, "G"), (12, "T"), (15, "P")) if count >= 10 ** p[0]), default=(0, "")
+    )
+    return f"{count / 10**power:.3g} {prefix}FLOPs"
 
 
 def _curves(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
@@ -191,29 +199,46 @@ def _trials_table(summary: Mapping[str, Any]) -> str:
         return ""
     text = [
         "<h2>Trials</h2><p class=quiet>The same number for every method; the best by the primary figure is "
-        "taken, of those that did not collapse.</p>"
+        "chosen, of those that did not collapse. Bold: what is taken.</p>"
     ]
-    text += [f"<p>{escape(line)}</p>" for line in steadiness(summary["choices"])]
-    text.append("<table><tr><th>method<th>trial<th>settings<th>figures<th>its own verdict")
+    text.append("<table><tr><th>method<th>trial<th>settings<th>figures<th>taken by<th>its own verdict")
+    choices = {choice["row"]: choice for choice in summary["choices"]}
     for t in summary["trials"]:
         figures = ", ".join(f"{escape(name)} {value:.2f}" for name, value in t["figures"].items()) or t["status"]
-        text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(json.dumps(t['settings']))}<td>{figures}")
-        text.append(f"<td>{escape(t['verdict']) or '-'}")
+        text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(_words(t['settings']))}<td>{figures}")
+        text.append(f"<td>{_votes(choices.get(t['row']), t['number'])}<td>{escape(t['verdict']) or '-'}")
     return "".join(text) + "</table>"
 
 
-def steadiness(choices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whether the choices of trials depend on the images that the figures are of."""
+def _votes(choice: Mapping[str, Any] | None, number: int) -> str:
+    if choice is None:
+        return "-"
+    votes, folds = choice["of_folds"].count(number), len(choice["of_folds"])
+    told = f"{votes} of {folds} folds" if folds > 1 else "yes" if votes else "-"
+    return f"<b>{told}</b>" if number == choice["taken"] else told
+
+
+def _words(settings: Mapping[str, Any], section: str = "") -> str:
+    """E.g. learning_rate 0.001, dino.momentum 0.996."""
+    return ", ".join(
+        _words(value, f"{name}.")
+        if isinstance(value, Mapping)
+        else f"{section}{name} {' '.join(f'{v:g}' for v in value) if isinstance(value, list | tuple) else value}"
+        for name, value in settings.items()
+    )
+
+
+def unsteady(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of choices of trials that are not the choice of every fold: what is to be thought of them."""
     lines = []
     for choice in choices:
-        row, taken, without = choice["row"], choice["taken"], choice["without"]
-        if without is None:
-            continue
-        others = [f"{best} without fold {fold}" for fold, best in enumerate(without, start=1) if best != taken]
-        if others:
-            lines.append(f"{row}: trial {taken} is taken, but would be {', '.join(others)}: it depends on the images.")
-        else:
-            lines.append(f"{row}: trial {taken} would be taken whichever of the {len(without)} folds were left out.")
+        row, taken, of_folds = choice["row"], choice["taken"], choice["of_folds"]
+        if others := [f"{best} (fold {fold})" for fold, best in enumerate(of_folds, start=1) if best != taken]:
+            kept = f"{len(of_folds) - len(others)} of {len(of_folds)} folds"
+            lines.append(
+                f"{row} has the settings of trial {taken}, the choice of {kept}; without their own images the others "
+                f"choose {', '.join(others)}: its trials are hardly told apart."
+            )
     return lines
 
 
@@ -232,7 +257,7 @@ def _method(s: Any) -> Iterable[str]:
         + (
             "within the training images."
             if s.val
-            else "on the same folds as the figures are of: alike for all methods (see Trials for what depends on that)."
+            else "for each fold by inner folds of the other images; what most folds choose is taken (see Trials)."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune

@@ -1,16 +1,15 @@
-"""Which settings of each method: trials, as many for all, the choice among them, and what it depends on."""
+"""Which settings of each method: trials, as many for all, and the choice among them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
-from gtsa import cells, config, judging
-from gtsa.cells import SEED, Cell, Row
+from gtsa import cells, config
+from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 
 Result = Mapping[str, Any]
@@ -52,8 +51,36 @@ def chosen(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any]:
     good = {number: result for number, cell in tried.items() if (result := cells.answered(cell, s))}
     if not good:
         raise Remedy(f"all {len(tried)} trials of {row.tuned_as} failed; see {s.out}/cells/{row.tuned_as}/", 5)
-    best = tried[_best(good, {number: primary_of(result, s) for number, result in good.items()})]
+    best = tried[_taken(_choices(good, s))]
     return {key: value for key, value in best.changes.items() if key != "steps"}
+
+
+def _taken(choices: Sequence[int]) -> int:
+    """The trial that most folds choose, the first of equals."""
+    return max(sorted(set(choices)), key=choices.count)
+
+
+def _choices(results: Mapping[int, Result], s: Any) -> list[int]:
+    """The number of the best trial for each fold, by inner folds of its training part; of one fold where --val judges.
+
+    Args:
+        results: of trials that did not fail, by number.
+    """
+    figures = [_inner(result, s) for result in results.values()]
+    return [_best(results, dict(zip(results, of_fold, strict=True))) for of_fold in zip(*figures, strict=True)]
+
+
+def _inner(result: Result, s: Any) -> list[float]:
+    """A trial's primary figure for the choice of each fold: of all the other images."""
+    tasks = {part.split(":")[0] for part in s.primary.split("+")}
+    entries = [entry for entry in result["results"] if entry["task"] in tasks]
+    folds = {len(entry.get("without", ())) for entry in entries}
+    if len(folds) > 1 or 0 in folds:  # trials were judged within the training images, at least by a task with --val
+        return [primary_of(result, s)]
+    return [
+        primary_of({"results": [{**entry, "figures": entry["without"][fold]} for entry in entries]}, s)
+        for fold in range(folds.pop())
+    ]
 
 
 def _best(results: Mapping[int, Result], primary: Mapping[int, float]) -> int:
@@ -80,60 +107,18 @@ def _part(results: Iterable[Mapping[str, Any]], part: str) -> float:
     raise Remedy(f"--primary {part}: there is no result of {task}")
 
 
-# With folds, trials are judged by the images that the figures are of. Does the choice depend on them?
-
-
 def choices(found: Iterable[tuple[Cell, Result]], s: Any) -> list[dict[str, Any]]:
-    """Of every method that was tuned: the trial that is taken, and which one the other folds' images would choose.
+    """Of every method that was tuned: the trial that is taken, and the choice of each fold.
 
     Args:
         found: cells with their results; those that are no trials count for nothing.
 
     Returns:
-        ``row``, ``taken``, and ``without`` with a number for each fold that is left out; None where trials were judged
-        within training images, as they are with --val, their evidence was not kept, or there are too few labels.
+        ``row``, ``taken`` and ``of_folds``, numbers of trials; the latter has one number where --val judges.
     """
-    of_rows: dict[str, dict[int, tuple[Cell, Result]]] = {}
+    of_rows: dict[str, dict[int, Result]] = {}
     for cell, result in found:
         if cell.stage == "trial" and result["status"] == "done":
-            of_rows.setdefault(cell.row.name, {})[cell.number] = cell, result
-    told = []
-    for row, tried in of_rows.items():
-        results = {number: result for number, (_, result) in tried.items()}
-        taken = _best(results, {number: primary_of(result, s) for number, result in results.items()})
-        left_out = {number: _left_out(cell, s) for number, (cell, _) in tried.items()}
-        without = None
-        if all(left_out.values()):
-            folds = zip(*left_out.values(), strict=True)
-            without = [_best(results, dict(zip(left_out, values, strict=True))) for values in folds]
-        told.append({"row": row, "taken": taken, "without": without})
-    return told
-
-
-def _left_out(cell: Cell, s: Any) -> list[float]:
-    """A trial's primary figure without the images of each fold; empty where there is no such thing.
-
-    It is of what was kept: the others' probes have learnt from the fold's labels, as cross-fitting has it.
-    """
-    parts = s.primary.split("+")
-    asked = {task: cells.told_of(task, s) for task in (part.split(":")[0] for part in parts)}
-    folds = {0 if told["val"] else told["folds"] or 0 for told in asked.values()}
-    if len(folds) > 1 or 0 in folds:
-        return []
-    try:
-        kept = cells.evidence_of(cell, s)
-    except FileNotFoundError:
-        return []
-    evidence = {task: found for (task, _), found in reversed(kept.items())}  # of several features the first decides
-    figures: list[list[dict[str, Any]]] = [[] for _ in range(folds.pop())]
-    for task in asked:
-        images = len(next(iter(evidence[task].values())))
-        sizes = [len(judged) for _, judged in judging.folds_of(images, len(figures), SEED)]
-        for number, (first, last) in enumerate(pairwise([0, *accumulate(sizes)])):
-            others = np.setdiff1d(np.arange(images), np.arange(first, last))
-            try:
-                values = cells.evaluator_of(task, s).figures(judging.some(evidence[task], others))
-            except Remedy:  # these images show nothing
-                return []
-            figures[number].append({"task": task, "figures": values})
-    return [float(np.mean([_part(entries, part) for part in parts])) for entries in figures]
+            of_rows.setdefault(cell.row.name, {})[cell.number] = result
+    made = {row: _choices(results, s) for row, results in of_rows.items()}
+    return [{"row": row, "taken": _taken(of_folds), "of_folds": of_folds} for row, of_folds in made.items()]
