@@ -212,7 +212,7 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 
 
 def test_results_of_other_settings_are_not_taken(whole, data):
-    with pytest.raises(Remedy, match="other settings") as told:
+    with pytest.raises(Remedy, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
 
@@ -229,7 +229,7 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     shutil.copy("images/0.png", "images/10.png")
     cells._images.cache_clear()  # as in a process of its own
-    with pytest.raises(Remedy, match="other settings"):
+    with pytest.raises(Remedy, match=r"other settings \(its images, its questions, or an earlier version's\)"):
         compare.compare(**settings(data, "out", **more) | {"data": "images"})
 
 
@@ -513,6 +513,7 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
         ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),
+        ({"evaluate": {"segmentation": {"stepz": 3}}}, "--task segmentation: segmentation.stepz: there is no such"),
         ({"tune": 1}, "segmentation: trials are chosen for each fold by folds of the other images, so two folds are"),
     ],
 )

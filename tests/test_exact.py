@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
+import shlex
 import signal
+import subprocess
 import time
 
 import pytest
@@ -60,7 +63,10 @@ def test_stopped_on_request(tmp_path, scenes, tiny_yaml, straight):
     out = tmp_path / "run"
     code, printed = kill_after(out, 4, "--config", tiny_yaml, "--data", scenes, "--steps", 2000, by=signal.SIGTERM)
     assert code == 75
-    assert "go on with: gtsa pretrain --out" in printed
+    again = re.search(r"go on with: (.+) pretrain --out (.+) --resume", printed)
+    assert again and again[2] == str(out)
+    told = subprocess.run([*shlex.split(again[1]), "methods"], capture_output=True, text=True)
+    assert "gtsa" in told.stdout  # it can be typed as it stands
     assert "Traceback" not in printed
 
 

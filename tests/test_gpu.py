@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -29,12 +28,9 @@ LEARNT_LATE = {"detection", "finetune"}  # a few steps from random weights: the 
 
 
 @pytest.fixture(autouse=True)
-def _whole_digits():
+def _whole_digits(monkeypatch):
     """A GPU's convolutions keep ten bits of a number unless they are told otherwise."""
-    convolutions: Any = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def stepped(name, device, precision="32"):

@@ -50,6 +50,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
 TRIED = 1_000  # seed of all trials: the same start and images for all settings, and those of no run
+FREE = ("device", "workers", "devices", "precision")  # settings that decide no more than the last digits
 SEED = 0  # of all evaluations: every network is asked alike, so that images and folds pair up
 
 
@@ -144,7 +145,9 @@ def questions_of(
         given = {k: v for k, v in shared.items() if v is not None and v != ()}
         for tokens in s.tokens if task in ("knn", "linear", "finetune", "rotation") else s.tokens[:1]:
             more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
-            asked = strict.validated(config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, task)
+            asked = strict.validated(
+                config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}"
+            )
             feature = tokens if task in ("knn", "linear", "finetune", "rotation") else "patches"
             for question in judging.questions(asked, opened):
                 pairs = cell.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
@@ -170,10 +173,9 @@ def digest_for(cell: Cell, s: Any) -> str:
     told = {"source": cell.row.source, "model": s.model}
     if cell.row.source is None:
         told = training_of(cell, s) | {"data": _images(s.data)}
-    free = ("device", "workers", "devices", "precision")  # they decide no more than the last digits
     asked = (s.task, s.train, s.val, s.folds, s.tokens, s.evaluate, s.tasks)
     primary = (s.primary, "inner folds") if cell.stage == "trial" else ""
-    whole = cell.name, {k: v for k, v in told.items() if k not in free}, asked, primary
+    whole = cell.name, {k: v for k, v in told.items() if k not in FREE}, asked, primary
     return digest_of(json.dumps(whole, sort_keys=True))[:16]  # as JSON, which knows no tuples: YAML has none either
 
 
@@ -204,8 +206,23 @@ def done(cell: Cell, s: Any) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise Remedy(f"{file} cannot be read ({error}); remove it, and the cell is done again", 4) from None
     if result.get("digest") != digest_for(cell, s):
-        raise Remedy(f"{file} was made with other settings; give another --out, or remove its folder", 4)
+        why = _other(result, cell, s)
+        raise Remedy(f"{file} was made with other settings ({why}); give another --out, or remove its folder", 4)
     return result
+
+
+def _other(result: Mapping[str, Any], cell: Cell, s: Any) -> str:
+    """What differs between a result's settings and those that are asked for now."""
+    then, now = (strict.flat(settings) for settings in (result.get("settings", {}), _plain_training(cell, s)))
+    differ = [f"{name}: {then[name]}, now {now[name]}" for name in now if name in then and then[name] != now[name]]
+    added = [f"{name}: {now[name]}, then not given" for name in now if then and name not in then]
+    return "; ".join(differ + added) or "its images, its questions, or an earlier version's"
+
+
+def _plain_training(cell: Cell, s: Any) -> dict[str, Any]:
+    told = training_of(cell, s) if cell.row.source is None else {}
+    plain: dict[str, Any] = json.loads(json.dumps({k: v for k, v in told.items() if k not in (*FREE, "data")}))
+    return plain
 
 
 def answered(cell: Cell, s: Any) -> dict[str, Any] | None:

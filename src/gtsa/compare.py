@@ -20,6 +20,7 @@ import torch
 from gtsa import cells, config, experiment, plan, report, strict, tuning
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
+from gtsa.evals.health import LONG
 from gtsa.export import opened
 from gtsa.judging import Opened
 from gtsa.sources import open_source
@@ -55,6 +56,8 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
     seen, images = s.steps * s.batch_size, len(open_source(s.data))
     say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
     say(f"progress of each: {s.out}/cells/*/*/log.txt")
+    if s.tune and (steps := tuning.steps_of(s)) < LONG:
+        say(f"trials of {steps:,} steps hardly tell settings apart; give --tune-steps {LONG:,} or more if you can")
     for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
         _all(list(stage(rows, s)), s, what)
     for row in rows:

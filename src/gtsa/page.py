@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gtsa import cells, config
+from gtsa import cells, config, strict
 from gtsa.cells import STAGES, Cell
 
 COLOURS = ("#0b6e4f", "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be123c", "#0e7490", "#4d7c0f")
@@ -218,13 +218,11 @@ def _votes(choice: Mapping[str, Any] | None, number: int) -> str:
     return f"<b>{told}</b>" if number == choice["taken"] else told
 
 
-def _words(settings: Mapping[str, Any], section: str = "") -> str:
+def _words(settings: Mapping[str, Any]) -> str:
     """E.g. learning_rate 0.001, dino.momentum 0.996."""
     return ", ".join(
-        _words(value, f"{name}.")
-        if isinstance(value, Mapping)
-        else f"{section}{name} {' '.join(f'{v:g}' for v in value) if isinstance(value, list | tuple) else value}"
-        for name, value in settings.items()
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for name, value in strict.flat(settings).items()
     )
 
 

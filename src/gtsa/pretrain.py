@@ -27,7 +27,7 @@ from gtsa.pool import Pool
 from gtsa.run import Run
 from gtsa.schedules import Cosine, Ramp, warmup_then
 from gtsa.teacher import copy_of
-from gtsa.terminal import say
+from gtsa.terminal import command, say
 from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
 
@@ -143,7 +143,7 @@ class _Pretraining:
             s.clip,
             (0.9, s.beta2),
         )
-        again = f"gtsa pretrain --out {s.out} --resume"
+        again = f"{command()} pretrain --out {s.out} --resume"
         training = self.training = Training(self.method, optimizer, s, fabric, self.run, again)
         student: Any = self.method.encoders["student"]
         mean, std = student.normalisation

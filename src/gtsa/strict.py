@@ -180,6 +180,14 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names, e.g. {"gtsa.momentum": 0.99}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def differences(old: Strict, new: Strict, prefix: str = "") -> list[str]:
     """A line 'name: old value, now new value' for every setting that differs."""
     lines = []

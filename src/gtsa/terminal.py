@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -81,3 +84,11 @@ def lasting(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours:,} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def command() -> str:
+    """What to type for gtsa: its path where it is not on PATH, as long as its environment is not activated."""
+    if shutil.which("gtsa"):
+        return "gtsa"
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "gtsa" else f"{sys.executable} -m gtsa"

@@ -17,11 +17,15 @@ Result = Mapping[str, Any]
 
 def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
     """The same number of settings for every method: its preset, and random ones."""
-    steps = s.tune_steps or max(1, s.steps // 3)
     for row in rows:
         if row.source is None and row.name == row.tuned_as:
             for number in range(s.tune):
-                yield Cell(row, "trial", number, {"steps": steps, **drawn(row, number, s)})
+                yield Cell(row, "trial", number, {"steps": steps_of(s), **drawn(row, number, s)})
+
+
+def steps_of(s: Any) -> int:
+    """Of a trial."""
+    return int(s.tune_steps or max(1, s.steps // 3))
 
 
 def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
