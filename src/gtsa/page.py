@@ -231,11 +231,11 @@ def unsteady(choices: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for choice in choices:
         row, taken, of_folds = choice["row"], choice["taken"], choice["of_folds"]
-        if others := [f"{best} (fold {fold})" for fold, best in enumerate(of_folds, start=1) if best != taken]:
+        if others := [f"trial {best} (fold {fold})" for fold, best in enumerate(of_folds, start=1) if best != taken]:
             kept = f"{len(of_folds) - len(others)} of {len(of_folds)} folds"
             lines.append(
                 f"{row} has the settings of trial {taken}, the choice of {kept}; without their own images the others "
-                f"choose {', '.join(others)}: its trials are hardly told apart."
+                f"choose {', '.join(others)}: there they had a part in the choice."
             )
     return lines
 
@@ -255,7 +255,7 @@ def _method(s: Any) -> Iterable[str]:
         + (
             "within the training images."
             if s.val
-            else "for each fold by inner folds of the other images; what most folds choose is taken (see Trials)."
+            else "for each fold by inner folds of the other images where Trials counts folds; what most choose is taken."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune

@@ -79,7 +79,7 @@ def _inner(result: Result, s: Any) -> list[float]:
     tasks = {part.split(":")[0] for part in s.primary.split("+")}
     entries = [entry for entry in result["results"] if entry["task"] in tasks]
     folds = {len(entry.get("without", ())) for entry in entries}
-    if len(folds) > 1 or 0 in folds:  # trials were judged within the training images, at least by a task with --val
+    if len(folds) > 1 or 0 in folds:  # --val, what learns nothing, or unlike folds: all that were judged
         return [primary_of(result, s)]
     return [
         primary_of({"results": [{**entry, "figures": entry["without"][fold]} for entry in entries]}, s)
@@ -92,7 +92,12 @@ def _best(results: Mapping[int, Result], primary: Mapping[int, float]) -> int:
 
     One that collapsed is the best only where all did: early on its figures may be those of a network that learns.
     """
-    return max(results, key=lambda number: (cells.said(results[number]) != "collapsing", primary[number], -number))
+
+    def good(number: int) -> tuple[bool, float, int]:
+        figure = primary[number]
+        return cells.said(results[number]) != "collapsing", -math.inf if math.isnan(figure) else figure, -number
+
+    return max(results, key=good)
 
 
 def primary_of(result: Result, s: Any) -> float:
