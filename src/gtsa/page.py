@@ -255,7 +255,7 @@ def _method(s: Any) -> Iterable[str]:
         + (
             "within the training images."
             if s.val
-            else "for each fold by inner folds of the other images where Trials counts folds; what most choose is taken."
+            else "by inner folds of the other images where Trials counts folds; what most folds choose is taken."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune
