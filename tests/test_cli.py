@@ -1,6 +1,8 @@
 """Wrong input, typed as a user types it: one clear sentence, the right exit code, nothing imported or overwritten."""
 
+import shlex
 import struct
+import sys
 import zlib
 
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from conftest import make_scenes, run
 from gtsa.cli import run as in_process
-from gtsa.terminal import lasting
+from gtsa.terminal import command, lasting
 
 
 def told(capsys, *arguments):
@@ -233,3 +235,16 @@ def test_places_that_cannot_be_written(tmp_path, scenes, capsys):
 )
 def test_durations_are_no_times_of_day(seconds, words):
     assert lasting(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("called", "typed"),
+    [("/my things/.venv/bin/gtsa", ["/my things/.venv/bin/gtsa"]), ("train.py", [sys.executable, "-m", "gtsa"])],
+)
+def test_what_is_to_be_typed_where_gtsa_is_not_on_the_path(monkeypatch, tmp_path, called, typed):
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(command()) == typed
+    (tmp_path / "gtsa").write_text("")
+    (tmp_path / "gtsa").chmod(0o755)
+    assert command() == "gtsa"

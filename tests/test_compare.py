@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -212,6 +213,9 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 
 
 def test_results_of_other_settings_are_not_taken(whole, data):
+    less = {**SMALL["pretrain"], "gtsa": {"projector_dim": 16, "out_dim": 16}}
+    with pytest.raises(Remedy, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
+        list(map(lambda cell: cells.done(cell, s), finals(rows_of(s := validated(data, whole, pretrain=less)), s)))
     with pytest.raises(Remedy, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
@@ -229,7 +233,7 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     shutil.copy("images/0.png", "images/10.png")
     cells._images.cache_clear()  # as in a process of its own
-    with pytest.raises(Remedy, match=r"other settings \(its images, its questions, or an earlier version's\)"):
+    with pytest.raises(Remedy, match=r"other settings \(its images, its questions, or settings that were not kept\)"):
         compare.compare(**settings(data, "out", **more) | {"data": "images"})
 
 
@@ -338,7 +342,9 @@ def tried(cell, s, good, without=(), **more):
     """Commits a trial with this primary figure, and without the images of each fold; or one that failed."""
     tasks, inner = ("segmentation", "in_context"), [{"mIoU": value} for value in without]
     entries = [
-        {"task": t, "feature": "patches", "figures": {"mIoU": good}, "images": 10, "without": inner} for t in tasks
+        {"task": t, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
+        | ({"without": inner} if inner else {})
+        for t in tasks
     ]
     result = (
         {"status": "done", "reason": "", "results": entries, **more} if good else {"status": "failed", "reason": "x"}
@@ -389,11 +395,39 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
     (line,) = page.unsteady(told)
     assert "gtsa has the settings of trial 1, the choice of 2 of 3 folds; without" in line and "0 (fold 2)" in line
     within = [
-        (cell, {**result, "results": [{**e, "without": []} for e in result["results"]]}) for cell, result in found
+        (cell, {**result, "results": [{k: v for k, v in e.items() if k != "without"} for e in result["results"]]})
+        for cell, result in found
     ]
     told = choices(within, s)
     assert told == [{"row": "gtsa", "taken": 0, "of_folds": [0]}, {"row": "dino", "taken": 2, "of_folds": [2]}]
     assert page.unsteady(told) == []
+
+
+@pytest.mark.parametrize("figures", [{}, {"mIoU": math.nan}, {"mAcc": 1.0}])
+def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_path, figures):
+    s = validated(data, tmp_path, tune=2, folds=3, methods=("mae",))
+    found = []
+    for cell, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
+        tried(cell, s, good, without=[good] * 3)
+        result = cells.done(cell, s)
+        if cell.number == 0:
+            result["results"][1]["without"][1] = figures
+        found.append((cell, result))
+    assert choices(found, s) == [{"row": "mae", "taken": 0, "of_folds": [0, 1, 0]}]
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (999.0, "999 FLOPs"),
+        (999_999.0, "1 MFLOPs"),
+        (3.9e9, "3.9 GFLOPs"),
+        (2.3e20, "230 EFLOPs"),
+        (1e25, "1e+04 ZFLOPs"),
+    ],
+)
+def test_operations_are_told_with_the_prefix_that_fits(count, told):
+    assert page._flops(count) == told
 
 
 def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
@@ -418,6 +452,9 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
     s = validated(data, tmp_path, **more, primary="segmentation:mIoU")
     found = [cells.done(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
     good = [[figures["mIoU"] for figures in result["without"]] for result in found]
+    assert not list(tmp_path.glob("cells/mae/trial-*/evidence*")) and list(
+        tmp_path.glob("cells/mae/images-0/evidence*")
+    )
     table = (tmp_path / "report.html").read_text().split("<h2>Trials</h2>")[1]
     assert "<td>steps 1, learning_rate 0.0005<td>" in table and "mae.mask_share 0." in table
     (told,) = results(tmp_path)["choices"]
@@ -514,7 +551,15 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
         ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),
         ({"evaluate": {"segmentation": {"stepz": 3}}}, "--task segmentation: segmentation.stepz: there is no such"),
-        ({"tune": 1}, "segmentation: trials are chosen for each fold by folds of the other images, so two folds are"),
+        ({"tune": 1}, "segmentation, in_context: trials are chosen for each fold by folds of the other images, so two"),
+        (
+            {"tune": 1, "folds": 3, "task": ("segmentation", "clusters"), "primary": "segmentation+clusters"},
+            "segmentation has 3 folds; clusters learns nothing, so it has no folds. Give another --primary, or --tune 0",
+        ),
+        (
+            {"tune": 1, "folds": 3, "tasks": {"in_context": {"folds": 4}}},
+            "segmentation has 3 folds; in_context has 4 folds",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 A cell leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
 
 result.json             settings, figures, costs, or why it failed; it is written last, and only then the cell is done
-evidence.npz            what the figures follow from, image by image, for intervals
+evidence.npz            what the figures follow from, image by image, for intervals; trials have none
 maps.png                feature maps of the same images for every row
 run/                    logs and export of the pretraining; its checkpoints go once the cell is done
 """
@@ -143,20 +143,15 @@ def questions_of(
         if cell.stage == "trial" and shared["val"]:  # settings are chosen within the training images
             shared |= {"val": (), "folds": shared["folds"] or 5}
         given = {k: v for k, v in shared.items() if v is not None and v != ()}
-        for tokens in s.tokens if task in ("knn", "linear", "finetune", "rotation") else s.tokens[:1]:
+        vector = task in ("knn", "linear", "finetune", "rotation")
+        for tokens in s.tokens if vector and cell.stage != "trial" else s.tokens[:1]:  # of several the first decides
             more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
             asked = strict.validated(
                 config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}"
             )
-            feature = tokens if task in ("knn", "linear", "finetune", "rotation") else "patches"
             for question in judging.questions(asked, opened):
                 pairs = cell.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
-                if pairs and question.folds == 2:
-                    raise Remedy(
-                        f"{task}: trials are chosen for each fold by folds of the other images, so two folds are too "
-                        "few; give --folds 3 or more, or --tune 0"
-                    )
-                yield feature, asked, replace(question, pairs=pairs)
+                yield tokens if vector else "patches", asked, replace(question, pairs=pairs)
 
 
 def told_of(task: str, s: Any) -> dict[str, Any]:
@@ -212,17 +207,23 @@ def done(cell: Cell, s: Any) -> dict[str, Any] | None:
 
 
 def _other(result: Mapping[str, Any], cell: Cell, s: Any) -> str:
-    """What differs between a result's settings and those that are asked for now."""
-    then, now = (strict.flat(settings) for settings in (result.get("settings", {}), _plain_training(cell, s)))
-    differ = [f"{name}: {then[name]}, now {now[name]}" for name in now if name in then and then[name] != now[name]]
-    added = [f"{name}: {now[name]}, then not given" for name in now if then and name not in then]
-    return "; ".join(differ + added) or "its images, its questions, or an earlier version's"
+    """What differs between a result's settings, where they were kept, and those that are asked for now."""
+    if "settings" not in result or cell.row.source is not None:
+        then = now = {}
+    else:
+        then, now = (_compared(settings) for settings in (result["settings"], training_of(cell, s)))
+    differ = [
+        f"{name}: {then.get(name, 'not given')}, now {now.get(name, 'not given')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    return "; ".join(differ) or "its images, its questions, or settings that were not kept"
 
 
-def _plain_training(cell: Cell, s: Any) -> dict[str, Any]:
-    told = training_of(cell, s) if cell.row.source is None else {}
-    plain: dict[str, Any] = json.loads(json.dumps({k: v for k, v in told.items() if k not in (*FREE, "data")}))
-    return plain
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of pretraining by their dotted names, as JSON has them, without places and looks."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return strict.flat({k: v for k, v in plain.items() if k not in (*FREE, "data", "out") and not k.startswith("eval")})
 
 
 def answered(cell: Cell, s: Any) -> dict[str, Any] | None:

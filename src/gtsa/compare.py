@@ -99,8 +99,9 @@ def _checked(rows: Sequence[Row], s: Any) -> None:
         elif row.source not in config.CONTROLS:
             opened(row.source)
     labels: Opened = {}
-    for stage in ("images", "trial") if s.tune else ("images",):
-        list(cells.questions_of(Cell(rows[0], stage, 0), s, labels))
+    list(cells.questions_of(Cell(rows[0], "images", 0), s, labels))
+    if s.tune:
+        tuning.checked((question for *_, question in cells.questions_of(Cell(rows[0], "trial", 0), s, labels)), s)
 
 
 def _model(told: Any) -> str | None:

@@ -73,7 +73,8 @@ def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
         figures = question.evaluator.figures(found)
         result = {"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)}
         results.append(result | ({"without": without} if (without := question.without(found, SEED)) else {}))
-    cells.keep_evidence(cell, s, evidence)
+    if cell.stage != "trial":
+        cells.keep_evidence(cell, s, evidence)
     if s.pictures and cell.stage != "trial":
         _maps(backbone, s, place)
     shutil.rmtree(place / "work", ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -133,10 +134,8 @@ def _costs_table(summary: Mapping[str, Any]) -> str:
 
 
 def _flops(count: float) -> str:
-    power, prefix = max(
-        (p for p in ((0, ""), (6, "M"), (9, "G"), (12, "T"), (15, "P")) if count >= 10 ** p[0]), default=(0, "")
-    )
-    return f"{count / 10**power:.3g} {prefix}FLOPs"
+    power = min(int(math.log10(float(f"{count:.3g}")) // 3), 7)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}FLOPs"
 
 
 def _curves(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
@@ -255,7 +254,7 @@ def _method(s: Any) -> Iterable[str]:
         + (
             "within the training images."
             if s.val
-            else "by inner folds of the other images where Trials counts folds; what most folds choose is taken."
+            else "for each fold by inner folds of the other images; what most folds choose is taken (see Trials)."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
         if s.tune

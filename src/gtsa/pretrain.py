@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ class _Pretraining:
             s.clip,
             (0.9, s.beta2),
         )
-        again = f"{command()} pretrain --out {s.out} --resume"
+        again = f"{command()} pretrain --out {shlex.quote(s.out)} --resume"
         training = self.training = Training(self.method, optimizer, s, fabric, self.run, again)
         student: Any = self.method.encoders["student"]
         mean, std = student.normalisation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
@@ -87,8 +88,8 @@ def lasting(seconds: float) -> str:
 
 
 def command() -> str:
-    """What to type for gtsa: its path where it is not on PATH, as long as its environment is not activated."""
+    """What to type for gtsa, quoted: its path where it is not on PATH, as long as its environment is not activated."""
     if shutil.which("gtsa"):
         return "gtsa"
     called = Path(sys.argv[0])
-    return str(called) if called.name == "gtsa" else f"{sys.executable} -m gtsa"
+    return shlex.join([str(called)] if called.name == "gtsa" else [sys.executable, "-m", "gtsa"])

@@ -8,11 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from gtsa import cells, config
+from gtsa import cells, config, judging
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 
 Result = Mapping[str, Any]
+
+
+def checked(questions: Iterable[judging.Question], s: Any) -> None:
+    """Raises Remedy where trials cannot be chosen without the images that the figures are of.
+
+    Args:
+        questions: of a trial.
+    """
+    by = {q.name: "--val" if cells.told_of(q.name, s)["val"] else q.folds if q.pairs else 0 for q in questions}
+    if len(set(by.values())) > 1 or 0 in by.values():
+        told = {"--val": "has --val", 0: "learns nothing, so it has no folds"}
+        lines = "; ".join(f"{name} {told.get(how, f'has {how} folds')}" for name, how in by.items())
+        raise Remedy(
+            "primary: trials are chosen without the images that are judged, so its tasks must all learn from examples, "
+            f"with as many folds, or all have --val: {lines}. Give another --primary, or --tune 0"
+        )
+    if 2 in by.values():
+        raise Remedy(
+            f"{', '.join(by)}: trials are chosen for each fold by folds of the other images, so two folds are too few; "
+            "give --folds 3 or more, or --tune 0"
+        )
 
 
 def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
@@ -78,13 +99,16 @@ def _inner(result: Result, s: Any) -> list[float]:
     """A trial's primary figure for the choice of each fold: of all the other images."""
     tasks = {part.split(":")[0] for part in s.primary.split("+")}
     entries = [entry for entry in result["results"] if entry["task"] in tasks]
-    folds = {len(entry.get("without", ())) for entry in entries}
-    if len(folds) > 1 or 0 in folds:  # --val, what learns nothing, or unlike folds: all that were judged
+    if "without" not in entries[0]:  # judged within the training images
         return [primary_of(result, s)]
-    return [
-        primary_of({"results": [{**entry, "figures": entry["without"][fold]} for entry in entries]}, s)
-        for fold in range(folds.pop())
-    ]
+    figures = []
+    for fold in range(len(entries[0]["without"])):
+        try:
+            of_fold = {"results": [{**entry, "figures": entry["without"][fold]} for entry in entries]}
+            figures.append(primary_of(of_fold, s))
+        except Remedy:  # the other images do not show this figure
+            figures.append(math.nan)
+    return figures
 
 
 def _best(results: Mapping[int, Result], primary: Mapping[int, float]) -> int:
@@ -112,7 +136,7 @@ def _part(results: Iterable[Mapping[str, Any]], part: str) -> float:
             figures = entry["figures"]
             if figure and figure not in figures:
                 raise Remedy(f"--primary {part}: {task} has no such figure; it has {', '.join(figures)}")
-            return float(figures[figure] if figure else next(iter(figures.values())))
+            return float(figures[figure] if figure else next(iter(figures.values()), math.nan))
     raise Remedy(f"--primary {part}: there is no result of {task}")
 
 
