@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -156,6 +156,7 @@ def test_equal_stems_do_not_overwrite_one_another():
 part = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=5) | st.sampled_from(["..", ".", "x.jpg"])
 
 
+@example(["..0", "...png", "a/...jpg", ".png"])
 @given(st.lists(st.builds("{}{}".format, st.sampled_from(["", "/", "//"]), st.lists(part, min_size=1).map("/".join))))
 def test_no_name_leads_out_and_all_differ(images):
     names = names_of(images)

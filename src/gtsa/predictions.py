@@ -115,7 +115,7 @@ def names_of(images: Iterable[str]) -> list[str]:
         path = PurePath(image)
         parts = [part for part in path.parts if part not in (path.anchor, "..")]
         paths.append(PurePath(*parts or ["image"]))
-    short = [str(path.with_suffix("")) for path in paths]
+    short = [str(path.with_suffix("") if path.stem.strip(".") else path) for path in paths]  # of ...png .. would remain
     stems = Counter(name.lower() for name in short)
     names: list[str] = []
     taken: set[str] = set()
