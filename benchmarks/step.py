@@ -3,7 +3,8 @@
     python benchmarks/step.py --json runs/step.json
 
 One step is what pretraining does: ViT-S/16, 2 x 224 + 8 x 96 px, forward, backward, clipping, AdamW, moving average.
-``--profile FILE`` writes what the time of one step goes into, operation by operation, augmentation included.
+``--profile FILE`` writes what the time of one step goes into, operation by operation, augmentation included, and adds
+to the result the time of each phase and of each kind of kernel. ``--compile PART ...`` compiles parts with torch.compile.
 share_of_matrix_rate = (FLOPs of the step / its time) / (FLOPs of a square matrix product / its time), both measured
 alternately in this process at the same precision, medians.
 """
@@ -13,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import lightning_fabric
@@ -22,11 +26,12 @@ import numpy as np
 import timm
 import torch
 from lightning_fabric import Fabric
-from torch.profiler import ProfilerActivity
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtsa
-from gtsa import augment
+from gtsa import augment, loop, losses
 from gtsa.backbone import Backbone
 from gtsa.core import Crops, Views
 from gtsa.data import collate
@@ -65,20 +70,90 @@ def seconds(work, device: torch.device) -> float:  # type: ignore[no-untyped-def
     return time.perf_counter() - began
 
 
-def profile(step, place: Path, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    """Writes a table of operations by the device's own time, of one step."""
+KERNELS = {  # the first pattern that a kernel's name matches says what it is
+    "attention": r"flash|fmha|attention|softmax",
+    "convolution": r"conv|implicit|cudnn|nchw|nhwc|winograd|xmma",
+    "matrix product": r"gemm|nvjet|cutlass|cublas|splitk",
+    "normalisation": r"layer_norm|layernorm|batch_norm",
+    "optimiser and teacher": r"multi_tensor|foreach|adam|lpnorm",
+    "copies and casts": r"copy|memcpy|memset|\\bto\\b",
+    "indexing": r"index|gather|scatter|nonzero|topk|sort",
+    "reductions": r"reduce",
+    "elementwise": r"elementwise",
+    "compiled": r"^triton",
+}
+
+
+def profile(step, table: Path, device: torch.device) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """Writes a table of operations of one step by the device's own time, and its trace.
+
+    Returns:
+        Milliseconds of the device in each phase of the step and in each kind of kernel, and their number.
+    """
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=kinds) as seen:
-        seconds(step, device)
+        taken = seconds(step, device)
+    table.parent.mkdir(parents=True, exist_ok=True)
     order = f"self_{device.type}_time_total"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(seen.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90) + "\n")
+    table.write_text(seen.key_averages().table(sort_by=order, row_limit=80, max_name_column_width=90) + "\n")
+    seen.export_chrome_trace(str(table.with_suffix(".json.gz")))
+    kernels: Counter[str] = Counter()
+    launches = 0
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            name = next((kind for kind, known in KERNELS.items() if re.search(known, event.name.lower())), "other")
+            kernels[name] += event.self_device_time_total / 1000
+            launches += 1
+    phases: dict[str, dict[str, float]] = {}
+    for entry in seen.key_averages():
+        if entry.key.startswith("step: "):
+            phase = phases.setdefault(entry.key.removeprefix("step: "), {})
+            if entry.device_type == DeviceType.CPU:
+                phase["host"] = entry.cpu_time_total / 1000
+            else:  # from its first kernel to its last
+                phase["device"] = entry.device_time_total / 1000
+    return {
+        "profiled_seconds": taken,
+        "kernels": launches,
+        "kernel_milliseconds": dict(kernels.most_common()),
+        "phase_milliseconds": phases,
+    }
 
 
-def measure(model: str, precision: str, batch: int, repeats: int, device: str, table: Path | None) -> dict[str, object]:
+def named(owner: object, attribute: str, phase: str) -> None:
+    """From now on a profile shows the calls of a function as a phase of the step."""
+    inner = getattr(owner, attribute)
+
+    def outer(*args: object, **kwargs: object) -> object:
+        with record_function(f"step: {phase}"):
+            return inner(*args, **kwargs)
+
+    setattr(owner, attribute, outer)
+
+
+def compiled(method: GTSA, parts: list[str]) -> None:
+    """Compiles parts of the method in place."""
+    torch._dynamo.config.recompile_limit = 64  # stochastic depth is a number of its own in every block
+    encoders = [method.student.encoder, method.teacher.encoder]
+    if "blocks" in parts:
+        for block in [block for encoder in encoders for block in encoder.vit.blocks]:
+            block.compile(dynamic=False)
+    if "heads" in parts:
+        for head in (method.student.projector, method.teacher.projector, method.predictor, method.rotation_head):
+            head.compile(dynamic=False)
+    if "losses" in parts:
+        losses.region = torch.compile(losses.region, dynamic=False)
+        losses.patch_correspondence = torch.compile(losses.patch_correspondence, dynamic=False)
+
+
+def measure(given: argparse.Namespace, precision: str, batch: int, device: str) -> dict[str, object]:
     torch.manual_seed(0)
     fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
-    method = GTSA(Backbone(model, 224, drop_path=0.1))
+    method = GTSA(Backbone(given.model, 224, drop_path=given.drop_path))
+    if given.channels_last:
+        for head in (method.student.projector, method.teacher.projector, method.predictor):
+            head.to(memory_format=torch.channels_last)
+    compiled(method, given.compile)
     optimizer = ScheduledAdamW(method, Constant(1e-5), Constant(0.04))
     module, wrapped = fabric.setup(method, optimizer)
     module.train()
@@ -90,39 +165,55 @@ def measure(model: str, precision: str, batch: int, repeats: int, device: str, t
 
     side = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(side, side, device=fabric.device, dtype=KINDS[precision]) for _ in range(2))
+    first = seconds(step, fabric.device)
     with FlopCounterMode(display=False) as counter:
         step()
-    flops = counter.get_total_flops()
+    flops = counter.get_total_flops() if not given.compile else None  # operations that are compiled are not counted
     torch.mm(a, b)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times, products = [], []
-    for _ in range(repeats):
+    for _ in range(given.repeats):
         times.append(seconds(step, fabric.device))
         products += [seconds(lambda: torch.mm(a, b), fabric.device) for _ in range(3)]
-    if table:
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    step_time, product_time = statistics.median(times), statistics.median(products)
+    rate = 2 * side**3 / product_time
+    row = {
+        "model": given.model,
+        "views": "2 x 224 + 8 x 96",
+        "precision": precision,
+        "batch": batch,
+        "compiled": given.compile,
+        "channels_last": given.channels_last,
+        "drop_path": given.drop_path,
+        "first_step_seconds": first,
+        "step_seconds": step_time,
+        "images_per_second": batch / step_time,
+        "step_tflop": flops and flops / 1e12,
+        "matrix_tflop_per_second": rate / 1e12,
+        "share_of_matrix_rate": flops and flops / step_time / rate,
+        "peak_memory_gib": memory,
+        "repeats": given.repeats,
+    }
+    if given.profile:
         mean, std = method.encoders["student"].normalisation  # type: ignore[misc]
+        named(augment, "apply", "augmentation")
+        named(method, "forward", "forward")
+        named(fabric, "backward", "backward")
+        named(loop, "clip_each", "clipping")
+        named(wrapped, "step", "optimiser")
+        named(method, "after_step", "teacher")
 
         def whole() -> None:
             augment.apply(cut, fabric.device, mean, std)
             step()
 
-        profile(whole, table.with_stem(f"{table.stem}-{precision}"), fabric.device)
-    step_time, product_time = statistics.median(times), statistics.median(products)
-    rate = 2 * side**3 / product_time
-    return {
-        "model": model,
-        "views": "2 x 224 + 8 x 96",
-        "precision": precision,
-        "batch": batch,
-        "step_seconds": step_time,
-        "images_per_second": batch / step_time,
-        "step_tflop": flops / 1e12,
-        "matrix_tflop_per_second": rate / 1e12,
-        "share_of_matrix_rate": flops / step_time / rate,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
-        "repeats": repeats,
-    }
+        seconds(whole, fabric.device)
+        row["step_and_augmentation_seconds"] = statistics.median(seconds(whole, fabric.device) for _ in range(3))
+        table = given.profile.with_stem(f"{given.profile.stem}-{precision}")
+        row |= profile(whole, table, fabric.device)
+    return row
 
 
 def main() -> None:
@@ -133,14 +224,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 4 on CPU, 128 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="file for a table of operations; the precision joins its name")
+    parser.add_argument("--compile", nargs="*", default=[], choices=["blocks", "heads", "losses"])
+    parser.add_argument("--channels-last", action="store_true", help="weights of the convolutional heads, too")
+    parser.add_argument("--drop-path", type=float, default=0.1)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = given.batch or (4 if device == "cpu" else 128)
-    rows = [
-        measure(given.model, precision, batch, given.repeats, device, given.profile) for precision in given.precision
-    ]
+    rows = [measure(given, precision, batch, device) for precision in given.precision]
     result = {
-        "command": f"python benchmarks/step.py --batch {batch} --repeats {given.repeats}",
+        "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "machine": platform.machine(),
         "versions": {
@@ -150,10 +242,9 @@ def main() -> None:
         "rows": rows,
     }  # fmt: skip
     for row in rows:
-        print(
-            f"{row['model']} {row['precision']:>4}: {row['step_seconds']:.2f} s a step of {batch} images, "
-            f"{100 * row['share_of_matrix_rate']:.0f} % of the matrix rate"  # type: ignore[operator]
-        )
+        share = row["share_of_matrix_rate"]
+        told = "" if share is None else f", {100 * share:.0f} % of the matrix rate"  # type: ignore[operator]
+        print(f"{row['model']} {row['precision']:>4}: {row['step_seconds']:.4f} s a step of {batch} images{told}")
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# What waits for a GPU, in the order of its worth. Takes at most nine minutes.
+#
+#     OUT=runs/gpu benchmarks/gpu_queue.sh          # python3 is the Python that has gtsa; PYTHON names another
+#
+# Every job is bounded in time and writes OUT/NAME.json when it ends. A job whose result is kept as
+# benchmarks/results/gpu/NAME.json is left out, so a second call does what is still missing. OUT/logs.tgz holds what was
+# printed, tables and traces. BATCH, MODEL and PRECISION shrink the jobs for a try on a CPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-runs/gpu}
+PYTHON=${PYTHON:-python3}
+BATCH=${BATCH:-128}
+MODEL=${MODEL:-vit_small_patch16_224}
+PRECISION=${PRECISION:-bf16}
+KEPT=benchmarks/results/gpu
+LOGS=$(mktemp -d)
+END=$((SECONDS + ${LIMIT:-540}))
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1
+
+job() { # NAME SECONDS COMMAND...: the command writes $RESULT
+  local name=$1 most=$2 left=$((END - SECONDS)) began=$SECONDS code
+  shift 2
+  if [ -e "$KEPT/$name.json" ]; then echo "$name: done before"; return; fi
+  if [ "$left" -lt 20 ]; then echo "$name: no time left"; return; fi
+  RESULT=$OUT/$name.json timeout --signal INT --kill-after 10 "$((most < left ? most : left))" "$@" >"$LOGS/$name.log" 2>&1
+  code=$?
+  echo "$name: code $code, $((SECONDS - began)) s"
+  tail -n 3 "$LOGS/$name.log"
+  tar -czf "$OUT/logs.tgz" -C "$LOGS" .
+}
+
+step() { # NAME SECONDS ARGUMENTS...
+  local name=$1 most=$2
+  shift 2
+  job "$name" "$most" "$PYTHON" benchmarks/step.py --model "$MODEL" --precision "$PRECISION" --batch "$BATCH" \
+    --json "$OUT/$name.json" "$@"
+}
+
+tests() { # a result that says which tests failed
+  job test_gpu 200 bash -c "$PYTHON -m pytest tests/test_gpu.py tests/golden -n ${PROCESSES:-8} -q -p no:cacheprovider \
+    --junitxml $LOGS/test_gpu.xml; $PYTHON benchmarks/junit_to_json.py $LOGS/test_gpu.xml > \$RESULT"
+}
+
+step step_profile 120 --repeats 10 --profile "$LOGS/step.txt"
+tests
+step step_channels_last 60 --repeats 10 --channels-last
+step step_compiled_blocks 120 --repeats 10 --drop-path 0 --compile blocks
+step step_compiled_all 120 --repeats 10 --drop-path 0 --compile blocks heads losses --channels-last
+step step_compiled_drop_path 150 --repeats 10 --compile blocks heads losses --channels-last
+tar -czf "$OUT/logs.tgz" -C "$LOGS" .
