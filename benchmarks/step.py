@@ -4,7 +4,7 @@
 
 One step is what pretraining does: ViT-S/16, 2 x 224 + 8 x 96 px, forward, backward, clipping, AdamW, moving average.
 ``--profile FILE`` writes what the time of one step goes into, operation by operation, augmentation included, and adds
-to the result the time of each phase and of each kind of kernel. ``--compile PART ...`` compiles parts with torch.compile.
+to the result the time of each phase and of each kind of kernel. ``--compile PART ...`` compiles them.
 share_of_matrix_rate = (FLOPs of the step / its time) / (FLOPs of a square matrix product / its time), both measured
 alternately in this process at the same precision, medians.
 """
