@@ -39,8 +39,8 @@ step() { # NAME SECONDS ARGUMENTS...
 }
 
 tests() { # a result that says which tests failed
-  job test_gpu 200 bash -c "$PYTHON -m pytest tests/test_gpu.py tests/golden -n ${PROCESSES:-8} -q -p no:cacheprovider \
-    --junitxml $LOGS/test_gpu.xml; $PYTHON benchmarks/junit_to_json.py $LOGS/test_gpu.xml > \$RESULT"
+  job test_gpu 200 bash -c "$PYTHON -m pytest tests/test_gpu.py tests/golden -n ${PROCESSES:-8} -v -p no:cacheprovider \
+    -p no:benchmark     --junitxml $LOGS/test_gpu.xml; $PYTHON benchmarks/junit_to_json.py $LOGS/test_gpu.xml > \$RESULT"
 }
 
 step step_profile 120 --repeats 10 --profile "$LOGS/step.txt"

@@ -47,7 +47,8 @@ class KNN(Evaluator):
         evidence: Evidence = {}
         for k in possible:
             votes = votes_of(similarity[:, :k], classes[places[:, :k]], len(train.classes), self.temperature)
-            right = votes.topk(min(5, votes.shape[1]), dim=-1).indices == truth[:, None]
+            best = votes.topk(min(5, votes.shape[1]), dim=-1)
+            right = (best.indices == truth[:, None]) & (best.values > 0)  # without a vote, order decides, not likeness
             evidence[f"top1, k = {k}"] = right[:, 0].cpu()
             if len(train.classes) > 5:
                 evidence[f"top5, k = {k}"] = right.any(-1).cpu()
