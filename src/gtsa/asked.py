@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gtsa import config, strict
-from gtsa.core import Remedy
+from gtsa.errors import Remedy
 from gtsa.terminal import say
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -28,8 +28,10 @@ def described(data: Any) -> str:
     return f"<{type(data).__name__} of {len(data)} items>"
 
 
-def asked(given: Mapping[str, Any]) -> Any:
+def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
     """Settings as asked for: over the demo where there is no data, over the run's own where it is resumed.
+
+    ``tell``: changes of a resumed run are shown.
 
     Raises:
         Remedy: a setting is wrong, is missing, or differs from the run's own (2), or the data would be removed (8).
@@ -51,7 +53,7 @@ def asked(given: Mapping[str, Any]) -> Any:
                 + "\nleave them out, or start another run with --init and another --out"
             )
         for line in changes:
-            if line.split(":")[0] not in ("out", "resume") and os.environ.get("LOCAL_RANK", "0") == "0":
+            if tell and line.split(":")[0] not in ("out", "resume") and os.environ.get("LOCAL_RANK", "0") == "0":
                 say(f"changed: {line}")
         return new
     if given.get("resume") and given.get("data") is None:

@@ -24,30 +24,11 @@ from torch import Tensor
 
 from gtsa import config, evals, judging, strict
 from gtsa.checkpoint import store
+from gtsa.config import ABLATIONS
 from gtsa.core import Evaluator, Evidence, Remedy
 from gtsa.sources import open_source
 from gtsa.training import digest_of
-from gtsa.views import MultiCrop
 
-GTSA_VIEWS = MultiCrop()
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "gtsa-no-rotation": {"method": "gtsa", "views": {"rotations": False}},
-    "gtsa-no-rotation-prediction": {"method": "gtsa", "gtsa": {"rotation_weight": 0.0}},
-    "gtsa-no-region-target": {"method": "gtsa", "gtsa": {"region_target": "global"}},
-    "gtsa-no-patch-correspondence": {"method": "gtsa", "gtsa": {"patch_weight": 0.0}},
-    "gtsa-no-multi-crop": {"method": "gtsa", "views": {"local_crops": 0}},
-    "dino-gtsa-views": {
-        "method": "dino",
-        "views": {
-            name: getattr(GTSA_VIEWS, name)
-            for name in (
-                "rotations", "flip", "global_share", "local_share", "global_overlap", "local_overlap", "brightness",
-                "contrast", "saturation", "hue", "blur", "solarise",
-            )
-        },
-    },
-    "dino-rotations": {"method": "dino", "views": {"rotations": True}},
-}  # fmt: skip
 STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
 TRIED = 1_000  # seed of all trials: the same start and images for all settings, and those of no run
 FREE = ("device", "workers", "devices", "precision")  # settings that decide no more than the last digits

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from gtsa import evals, methods
-from gtsa.core import Remedy
+from gtsa.errors import Remedy
+from gtsa.plugins import declared
 from gtsa.strict import Auto, Count, Documented, Natural, Positive, Strict, merged, settings_of, with_sections
-from gtsa.views import MultiCrop
 
-ViewSettings = settings_of(MultiCrop, "views", auto=("global_size", "local_size"))
-METHODS = methods.found()
+MULTICROP = declared(Path(__file__).parent / "views.py", "MultiCrop")
+assert MULTICROP is not None
+ViewSettings = settings_of(MULTICROP, "views", auto=("global_size", "local_size"))
+METHODS = methods.declared()
 MethodSettings: dict[str, type[Strict]] = {
-    name: settings_of(maker, name, skip=("encoder",), auto=maker.sized) for name, maker in METHODS.items()
+    name: settings_of(method, name, skip=("encoder",), auto=method.constants["sized"])
+    for name, method in METHODS.items()
 }
-
-EvaluatorSettings: dict[str, type[Strict]] = {name: settings_of(maker, name) for name, maker in evals.found().items()}
+EvaluatorSettings: dict[str, type[Strict]] = {
+    name: settings_of(evaluator, name) for name, evaluator in evals.declared().items()
+}
 
 
 class _Pretrain(Documented):
@@ -120,7 +125,7 @@ class _Pretrain(Documented):
     def _as_published(cls, values: Any) -> Any:
         """Settings are those that the method was published with, but for what is given."""
         method = values.get("method", "gtsa")
-        return merged(METHODS[method].published, values) if method in METHODS else values
+        return merged(METHODS[method].constants["published"], values) if method in METHODS else values
 
     @model_validator(mode="after")
     def _consistent(self) -> _Pretrain:
@@ -144,7 +149,7 @@ class _Pretrain(Documented):
         if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
             problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         v: Any = self.views
-        fewest = METHODS[self.method].fewest_views if self.method in METHODS else 2
+        fewest = METHODS[self.method].constants["fewest_views"] if self.method in METHODS else 2
         if v.global_crops < 1 or v.local_crops < 0 or v.global_crops + v.local_crops < fewest:
             problems.append("views: at least one global crop and one other view are needed")
         for name in ("global_share", "local_share"):
@@ -157,7 +162,7 @@ class _Pretrain(Documented):
             given = getattr(v, name)
             if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
                 problems.append(f"views.{name}: from 0 to 1, not {given}")
-        if self.method in METHODS and METHODS[self.method].compares_places:
+        if self.method in METHODS and METHODS[self.method].constants["compares_places"]:
             problems += [
                 f"views.{name}: must be {wanted} for {self.method}, which compares what crops show of the same place"
                 for name, wanted, wrong in (
@@ -265,6 +270,32 @@ Evaluate = with_sections(_Evaluate, "Evaluate", EvaluatorSettings, "Options of -
 
 
 CONTROLS = ("untrained", "colour", "position")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "gtsa-no-rotation": {"method": "gtsa", "views": {"rotations": False}},
+    "gtsa-no-rotation-prediction": {"method": "gtsa", "gtsa": {"rotation_weight": 0.0}},
+    "gtsa-no-region-target": {"method": "gtsa", "gtsa": {"region_target": "global"}},
+    "gtsa-no-patch-correspondence": {"method": "gtsa", "gtsa": {"patch_weight": 0.0}},
+    "gtsa-no-multi-crop": {"method": "gtsa", "views": {"local_crops": 0}},
+    "dino-gtsa-views": {
+        "method": "dino",
+        "views": {
+            name: MULTICROP.arguments[name][1]
+            for name in (
+                "rotations", "flip", "global_share", "local_share", "global_overlap", "local_overlap", "brightness",
+                "contrast", "saturation", "hue", "blur", "solarise",
+            )
+        },
+    },
+    "dino-rotations": {"method": "dino", "views": {"rotations": True}},
+}  # fmt: skip
+"""Variants of methods: what ``gtsa compare --ablate`` takes."""
+Format = Literal["timm", "hf", "dino"]
+OPENS = {
+    "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
+    "hf": 'transformers.ViTModel.from_pretrained("{}")',
+    "dino": 'torch.load("{}", weights_only=True)["teacher"]',
+}
+"""How others open what ``gtsa export`` wrote."""
 
 
 class Compare(Documented):
@@ -273,7 +304,7 @@ class Compare(Documented):
     methods: tuple[str, ...] = ("gtsa", "dino")
     """What to compare; the first one is what the others are compared with."""
     ablate: tuple[str, ...] = ()
-    """Variants of methods, each a row, e.g. gtsa-no-rotation; a wrong name is answered with all that there are."""
+    """Variants of methods, each a row."""
     controls: tuple[str, ...] = CONTROLS
     """Rows that learn nothing: untrained networks, colour and edges of each patch, its position."""
     weights: tuple[str, ...] = ()
@@ -360,3 +391,6 @@ class Compare(Documented):
         if problems:
             raise Remedy("\n".join(problems))
         return self
+
+
+Compare.model_fields["ablate"].description = f"Variants of methods, each a row: {', '.join(ABLATIONS)}."

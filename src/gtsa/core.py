@@ -11,29 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-
-class Remedy(ValueError):
-    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
-
-    ``code`` is the exit code of the command line (see EXIT_CODES).
-    """
-
-    def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-EXIT_CODES = {
-    0: "done",
-    2: "bad command or configuration",
-    3: "bad data",
-    4: "bad checkpoint or weights",
-    5: "training diverged",
-    6: "lack of a resource (memory, disk, worker)",
-    7: "done, but for parts that failed and are named",
-    8: "refused for safety",
-    75: "stopped on request, checkpoint saved: run again with --resume to go on",
-}
+from gtsa.errors import EXIT_CODES as EXIT_CODES
+from gtsa.errors import Remedy as Remedy
 
 
 class Draw(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gtsa import cells, config, pictures, plan, strict
+from gtsa import cells, config, methods, pictures, plan, strict
 from gtsa.backbone import Backbone, patch_of
 from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, training_of
 from gtsa.checkpoint import store
@@ -141,7 +141,7 @@ def _untrained(cell: Cell, s: Any) -> Any:
 def flops_per_image(settings: Any) -> float:
     """Floating-point operations of a training step for one image, forward and backward; settings are resolved."""
     multicrop = MultiCrop(**settings.views.model_dump())
-    method: Method = config.METHODS[settings.method](
+    method: Method = methods.found()[settings.method](
         Backbone(settings.model, multicrop.global_size), **settings.options
     )
     method.train()

@@ -16,15 +16,8 @@ from torch import Tensor
 
 from gtsa import checkpoint, hf, weights
 from gtsa.backbone import Backbone
+from gtsa.config import Format
 from gtsa.core import Remedy
-
-Format = Literal["timm", "hf", "dino"]
-OPENS = {
-    "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
-    "hf": 'transformers.ViTModel.from_pretrained("{}")',
-    "dino": 'torch.load("{}", weights_only=True)["teacher"]',
-}
-"""How others open what was written."""
 
 
 def export(

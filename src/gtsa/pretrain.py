@@ -13,7 +13,7 @@ import psutil
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, plan, pool, strict, weights
+from gtsa import augment, methods, plan, pool, strict, weights
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described
 from gtsa.backbone import Backbone
@@ -117,7 +117,8 @@ class _Pretraining:
         # Everything that can be refused is opened before anything is written, and before a run that was here goes.
         files = first(fabric, lambda: pool.scanned(data, self.settings, run) if run else {}) or {}
         images = fabric.broadcast(pool.count(files, self.settings.out) if run else 0)
-        plan.method(ready, config.METHODS[self.settings.method].sized, images)
+        kind = methods.found()[self.settings.method]
+        plan.method(ready, kind.sized, images)
         plan.hold_out(ready, images)
         self.method, self.loaded = self._networks(found)
         self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
@@ -127,7 +128,7 @@ class _Pretraining:
             run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
         fabric.barrier()
         self.pool = Pool(data, self.settings, lambda text: self.training.note(text))
-        plan.budget(ready, len(self.pool.train), config.METHODS[self.settings.method].rate)
+        plan.budget(ready, len(self.pool.train), kind.rate)
         self._remember()
 
     def __call__(self) -> Trained:
@@ -183,11 +184,12 @@ class _Pretraining:
         """The method with its initial weights, which follow from the seed, and what was loaded."""
         s, size = self.settings, self.multicrop.global_size
         torch.manual_seed(s.seed)
+        method: Any = methods.found()[s.method]
         if found is None:
-            return config.METHODS[s.method](Backbone(s.model, size, s.drop_path), **s.options), ""
+            return method(Backbone(s.model, size, s.drop_path), **s.options), ""
         encoder, loaded = weights.built(found, s.model, size, s.drop_path)
         start = copy_of(encoder)
-        return Adaptation(config.METHODS[s.method](encoder, **s.options), start, s.anchor), loaded
+        return Adaptation(method(encoder, **s.options), start, s.anchor), loaded
 
     def _learning(self) -> list[dict[str, Any]]:
         """All that is trained. The encoder starts later and learns slower than the rest, where that was asked for.

@@ -16,6 +16,7 @@ import numpy as np
 
 from gtsa import images
 from gtsa.core import Remedy
+from gtsa.errors import escaped as escaped
 from gtsa.sources import Source
 
 HEADERS = 100_000  # files whose headers are read; of more, an even sample of this many
@@ -123,11 +124,6 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
 def enough(result: Scan) -> float:
     """The least --max-bad, in hundredths, that lets the usable images through."""
     return math.ceil(100 * len(result.bad) / max(1, result.looked_at)) / 100
-
-
-def escaped(name: str) -> str:
-    """A file name for the terminal and for reports: control characters and broken encodings are shown, not sent."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 class _Memory:

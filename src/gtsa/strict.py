@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import io
 import os
 from collections.abc import Collection, Mapping
@@ -15,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from gtsa.core import Remedy
+from gtsa.errors import Remedy
+from gtsa.plugins import REQUIRED, Declared
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -63,19 +63,19 @@ def with_sections(base: type[Strict], name: str, sections: Mapping[str, type[Str
     return create_model(name, __base__=base, **fields)
 
 
-def settings_of(maker: Any, name: str, skip: Collection[str] = (), auto: Collection[str] = ()) -> type[Strict]:
+def settings_of(maker: Declared, name: str, skip: Collection[str] = (), auto: Collection[str] = ()) -> type[Strict]:
     """The keyword arguments of a constructor as settings: names, types, defaults and help from the constructor itself.
 
     Those of ``auto`` may be left to us, and are by default.
     """
-    words = _described(maker.__doc__ or "")
+    words = _described(maker.doc)
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(maker, eval_str=True).parameters.values():
-        if parameter.name not in skip:
-            kind, default = parameter.annotation, parameter.default
-            if parameter.name in auto:
+    for argument, (kind, default) in maker.arguments.items():
+        if argument not in skip:
+            assert default is not REQUIRED
+            if argument in auto:
                 kind, default = Auto | kind, "auto"
-            fields[parameter.name] = (kind, Field(default, description=words.get(parameter.name)))
+            fields[argument] = (kind, Field(default, description=words.get(argument)))
     return create_model(name, __base__=Strict, **fields)
 
 

@@ -59,7 +59,7 @@ def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
     draw = np.random.default_rng([number, *row.name.encode()])
     low, high = s.rates
     rate = float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")
-    search = config.METHODS[row.name].search
+    search = config.METHODS[row.name].constants["search"]
     values = {key: choices[int(draw.integers(len(choices)))] for key, choices in search.items()}
     return {"learning_rate": rate, row.name: values}
 

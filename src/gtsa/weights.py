@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gtsa import bare, checkpoint, hf
 from gtsa.backbone import Backbone
 from gtsa.core import Remedy
+from gtsa.early import no_weights
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
 EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")  # arguments of an export that a Backbone sets itself
@@ -71,11 +72,7 @@ def find(spec: str, network: str = "teacher") -> Weights:
         return _from_folder(path)
     if path.is_file():
         return _from_file(path, network)
-    raise Remedy(
-        f"{spec}: no weights there; give a run, an export, a timm or Hugging Face folder (config.json and "
-        "model.safetensors), a .safetensors or .pth file, or timm:NAME",
-        4,
-    )
+    raise no_weights(spec)
 
 
 def described(weights: Weights, model: str | None = None) -> tuple[str, dict[str, Any], str]:

@@ -6,17 +6,24 @@ types; these become the settings ``--name.argument``.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gtsa.core import Method
+from gtsa import plugins
+
+if TYPE_CHECKING:
+    from gtsa.core import Method
+
+
+def declared() -> dict[str, plugins.Declared]:
+    """{name: how its source declares it} of every method in this folder; imports none of them."""
+    here = Path(__file__).parent
+    return plugins.all_declared(here, "Method", here.parent / "core.py")
 
 
 def found() -> dict[str, type[Method]]:
     """{name: class} of every method in this folder."""
-    methods = {}
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Method) and value.__module__.endswith(module.name):
-                methods[module.name] = value
-    return methods
+    from gtsa.core import Method
+
+    return plugins.classes(sys.modules[__name__], Method)  # type: ignore[type-abstract]

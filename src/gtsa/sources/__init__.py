@@ -10,11 +10,12 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+from gtsa.errors import Remedy
 
-from gtsa.core import Remedy
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Detail = Callable[[int, int], float]
 
@@ -59,4 +60,8 @@ def open_source(data: Any, **options: Any) -> Source:
             return kind(data, **options)  # type: ignore[no-any-return]
     if isinstance(data, str | os.PathLike) and os.path.isfile(data):
         raise Remedy(f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3)
-    raise Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
+    raise absent(data)
+
+
+def absent(data: Any) -> Remedy:
+    return Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)

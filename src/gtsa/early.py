@@ -1,0 +1,60 @@
+"""What can be refused before anything heavy is imported: wrong settings, and paths where nothing is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gtsa import config, strict
+from gtsa.asked import asked
+from gtsa.errors import Remedy, escaped
+from gtsa.sources import absent
+
+ELSEWHERE = ("timm:", "random:")  # weights that are no path
+
+
+def pretrain(given: Mapping[str, Any]) -> None:
+    settings = asked(given, tell=False)
+    data(settings.data)
+    if settings.init:
+        weights(settings.init)
+
+
+def evaluate(given: Mapping[str, Any]) -> None:
+    settings = strict.validated(config.Evaluate, given)
+    weights(settings.weights)
+    labelled(settings.train, settings.val)
+
+
+def compare(given: Mapping[str, Any]) -> None:
+    settings = strict.validated(config.Compare, given)
+    data(settings.data)
+    labelled(settings.train, settings.val)
+
+
+def data(place: str) -> None:
+    """Raises Remedy (3) where there is nothing."""
+    if not os.path.exists(place):
+        raise absent(place)
+
+
+def weights(spec: str) -> None:
+    """Raises Remedy (4) where there is nothing."""
+    if not spec.startswith(ELSEWHERE) and not os.path.exists(spec):
+        raise no_weights(spec)
+
+
+def no_weights(spec: str) -> Remedy:
+    return Remedy(
+        f"{spec}: no weights there; give a run, an export, a timm or Hugging Face folder (config.json and "
+        "model.safetensors), a .safetensors or .pth file, or timm:NAME",
+        4,
+    )
+
+
+def labelled(*sets: Sequence[str]) -> None:
+    """Raises Remedy (3) where there is nothing under one of IMAGES [LABELS]."""
+    for place in (place for places in sets for place in places):
+        if not os.path.exists(place):
+            raise Remedy(f"{escaped(place)}: there is no such file or folder", 3)

@@ -1,0 +1,32 @@
+"""Errors that a user can mend, and the exit codes of the command line. Imports nothing."""
+
+from __future__ import annotations
+
+
+class Remedy(ValueError):
+    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+
+    ``code`` is the exit code of the command line (see EXIT_CODES).
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+EXIT_CODES = {
+    0: "done",
+    2: "bad command or configuration",
+    3: "bad data",
+    4: "bad checkpoint or weights",
+    5: "training diverged",
+    6: "lack of a resource (memory, disk, worker)",
+    7: "done, but for parts that failed and are named",
+    8: "refused for safety",
+    75: "stopped on request, checkpoint saved: run again with --resume to go on",
+}
+
+
+def escaped(name: str) -> str:
+    """A file name for the terminal and for reports: control characters and broken encodings are shown, not sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

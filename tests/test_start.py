@@ -1,0 +1,182 @@
+"""A command begins without what it does not need: seen in sys.modules, not on a clock (benchmarks/start.py has that)."""
+
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gtsa
+from gtsa import cli, config, evals, methods, plugins
+from gtsa.plugins import REQUIRED, declared
+from gtsa.views import MultiCrop
+
+HEAVY = ("torch", "timm", "torchvision", "numpy", "scipy", "sklearn", "PIL", "lightning_fabric", "tensorboard")
+QUICK = {  # command line: exit code, and words that it answers with
+    (): (0, "Usage: gtsa COMMAND"),
+    ("--help",): (0, "pretrain"),
+    ("--version",): (0, gtsa.__version__),
+    ("pretrian",): (2, 'Did you mean "pretrain"?'),
+    ("pretrain", "--epoch", "3"): (2, "Did you mean --epochs?"),
+    ("pretrain", "--help"): (0, "--dino.teacher-temperature"),
+    ("evaluate", "--help"): (0, "--segmentation.steps"),
+    ("compare", "--help"): (0, "gtsa-no-rotation"),
+    ("export", "--help"): (0, "--network"),
+    ("methods",): (0, "iBOT"),
+    ("completion", "bash"): (0, "complete -F"),
+    ("completion", "zsh"): (0, "#compdef gtsa"),
+    ("completion", "fish"): (0, "complete -c gtsa"),
+    ("completion", "tcsh"): (2, "bash"),
+    ("pretrain", "--batch-size", "0", "--out", "run"): (2, "batch_size: 0"),
+    ("pretrain", "--method", "simclr", "--out", "run"): (2, "there is dino, gtsa, ibot, mae"),
+    ("pretrain", "--data", "nowhere", "--out", "run"): (3, "--data nowhere: there is no such folder"),
+    ("pretrain", "--init", "nowhere", "--data", ".", "--out", "run"): (4, "nowhere: no weights there"),
+    ("pretrain", "--print-config", "--method", "mae"): (0, "final_weight_decay: 0.05"),
+    ("evaluate", "nowhere", "--task", "health", "--val", "."): (4, "nowhere: no weights there"),
+    ("evaluate", "random:test_vit", "--task", "knn", "--train", ".", "--val", "void"): (3, "void: there is no such"),
+    ("compare", "--data", "nowhere", "--out", "o", "--train", ".", ".", "--folds", "3"): (3, "--data nowhere"),
+    ("check", "nowhere"): (3, "--data nowhere"),
+    ("preview", "nowhere"): (3, "--data nowhere"),
+    ("export", "nowhere", "--out", "o"): (4, "nowhere: no weights there"),
+}  # fmt: skip
+SCRIPT = f"""
+import sys
+import gtsa
+from gtsa import cli
+first = [name for name in {HEAVY} if name in sys.modules]
+print("import", first, flush=True)
+for command in {list(QUICK)}:
+    print("<", flush=True)
+    code = 0
+    try:
+        code = cli.run(list(command))
+    except SystemExit as end:
+        code = end.code or 0
+    sys.stderr.flush()
+    print(">", code, [name for name in {HEAVY} if name in sys.modules], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each of the quick commands says, its code, and what was imported by then; one process for all."""
+    place = tmp_path_factory.mktemp("quick")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    first, *parts = done.stdout.split("<\n")
+    assert first == "import []\n"
+    assert list(place.iterdir()) == []
+    return dict(zip(QUICK, parts, strict=True))
+
+
+@pytest.mark.parametrize("command", QUICK, ids=" ".join)
+def test_is_answered_without_anything_heavy(answers, command):
+    code, words = QUICK[command]
+    said, _, end = answers[command].rpartition(">")
+    assert end.split(maxsplit=1) == [str(code), "[]\n"]
+    assert words in said
+
+
+def test_the_package_is_lazy_and_its_verbs_are_functions():
+    script = (
+        "import sys, gtsa; assert 'torch' not in sys.modules; assert 'pretrain' in dir(gtsa)\n"
+        "from gtsa.check import scan\n"  # a module of a verb's name is imported first
+        "assert gtsa.check.__module__ == 'gtsa.check' and callable(gtsa.check), gtsa.check\n"
+        "from gtsa import export; assert callable(export)\n"
+        "try: gtsa.fly\n"
+        "except AttributeError as error: assert 'fly' in str(error)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "maker"),
+    [
+        (f"{kind.__name__}.{name}", one, kind.found()[name])
+        for kind in (methods, evals)
+        for name, one in kind.declared().items()
+    ]
+    + [("views", config.MULTICROP, MultiCrop)],
+)
+def test_declarations_are_those_of_the_classes(name, one, maker):
+    """The classes themselves, imported, are the oracle of what was read from their source."""
+    for argument, parameter in inspect.signature(maker, eval_str=True).parameters.items():
+        kind, default = one.arguments.pop(argument)
+        if parameter.default is inspect.Parameter.empty:
+            assert default is REQUIRED
+        else:
+            assert (kind, default) == (parameter.annotation, parameter.default)
+    assert one.arguments == {}
+    assert one.doc == inspect.getdoc(maker)
+    for constant in ("published", "rate", "fewest_views", "compares_places", "search", "labels", "learns", "trains"):
+        assert one.constants.get(constant) == getattr(maker, constant, None)
+    assert sorted(one.constants.get("sized", {})) == sorted(getattr(maker, "sized", {}))
+
+
+def test_every_method_and_evaluation_is_declared():
+    assert list(methods.declared()) == list(methods.found())
+    assert list(evals.declared()) == list(evals.found())
+
+
+def test_what_needs_an_import_is_not_worked_out(tmp_path):
+    file = tmp_path / "plugin.py"
+    file.write_text(
+        '"""First line.\n\nMore."""\nimport torch\nSIZES = (1, 2)\nT = torch.arange(3)\n'
+        "class Thing(Base):\n    'What it is.'\n    table = {'a': torch.sin, 'b': 2}\n    odd = torch.pi\n    kinds = SIZES\n"
+        "    def __init__(self, encoder: torch.nn.Module, *, size: int | None = None, sizes: tuple[int, ...] = SIZES): ...\n"
+    )
+    one = declared(file, base="Base")
+    assert (one.summary, one.doc) == ("First line.", "What it is.")
+    assert one.constants == {"table": {"a": None, "b": 2}, "odd": None, "kinds": (1, 2)}
+    assert one.arguments["encoder"][1] is REQUIRED
+    assert one.arguments["size"] == (int | None, None)
+    assert one.arguments["sizes"] == (tuple[int, ...], (1, 2))
+    assert declared(file, base="Other") is None
+
+
+def test_verbs_are_those_of_python():
+    assert set(gtsa.__all__) - {"Remedy"} <= set(cli.VERBS)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_verbs_and_flags(tmp_path):
+    """The script is read by a real bash, which is then asked as a Tab asks it."""
+    script = subprocess.run(
+        [sys.executable, "-m", "gtsa", "completion", "bash"], capture_output=True, text=True, check=True
+    )
+    place = tmp_path / "gtsa.bash"
+    place.write_text(script.stdout)
+
+    def offered(*words):
+        ask = f"""
+            source {place}
+            COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; COMP_LINE="{" ".join(words)}"; COMP_POINT=${{#COMP_LINE}}
+            _gtsa gtsa "{words[-1]}" "{words[-2]}"; printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        return subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+
+    assert "pretrain" in offered("gtsa", "pre")
+    assert "--batch-size" in offered("gtsa", "pretrain", "--batch")
+    assert "--gtsa.region-weight" in offered("gtsa", "pretrain", "--gtsa.re")
+
+
+def test_installed_completion_lies_where_the_shell_looks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cli.run(["completion", "fish", "--install"]) == 0
+    assert (tmp_path / ".config/fish/completions/gtsa.fish").read_text().count("complete -c gtsa") > 100
+    assert "gtsa.fish" in capsys.readouterr().out
+
+
+def test_plugins_find_classes_and_nothing_else():
+    from gtsa.core import Method
+
+    assert plugins.classes(methods, Method) == methods.found()
