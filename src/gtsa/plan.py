@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
+from gtsa import threads
 from gtsa.backbone import patch_of
 from gtsa.core import Crops, Method, Remedy, Views
 from gtsa.terminal import lasting, table
@@ -304,6 +305,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
         ("steps", f"{s.steps:,} ({s.steps * s.batch_size / train:,.1f} epochs)", why("steps")),
         ("learning rate", f"{s.learning_rate:g}", why("learning_rate")),
         ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why("device")),
+        ("threads", torch.get_num_threads(), threads.described()),
         ("workers", s.workers, why("workers")),
         ("time", f"about {lasting(cost.seconds * each * s.steps)}", "forward and backward; the ETA below has it all"),
         ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
