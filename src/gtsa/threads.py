@@ -1,8 +1,8 @@
 """How the processor's threads wait for one another. OpenMP reads this once, when torch is imported.
 
 By default a thread that waits spins for a long time, and takes the core from whatever else could run there: beside two
-busy processes a step of the demo takes five times as long. Threads that spin for a shorter time cost nothing alone
-(benchmarks/busy.py).
+busy processes a step of the demo took five times as long. Spinning for a short time costs networks of usual size
+nothing, and the demo's, whose operations take microseconds, about a tenth (LOG.md, benchmarks/busy.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-SPINS = "2000"  # rounds before a waiting thread sleeps; OpenMP's own default is 300,000
+SPINS = "400"  # rounds before a waiting thread sleeps; OpenMP's own default is 300,000
 USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
