@@ -128,3 +128,85 @@ def test_a_damaged_newer_one_never_costs_the_one_just_written(tmp_path):
         place = checkpoint.write(tmp_path, step, {"a": {"x": torch.ones(3)}}, {}, keep=1)
         assert checkpoint.newest(tmp_path) == (place, [])
     assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-00000042"]
+
+
+# What is not ours
+
+
+def test_others_in_the_folder_are_left_alone_and_cost_nothing(tmp_path):
+    """Links, files and folders under the names of checkpoints are neither counted nor removed nor read."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "manifest.json").write_text("{}")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step-00000007").symlink_to(outside)
+    (folder / "step-00000011").write_text("a note")
+    (folder / "step-99999999").mkdir()
+    (folder / "step-99999999" / "mine.txt").write_text("mine")
+    for step in (10, 12, 13):
+        place = checkpoint.write(folder, step, TENSORS, {}, keep=2)
+    assert [p.name for p in checkpoint.listing(folder)] == ["step-00000013", "step-00000012"]
+    assert [p.name for p in checkpoint.strangers(folder)] == ["step-00000007", "step-00000011", "step-99999999"]
+    assert checkpoint.newest(folder) == (place, [])
+    assert (folder / "step-99999999" / "mine.txt").read_text() == "mine"
+    assert (folder / "step-00000007").is_symlink() and [p.name for p in outside.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_nothing_of_others_is_replaced(tmp_path, kind):
+    place = tmp_path / "step-00000002"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    {"link": lambda: place.symlink_to(outside), "file": place.touch, "folder": place.mkdir}[kind]()
+    checkpoint.write(tmp_path, 1, TENSORS, {})
+    with pytest.raises(Remedy, match="is no checkpoint of gtsa.*move it away") as remedy:
+        checkpoint.write(tmp_path, 2, TENSORS, {})
+    assert remedy.value.code == 8
+    assert place.exists() and outside.is_dir()
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step-00000001"
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read_and_survives(tmp_path):
+    place = checkpoint.write(tmp_path, 1, TENSORS, {})
+    (place / "extra.safetensors").write_bytes(b"nothing like it")
+    assert checkpoint.newest(tmp_path) == (place, [])
+    assert checkpoint.read(place)[0].keys() == TENSORS.keys()
+    checkpoint.write(tmp_path, 2, TENSORS, {}, keep=1)
+    assert [p.name for p in place.iterdir()] == ["extra.safetensors"]
+    assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-00000002", "step-00000001"]
+    checkpoint.write(tmp_path, 3, TENSORS, {}, keep=1)
+    assert [p.name for p in place.iterdir()] == ["extra.safetensors"]
+
+
+def test_a_manifest_cannot_reach_out_of_its_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    place = checkpoint.write(tmp_path / "checkpoints", 1, TENSORS, {})
+    text = (place / "manifest.json").read_text().replace('"state.json"', '"../../mine.txt"')
+    (place / "manifest.json").write_text(text)
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] is None
+    for step in (2, 3):
+        checkpoint.write(tmp_path / "checkpoints", step, TENSORS, {}, keep=1)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not place.exists()
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged_and_not_removed(tmp_path):
+    for step in (1, 2):
+        place = checkpoint.write(tmp_path, step, TENSORS, {})
+    (place / "manifest.json").unlink()
+    newest, problems = checkpoint.newest(tmp_path)
+    assert newest == tmp_path / "step-00000001"
+    assert problems == ["step-00000002 is damaged (manifest.json: No such file or directory)"]
+    checkpoint.write(tmp_path, 3, TENSORS, {}, keep=1)
+    assert place.is_dir()
+
+
+def test_the_state_is_read_without_the_tensors(tmp_path):
+    assert checkpoint.newest_state(tmp_path) == {}
+    for step in (1, 2):
+        place = checkpoint.write(tmp_path, step, TENSORS, {"n": step})
+    (place / "method.safetensors").write_bytes(b"")
+    assert checkpoint.newest_state(tmp_path)["n"] == 2
+    (place / "state.json").write_text("{}")
+    assert checkpoint.newest_state(tmp_path)["n"] == 1

@@ -1,6 +1,9 @@
 """What leaves the house opens elsewhere, and gives the same numbers."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 import timm
@@ -38,7 +41,7 @@ def test_timm_opens_it_and_agrees(tmp_path, model):
     assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
     assert tuple(config["std"]) == (0.4, 0.5, 0.6)
     assert tuple(config["input_size"]) == (3, 112, 112)
-    assert {p.name for p in place.iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in place.iterdir()} == {"config.json", "model.safetensors", "gtsa.sha256"}
 
 
 def test_an_export_is_weights_again(tmp_path):
@@ -81,7 +84,8 @@ def test_transformers_opens_it_and_agrees(tmp_path, model, arguments):
     backbone = encoder(model, normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), **arguments)
     place = write(backbone, tmp_path / "timm")
     folder = export(str(place), str(tmp_path / "hf"), "hf")
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    written = {"config.json", "model.safetensors", "preprocessor_config.json", "gtsa.sha256"}
+    assert {p.name for p in folder.iterdir()} == written
     vit, told = transformers.ViTModel.from_pretrained(folder, output_loading_info=True)
     assert set(told["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
     assert not any(told[name] for name in told if name != "missing_keys")
@@ -113,7 +117,7 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
     state = torch.load(place, weights_only=True)
     assert list(state) == ["teacher", "mean", "std"]
     assert state["teacher"].keys() == {f"backbone.{k}" for k in backbone.vit.state_dict()}
-    assert [p.name for p in place.parent.iterdir()] == ["w.pth"]
+    assert {p.name for p in place.parent.iterdir()} == {"w.pth", "w.pth.sha256"}
     told = opened(str(place))[1]
     assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in told
     with pytest.raises(Remedy, match="is there already"):
@@ -167,3 +171,101 @@ def test_the_command_line(tmp_path, capsys):
         assert command(["export", str(place), "--out", str(out), "--to", to]) == 0
         assert how.split("(")[0] in capsys.readouterr().out
         assert out.exists()
+
+
+# Checksums, permissions and drafts
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """{what opens it: an export}"""
+    root = tmp_path_factory.mktemp("exports")
+    timm_folder = write(encoder("vit_tiny_patch16_224", depth=1), root / "timm")
+    return {
+        "timm": timm_folder,
+        "hf": export(str(timm_folder), str(root / "hf"), "hf"),
+        "dino": export(str(timm_folder), str(root / "dino" / "w.pth"), "dino"),
+    }
+
+
+def copy_of(place, to):
+    """An export, copied with what lies beside it; returns it and its files."""
+    if place.is_dir():
+        there = shutil.copytree(place, to / place.name)
+        return there, sorted(there.iterdir())
+    shutil.copytree(place.parent, to, dirs_exist_ok=True)
+    return to / place.name, sorted(to.iterdir())
+
+
+@pytest.mark.parametrize("to", OPENS)
+def test_every_changed_or_shortened_file_is_found(exported, tmp_path, to):
+    place, files = copy_of(exported[to], tmp_path)
+    weights.find(str(place))
+    for file in files:
+        whole = file.read_bytes()
+        for at in (0, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+            for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:at]):
+                if file.suffix == ".sha256" and to == "dino" and len(damaged) > 64 and damaged[:64] == whole[:64]:
+                    continue  # the name behind the checksum, which nobody reads
+                file.write_bytes(damaged)
+                with pytest.raises(Remedy, match=r"changed or cut short|is damaged") as remedy:
+                    weights.find(str(place))
+                assert remedy.value.code == 4
+        file.write_bytes(whole)
+    weights.find(str(place))
+
+
+@pytest.mark.parametrize("to", OPENS)
+def test_an_export_of_before_there_were_checksums_opens(exported, tmp_path, to):
+    place, files = copy_of(exported[to], tmp_path)
+    for file in files:
+        if file.suffix == ".sha256":
+            file.unlink()
+    opened(str(place))
+
+
+def test_sha256sum_can_check_an_export(exported):
+    for folder, sums in ((exported["timm"], "gtsa.sha256"), (exported["dino"].parent, "w.pth.sha256")):
+        told = subprocess.run(["sha256sum", "--check", "--strict", sums], cwd=folder, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.count(": OK") >= 1
+
+
+@pytest.mark.parametrize("to", OPENS)
+def test_permissions_are_those_of_other_files(exported, tmp_path, to):
+    before = os.umask(0o027)
+    try:
+        place = export(str(exported["timm"]), str(tmp_path / "new" / "x"), to)
+    finally:
+        os.umask(before)
+    for file in place.iterdir() if place.is_dir() else place.parent.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o640, file
+
+
+def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (tmp_path / f".x.{process.pid}").mkdir()  # of an export that was killed
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Remedy, match="cannot be written: No space") as remedy:
+        export(str(exported["timm"]), str(tmp_path / "x"))
+    assert remedy.value.code == 6
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "fsync", real)
+    export(str(exported["timm"]), str(tmp_path / "x"))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_new_export_leaves_files_of_others_in_its_folder(exported, tmp_path):
+    place, _ = copy_of(exported["timm"], tmp_path)
+    (place / "README.md").write_text("mine")
+    (place / "config.json").write_text("{}")
+    write(encoder("vit_tiny_patch16_224", depth=2), place)
+    assert (place / "README.md").read_text() == "mine"
+    assert opened(str(place))[0].arguments["depth"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["timm"]

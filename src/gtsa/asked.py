@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gtsa import config, strict
+from gtsa import checkpoint, config, files, strict
 from gtsa.errors import Remedy
 from gtsa.terminal import say
 
@@ -34,15 +35,17 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
     ``tell``: changes of a resumed run are shown.
 
     Raises:
-        Remedy: a setting is wrong, is missing, or differs from the run's own (2), or the data would be removed (8).
+        Remedy: a setting is wrong, is missing, or differs from the run's own (2), the run's own are damaged (4), or
+            the data would be removed (8).
     """
     base: dict[str, Any] = {}
     out = given.get("out")
-    where = None
+    own = None
     if isinstance(out, str | os.PathLike):
-        where, given = Path(out) / "config.yaml", {**given, "out": os.fspath(out)}
-    if given.get("resume") and where and where.is_file():
-        base, given = strict.read_yaml(where), _settled(given)
+        given = {**given, "out": os.fspath(out)}
+        own = settings_of(Path(out)) if given.get("resume") else None
+    if own is not None:
+        base, given = own, _settled(given)
         new = strict.validated(config.Pretrain, strict.merged(base, given))
         old = strict.validated(config.Pretrain, base)
         changes = strict.differences(old, new)
@@ -68,6 +71,70 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
         if new.overwrite and os.path.commonpath([place, os.path.realpath(new.out)]) == os.path.realpath(new.out):
             raise Remedy(f"--{name} {getattr(new, name)} lies inside --out, which is to be overwritten; move either", 8)
     return new
+
+
+def written(settings: Any) -> dict[str, Any]:
+    """Settings as a checkpoint keeps them: plain values for JSON."""
+    return dict(json.loads(settings.model_dump_json(exclude={"resume", "overwrite"})))
+
+
+def settings_of(out: Path) -> dict[str, Any] | None:
+    """The settings of the run in ``out``, or None where there is none.
+
+    config.yaml says them, if it is what was written last: its seal is right, and what must not change is as the newest
+    checkpoint keeps it. Where it is gone the checkpoint says them.
+
+    Raises:
+        Remedy: config.yaml is damaged, or another run's (4).
+    """
+    where, kept = out / "config.yaml", _kept(out / "checkpoints")
+    if not where.is_file():
+        if kept is not None:
+            say(f"{where} is gone: the settings are those that the newest checkpoint keeps")
+        return kept and kept.model_dump()
+    seal = files.is_sealed(where.read_bytes())
+    if kept is None and seal is None and not _unsealed_but_whole(out):
+        raise Remedy(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
+    try:
+        base = strict.read_yaml(where)
+        now = strict.validated(config.Pretrain, base) if kept else None
+    except Remedy as remedy:
+        if kept is None and seal is not False:
+            raise
+        raise _damaged(where, [str(remedy)], kept) from None
+    lines = strict.differences(kept, now) if kept and now else []
+    if seal:
+        lines = [line for line in lines if line.split(":")[0] not in FREE_TO_CHANGE]
+    lines = [line for line in lines if line.split(":")[0] not in ("out", "resume", "overwrite")]
+    if lines or (seal is False and kept is None):
+        raise _damaged(where, lines, kept)
+    return base
+
+
+def _kept(checkpoints: Path) -> Any:
+    """The settings that the newest checkpoint keeps; None where there is none, or one of before they were kept."""
+    found = checkpoint.newest_state(checkpoints).get("settings")
+    try:
+        return None if found is None else strict.validated(config.Pretrain, found)
+    except (Remedy, TypeError):  # another version's
+        return None
+
+
+def _unsealed_but_whole(out: Path) -> bool:
+    """Whether config.yaml may lack its seal: a run of before there was one, or a file that a user put there."""
+    return any((out / "checkpoints").glob("step-*")) or not (out / "images.jsonl").exists()
+
+
+def _damaged(where: Path, lines: list[str], kept: Any) -> Remedy:
+    told = "\n  ".join(["", *lines]) if lines else " (its last line, a checksum of the others, does not fit)"
+    way = "bring it back"
+    if kept is not None:
+        way += ", or remove it: --resume then takes the settings that the newest checkpoint keeps"
+    return Remedy(
+        f"{where} is not what the run was started with:{told}\n{way}. Settings are changed on the command line, not in "
+        "this file",
+        4,
+    )
 
 
 def _settled(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from gtsa import config, evals, judging, strict
-from gtsa.checkpoint import store
 from gtsa.config import ABLATIONS
 from gtsa.core import Evaluator, Evidence, Remedy
+from gtsa.files import store
 from gtsa.sources import open_source
 from gtsa.training import digest_of
 

@@ -11,21 +11,27 @@ are older ones removed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+from gtsa import files
 from gtsa.core import Remedy
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # {file stem: {name: tensor}}
 FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"step-(\d{8,})")
+LEFT = re.compile(r"\.(draft|old)-\d{8,}-\d+")  # by an interrupted save
 
 
 class Damaged(Exception):
@@ -35,45 +41,78 @@ class Damaged(Exception):
 def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Writes the checkpoint of ``step`` into ``folder`` and leaves it there with the ``keep`` - 1 before it.
 
+    Only one process may write into a folder at a time.
+
     Raises:
-        Remedy: the disk is full or refuses (6); what was there before is untouched.
+        Remedy: the disk is full or refuses (6), or something else lies in its place (8); what was there before is
+            untouched.
     """
-    place, draft = folder / f"step-{step:08d}", folder / f".draft-{step:08d}-{os.getpid()}"
+    place, draft = folder / name(step), folder / f".draft-{step:08d}-{os.getpid()}"
+    if os.path.lexists(place) and not is_ours(place):
+        raise Remedy(in_the_way(place), 8)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
+        folder.mkdir(exist_ok=True)
+        clear(folder)
         draft.mkdir()
         listed = {}
         for stem, group in tensors.items():
-            tidy = {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}
+            tidy = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             listed[f"{stem}.safetensors"] = _store(draft / f"{stem}.safetensors", safetensors.torch.save(tidy))
-        listed["state.json"] = _store(draft / "state.json", _json({"step": step, **state}))
-        _store(draft / "manifest.json", _json({"format": FORMAT, "files": listed}))
-        _flush(draft)
+        listed[STATE] = _store(draft / STATE, _json({"step": step, **state}))
+        _store(draft / MANIFEST, _json({"format": FORMAT, "files": listed}))
+        files.flush(draft)
         if place.exists():  # the same step again, from a run that went back to an older checkpoint
             place.rename(folder / f".old-{step:08d}-{os.getpid()}")
         draft.rename(place)
-        _flush(folder)
+        files.flush(folder)
         verify(place)
     except (OSError, Damaged) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        newest = max((p.name for p in listing(folder) if p != place), default="none")
+        safe = max((p.name for p in listing(folder) if p != place), default="none")
         raise Remedy(
             f"the checkpoint of step {step} could not be saved in {folder}: {error}; the newest that is safe there: "
-            f"{newest}. Make room or choose another disk, then go on with --resume",
+            f"{safe}. Make room or choose another disk, then go on with --resume",
             6,
         ) from None
-    older = [other for other in listing(folder) if other.name < place.name]
-    for other in listing(folder):  # newer ones are damaged: a run that went back behind them has left them ahead of it
+    ours = [other for other in listing(folder) if is_ours(other)]
+    older = [other for other in ours if _step(other) < step]
+    for other in ours:  # newer ones are damaged: a run that went back behind them has left them ahead of it
         if other != place and other not in older[: keep - 1]:
-            shutil.rmtree(other)
-    _clear(folder)
+            remove(other)
+    clear(folder)
     return place
 
 
+def name(step: int) -> str:
+    """Of a step's folder."""
+    return f"step-{step:08d}"
+
+
 def listing(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, newest first, whole or not."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """The checkpoints in ``folder``, newest first, whole or not; links, and what holds no file of ours, are none."""
+    found = [place for place in folder.glob("step-*") if NAME.fullmatch(place.name) and _holds_ours(place)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What lies in ``folder`` under the name of a checkpoint and is none of ours: it is never removed."""
+    return sorted(place for place in folder.glob("step-*") if not is_ours(place))
+
+
+def in_the_way(place: Path) -> str:
+    """What to tell of a stranger in the place of a checkpoint to come."""
+    return f"{place} is no checkpoint of gtsa, and one is to be written there; move it away, then go on with --resume"
+
+
+def is_ours(place: Path) -> bool:
+    """Whether a folder has our manifest, damaged or not; only then it may be removed."""
+    if not NAME.fullmatch(place.name) or not _holds_ours(place) or not (place / MANIFEST).is_file():
+        return False
+    try:
+        manifest = json.loads((place / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return True
+    return isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -92,62 +131,101 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def verify(place: Path) -> None:
     """Raises Damaged unless every byte of the checkpoint is as it was written."""
     try:
-        raw = (place / "manifest.json").read_bytes()
-        manifest = json.loads(raw)
-        if raw != _json(manifest) or manifest["format"] != FORMAT:
-            raise Damaged("manifest.json was changed, or written by another version")
-        for name, expected in manifest["files"].items():
-            if _digest(place / name) != expected:
-                raise Damaged(f"{name} was changed or cut short")
-        if f"step-{json.loads((place / 'state.json').read_bytes())['step']:08d}" != place.name:
+        for file, expected in _manifest(place).items():
+            if _digest(place / file) != expected:
+                raise Damaged(f"{file} was changed or cut short")
+        if name(json.loads((place / STATE).read_bytes())["step"]) != place.name:
             raise Damaged("it is another step's")
     except OSError as error:
         raise Damaged(f"{Path(error.filename or place).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"manifest.json or state.json cannot be read: {error}") from None
+        raise Damaged(f"{MANIFEST} or {STATE} cannot be read: {error}") from None
 
 
 def read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors and state of a verified checkpoint."""
-    tensors = {file.stem: safetensors.torch.load_file(file) for file in sorted(place.glob("*.safetensors"))}
-    return tensors, json.loads((place / "state.json").read_bytes())
+    """Tensors and state of a verified checkpoint: of the files that its manifest lists, and no others."""
+    listed = [Path(file) for file in sorted(_manifest(place))]
+    tensors = {f.stem: safetensors.torch.load_file(place / f) for f in listed if f.suffix == ".safetensors"}
+    return tensors, json.loads((place / STATE).read_bytes())
 
 
-def store(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    _store(draft, data)
-    draft.replace(path)
-    _flush(path.parent)
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The state of the newest checkpoint that has a whole one, without a look at its tensors; empty where none has."""
+    for place in listing(folder):
+        with suppress(OSError, Damaged, ValueError, KeyError):
+            if _digest(place / STATE) == _manifest(place)[STATE]:
+                return dict(json.loads((place / STATE).read_bytes()))
+    return {}
+
+
+@contextmanager
+def understood(place: Path) -> Iterator[None]:
+    """Makes a Remedy (4) of what a whole checkpoint lacks that this version needs, or holds in another form."""
+    try:
+        yield
+    except (Remedy, torch.OutOfMemoryError):
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise Remedy(
+            f"{place} is whole, but not what this version of gtsa writes ({what}): use the version that wrote it, or "
+            "start anew in another folder",
+            4,
+        ) from None
+
+
+def remove(place: Path) -> None:
+    """Removes a checkpoint of ours: the files that its manifest lists, or the usual ones. Others stay."""
+    try:
+        listed = list(_manifest(place))
+    except (OSError, ValueError, Damaged):
+        listed = [*(file.name for file in place.glob("*.safetensors")), STATE]
+    for file in (*listed, MANIFEST):
+        with suppress(IsADirectoryError):
+            (place / file).unlink(missing_ok=True)
+    with suppress(OSError):  # it holds something else
+        place.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Removes what an interrupted save has left."""
+    for left in folder.glob(".*-*"):
+        if LEFT.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    """{file: size and SHA-256}."""
+    raw = (place / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(raw)
+        listed: dict[str, Any] = manifest["files"]
+        if raw != _json(manifest) or manifest["format"] != FORMAT or any(Path(file).name != file for file in listed):
+            raise Damaged(f"{MANIFEST} was changed, or written by another version")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error}") from None
+    return listed
+
+
+def _holds_ours(place: Path) -> bool:
+    if place.is_symlink() or not place.is_dir():
+        return False
+    return (place / MANIFEST).exists() or (place / STATE).exists() or any(place.glob("*.safetensors"))
+
+
+def _step(place: Path) -> int:
+    return int(place.name.removeprefix("step-"))
 
 
 def _store(path: Path, data: bytes) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": len(data), "sha256": files.write(path, data)}
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": files.digest(path)}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _flush(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what an interrupted save has left."""
-    for left in (*folder.glob(".draft-*"), *folder.glob(".old-*")):
-        shutil.rmtree(left, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import math
 import os
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 
 from gtsa import config, judging, plan, statistics, strict
-from gtsa.checkpoint import store
 from gtsa.core import Evidence, Remedy
 from gtsa.export import opened
+from gtsa.files import clear_drafts, store
 from gtsa.labels import Labelled
 from gtsa.terminal import say, table
 
@@ -157,6 +158,7 @@ def _place(place: Path) -> None:
         raise Remedy(f"--out {place} is there already; give another file, or remove it first")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        clear_drafts(place.parent, glob.escape(place.name))
         if not os.access(place.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:

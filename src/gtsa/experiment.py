@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from gtsa import cells, config, methods, pictures, plan, strict
 from gtsa.backbone import Backbone, patch_of
 from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, training_of
-from gtsa.checkpoint import store
 from gtsa.controls import CONTROLS
 from gtsa.core import Evidence, Method, Remedy, Views
 from gtsa.export import opened
 from gtsa.features import Lab
+from gtsa.files import store
 from gtsa.images import BadImage
 from gtsa.pretrain import pretrain
 from gtsa.sources import open_source

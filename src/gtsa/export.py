@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import inspect
 import io
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gtsa import checkpoint, hf, weights
+from gtsa import files, hf, weights
 from gtsa.backbone import Backbone
 from gtsa.config import Format
 from gtsa.core import Remedy
@@ -35,7 +37,8 @@ def export(
         to: what can open it: ``timm`` (the model's own output is then the vector that was trained: the mean of its
             patch tokens, and the CLS token after DINO and iBOT), ``hf`` (a ViTModel of Hugging Face's transformers,
             without its pooler; plain ViTs alone), ``dino`` (a .pth file of tensors under ``teacher``, with timm's names
-            behind ``backbone.``; mean and deviation of its images lie beside, as ``mean`` and ``std``).
+            behind ``backbone.``; mean and deviation of its images lie beside, as ``mean`` and ``std``). Checksums lie
+            beside all of them, which are checked when gtsa reads them again.
         network: where there are both, the teacher (as evaluated) or the student.
         model: timm's name of it, where the source is a bare file that does not say.
 
@@ -45,6 +48,8 @@ def export(
     place, kind = Path(out), "file" if to == "dino" else "folder"
     if place.exists() and (not place.is_dir() or to == "dino" or any(place.iterdir())):
         raise Remedy(f"--out {out} is there already; give another {kind}, or remove it first")
+    if place.is_symlink():
+        place = place.resolve()  # an empty folder on another disk
     backbone, _ = opened(source, network, model)
     try:
         if to == "hf":
@@ -79,16 +84,39 @@ def _tensors(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _folder(place: Path, tensors: dict[str, Tensor], described: dict[str, dict[str, Any]]) -> Path:
-    draft = place.with_name(f".{place.name}.{os.getpid()}")
+    contents = {name: (json.dumps(config, indent=2) + "\n").encode() for name, config in described.items()}
+    contents["model.safetensors"] = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    draft = files.draft_of(place)
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    safetensors.torch.save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-    for name, config in described.items():
-        (draft / name).write_text(json.dumps(config, indent=2) + "\n")
-    if place.exists():
-        shutil.rmtree(place)
-    draft.rename(place)
+    files.clear_drafts(place.parent, glob.escape(place.name))
+    try:
+        draft.mkdir(parents=True)
+        _fill(draft, contents)
+        _put(draft, place)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     return place
+
+
+def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:
+    digests = {name: files.write(folder / name, data) for name, data in contents.items()}
+    files.write(folder / files.SUMS, files.sealed(files.sums(digests)).encode())
+    files.flush(folder)
+
+
+def _put(draft: Path, place: Path) -> None:
+    """Makes a finished folder the one at ``place``; of a folder that is there already, files of others stay."""
+    try:
+        draft.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        for file in sorted(draft.iterdir(), key=lambda file: file.name == files.SUMS):  # last, when they are true
+            file.replace(place / file.name)
+        draft.rmdir()
+        files.flush(place)
+    files.flush(place.parent)
 
 
 def _file(place: Path, backbone: Backbone) -> Path:
@@ -96,7 +124,9 @@ def _file(place: Path, backbone: Backbone) -> Path:
     held = io.BytesIO()
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in backbone.normalisation)
     torch.save({"teacher": state, "mean": mean, "std": std}, held)
-    checkpoint.store(place, held.getvalue())
+    files.clear_drafts(place.parent, glob.escape(place.name))
+    files.store(place, held.getvalue())
+    files.store(files.sum_of(place), files.sums({place.name: files.digest(place)}).encode())
     return place
 
 

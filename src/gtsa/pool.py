@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from gtsa.run import IMAGES, Run
 from gtsa.scan import escaped, insist, scan
 from gtsa.sources import open_source
 from gtsa.terminal import say
+
+MEND = "bring it back, or start another run"
 
 
 def scanned(data: Any, settings: Any, run: Run) -> dict[str, str]:
@@ -44,7 +47,22 @@ def scanned(data: Any, settings: Any, run: Run) -> dict[str, str]:
 
 def count(files: dict[str, str], out: str) -> int:
     """How many images a run is about, whose files these are or lie in ``out`` already."""
-    return (files[IMAGES] if files else Path(out, IMAGES).read_text()).count("\n")
+    return files[IMAGES].count("\n") if files else Path(out, IMAGES).read_bytes().count(b"\n")
+
+
+def image_list(out: str) -> tuple[bytes, list[str]]:
+    """images.jsonl of a run, and the names in it. Raises Remedy where it is damaged (4)."""
+    raw = Path(out, IMAGES).read_bytes()
+    try:
+        names = [str(json.loads(line)["name"]) for line in raw.splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Remedy(f"{out}/{IMAGES} is damaged ({error}); {MEND}", 4) from None
+    used = len(names)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # nothing else depends on this report
+        used = int(json.loads(Path(out, "scan.json").read_bytes())["used"])
+    if used != len(names) or not raw.endswith(b"\n"):
+        raise Remedy(f"{out}/{IMAGES} was changed or cut short: it lists {len(names)} of {used} images; {MEND}", 4)
+    return raw, names
 
 
 class Pool:
@@ -64,13 +82,12 @@ class Pool:
 
     def __init__(self, data: Any, settings: Any, note: Callable[[str], None]) -> None:
         s = settings
-        listed = Path(s.out, IMAGES).read_bytes()
-        names = [json.loads(line)["name"] for line in listed.splitlines()]
+        raw, names = image_list(s.out)
         order = generator(s.seed, HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
         self.source = open_source(data, files=names, range16=s.range16, data_root=s.data_root)
         self.train, self.held_out = sorted(order[s.hold_out :]), sorted(order[: s.hold_out])
         self.looked_at = self.held_out or self.train[:64]
-        self.digest = hashlib.sha256(listed).hexdigest()
+        self.digest = hashlib.sha256(raw).hexdigest()
         self.bad: dict[int, str] = {}
         self.allowed, self.note = max(1, s.max_bad * len(self.train)), note
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from gtsa.checkpoint import store
 from gtsa.core import Remedy
+from gtsa.files import store
 from gtsa.labels import IGNORE, Labelled
 from gtsa.scan import escaped
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,10 +15,11 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
-from gtsa import augment, methods, plan, pool, strict, weights
+from gtsa import augment, checkpoint, files, methods, plan, pool, strict, weights
 from gtsa.adaptation import Adaptation
-from gtsa.asked import asked, described
+from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
 from gtsa.core import Method, Remedy, Views
 from gtsa.data import HELD_OUT, StepSampler, ViewSet, loader
@@ -72,8 +76,9 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
         remedy = _remedy(error, s.out)
         if remedy is None:
             raise
-        if run and run.began:
-            run.note(f"ended: {remedy}")
+        with suppress(OSError, Remedy):  # the disk may be full for this as well
+            if run and run.began:
+                run.note(f"ended: {remedy}")
         raise remedy from None
     finally:
         if run:
@@ -99,8 +104,9 @@ def _remedy(error: Exception, out: str) -> Remedy | None:
     if isinstance(error, Remedy):
         return error
     if isinstance(error, OSError):
-        where = error.filename or out
-        return Remedy(f"{where}: {error.strerror or error}; make room or mend it, then go on with --resume", 6)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way = "make room" if full else "bring it back" if error.errno == errno.ENOENT else "mend it"
+        return Remedy(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return Remedy("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
     return None
@@ -219,6 +225,10 @@ class _Pretraining:
         tensors, state = before
         if state.get("origin", self.origin) != self.origin:
             raise Remedy(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
+        with checkpoint.understood(Path(self.settings.out, "checkpoints", checkpoint.name(state["step"]))):
+            self._take_up(tensors, state)
+
+    def _take_up(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.pool.bad = {int(k): v for k, v in state["unreadable"].items()}
         if self.online and state.get("best"):
             self.online.best = tuple(state["best"])
@@ -236,6 +246,7 @@ class _Pretraining:
                 "normalisation": self._teacher.normalisation,
                 "feature": self._teacher.feature,
             },
+            "settings": written(self.settings),
             "origin": self.origin,
             "images": self.pool.digest,
             "unreadable": {str(k): v for k, v in self.pool.bad.items()},
@@ -277,7 +288,9 @@ class _Pretraining:
         seen = verdict(now, self.start, step, bool(self.pool.held_out))
         self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
         maps = patch_maps(self._teacher, self.gallery)
-        strip(self.gallery, self.start_maps, maps, step).save(self.run.path("pictures", f"features-{step:08d}.png"))
+        picture = io.BytesIO()
+        strip(self.gallery, self.start_maps, maps, step).save(picture, "PNG")
+        self.run.write(f"pictures/features-{step:08d}.png", picture.getvalue())
         self._judge(step)
         return seen
 
@@ -299,9 +312,8 @@ class _Pretraining:
             self.fabric.barrier()
             return Trained(out, place, Verdict("see rank 0", [], {}))
         name = "".join(c if c.isalnum() else "_" for c in Path(s.data).name)[:40]
-        place.parent.mkdir(parents=True, exist_ok=True)
         chosen, choice = self._chosen()
-        write_export(chosen, place, name)
+        write_export(chosen, self.run.path("exports", "timm"), name)
         self.run.note(f"done: {seen.word}. " + ". ".join(seen.reasons))
         say(f"\nverdict: {seen.word.upper()}")
         for reason in seen.reasons:
@@ -338,7 +350,7 @@ class _Pretraining:
             self.run.write("config.yaml", self._kept_settings())
 
     def _kept_settings(self) -> str:
-        return strict.to_yaml(self.settings.model_copy(update={"resume": False, "overwrite": False}))
+        return files.sealed(strict.to_yaml(self.settings.model_copy(update={"resume": False, "overwrite": False})))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -52,6 +52,7 @@ class Training:
         self.wrapped = fabric.setup(objective, optimizer)
         self.start = 0  # steps that were done before
         self.skips: deque[int] = deque()
+        self.recent: list[Done] = []  # steps since the last line of the log
 
     def restore(self, key: str, value: str, otherwise: str) -> Kept | None:
         """Goes back to the newest whole checkpoint and returns all that it holds; None where there is none.
@@ -61,8 +62,8 @@ class Training:
             otherwise: the message where it says something else.
 
         Raises:
-            Remedy: it is another training's, or there are checkpoints and none of them is whole (4); more steps are
-                done than there are to be (2).
+            Remedy: it is another training's or another version's, or there are checkpoints and none of them is whole
+                (4); more steps are done than there are to be (2).
         """
         place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
         if place is None:
@@ -77,6 +78,12 @@ class Training:
             raise Remedy(otherwise, 4)
         if state["step"] > self.settings.steps:
             raise Remedy(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
+        with checkpoint.understood(place):
+            self._take_up(tensors, state)
+        self.note(f"resumed from {place.name}")
+        return tensors, state
+
+    def _take_up(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.objective.load_state_dict(tensors["objective"])
         saved = self.optimizer.state_dict()
         for moment, tensor in tensors["optimizer"].items():
@@ -88,8 +95,11 @@ class Training:
         if state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])  # sums depend on it
         self.start, self.skips = state["step"], deque(state["skips"])
-        self.note(f"resumed from {place.name}")
-        return tensors, state
+        window = [Done(step, {}, seconds, waited) for step, seconds, waited in state.get("recent", ())]
+        for key, tensor in tensors.get("recent", {}).items():
+            number, name = key.split(".", 1)
+            window[int(number)].parts[name] = tensor.to(self.fabric.device)
+        self.recent = window
 
     def __call__(
         self,
@@ -119,18 +129,17 @@ class Training:
             module, optimizer, batches, prepare,
             fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
         )  # fmt: skip
-        recent: list[Done] = []
+        self._make_way()
         if self.start == 0:
             look(0)
         with requests_to_stop() as asked:
             try:
                 for done in steps:
-                    recent.append(done)
+                    self.recent.append(done)
                     stopping = self._shared(done, bool(asked))
                     account(done)
                     if done.step % s.log_every == 0 or done.step == s.steps:
-                        self._log(recent, progress)
-                        recent = []
+                        self._log(progress)
                     if done.step % s.evaluate_every == 0 and done.step < s.steps:
                         look(done.step)
                     if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
@@ -172,14 +181,29 @@ class Training:
                 "scaler": self._scaler.state_dict() if self._scaler else None,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
+                "recent": [(done.step, done.seconds, done.waited) for done in self.recent],
                 **words,
             }
-            tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **more}
+            tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **self._window(), **more}
             checkpoint.write(folder or self.run.checkpoints, step, tensors, state, 1 if folder else self.settings.keep)
         if not folder:
             self.fabric.barrier()
 
-    def _log(self, recent: list[Done], progress: Progress | None) -> None:
+    def _window(self) -> dict[str, dict[str, Tensor]]:
+        """What the next line of the log is a mean of, so far: a resumed run writes the same line."""
+        parts = {f"{n}.{name}": part for n, done in enumerate(self.recent) for name, part in done.parts.items()}
+        return {"recent": parts} if parts else {}
+
+    def _make_way(self) -> None:
+        """Names what lies among the checkpoints and is none. Raises Remedy where one is to be written there (8)."""
+        for place in checkpoint.strangers(Path(self.settings.out) / "checkpoints"):
+            step = checkpoint.NAME.fullmatch(place.name)
+            if step and self.start < int(step[1]) <= self.settings.steps:
+                raise Remedy(checkpoint.in_the_way(place), 8)
+            self.note(f"{place} is no checkpoint of gtsa; it is left alone")
+
+    def _log(self, progress: Progress | None) -> None:
+        recent, self.recent = self.recent, []
         if not self.run or progress is None:
             return
         values = means(recent)
@@ -289,6 +313,9 @@ def teach(
         run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
         if training.start < steps:
             training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
+    except OSError as error:
+        told = f"{error.filename or folder}: {error.strerror or error}"
+        raise Remedy(f"--work: {told}; make room or mend it, then give the same command again", 6) from None
     finally:
         run.close()
 

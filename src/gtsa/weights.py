@@ -18,7 +18,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gtsa import bare, checkpoint, hf
+from gtsa import bare, checkpoint, files, hf
 from gtsa.backbone import Backbone
 from gtsa.core import Remedy
 from gtsa.early import no_weights
@@ -48,8 +48,8 @@ def find(spec: str, network: str = "teacher") -> Weights:
     """The weights that ``spec`` names.
 
     Args:
-        spec: a run, an export, a folder of timm or of a Hugging Face ViT, a .safetensors or DINO-style .pth file,
-            timm:NAME, random:NAME (docs/weights.md).
+        spec: a run or one checkpoint of it, an export, a folder of timm or of a Hugging Face ViT, a .safetensors or
+            DINO-style .pth file, timm:NAME, random:NAME (docs/weights.md).
         network: ``teacher`` or ``student``, where there are both.
 
     Raises:
@@ -65,6 +65,8 @@ def find(spec: str, network: str = "teacher") -> Weights:
     path = Path(spec)
     if (path / "checkpoints").is_dir():
         return _from_run(path, network)
+    if checkpoint.NAME.fullmatch(path.name) and (path / checkpoint.MANIFEST).is_file():
+        return _from_checkpoint(path, network)
     exported = path / "exports" / "timm"
     if network == "teacher" and (exported / "config.json").is_file():  # a run whose checkpoints were removed
         return _from_folder(exported)
@@ -186,24 +188,40 @@ def _from_run(path: Path, network: str) -> Weights:
     place, problems = checkpoint.newest(path / "checkpoints")
     if place is None:
         raise Remedy(f"{path} has no whole checkpoint{': ' + '; '.join(problems) if problems else ' yet'}", 4)
-    tensors, state = checkpoint.read(place)
-    names = [n for n in (network, "student") if any(k.startswith(f"{n}.encoder.") for k in tensors["objective"])]
-    start = f"{names[0]}.encoder.vit."  # a method without a teacher has a student alone
-    encoder = {k.removeprefix(start): v for k, v in tensors["objective"].items() if k.startswith(start)}
-    known = state["encoder"]
-    return Weights(
-        encoder,
-        f"{path}/checkpoints/{place.name}",
-        known["model"],
-        _normalisation(*known["normalisation"]),
-        known["arguments"],
-        feature=known.get("feature", "mean"),
-    )
+    if problems:
+        raise Remedy(
+            f"{path} is not at its newest state: {'; '.join(problems)}. The newest whole checkpoint is "
+            f"{place.name}: to take that one, name it: {place}",
+            4,
+        )
+    return _from_checkpoint(place, network)
+
+
+def _from_checkpoint(place: Path, network: str) -> Weights:
+    try:
+        checkpoint.verify(place)
+    except checkpoint.Damaged as damage:
+        raise Remedy(f"{place} is damaged ({damage}); name another checkpoint, or the run", 4) from None
+    with checkpoint.understood(place):
+        tensors, state = checkpoint.read(place)
+        names = [n for n in (network, "student") if any(k.startswith(f"{n}.encoder.") for k in tensors["objective"])]
+        start = f"{names[0]}.encoder.vit."  # a method without a teacher has a student alone
+        encoder = {k.removeprefix(start): v for k, v in tensors["objective"].items() if k.startswith(start)}
+        known = state["encoder"]
+        return Weights(
+            encoder,
+            str(place),
+            known["model"],
+            _normalisation(*known["normalisation"]),
+            known["arguments"],
+            feature=known.get("feature", "mean"),
+        )
 
 
 def _from_folder(path: Path) -> Weights:
     """An export or timm's own folder (``architecture``), or one of Hugging Face (``model_type``)."""
     try:
+        _unchanged(path)
         config = _json(path / "config.json")
         tensors = _tensors(path)
         if "architecture" not in config and "model_type" in config:
@@ -232,7 +250,25 @@ def _from_folder(path: Path) -> Weights:
         ) from None
 
 
+def _unchanged(folder: Path) -> None:
+    """Raises Remedy where a file of an export is not what was written; of others there is nothing to check by."""
+    if name := files.changed(folder):
+        raise Remedy(
+            f"{folder} is damaged: {name} was changed or cut short since it was exported ({files.SUMS}); export it "
+            f"again, or remove {files.SUMS} if the change was meant",
+            4,
+        )
+
+
 def _from_file(path: Path, network: str) -> Weights:
+    if path.name == "model.safetensors":
+        _unchanged(path.parent)
+    if files.changed_since(path):
+        raise Remedy(
+            f"{path} was changed or cut short since {files.sum_of(path).name} was written; get both again, or remove "
+            "that one if the change was meant",
+            4,
+        )
     found = _read(path)
     if isinstance(found, dict) and any("patch_embeddings" in str(key) for key in found):
         raise Remedy(f"{path} is of Hugging Face: give the folder that it lies in, with its config.json", 4)
