@@ -46,8 +46,8 @@ def scanned(data: Any, settings: Any, run: Run) -> dict[str, str]:
 
 
 def count(files: dict[str, str], out: str) -> int:
-    """How many images a run is about, whose files these are or lie in ``out`` already."""
-    return files[IMAGES].count("\n") if files else Path(out, IMAGES).read_bytes().count(b"\n")
+    """How many images a run is about, whose files these are or lie in ``out`` already. Raises as ``image_list``."""
+    return files[IMAGES].count("\n") if files else len(image_list(out)[1])
 
 
 def image_list(out: str) -> tuple[bytes, list[str]]:

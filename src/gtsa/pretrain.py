@@ -122,7 +122,7 @@ class _Pretraining:
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
         # Everything that can be refused is opened before anything is written, and before a run that was here goes.
         files = first(fabric, lambda: pool.scanned(data, self.settings, run) if run else {}) or {}
-        images = fabric.broadcast(pool.count(files, self.settings.out) if run else 0)
+        images = fabric.broadcast(first(fabric, lambda: pool.count(files, self.settings.out)) or 0)
         kind = methods.found()[self.settings.method]
         plan.method(ready, kind.sized, images)
         plan.hold_out(ready, images)

@@ -122,6 +122,7 @@ class Training:
         """
         s = self.settings
         module, optimizer = self.wrapped
+        self._make_way()
         progress = Progress(s.steps, self.start, s.batch_size) if self.run else None
         if self.run:
             self.run.start_logs(self.start, done=self.start == s.steps)
@@ -129,7 +130,6 @@ class Training:
             module, optimizer, batches, prepare,
             fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
         )  # fmt: skip
-        self._make_way()
         if self.start == 0:
             look(0)
         with requests_to_stop() as asked:
