@@ -89,9 +89,10 @@ def settings_of(out: Path) -> dict[str, Any] | None:
     """
     where, kept = out / "config.yaml", _kept(out / "checkpoints")
     if not where.is_file():
-        if kept is not None:
-            say(f"{where} is gone: the settings are those that the newest checkpoint keeps")
-        return kept and kept.model_dump()
+        if kept is None:
+            return None
+        say(f"{where} is gone: the settings are those that the newest checkpoint keeps")
+        return dict(kept.model_dump())
     seal = files.is_sealed(where.read_bytes())
     if kept is None and seal is None and not _unsealed_but_whole(out):
         raise Remedy(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
