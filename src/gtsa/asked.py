@@ -43,7 +43,7 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
     own = None
     if isinstance(out, str | os.PathLike):
         given = {**given, "out": os.fspath(out)}
-        own = settings_of(Path(out)) if given.get("resume") else None
+        own = settings_of(Path(out), tell) if given.get("resume") else None
     if own is not None:
         base, given = own, _settled(given)
         new = strict.validated(config.Pretrain, strict.merged(base, given))
@@ -78,11 +78,11 @@ def written(settings: Any) -> dict[str, Any]:
     return dict(json.loads(settings.model_dump_json(exclude={"resume", "overwrite"})))
 
 
-def settings_of(out: Path) -> dict[str, Any] | None:
+def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
     """The settings of the run in ``out``, or None where there is none.
 
     config.yaml says them, if it is what was written last: its seal is right, and what must not change is as the newest
-    checkpoint keeps it. Where it is gone the checkpoint says them.
+    checkpoint keeps it. Where it is gone the checkpoint says them (and ``tell`` shows that).
 
     Raises:
         Remedy: config.yaml is damaged, or another run's (4).
@@ -91,7 +91,8 @@ def settings_of(out: Path) -> dict[str, Any] | None:
     if not where.is_file():
         if kept is None:
             return None
-        say(f"{where} is gone: the settings are those that the newest checkpoint keeps")
+        if tell:
+            say(f"{where} is gone: the settings are those that the newest checkpoint keeps")
         return dict(kept.model_dump())
     seal = files.is_sealed(where.read_bytes())
     if kept is None and seal is None and not _unsealed_but_whole(out):

@@ -18,16 +18,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gtsa import files
-from gtsa.core import Remedy
+from gtsa.errors import Remedy
 
-Tensors = Mapping[str, Mapping[str, Tensor]]  # {file stem: {name: tensor}}
+if TYPE_CHECKING:  # a command line that is wrong is answered without torch
+    from torch import Tensor
+
+Tensors: TypeAlias = "Mapping[str, Mapping[str, Tensor]]"  # {file stem: {name: tensor}}
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -47,6 +46,8 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], k
         Remedy: the disk is full or refuses (6), or something else lies in its place (8); what was there before is
             untouched.
     """
+    import safetensors.torch
+
     place, draft = folder / name(step), folder / f".draft-{step:08d}-{os.getpid()}"
     if os.path.lexists(place) and not is_ours(place):
         raise Remedy(in_the_way(place), 8)
@@ -144,6 +145,8 @@ def verify(place: Path) -> None:
 
 def read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Tensors and state of a verified checkpoint: of the files that its manifest lists, and no others."""
+    import safetensors.torch
+
     listed = [Path(file) for file in sorted(_manifest(place))]
     tensors = {f.stem: safetensors.torch.load_file(place / f) for f in listed if f.suffix == ".safetensors"}
     return tensors, json.loads((place / STATE).read_bytes())
@@ -163,10 +166,10 @@ def understood(place: Path) -> Iterator[None]:
     """Makes a Remedy (4) of what a whole checkpoint lacks that this version needs, or holds in another form."""
     try:
         yield
-    except (Remedy, torch.OutOfMemoryError):
+    except Remedy:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if "DefaultCPUAllocator" in str(error):
+        if "DefaultCPUAllocator" in str(error) or type(error).__name__ == "OutOfMemoryError":
             raise
         what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise Remedy(
