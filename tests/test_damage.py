@@ -227,12 +227,8 @@ def test_a_damaged_image_list_is_refused(begun, damage, checkpoints):
     refused(4, r"images\.jsonl (is damaged|was changed or cut short).*bring it back", begun)
 
 
-def test_a_damaged_report_of_the_scan_costs_nothing(begun):
+def test_damaged_logs_and_reports_are_read_as_far_as_they_can_be(begun, whole):
     (begun / "scan.json").write_text("{")
-    gtsa.pretrain(out=str(begun), resume=True)
-
-
-def test_a_damaged_log_is_read_as_far_as_it_can_be(begun, whole):
     log = begun / "metrics.jsonl"
     log.write_bytes(b"\xff\xfe broken\n" + log.read_bytes() + b'{"step": 4, "lo\xff')
     (begun / "train.log").write_bytes(b"\xff\n")
@@ -308,9 +304,14 @@ def test_resume_says_which_setting_was_changed(begun, name):
     file.write_text(text.replace(name, name[:-1] + "6", 1))
     told = refused(4, "is not what the run was started with:\n", begun)
     assert f"{name.split(':')[0]}: " in told and ", now " in told and "or remove it" in told
-    file.unlink()
+
+
+def test_without_config_yaml_the_checkpoint_says_the_settings(begun, whole, capsys):
+    (begun / "config.yaml").unlink()
     gtsa.pretrain(out=str(begun), resume=True)
-    assert settings_of(begun)["steps"] == 8
+    assert "the settings are those that the newest checkpoint keeps" in capsys.readouterr().out
+    assert told(begun) == told(whole)
+    assert final_weights(begun) == final_weights(whole)
 
 
 def test_another_runs_settings_are_refused(begun, tmp_path, images):

@@ -86,12 +86,13 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
 
 
 def first(fabric: Fabric, work: Callable[[], T]) -> T | None:
-    """``work`` done by the first process alone; a Remedy there ends all of them."""
+    """``work`` done by the first process alone; a Remedy there ends all of them, and so does a disk that refuses."""
     done, told = None, None
     if fabric.global_rank == 0:
         try:
             done = work()
-        except Remedy as remedy:
+        except (Remedy, OSError) as error:
+            remedy = error if isinstance(error, Remedy) else _of_disk(error, "the disk")
             told = str(remedy), remedy.code
     told = fabric.broadcast(told)
     if told is not None:
@@ -104,12 +105,16 @@ def _remedy(error: Exception, out: str) -> Remedy | None:
     if isinstance(error, Remedy):
         return error
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way = "make room" if full else "bring it back" if error.errno == errno.ENOENT else "mend it"
-        return Remedy(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)
+        return _of_disk(error, out)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return Remedy("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
     return None
+
+
+def _of_disk(error: OSError, out: str) -> Remedy:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    way = "make room" if full else "bring it back" if error.errno == errno.ENOENT else "mend it"
+    return Remedy(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)
 
 
 class _Pretraining:
