@@ -14,6 +14,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from gtsa.files import named
+
 NAMES = "events.out.tfevents.*"
 VERSION = "brain.Event:2"
 HEAD, TAIL = 12, 4  # bytes of a record before its data (their length, its checksum) and after them (their checksum)
@@ -41,7 +43,7 @@ class Events:
             Event(wall_time=now, step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             for name, value in values.items()
         ]
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:
+        with named(self.path), open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:
             if self.first:  # a record that was cut short would hide all that follow it
                 file.truncate(_whole(file, os.fstat(file.fileno()).st_size))
             file.seek(0, os.SEEK_END)

@@ -9,8 +9,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -34,11 +34,21 @@ def store(path: Path, data: bytes) -> None:
 
 def write(path: Path, data: bytes) -> str:
     """Writes a file through to the disk and returns its SHA-256; a link in its place is not followed."""
-    with open(path, "wb", opener=_no_link) as file:
+    with named(path), open(path, "wb", opener=_no_link) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Gives an error of the disk the name of the file, which a write that fails does not have."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def digest(path: Path) -> str:

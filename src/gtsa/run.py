@@ -149,7 +149,8 @@ class Run:
 
     def _append(self, name: str, line: str) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a planted link is not followed
-        with open(os.open(self.path(name), flags, 0o644), "a") as file:
+        place = self.path(name)
+        with files.named(place), open(os.open(place, flags, 0o644), "a") as file:
             file.write(line + "\n")
 
     def _entries(self) -> list[Path]:
