@@ -13,7 +13,8 @@ import transformers
 from gtsa import Remedy, export, weights
 from gtsa.backbone import IMAGENET, Backbone
 from gtsa.cli import run as command
-from gtsa.export import OPENS, opened, write
+from gtsa.config import OPENS
+from gtsa.export import opened, write
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"]
 
