@@ -73,6 +73,34 @@ def test_the_verdict_says_what_the_figures_support(now, step, word):
     assert found.word == word
 
 
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (0.1, "true regions are predicted better than other images' regions (cosine), by +0.100"),
+        (0.012, "predicted hardly better than"),
+        (-0.069, "predicted worse than other images' regions (cosine), by -0.069 over step 0 (95 % interval -0.0"),
+        (0.001, "predicted not distinguishably better than"),
+        (-0.001, "predicted not distinguishably better than"),
+    ],
+)
+def test_better_worse_and_not_distinguishable_are_three_cases(gain, words):
+    start = Figures({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8))
+    assert words in verdict(figures(gain), start, 500).reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.5, "is recognised: 50.0"),
+        (0.265, "hardly recognised"),
+        (0.25, "not recognised yet"),
+        (0.2, "not recognised: 20"),
+    ],
+)
+def test_so_are_rotations_against_chance(share, words):
+    assert f"orientation is {words}" in verdict(figures(0.0, rotation=share), figures(0.0), 500).reasons[1]
+
+
 def test_a_verdict_is_about_held_out_images_or_says_so():
     start = figures(0.0)
     assert "held-out images" in verdict(figures(0.1), start, 10).reasons[0]

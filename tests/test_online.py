@@ -126,7 +126,14 @@ def test_after_a_resume_both_are_asked_again(question):
     online.best = 20, 62.0
     told = online.choice(right(30), right(31))
     assert question.times == 2
-    assert told.endswith("; other images could say otherwise")
+    assert told.endswith("; not distinguishable from the start: other images could say otherwise")
+
+
+def test_a_choice_that_is_clearly_worse_says_so(question):
+    """As after a resume, where the figure that was best is not found again."""
+    online = asking()
+    online.best = 20, 62.0
+    assert online.choice(right(40), right(10)).endswith("; worse than the start")
 
 
 def test_a_start_that_is_untrained_is_no_choice(question):

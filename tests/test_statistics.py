@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gtsa.statistics import draw, estimate, mean_of
+from gtsa.statistics import draw, estimate, mean_of, verdict
 
 
 def of(values, **options):
@@ -71,3 +71,8 @@ def test_several_figures_at_once():
     both = draw(lambda seed, places: np.array([values[seed, places].mean(), values[seed, places].max()]), 3, 30)
     assert estimate(both[0]) == estimate(of(values))
     assert both[1].values[:, 0].tolist() == values.max(1).tolist()
+
+
+def test_an_interval_is_put_into_words():
+    words = [verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.1), (-np.inf, np.inf))]
+    assert words == ["better", "worse"] + 3 * ["not distinguishable"]

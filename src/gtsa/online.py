@@ -75,7 +75,11 @@ class Online:
             gain = statistics.of_images((drawn[0] - drawn[1])[0])
         except Remedy:  # a choice of images that shows nothing
             return told
-        sure = "" if gain.low > 0 else "; other images could say otherwise"
+        sure = {
+            "better": "",
+            "worse": "; worse than the start",
+            "not distinguishable": "; not distinguishable from the start: other images could say otherwise",
+        }[statistics.verdict(gain.low, gain.high)]
         return f"{told}; {gain.mean:+.2f} (95 % interval over images {gain.low:+.2f} to {gain.high:+.2f}){sure}"
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, sqrt
+from typing import Literal
 
 import numpy as np
 from scipy.special import stdtrit
@@ -66,6 +67,11 @@ class Estimate:
     high: float
     seeds: int
     images: int
+
+
+def verdict(low: float, high: float) -> Literal["better", "worse", "not distinguishable"]:
+    """What a 95 % interval of a difference says, where more is better; infinite ends say nothing."""
+    return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
 
 
 def of_images(found: Drawn) -> Estimate:

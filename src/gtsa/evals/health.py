@@ -20,6 +20,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from gtsa import statistics
 from gtsa.core import Draw, Evaluator, Evidence, Method, Remedy, Replaced, Views
 from gtsa.data import ViewSet, collate, generator
 from gtsa.features import Lab, tokens_of, whole_patches
@@ -30,7 +31,7 @@ CHOSEN = 41  # stream of random numbers: which patches of an image are looked at
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 SCORES = {  # figures of Method.diagnose whose gain over step 0 counts, and what it says
     "region_score": "true regions are predicted {} than other images' regions (cosine)",
-    "image_score": "views of an image are told {} from other images' views (cosine)",
+    "image_score": "views of an image are distinguished {} from other images' views (cosine)",
     "patch_score": "patches find their place in another view {} (share of the way)",
     "pixel_score": "hidden patches are painted {} than with another image's colours (share of the error)",
 }
@@ -235,18 +236,20 @@ def _clear(values: Interval, floor: float, margin: float) -> bool:
 
 def _better(name: str, gain: Interval, images: str) -> str:
     mean, low, high = gain
-    better = "better" if _clear(gain, 0, MARGIN) else "hardly better" if low > 0 else "not clearly better"
+    word = statistics.verdict(low, high)
+    if word == "better" and not _clear(gain, 0, MARGIN):
+        word = "hardly better"
+    how = "not distinguishably better" if word == "not distinguishable" else word
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
-    return f"{SCORES[name].format(better)}, by {mean:+.3f} over step 0 ({between}, {images})"
+    return f"{SCORES[name].format(how)}, by {mean:+.3f} over step 0 ({between}, {images})"
 
 
 def _rotation(accuracy: Interval, learnt: bool) -> str:
     mean, low, high = (100 * value for value in accuracy)
     between = f"95 % interval {low:.1f} to {high:.1f} %" if isfinite(low) else "one image: no interval"
-    return (
-        f"orientation is {'recognised' if learnt else 'not recognised yet'}: {mean:.1f} % of rotations are named "
-        f"({between}; chance is 25 %)"
-    )
+    how = {"better": "hardly recognised", "worse": "not recognised", "not distinguishable": "not recognised yet"}
+    word = "recognised" if learnt else how[statistics.verdict(accuracy[1] - CHANCE, accuracy[2] - CHANCE)]
+    return f"orientation is {word}: {mean:.1f} % of rotations are named ({between}; chance is 25 %)"
 
 
 def advice(word: str) -> str:
