@@ -125,7 +125,8 @@ class _Pretrain(Documented):
     def _as_published(cls, values: Any) -> Any:
         """Settings are those that the method was published with, but for what is given."""
         method = values.get("method", "gtsa")
-        return merged(METHODS[method].constants["published"], values) if method in METHODS else values
+        known = isinstance(method, str) and method in METHODS  # a file of settings may say anything
+        return merged(METHODS[method].constants["published"], values) if known else values
 
     @model_validator(mode="after")
     def _consistent(self) -> _Pretrain:
@@ -255,7 +256,7 @@ class _Evaluate(Documented):
                 problems.append(f"{name}: IMAGES and LABELS, not {len(getattr(self, name))} places")
         if self.folds and (self.val or not self.train):
             problems.append("folds: goes with --train alone, whose images are judged fold by fold")
-        if not self.folds and not self.val:
+        if not self.folds and not self.val and self.task != ("health",):  # a run has images of its own for that
             problems.append("val: give the images to judge by, or --folds N with --train")
         if self.pictures and not self.predictions:
             problems.append("pictures: name a folder with --predictions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -21,6 +22,9 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+LARGEST, DEEPEST, MOST = 1_000_000, 20, 100_000  # of a file of settings: bytes, levels, values with those of aliases
+SHOWN = reprlib.Repr()  # a wrong value as a message has it: never more than some lines of it
+SHOWN.maxstring = SHOWN.maxother = 120
 
 
 class Strict(BaseModel):
@@ -124,7 +128,7 @@ def _told(error: Any, model: Any) -> tuple[str, str]:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key[-1], list(getattr(known, "model_fields", {})), 1)
         return name, f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
-    return name, f"{error['input']!r} {_lower(error['msg']).removeprefix('input ')}"
+    return name, f"{SHOWN.repr(error['input'])} {_lower(error['msg']).removeprefix('input ')}"
 
 
 def _lower(text: str) -> str:
@@ -134,18 +138,47 @@ def _lower(text: str) -> str:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file: plain values only, no duplicate keys, nothing it names is imported."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise Remedy(f"--config {path}: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError, ValueError) as error:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # the latter of a path with a NUL
+        raise Remedy(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(text) > LARGEST:
+        raise Remedy(f"--config {path} has more than {LARGEST:,} bytes; that is no file of settings")
+    try:
+        values = YAML(typ="safe", pure=True).load(text.decode())
+        _insist_on_plain(values)
+    except RecursionError:
+        raise Remedy(f"--config {path} is nested too deeply; settings have at most {DEEPEST} levels") from None
+    except (YAMLError, ValueError, TypeError) as error:  # ValueError: bytes that are not UTF-8, too
         told = " ".join(str(error).split())
         raise Remedy(f"--config {path} is not plain YAML: {told[:300]}") from None
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise Remedy(f"--config {path}: settings are lines of 'name: value'")
     return values
+
+
+def _insist_on_plain(values: Any) -> None:
+    """Raises ValueError where something is no plain value or no setting has its name, RecursionError where there is no
+    end of levels. An alias may stand for far more values than the file has bytes, and for itself.
+    """
+    left, count = [(values, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if depth > DEEPEST:
+            raise RecursionError
+        if count > MOST:
+            raise ValueError(f"it has more than {MOST:,} values")
+        if isinstance(value, dict):
+            if wrong := [key for key in value if not isinstance(key, str)]:
+                raise ValueError(f"{SHOWN.repr(wrong[0])} is not the name of a setting; quote it if it is to be a name")
+            left += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list):
+            left += [(inner, depth + 1) for inner in value]
+        elif not isinstance(value, str | int | float | None):
+            raise ValueError(f"{SHOWN.repr(value)} is a {type(value).__name__}; quote what is to be text")
 
 
 def to_yaml(settings: Strict, only_given: bool = False) -> str:
