@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gtsa
+from conftest import TINY
 from conftest import run as as_user
 from evaluating import coloured
+from gtsa import config, evals, strict
 from gtsa.cli import run
 from gtsa.core import Remedy
 from gtsa.evals.finetune import Finetune
 from gtsa.features import Lab
 from gtsa.judging import Question, folds_of, joined
+from gtsa.pool import Pool
 
 QUICK = {
     "knn": {"k": (3, 1), "resize": 64, "crop": 64},
@@ -144,6 +147,124 @@ def test_results_are_not_overwritten(places, tmp_path):
         asked(places, "knn", out=str(tmp_path / "out.json" / "x.json"))
     assert told.value.code == 6
     assert (tmp_path / "out.json").read_text() == "mine"
+
+
+def stopped(places, monkeypatch, tmp_path, task, **more):
+    """An evaluation that is stopped in ``task``."""
+    maker = evals.found()[task]
+
+    def stops(self, backbone, train, val, lab):
+        lab.keep(0, torch.ones(3))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(maker, "__call__", stops)
+        asked(places, ("knn", task), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"), **more)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_in_its_places(places, tmp_path, monkeypatch):
+    """Where the same command is given again; its earlier files are not mixed with the new ones."""
+    stopped(places, monkeypatch, tmp_path, "finetune")
+    assert json.loads((tmp_path / "out.json").read_text())["unfinished"] == ["finetune"]
+    (tmp_path / "kept" / "finetune" / "stale.csv").parent.mkdir(exist_ok=True)
+    (tmp_path / "kept" / "finetune" / "stale.csv").write_text("of the one that was stopped")
+    for other in ({"seed": 5}, {"val": (str(places / "train"),)}):
+        with pytest.raises(Remedy, match="is there already"):
+            asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), **other)
+        with pytest.raises(Remedy, match="not empty"):
+            asked(places, ("knn", "finetune"), predictions=str(tmp_path / "kept"), **other)
+    asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert "unfinished" not in found and len(found["results"]) == 2
+    kept = sorted(str(p.relative_to(tmp_path / "kept")) for p in (tmp_path / "kept").rglob("*") if p.is_file())
+    assert kept == ["finetune/predictions.csv", "knn/predictions.csv"]
+
+
+def test_predictions_of_two_evaluations_are_not_mixed(places, tmp_path):
+    asked(places, "knn", predictions=str(tmp_path / "kept"))
+    before = (tmp_path / "kept" / "knn" / "predictions.csv").read_bytes()
+    for again in ("knn", "linear"):
+        with pytest.raises(Remedy, match=r"kept is not empty \(knn\): predictions of two evaluations are not mixed"):
+            asked(places, again, predictions=str(tmp_path / "kept"), val=(str(places / "train"),))
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["knn"]
+    assert (tmp_path / "kept" / "knn" / "predictions.csv").read_bytes() == before
+
+
+def test_a_link_in_place_of_predictions_is_not_followed(places, tmp_path, monkeypatch):
+    stopped(places, monkeypatch, tmp_path, "finetune")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    shutil.rmtree(tmp_path / "kept" / "knn")
+    (tmp_path / "kept" / "knn").symlink_to(tmp_path / "mine")
+    with pytest.raises(Remedy, match="leads out of the folder") as told:
+        asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
+    assert told.value.code == 8 and (tmp_path / "mine" / "thesis.tex").exists()
+
+
+# Images without labels
+
+
+def test_rotation_needs_images_alone(places, tmp_path):
+    """A flat folder, and nested ones whose names are no classes."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted((places / "train").rglob("*.png"))):
+        shutil.copy(file, flat / f"{number:02d}.png")
+    (tmp_path / "nested" / "another place").mkdir(parents=True)
+    for file in list(flat.iterdir())[:4]:
+        shutil.copy(file, tmp_path / "nested" / "another place" / file.name)
+    for data, judged in (
+        ({"train": flat, "val": (), "folds": 3}, 12),
+        ({"train": flat, "val": tmp_path / "nested"}, 4),
+        ({"train": places / "train", "val": tmp_path / "nested"}, 4),
+    ):
+        (result,) = asked(places, "rotation", **data)["results"]
+        assert result["images"]["judged"] == judged and "rotation accuracy" in result["figures"]
+        assert not result["guessing"]
+
+
+def test_labels_of_one_side_alone_are_told(places, tmp_path):
+    (tmp_path / "labels.csv").write_text("path,label\nclass a/00.png,x\nclass a/03.png,x\n")
+    with pytest.raises(Remedy, match="--train has no labels, --val classes; give the same kind"):
+        asked(places, "rotation", val=(str(places / "train"), str(tmp_path / "labels.csv")))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, scenes):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    more = {"model": "test_vit", "steps": 1, "views": {"global_size": 48, "local_size": 32, "local_crops": 1}}
+    gtsa.pretrain(str(scenes), out=str(out), device="cpu", workers=0, **{**TINY, **more})
+    return out
+
+
+@pytest.mark.parametrize("part", ["", "exports/timm"])
+def test_health_of_a_run_needs_nothing(trained, scenes, tmp_path, capsys, part):
+    """It is judged by the run's own held-out images: those that the run's scan and its seed say."""
+    small = {"resize": 64, "crop": 64}
+    (own,) = gtsa.evaluate(str(trained / part), "health", device="cpu", workers=0, health=small)["results"]
+    assert f"judged by 3 held-out images of {trained}" in capsys.readouterr().out
+    assert own["images"] == {"judged": 3}
+    settings = strict.validated(config.Pretrain, strict.read_yaml(trained / "config.yaml"))
+    pool = Pool(str(scenes), settings, print)
+    for number in pool.held_out:
+        shutil.copy(scenes / pool.source.name(number), tmp_path)
+    (same,) = gtsa.evaluate(str(trained / part), "health", val=tmp_path, device="cpu", workers=0, health=small)[
+        "results"
+    ]
+    assert own["figures"]["rank"] == pytest.approx(same["figures"]["rank"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [(WEIGHTS, "--val is missing: give --val IMAGES, without labels"), ("GONE", "cannot be opened")],
+)
+def test_health_without_images_says_what_is_needed(trained, tmp_path, weights, words):
+    if weights == "GONE":
+        weights = str(shutil.copytree(trained, tmp_path / "run"))
+        text = (tmp_path / "run" / "config.yaml").read_text()
+        (tmp_path / "run" / "config.yaml").write_text(text.replace("data: ", "data: /gone"))
+    with pytest.raises(Remedy, match=words):
+        gtsa.evaluate(weights, "health", device="cpu")
 
 
 def test_several_questions_in_one_call(places, tmp_path):

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 
-from gtsa import config, judging, plan, statistics, strict
+from gtsa import config, judging, plan, predictions, statistics, strict
 from gtsa.core import Evidence, Remedy
 from gtsa.export import opened
 from gtsa.files import clear_drafts, store
@@ -46,8 +47,11 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     ready = plan.engine(strict.validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
     plan.workers(ready)
     s = ready.settings
+    asked = json.loads(s.model_dump_json(exclude_unset=True))
     if s.out:
-        _place(Path(s.out))
+        _place(Path(s.out), asked)
+    if s.predictions:
+        predictions.insist_on_place(s.predictions, asked)
     questions = judging.questions(s)
     backbone, told = opened(s.weights, s.network, s.model)
     say(told)
@@ -60,35 +64,44 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
             "network": s.network,
             "fingerprint": backbone.fingerprint,
         },
-        "asked": json.loads(s.model_dump_json(exclude_unset=True)),
+        "asked": asked,
         "tokens": s.tokens,
         "seed": s.seed,
         "device": f"{fabric.device.type}, precision {s.precision}",
         "versions": {"python": platform.python_version(), **_versions()},
         "results": [],
     }
-    for question in questions:
-        began = time.perf_counter()
-        evidence = question(backbone, fabric, s)
-        result = {
-            "task": question.name,
-            "settings": question.settings,
-            "images": question.images,
-            "classes": len(question.val.classes),
-            "data": question.data,
-            "figures": question.evaluator.figures(evidence),
-            "guessing": _guessing(question.val),
-            "intervals": _intervals(question, evidence),
-            "by_class": _by_class(question, evidence),
-            "seconds": time.perf_counter() - began,
-        }
-        _show(result)
-        report["results"].append(result)
-        if s.out:  # after every task: the next one may fail, or be stopped
-            _write(Path(s.out), report)
+    with predictions.placed(s.predictions, s.task, asked):
+        for number, question in enumerate(questions, start=1):
+            report["results"].append(result := _asked(question, backbone, fabric, s))
+            _show(result)
+            left = [later.name for later in questions[number:]]
+            if s.out:  # after every task: the next one may fail, or be stopped
+                _write(Path(s.out), {**report, **({"unfinished": left} if left else {})})
     if s.out:
         say(f"results: {s.out}")
     return report
+
+
+def _asked(question: judging.Question, backbone: Any, fabric: Fabric, s: Any) -> dict[str, Any]:
+    """The answer to one question."""
+    began = time.perf_counter()
+    try:
+        evidence = question(backbone, fabric, s)
+    except torch.OutOfMemoryError:
+        raise Remedy(f"--task {question.name}: memory ran out; give a smaller --batch-size", 6) from None
+    return {
+        "task": question.name,
+        "settings": question.settings,
+        "images": question.images,
+        "classes": len(question.val.classes),
+        "data": question.data,
+        "figures": question.evaluator.figures(evidence),
+        "guessing": _guessing(question.val),
+        "intervals": _intervals(question, evidence),
+        "by_class": _by_class(question, evidence),
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -152,9 +165,12 @@ def _show(result: Mapping[str, Any]) -> None:
     table(f"{result['task']} ({how})", rows)
 
 
-def _place(place: Path) -> None:
-    """Raises Remedy where the results could not be written when all is done."""
-    if place.exists():
+def _place(place: Path, asked: Mapping[str, Any]) -> None:
+    """Raises Remedy where the results could not be written when all is done, or would replace others.
+
+    Those of the same evaluation, stopped between its tasks, are replaced.
+    """
+    if place.exists() and not _stopped(place, asked):
         raise Remedy(f"--out {place} is there already; give another file, or remove it first")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +179,14 @@ def _place(place: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise Remedy(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
+
+
+def _stopped(place: Path, asked: Mapping[str, Any]) -> bool:
+    try:
+        found = json.loads(place.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "unfinished" in found and found.get("asked") == asked
 
 
 def _write(place: Path, report: Mapping[str, Any]) -> None:

@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import evals, labels, statistics
+from gtsa import config, evals, labels, statistics, strict
 from gtsa.backbone import Backbone
 from gtsa.core import Evaluator, Evidence, Remedy
 from gtsa.features import Lab
 from gtsa.labels import Labelled
+from gtsa.labels.plain import unlabelled
+from gtsa.pool import Pool
 from gtsa.predictions import Keeper
+from gtsa.run import IMAGES
 from gtsa.scan import scan
 from gtsa.terminal import say
 
@@ -150,13 +153,15 @@ def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelle
             raise Remedy(f"--folds {s.folds}: there are {len(both)} images")
         return (both if evaluator.learns else None), both
     if evaluator.learns and not s.train:
-        raise Remedy(f"--task {name} learns from examples: give --train IMAGES LABELS, or --folds N with --train alone")
-    val = opened(s.val, evaluator.labels)
+        what = "IMAGES, without labels" if "none" in evaluator.labels else "IMAGES LABELS"
+        raise Remedy(f"--task {name} learns from examples: give --train {what}, or --folds N with --train alone")
+    val = opened(s.val, evaluator.labels) if s.val else _held_out(s.weights)
     if not evaluator.learns:
         return None, val
     train = opened(s.train, evaluator.labels)
     if train.kind != val.kind:
-        raise Remedy(f"--train has {train.kind}, --val {val.kind}; give the same kind of labels", 3)
+        kinds = [data.kind.replace("none", "no labels") for data in (train, val)]
+        raise Remedy(f"--train has {kinds[0]}, --val {kinds[1]}; give the same kind of labels", 3)
     if unknown := sorted(set(val.classes) - set(train.classes)):
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise Remedy(
@@ -174,7 +179,12 @@ def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelle
 
 
 def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any, shared: Opened) -> Labelled:
-    """The images and labels at ``places``, of the first of ``kinds`` that they can be."""
+    """The images and labels at ``places``, of the first of ``kinds`` that they can be.
+
+    Where labels are not needed and none are given, none are looked for: nested folders of images are no classes.
+    """
+    if len(places) == 1 and "none" in kinds:
+        kinds = ("none",)
     options = {"ignore": s.ignore, "reduce_zero_label": s.reduce_zero_label, "classes": s.classes}
     told: list[str] = []
     for kind in kinds:
@@ -186,6 +196,26 @@ def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any, shared: Opene
         except labels.UnknownFormat as remedy:
             told.append(str(remedy))
     raise Remedy("\n".join(told), 3)
+
+
+def _held_out(weights: str) -> Labelled:
+    """The images that a run of ours was judged by, for what needs no others. Raises Remedy where there are none."""
+    place = Path(weights)
+    around = (place, *place.parents[:2]) if place.exists() else ()  # RUN, RUN/best, RUN/exports/timm
+    run = next((p for p in around if (p / IMAGES).is_file() and (p / "config.yaml").is_file()), None)
+    if run is None:
+        raise Remedy(
+            "--val is missing: give --val IMAGES, without labels (a run of gtsa has images of its own to be judged by, "
+            f"and {weights} is none)"
+        )
+    settings = strict.validated(config.Pretrain, strict.read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+    try:
+        pool = Pool(settings.data, settings.model_copy(update={"out": str(run)}), say)
+    except (Remedy, OSError, ValueError) as error:
+        raise Remedy(f"the images of {run} cannot be opened ({error}); give --val IMAGES, without labels", 3) from None
+    which = "held-out images" if pool.held_out else "TRAINING images (none were held out)"
+    say(f"judged by {len(pool.looked_at):,} {which} of {run}; --val IMAGES takes others")
+    return unlabelled(pool.source, pool.looked_at)
 
 
 def folds_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,7 +24,58 @@ from gtsa.scan import escaped
 BEST = 5  # classes whose scores the table tells
 LIKELY = 0.5  # from this probability on an image is said to show a class, where it can show several
 SHOWN = 0.3  # from this score on a box is drawn
+BEGUN = ".unfinished.json"  # in the folder of an evaluation that is at work, or was stopped: what it was asked
 SIDE, LINE, GAP = 640, 22, 8  # px of a picture: longest side of a panel, height of a line of text, space between
+
+
+def insist_on_place(folder: str, asked: Mapping[str, Any]) -> None:
+    """Raises Remedy where predictions would be mixed with what is there.
+
+    Args:
+        asked: of the evaluation. What the same one left when it was stopped is replaced.
+    """
+    place = Path(folder)
+    with writing(folder):
+        found = [p.name for p in place.iterdir() if p.name != BEGUN] if place.exists() else []
+    if found and not _stopped(place / BEGUN, asked):
+        raise Remedy(
+            f"--predictions {folder} is not empty ({escaped(sorted(found)[0])}{', ...' if len(found) > 1 else ''}): "
+            "predictions of two evaluations are not mixed; give another folder, or remove it first"
+        )
+
+
+def _stopped(file: Path, asked: Mapping[str, Any]) -> bool:
+    try:
+        return bool(json.loads(file.read_bytes()) == asked)
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def placed(folder: str | None, tasks: Iterable[str], asked: Mapping[str, Any]) -> Iterator[None]:
+    """Marks the folder as that of an evaluation at work, until it is done; what it left when it was stopped goes."""
+    if folder is None:
+        yield
+        return
+    insist_on_place(folder, asked)
+    place = Path(folder)
+    with writing(folder):
+        place.mkdir(parents=True, exist_ok=True)
+        for old in (place / task for task in tasks):
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+        store(place / BEGUN, (json.dumps(asked) + "\n").encode())
+    yield
+    with writing(folder):
+        (place / BEGUN).unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Remedy(f"--predictions {folder} cannot be written: {error.strerror}; give another folder", 6) from None
 
 
 class Keeper:
@@ -90,22 +142,14 @@ class Keeper:
         assert self.root is not None
         place = self.root / name
         self._make(place.parent)
-        with self._told():
+        with writing(str(self.root.parent)):
             store(place, data)
 
     def _make(self, folder: Path) -> None:
         if folder.resolve() != folder:  # a link that somebody planted
             raise Remedy(f"{escaped(str(folder))} leads out of the folder of --predictions: remove the link", 8)
-        with self._told():
+        with writing(str(self.root and self.root.parent)):
             folder.mkdir(parents=True, exist_ok=True)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            where = f"--predictions {self.root and self.root.parent}"
-            raise Remedy(f"{where} cannot be written: {error.strerror}; give another folder", 6) from None
 
 
 def names_of(images: Iterable[str]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from gtsa.labels import Kind, Labelled, Problems
 from gtsa.labels._classes import digest
 from gtsa.labels._files import passed_over
-from gtsa.sources import open_source
+from gtsa.sources import Source, open_source
 from gtsa.sources.folder import Folder
 from gtsa.sources.listing import Listing
 
@@ -33,4 +34,10 @@ class Plain:
         if not names:
             problems.add("no images", images, "put images there, nested or not")
         problems.insist()
-        return Labelled(source, range(len(names)), [None] * len(names), kind, (), digest(names))
+        return unlabelled(source, range(len(names)))
+
+
+def unlabelled(source: Source, places: Sequence[int]) -> Labelled:
+    """These images of a source, of which nothing is known."""
+    names = [source.name(index) for index in range(len(source))]
+    return Labelled(source, places, [None] * len(names), "none", (), digest(names))
