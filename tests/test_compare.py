@@ -20,6 +20,7 @@ from PIL import Image
 
 from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
+from gtsa.cli import run
 from gtsa.compare import finals
 from gtsa.core import Remedy
 from gtsa.evals.segmentation import Segmentation
@@ -198,7 +199,7 @@ def test_the_report_grows_with_every_network(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare.report, "write", written)
     compare.compare(**settings(data, tmp_path, methods=("mae",), controls=("colour", "position"), seeds=2))
-    assert len(seen) == 3 and set(seen) == {3}  # the next network does not wait for the report
+    assert seen[0] in (1, 2) and seen == sorted(seen) and seen[-1] == 3  # the next network does not wait for the report
     assert [line["row"] for line in results(tmp_path)["rows"]] == ["mae", "colour", "position"]
 
 
@@ -254,17 +255,17 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, jobs, 
     """Sixteen cores: on a GPU half of a run's share are threads, and all of it but one read images."""
     given = []
 
-    def run(command, env, **_):
+    def run(self, command, env, **_):
         time.sleep(0.2)  # so that no place is free again before all are taken
         given.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS"), json.loads(env["GTSA_COMPARE"])))
-        return subprocess.CompletedProcess(command, 1)
+        return 1
 
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(compare.plan, "cores", lambda: 16)
-    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare.Processes, "run", run)
     s = validated(data, tmp_path, device="auto", seeds=4, jobs=jobs, methods=("mae",), controls=())
     compare._all(list(finals(rows_of(s), s)), s, "runs")
     devices = sorted(str(number % gpus) if gpus else "" for number in range(4))
@@ -286,10 +287,71 @@ def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare.report, "write", interrupted)  # Ctrl-C while the first report is written
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Remedy, match="^stopped on request; the same command goes on$") as told:
         compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=8, controls=()))
+    assert told.value.code == 75
     assert len(begun) < 4  # the first, and what had been begun by then
     assert "stopping: no more networks are begun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_leaves_a_report_and_no_process(data, tmp_path, monkeypatch, capsys, number):
+    """The control is done; the first training is at work, as a process that would take an hour."""
+    here(monkeypatch)
+    at_once, codes = compare._apart, []
+
+    def apart(cell, s, free):
+        if cell.row.source:
+            return at_once(cell, s, free)
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        codes.append(free.processes.run([sys.executable, "-c", "import time; time.sleep(3600)"]))
+        raise Remedy("stopped on request", 75)
+
+    monkeypatch.setattr(compare, "_apart", apart)
+    arguments = settings(data, tmp_path, methods=("mae",), seeds=1, controls=("position",))
+    (tmp_path / "c.yaml").write_text(strict.plain_yaml(arguments))
+    assert run(["compare", "--config", str(tmp_path / "c.yaml")]) == 75
+    assert codes == [-signal.SIGTERM]
+    told = capsys.readouterr().err.splitlines()
+    place = tmp_path / "report.html"
+    assert told == [f"gtsa: stopped on request; the same command goes on; what is done by now: {place}"]
+    assert [line["row"] for line in results(tmp_path)["rows"]] == ["position"] and place.exists()
+
+
+def test_a_figure_that_an_untrained_network_reaches_is_marked():
+    """In all of its interval above, below, or neither; of one seed there is no interval, and no mark."""
+
+    def line(row, **less):
+        figures = {name: {"mean": 50.0, "low": 49.0, "high": 51.0} for name in ("a", "b", "c", "d")}
+        told = {n: {"mean": m, "low": low, "high": high} for n, (m, low, high) in less.items()}
+        return {"row": row, "stage": "images", "seeds": [0, 1], "figures": figures, "less_untrained": told}
+
+    rows = [line("gtsa", a=(2, 1, 3), b=(0.5, -1, 2), c=(-2, -3, -1), d=(9, None, None)), line("untrained")]
+    del rows[1]["less_untrained"]
+    shown = page._figures_table({"rows": rows})
+    a, b, c, d = shown.split("<tr><td>gtsa")[1].split("<tr>")[0].split("<td>")[2:]
+    assert "untrained" not in a + d and "as untrained" in b and "below untrained" in c
+    assert "untrained" not in shown.split("<tr><td>untrained")[1]
+    assert "95 % interval of the difference holds 0" in " ".join(shown.split())
+
+
+def test_every_row_is_compared_with_the_untrained_network(whole):
+    found = {line["row"]: line for line in results(whole)["rows"]}
+    assert "less_untrained" not in found["untrained"]
+    for row in ("gtsa", "dino", "colour"):
+        less = found[row]["less_untrained"]
+        assert less.keys() == found[row]["figures"].keys()
+        for name, value in less.items():
+            mine, its = (found[r]["figures"][name]["mean"] for r in (row, "untrained"))
+            assert value["mean"] == pytest.approx(mine - its)
+    assert found["untrained"]["less_reference"].keys() == found["gtsa"]["less_untrained"].keys()
+
+
+def test_one_value_for_several_is_taken_as_one(data, tmp_path, monkeypatch):
+    """As the verbs take it: knn: {k: 3}. Refused or not, it is the same before and after training."""
+    s = validated(data, tmp_path, evaluate={"knn": {"k": 3}}, task=("knn",), primary="knn")
+    assert cells.evaluator_of("knn", s).k == (3,)
+    assert cells.rows_of(s.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
 
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):
@@ -550,6 +612,14 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
         ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),
+        ({"evaluate": {"segmentation": {"size": "x"}}}, "--task segmentation: segmentation.size: 'x'"),
+        ({"evaluate": {"knn": {"k": "x"}}}, "--task segmentation: knn.k: 'x'"),
+        (
+            {"looks": 1, "folds": None, "val": (), "tasks": {t: {"folds": 2} for t in SMALL["evaluate"]}},
+            "looks: val: give",
+        ),
+        ({"pretrain": {"out": "x"}}, "pretrain: out is set by the comparison itself"),
+        ({"pretrain": {"dino": {"momentum": 2.0}}}, "momentum are from 0 to 1"),
         ({"evaluate": {"segmentation": {"stepz": 3}}}, "--task segmentation: segmentation.stepz: there is no such"),
         ({"tune": 1}, "segmentation, in_context: trials are chosen for each fold by folds of the other images, so two"),
         (

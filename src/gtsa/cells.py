@@ -32,6 +32,7 @@ from gtsa.training import digest_of
 STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
 TRIED = 1_000  # seed of all trials: the same start and images for all settings, and those of no run
 FREE = ("device", "workers", "devices", "precision")  # settings that decide no more than the last digits
+LONGEST = 200  # characters of a folder's name
 SEED = 0  # of all evaluations: every network is asked alike, so that images and folds pair up
 
 
@@ -78,16 +79,26 @@ def rows_of(s: Any) -> list[Row]:
             raise Remedy(f"--ablate: there is no {name!r}; there is {', '.join(ABLATIONS)}")
         rows.append(Row(name, ABLATIONS[name], tuned_as=str(ABLATIONS[name]["method"])))
     for name, settings in s.rows.items():
-        method = str(settings.get("method", "gtsa"))
-        if not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-            raise Remedy(f"rows: {name!r} is to name a folder: letters, digits, - _ and . alone")
+        method = settings.get("method", "gtsa")
+        if method not in tuple(config.METHODS):  # of whatever type
+            raise Remedy(f"rows: {name}.method: there is no {method!r:.100}; there is {', '.join(config.METHODS)}")
+        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") or len(name) > LONGEST:
+            raise Remedy(
+                f"rows: {name[:100]!r} is to name a folder: letters, digits, - _ and . alone, at most {LONGEST}"
+            )
         rows.append(Row(name, {"method": method, **settings}, tuned_as=method))
     rows += [Row(name, source=name) for name in s.controls]
-    rows += [Row("".join(c if c.isalnum() or c in "-_." else "_" for c in w), source=w) for w in s.weights]
+    rows += [Row(_name(source), source=source) for source in s.weights]
     names = [row.name for row in rows]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Remedy(f"two rows are called {twice[0]}; name each once")
     return rows
+
+
+def _name(source: str) -> str:
+    """Of the row of these weights: it names a folder, too."""
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in source)[-LONGEST:]
+    return name if name.strip(".") else "weights"
 
 
 # What a cell is to do
@@ -116,7 +127,7 @@ def questions_of(
         opened: labels that were opened for other cells; what is opened here joins them.
     """
     opened = {} if opened is None else opened
-    wanted = {part.split(":")[0] for part in s.primary.split("+")} if cell.stage == "trial" else set(s.task)
+    wanted = primary_tasks(s) if cell.stage == "trial" else s.task
     for task in s.task:
         if task not in wanted:
             continue
@@ -141,7 +152,26 @@ def told_of(task: str, s: Any) -> dict[str, Any]:
 
 
 def evaluator_of(task: str, s: Any) -> Evaluator:
-    return evals.found()[task](**told_of(task, s).get(task, {}))
+    given = strict.validated(config.EvaluatorSettings[task], told_of(task, s).get(task, {}), f"--task {task}")
+    return evals.found()[task](**dict(given))
+
+
+def primary_tasks(s: Any) -> tuple[str, ...]:
+    """The tasks that the primary figure is of, each once."""
+    return tuple(dict.fromkeys(part.split(":")[0] for part in s.primary.split("+")))
+
+
+def looked(s: Any) -> dict[str, Any]:
+    """Settings of gtsa evaluate for what is asked during training."""
+    shared = {"train": s.train, "val": s.val, "folds": s.folds}
+    given = {"weights": "-", "task": primary_tasks(s), **s.evaluate, **shared}
+    return {k: v for k, v in given.items() if v is not None and v != ()}
+
+
+def engine_of(s: Any) -> dict[str, Any]:
+    """Settings of gtsa evaluate that say where it runs."""
+    on = {"precision": s.precision, "device": s.device, "workers": s.workers}
+    return {"weights": "-", "task": ("health",), "val": ("-",), **on}
 
 
 def digest_for(cell: Cell, s: Any) -> str:

@@ -13,6 +13,7 @@ from cyclopts.exceptions import CycloptsError
 
 import gtsa
 from gtsa.errors import Remedy
+from gtsa.stops import heard
 
 app = cyclopts.App(
     name="gtsa",
@@ -74,7 +75,8 @@ def run(arguments: list[str] | None = None) -> int:
     """The exit code of a command line."""
     try:
         command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-        command(*bound.args, **bound.kwargs)
+        with heard():
+            command(*bound.args, **bound.kwargs)
         return 0
     except CycloptsError as error:
         print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
@@ -86,19 +88,24 @@ def run(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", 130)
 
 
 def _way_on(arguments: list[str] | None) -> str:
     """What to do after a stop."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["evaluate"]:
-        return "with --work FOLDER long trainings can be gone on with; without it nothing was kept"
-    if given[:1] == ["compare"]:
+    verb = given[0] if given else ""
+    if verb == "evaluate" and any(word.split("=")[0] == "--work" for word in given):
+        return "the same command goes on with the trainings that --work kept"
+    if verb == "evaluate":
+        return "nothing of the task at work was kept; with --work FOLDER the same command goes on with long trainings"
+    if verb == "compare":
         return "the same command goes on"
-    return "go on from the last checkpoint with --resume"
+    if verb == "pretrain":
+        return "go on from the last checkpoint with --resume"
+    return "give the same command again"
 
 
 def _flat(error: Exception) -> str:

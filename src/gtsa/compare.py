@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from gtsa import cells, config, experiment, plan, report, strict, tuning
+from gtsa import beforehand, cells, config, experiment, plan, report, strict, tuning
 from gtsa.cells import Cell, Row
 from gtsa.core import Remedy
 from gtsa.evals.health import LONG
-from gtsa.export import opened
-from gtsa.judging import Opened
 from gtsa.sources import open_source
+from gtsa.stops import Processes, heard
 from gtsa.terminal import lasting, say
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
+STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # how a process ends on request
 
 
 def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
@@ -51,62 +51,79 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
     if HANDED in os.environ:
         _one(os.environ[HANDED], rows, s)
         return Path(s.out)
-    _checked(rows, s)
-    Path(s.out).mkdir(parents=True, exist_ok=True)
-    seen, images = s.steps * s.batch_size, len(open_source(s.data))
-    say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
-    say(f"progress of each: {s.out}/cells/*/*/log.txt")
-    if s.tune and (steps := tuning.steps_of(s)) < LONG:
-        say(f"trials of {steps:,} steps hardly tell settings apart; give --tune-steps {LONG:,} or more if you can")
-    for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
-        _all(list(stage(rows, s)), s, what)
-    for row in rows:
-        if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
-            say(f"{row.name} is left out: {without}")
-    for what, stage in (("all rows and seeds", finals), ("runs of equal operations", at_equal_flops)):
-        _all(list(stage(rows, s)), s, what, lambda: _reported(rows, s))  # whoever waits for days sees what there is
-    place = _reported(rows, s)
+    with heard():
+        beforehand.check(rows, s)
+        _make(Path(s.out))
+        reports = Reports(rows, s)
+        try:
+            _networks(rows, s, reports)
+            place = reports()
+        except (KeyboardInterrupt, Remedy) as stop:
+            if isinstance(stop, Remedy) and stop.code != 75:
+                raise
+            done = reports.at_the_end()
+            told = f"; what is done by now: {done}" if done else ""
+            raise Remedy(f"stopped on request; the same command goes on{told}", 75) from None
+        except OSError as error:
+            where = error.filename or s.out
+            raise Remedy(f"{where}: {error.strerror or error}; mend it, and the same command goes on", 6) from None
     say(f"\nreport: {place}")
     if failed := [cell.name for cell in _wanted(rows, s) if (cells.done(cell, s) or {}).get("status") == "failed"]:
         raise Remedy(f"failed: {', '.join(failed)}; the report says why. To try again remove {s.out}/cells/NAME", 7)
     return place
 
 
-def _reported(rows: Sequence[Row], s: Any) -> Path:
-    return report.write(rows, _wanted(rows, s), s)
+def _make(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise Remedy(f"--out {out} is a file; give a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another folder", 6) from None
+
+
+def _networks(rows: Sequence[Row], s: Any, reports: Reports) -> None:
+    """Does all cells that are not done. Whoever waits for days sees what there is: every network is reported."""
+    seen, images = s.steps * s.batch_size, len(open_source(s.data))
+    say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
+    say(f"progress of each: {s.out}/cells/*/*/log.txt")
+    say(f"report, from the first network on: {s.out}/report.html")
+    if s.tune and (steps := tuning.steps_of(s)) < LONG:
+        say(f"trials of {steps:,} steps hardly tell settings apart; give --tune-steps {LONG:,} or more if you can")
+    for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
+        _all(list(stage(rows, s)), s, what, reports)
+    for row in rows:
+        if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
+            say(f"{row.name} is left out: {without}")
+    for what, stage in (("all rows and seeds", finals), ("runs of equal operations", at_equal_flops)):
+        _all(list(stage(rows, s)), s, what, reports)
+
+
+class Reports:
+    """The report, written where networks were done since it was written last."""
+
+    def __init__(self, rows: Sequence[Row], s: Any) -> None:
+        self.rows, self.s = rows, s
+        self.of: set[str] | None = None  # networks that the last one tells of
+
+    def __call__(self) -> Path:
+        done = {cell.name for cell in _wanted(self.rows, self.s) if cells.done(cell, self.s) is not None}
+        if done != self.of:
+            report.write(self.rows, _wanted(self.rows, self.s), self.s)
+            self.of = done
+        return Path(self.s.out) / "report.html"
+
+    def at_the_end(self) -> Path | None:
+        """Of a comparison that was stopped; None where no network is done, or it cannot be written."""
+        try:
+            return self() if self.of or any(cells.done(cell, self.s) for cell in _wanted(self.rows, self.s)) else None
+        except (KeyboardInterrupt, Remedy, OSError):
+            return None
 
 
 def _wanted(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
     """All that the report tells of."""
     return chain(finals(rows, s), at_equal_flops(rows, s), tuning.trials(rows, s))
-
-
-def _checked(rows: Sequence[Row], s: Any) -> None:
-    """Opens everything once, so that what is wrong is told before hours of training."""
-    if not len(open_source(s.data)):
-        raise Remedy(f"--data {s.data}: no images", 3)
-    for row in rows:
-        cell = Cell(row, "images", 0)
-        if row.source is None:
-            told = strict.validated(config.Pretrain, cells.training_of(cell, s) | {"out": s.out}, f"row {row.name}")
-            ready = plan.Plan(told, {})
-            plan.start(ready, _model(told))
-            plan.sizes(ready)
-            if s.tune and row.tuned_as not in s.methods:
-                raise Remedy(
-                    f"row {row.name} takes the settings of {row.tuned_as}, which is not tried: add it to --methods"
-                )
-        elif row.source not in config.CONTROLS:
-            opened(row.source)
-    labels: Opened = {}
-    list(cells.questions_of(Cell(rows[0], "images", 0), s, labels))
-    if s.tune:
-        tuning.checked((question for *_, question in cells.questions_of(Cell(rows[0], "trial", 0), s, labels)), s)
-
-
-def _model(told: Any) -> str | None:
-    """The model of the weights that a row starts from. Raises Remedy where they are not of the row's own (4)."""
-    return opened(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None
 
 
 # Which cells there are. What comes later follows from the results of what came before, and from nothing else.
@@ -175,26 +192,41 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
             say(f"{what}: done, {len(wanted)} of {len(wanted)} networks")
         return
     gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
-    free: Queue[str] = Queue(max(1, gpus) * s.jobs)
-    for device in list(range(max(1, gpus))) * s.jobs:
-        free.put(str(device) if gpus else "")
+    free = Devices([str(device) if gpus else "" for device in list(range(max(1, gpus))) * s.jobs])
     if gpus and s.workers == "auto":
         s = s.model_copy(update={"workers": plan.readers(free.maxsize)})
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU"
     say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.maxsize} at a time")
     began = time.monotonic()
-    with ThreadPoolExecutor(free.maxsize) as pool:
+    pool = ThreadPoolExecutor(free.maxsize)
+    try:
+        for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
+            rest = (time.monotonic() - began) / number * (len(left) - number)
+            say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
+            after()
+    except BaseException:  # those in the queue are gone with the loop; those at work are waited for
+        say("stopping: no more networks are begun, and those at work come to a stop first")
+        free.processes.stop()
+        raise
+    finally:
         try:
-            for number, told in enumerate(pool.map(lambda cell: _apart(cell, s, free), left), start=1):
-                rest = (time.monotonic() - began) / number * (len(left) - number)
-                say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
-                after()
-        except BaseException:  # those in the queue are gone with the loop; those at work are waited for
-            say("stopping: no more networks are begun, and those at work come to a stop first")
+            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:  # once more: at once
+            free.processes.stop(signal.SIGKILL)
             raise
 
 
-def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
+class Devices(Queue[str]):
+    """Devices that are free, and the processes on those that are not."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(len(names))
+        self.processes = Processes()
+        for name in names:
+            self.put(name)
+
+
+def _apart(cell: Cell, s: Any, free: Devices) -> str:
     """Does a cell in a process of its own. Returns a line about it."""
     device, place = free.get(), cells.folder_of(cell, s)
     place.mkdir(parents=True, exist_ok=True)
@@ -208,15 +240,15 @@ def _apart(cell: Cell, s: Any, free: Queue[str]) -> str:
     try:
         with open(place / "log.txt", "a") as log:
             command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]
-            ended = subprocess.run(command, env=environment, stdout=log, stderr=log)
+            code = free.processes.run(command, env=environment, stdout=log, stderr=log)
     finally:
         free.put(device)
     result = cells.done(cell, s)
-    if result is None and ended.returncode in (75, 130, -2, -15):
+    if result is None and (code in STOPPED or free.processes.stopping):
         raise Remedy("stopped on request; the same command goes on", 75)
     if result is None:
-        how = f"signal {-ended.returncode}" if ended.returncode < 0 else f"code {ended.returncode}"
-        why = ", most likely for lack of memory" if ended.returncode == -9 else ""
+        how = f"signal {-code}" if code < 0 else f"code {code}"
+        why = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
         cells.commit(cell, s, {"status": "failed", "reason": f"its process ended with {how}{why}; see {place}/log.txt"})
         result = cells.done(cell, s) or {}
     if result["status"] != "done":
@@ -238,7 +270,11 @@ def _one(name: str, rows: Sequence[Row], s: Any) -> None:
 def handed() -> None:
     """What a process does that was made for one cell."""
     try:
-        compare(**json.loads(os.environ["GTSA_COMPARE"]))
+        with heard():
+            compare(**json.loads(os.environ["GTSA_COMPARE"]))
     except Remedy as remedy:
         print(f"gtsa: {remedy}", file=sys.stderr)
         sys.exit(remedy.code)
+    except KeyboardInterrupt:
+        print("gtsa: stopped on request", file=sys.stderr)
+        sys.exit(75)

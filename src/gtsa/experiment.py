@@ -60,7 +60,7 @@ def run(cell: Cell, s: Any) -> None:
 def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
     began = time.perf_counter()
     backbone, costs = _trained(cell, s, place) if cell.row.source is None else (_untrained(cell, s), {})
-    ready = plan.engine(strict.validated(config.Evaluate, _engine(s)))
+    ready = plan.engine(strict.validated(config.Evaluate, cells.engine_of(s)))
     plan.workers(ready)
     fabric = plan.fabric_of(ready.settings)
     backbone = backbone.to(fabric.device).eval()
@@ -82,24 +82,12 @@ def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
     return {"status": "done", "reason": "", **costs, "weights": backbone.fingerprint, "results": results, **taken}
 
 
-def _engine(s: Any) -> dict[str, Any]:
-    return {
-        "weights": "-",
-        "task": ("health",),
-        "val": ("-",),
-        "precision": s.precision,
-        "device": s.device,
-        "workers": s.workers,
-    }
-
-
 def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
     """The exported network of a run, and what the run was and cost."""
     given = training_of(cell, s)
     folder = place / "run"
     if s.looks and cell.stage != "trial":
-        tasks = tuple(dict.fromkeys(part.split(":")[0] for part in s.primary.split("+")))
-        given |= {"eval": tasks, "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
+        given |= {"eval": cells.primary_tasks(s), "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
         given |= {"evaluate_every": max(1, given["steps"] // s.looks)}
         if s.evaluate:
             store(place / "eval.yaml", strict.plain_yaml(s.evaluate).encode())

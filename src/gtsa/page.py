@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gtsa import cells, config, strict
+from gtsa import cells, config, statistics, strict
 from gtsa.cells import STAGES, Cell
 
 COLOURS = ("#0b6e4f", "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be123c", "#0e7490", "#4d7c0f")
@@ -62,12 +62,13 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             continue
         low, high = -less["high"], -less["low"]
         between = f"{gain:+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
-        if low > 0:
+        word = statistics.verdict(low, high)
+        if word == "better":
             lines.append((2, f"<b>{reference} is better than {who}</b> on the primary figure, by {between}."))
-        elif high < 0:
+        elif word == "worse":
             lines.append((1, f"<b class=lost>{reference} is worse than {who}</b> on the primary figure: {between}."))
         else:
-            lines.append((3, f"{reference} and {who} are not told apart on the primary figure: {between}."))
+            lines.append((3, f"{reference} and {who} are not distinguishable on the primary figure: {between}."))
             if line["row"] == "untrained":
                 more = "Longer runs, more images, or more images to judge by are needed."
                 lines.append((0, f"<b>Nothing that {reference} has learnt shows in this figure.</b> {more}"))
@@ -76,24 +77,40 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _interval(value: Mapping[str, Any] | None, sign: str = "") -> str:
+def _interval(value: Mapping[str, Any] | None, sign: str = "", mark: str = "") -> str:
     if value is None:
         return "<td class=quiet>-</td>"
     mean = format(value["mean"], f"{sign}.2f")
-    if value["low"] is None:
-        return f"<td>{mean}</td>"
-    if sign and value["low"] * value["high"] > 0:
-        mean = f"<b>{mean}</b>"
-    return f"<td>{mean}<br><small>{value['low']:{sign}.2f} to {value['high']:{sign}.2f}</small></td>"
+    if value["low"] is not None:
+        if sign and statistics.verdict(value["low"], value["high"]) != "not distinguishable":
+            mean = f"<b>{mean}</b>"
+        mean += f"<br><small>{value['low']:{sign}.2f} to {value['high']:{sign}.2f}</small>"
+    return f"<td>{mean}{mark}</td>"
+
+
+def _mark(less: Mapping[str, Any] | None) -> str:
+    """Of a figure, by its difference from the untrained network's."""
+    if less is None or less["low"] is None:
+        return ""
+    word = statistics.verdict(less["low"], less["high"])
+    marks = {"better": "", "worse": "below untrained", "not distinguishable": "as untrained"}
+    return f"<br><small class=lost>{marks[word]}</small>" if marks[word] else ""
 
 
 def _figures_table(summary: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for line in summary["rows"] for name in line["figures"]))
-    text = ["<h2>Figures</h2><p class=quiet>Means over seeds with 95 % intervals over seeds and images.</p><table>"]
+    text = ["<h2>Figures</h2><p class=quiet>Means over seeds with 95 % intervals over seeds and images."]
+    if any("less_untrained" in line for line in summary["rows"]):
+        text.append(
+            " As untrained: not distinguishable from the untrained network, for the 95 % interval of the difference "
+            "holds 0; such a figure shows nothing that was learnt. Below untrained: all of that interval is below 0."
+        )
+    text.append("</p><table>")
     text.append("<tr><th>row<th>seeds" + "".join(f"<th>{escape(n)}" for n in names))
     for line in summary["rows"]:
         text.append(f"<tr><td>{_name(line['row'], line['stage'])}<td>{len(line['seeds'])}")
-        text += [_interval(line["figures"].get(name)) for name in names]
+        less = line.get("less_untrained", {})
+        text += [_interval(line["figures"].get(name), mark=_mark(less.get(name))) for name in names]
     return "".join(text) + "</table>"
 
 

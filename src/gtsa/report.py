@@ -25,6 +25,7 @@ from gtsa.files import store
 from gtsa.statistics import Drawn, Estimate
 
 Key = tuple[str, str]  # row and stage
+UNTRAINED: Key = ("untrained", "images")  # what no figure says anything without
 
 
 def write(rows: Sequence[Row], wanted: Iterable[Cell], s: Any) -> Path:
@@ -77,12 +78,9 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
                 "costs": _costs([r for _, r in good]),
             }
             if (row.name, stage) != (reference, "images"):
-                against = drawn.get((reference, "images"), Answers((), {}))
-                line["less_reference"] = {
-                    name: _told(statistics.estimate(less))
-                    for name in answers.figures
-                    if (less := answers.less(against, name)) is not None
-                }
+                line["less_reference"] = _all_less(answers, drawn.get((reference, "images"), Answers((), {})))
+            if (row.name, stage) != UNTRAINED and UNTRAINED in drawn:
+                line["less_untrained"] = _all_less(answers, drawn[UNTRAINED])
             lines.append(line)
     trials = [
         {
@@ -98,6 +96,15 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]]
     ]
     told = {"reference": reference, "primary": s.primary, "seeds": s.seeds, "rows": lines, "trials": trials}
     return told | {"choices": tuning.choices(found, s), "differences": _differences(drawn)}
+
+
+def _all_less(answers: Answers, other: Answers) -> dict[str, Any]:
+    """Every figure less the other row's, of those that both have."""
+    return {
+        name: _told(statistics.estimate(less))
+        for name in answers.figures
+        if (less := answers.less(other, name)) is not None
+    }
 
 
 def _differences(drawn: Mapping[Key, Answers]) -> list[dict[str, Any]]:

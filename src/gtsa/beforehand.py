@@ -1,0 +1,77 @@
+"""What can be wrong with a comparison, told before hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gtsa import cells, config, judging, methods, plan, strict, tuning
+from gtsa.backbone import Backbone
+from gtsa.cells import Cell, Row
+from gtsa.core import Remedy
+from gtsa.export import opened
+from gtsa.sources import open_source
+
+OURS = ("data", "out", "seed", "resume", "overwrite")  # settings of gtsa pretrain that a comparison makes itself
+ASKED = (  # and of gtsa evaluate
+    "weights", "task", "tokens", "seed", "network", "model", "out", "predictions", "pictures", "work", "device",
+    "devices", "nodes", "precision", "workers",
+)  # fmt: skip
+
+
+def check(rows: Sequence[Row], s: Any) -> None:
+    """Opens everything once: images, settings and weights of every row, settings and labels of every question.
+
+    Raises:
+        Remedy: something is wrong, of whatever kind.
+    """
+    _settled_elsewhere(s)
+    if not (images := len(open_source(s.data))):
+        raise Remedy(f"--data {s.data}: no images", 3)
+    plan.engine(strict.validated(config.Evaluate, cells.engine_of(s)))
+    for row in rows:
+        if row.source is None:
+            _trainable(row, s, images)
+        elif row.source not in config.CONTROLS:
+            opened(row.source)
+    labels: judging.Opened = {}
+    list(cells.questions_of(Cell(rows[0], "images", 0), s, labels))
+    for task in s.task:
+        cells.evaluator_of(task, s)
+    if s.looks:
+        judging.questions(strict.validated(config.Evaluate, cells.looked(s), "looks"), labels)
+    if s.tune:
+        tuning.checked((question for *_, question in cells.questions_of(Cell(rows[0], "trial", 0), s, labels)), s)
+
+
+def _settled_elsewhere(s: Any) -> None:
+    """Raises Remedy for settings of files that a comparison makes itself, or that have no meaning in it."""
+    lists = [("pretrain", s.pretrain, (*OURS, "method")), ("evaluate", s.evaluate, ASKED)]
+    lists += [(f"rows: {name}", settings, OURS) for name, settings in s.rows.items()]
+    lists += [(f"tasks: {name}", settings, ASKED) for name, settings in s.tasks.items()]
+    if wrong := [f"{where}: {key}" for where, settings, ours in lists for key in settings if key in ours]:
+        raise Remedy("\n".join(f"{line} is set by the comparison itself; leave it out here" for line in wrong))
+
+
+def _trainable(row: Row, s: Any, images: int) -> None:
+    told = strict.validated(
+        config.Pretrain, cells.training_of(Cell(row, "images", 0), s) | {"out": s.out}, f"row {row.name}"
+    )
+    ready = plan.Plan(told, {})
+    plan.start(ready, _model(told))
+    plan.sizes(ready)
+    method: Any = methods.found()[told.method]
+    plan.method(ready, method.sized, images)
+    plan.hold_out(ready, images)
+    with torch.device("meta"):  # its constructor checks its options
+        encoder = Backbone(ready.settings.model, ready.settings.views.global_size)
+        method(encoder, **ready.settings.options)
+    if s.tune and row.tuned_as not in s.methods:
+        raise Remedy(f"row {row.name} takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
+
+
+def _model(told: Any) -> str | None:
+    """The model of the weights that a row starts from. Raises Remedy where they are not of the row's own (4)."""
+    return opened(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None

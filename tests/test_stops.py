@@ -1,0 +1,70 @@
+"""Requests to stop: one line and a code, whatever is at work; and the processes that work for a command go with it."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+import gtsa
+from gtsa.cli import run
+from gtsa.stops import Processes, Stopped, heard
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("arguments", "way"),
+    [
+        (["evaluate", "x", "--task", "knn", "--val", "x"], "nothing of the task at work was kept; with --work FOLDER"),
+        (
+            ["evaluate", "x", "--task", "knn", "--val", "x", "--work", "w"],
+            "the same command goes on with the trainings",
+        ),
+        (["compare", "--data", "x", "--out", "x"], "the same command goes on"),
+        (["check", "x"], "give the same command again"),
+    ],
+)
+def test_a_command_ends_with_one_line(monkeypatch, capsys, number, code, arguments, way):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(gtsa, arguments[0], lambda *_, **__: (os.kill(os.getpid(), number), time.sleep(9)))
+    assert run(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gtsa: stopped at once; {way}")
+    assert signal.getsignal(number) is before
+
+
+def test_the_way_out_is_not_interrupted():
+    with pytest.raises(Stopped) as caught, heard():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+    assert caught.value.code == 143
+
+
+def test_what_others_handle_or_ignore_is_left_to_them():
+    """As nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with heard():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_processes_come_to_a_stop_and_later_ones_too():
+    processes, codes = Processes(), []
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    threads = [threading.Thread(target=lambda: codes.append(processes.run(sleeps))) for _ in range(2)]
+    threads[0].start()
+    while not processes.working:
+        time.sleep(0.01)
+    processes.stop()
+    threads[1].start()  # was on its way when the stop came
+    for thread in threads:
+        thread.join(30)
+    assert codes == [-signal.SIGTERM] * 2 and not processes.working

@@ -1,0 +1,178 @@
+"""Wrong inputs of all commands: an exit code, and a first line that says what is wrong. Nothing is trained or written."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import make_scenes
+from gtsa.cli import run
+
+W = "random:test_vit"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_trained(monkeypatch):
+    for name in ("gtsa.training.fit", "gtsa.stops.Processes.run"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something is trained"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with images, class folders, masks, and files that are none of what they seem."""
+    place = tmp_path_factory.mktemp("wrong")
+    make_scenes(place / "scenes", 6)
+    for kind, seeds in (("a", (0, 1)), ("b", (2, 3))):
+        make_scenes(place / "classes" / kind, 0)
+        for seed in seeds:
+            Image.fromarray(np.full((32, 32, 3), 60 * seed, np.uint8)).save(place / "classes" / kind / f"{seed}.png")
+    (place / "masks").mkdir()
+    for image in (place / "scenes").iterdir():
+        Image.fromarray(np.eye(72, 96, dtype=np.uint8)).save(place / "masks" / f"{image.stem}.png")
+    (place / "empty").mkdir()
+    (place / "full").mkdir()
+    (place / "full" / "thesis.tex").write_text("mine")
+    (place / "text.txt").write_text("no image\n")
+    (place / "list.txt").write_text("scenes/scene_00.jpg\n")
+    (place / "broken.json").write_text('{"images": [')
+    (place / "half.pth").write_bytes(b"PK\x03\x04 and no more")
+    (place / "half.safetensors").write_bytes(b"\xff" * 30)
+    (place / "config-only").mkdir()
+    (place / "config-only" / "config.json").write_text(json.dumps({"architecture": "os.system"}))
+    return place
+
+
+def asked(root, capsys, arguments, yaml=None):
+    """(exit code, first line of what is wrong) of a command line, in which {} stands for the folder."""
+    given = [str(argument).replace("{}", str(root)) for argument in arguments]
+    if yaml is not None:
+        (root / "wrong.yaml").write_bytes(yaml.encode() if isinstance(yaml, str) else yaml)
+        given += ["--config", str(root / "wrong.yaml")]
+    code = run(given)
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    lines = printed.err.splitlines()
+    assert lines and lines[0].startswith("gtsa: ") and not (root / "out").exists()
+    return code, printed.err
+
+
+PRETRAIN = ["pretrain", "--data", "{}/scenes", "--out", "{}/out"]
+KNN = ["evaluate", W, "--task", "knn", "--train", "{}/classes", "--val", "{}/classes", "--device", "cpu"]
+MASKS = ["evaluate", W, "--task", "in_context", "--device", "cpu"]
+COMPARE = [
+    "compare", "--data", "{}/scenes", "--out", "{}/out", "--model", "test_vit", "--device", "cpu", "--methods", "gtsa",
+    "--task", "knn", "--primary", "knn", "--train", "{}/classes", "--folds", "2", "--steps", "2", "--batch-size", "2",
+]  # fmt: skip
+DEEP = "views: " + "[" * 5000 + "]" * 5000
+BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+
+COMMANDS = [
+    (["pretrian"], 2, "pretrian"),
+    (["evaluate"], 2, "WEIGHTS"),
+    (["evaluate", W, "--tusk", "knn"], 2, "--tusk"),
+    (["compare"], 2, "data: give the images"),
+    (["check"], 2, "DATA"),
+    (["check", "{}/nowhere"], 3, "nowhere"),
+    (["check", "{}/text.txt"], 3, "no image"),
+    (["check", "{}/empty"], 3, "no images"),
+    (["check", "{}/scenes", "--range16", "9", "1"], 2, "black must be below white"),
+    (["preview", "{}/scenes", "--image", "-1", "--out", "{}/out.png"], 3, "--image -1"),
+    (["preview", "{}/scenes", "--epoch", "-1", "--out", "{}/out.png"], 2, "--epoch -1"),
+    (["preview", "{}/scenes", "--model", "resnet50", "--out", "{}/out.png"], 2, "resnet50"),
+    (["export", "{}/nowhere", "--out", "{}/out"], 4, "no weights there"),
+    (["export", W, "--out", "{}/full"], 2, "is there already"),
+    (["export", W, "--out", "{}/out", "--to", "onnx"], 2, "onnx"),
+    (["export", "{}/half.pth", "--out", "{}/out"], 4, "half.pth"),
+    (["export", "{}/half.safetensors", "--out", "{}/out", "--model", "test_vit"], 4, "half.safetensors"),
+    (["models", "nothing-like-it"], 2, "nothing-like-it"),
+    ([*PRETRAIN, "--batch-size", "many"], 2, "batch-size"),
+    ([*PRETRAIN, "--init", "{}/full"], 4, "no weights there"),
+    ([*PRETRAIN, "--data", "{}/list.txt", "--data-root", "{}/nowhere"], 3, "nowhere"),
+    (["pretrain", "--data", "{}/scenes"], 2, "--out is missing"),
+    (["pretrain", "--data", "{}/scenes", "--out", "{}/full"], 2, "not empty"),
+    (["pretrain", "--data", "{}/scenes", "--out", "{}/text.txt"], 2, "is a file"),
+    ([*KNN, "--train", "{}/scenes"], 3, "outside a class folder"),
+    ([*KNN, "--folds", "2"], 2, "folds: goes with --train alone"),
+    ([*KNN, "--knn.k", "x"], 2, "knn.k"),
+    ([*KNN, "--knn.temperature", "0"], 2, "temperature above 0"),
+    ([*KNN, "--out", "{}/full/thesis.tex"], 2, "is there already"),
+    ([*KNN, "--predictions", "{}/full"], 2, "not empty"),
+    ([*KNN, "--predictions", "{}/text.txt"], 6, "cannot be written"),
+    ([*KNN, "--work", "{}/text.txt", "--task", "linear"], 2, "is a file"),
+    (["evaluate", "{}/config-only", *KNN[2:]], 4, "config-only"),
+    (["evaluate", "timm:os.system", *KNN[2:]], 4, "os.system"),
+    ([*MASKS, "--train", "{}/scenes", "{}/nowhere", "--folds", "2"], 3, "nowhere"),
+    ([*MASKS, "--train", "{}/scenes", "{}/broken.json", "--folds", "2"], 3, "masks"),
+    ([*MASKS, "--train", "{}/scenes", "{}/masks", "{}/masks", "--folds", "2"], 2, "IMAGES and LABELS"),
+    ([*MASKS, "--train", "{}/scenes", "{}/masks", "--folds", "2", "--classes", "{}/nowhere"], 3, "nowhere"),
+    (["evaluate", W, "--task", "detection", "--train", "{}/scenes", "{}/broken.json", "--folds", "2"], 3, "broken.json"),
+    (["evaluate", W, "--task", "health"], 2, "--val IMAGES, without labels"),
+    (["evaluate", W, "--task", "rotation", "--val", "{}/scenes"], 2, "--train IMAGES, without labels"),
+    ([*COMPARE, "--out", "{}/text.txt"], 2, "is a file"),
+    ([*COMPARE, "--folds", "9"], 2, "there are 4 images"),
+    ([*COMPARE, "--weights", "{}/full"], 4, "no weights there"),
+    ([*COMPARE, "--methods", "byol"], 2, "byol"),
+    ([*COMPARE, "--precision", "fp16"], 2, "fp16 needs a GPU"),
+    ([*COMPARE, "--jobs", "0"], 2, "jobs"),
+]  # fmt: skip
+
+FILES = [
+    (PRETRAIN, "method: {class_path: os.system}", 2, "method: {'class_path': 'os.system'}"),
+    (PRETRAIN, "method: [gtsa]", 2, "method:"),
+    (PRETRAIN, DEEP, 2, "nested too deeply"),
+    (PRETRAIN, "views: &v {x: *v}", 2, "nested too deeply"),
+    (PRETRAIN, BOMB, 2, "more than 100,000 values"),
+    (PRETRAIN, "#" * 1_000_001, 2, "more than 1,000,000 bytes"),
+    (PRETRAIN, b"\xff\xfe\x00", 2, "not plain YAML"),
+    (PRETRAIN, "- 1\n- 2\n", 2, "settings are lines"),
+    (PRETRAIN, "1: 2", 2, "is not the name of a setting"),
+    (PRETRAIN, "{views: {1: 2}}", 2, "is not the name of a setting"),
+    (PRETRAIN, "seed: 2026-11-27", 2, "is a date"),
+    (PRETRAIN, "init: !!binary aGk=", 2, "is a bytes"),
+    (PRETRAIN, "views: 3", 2, "views: 3"),
+    (PRETRAIN, "views: {global_size: [1, 2]}", 2, "views.global_size"),
+    (PRETRAIN, "gtsa: {cells: a}", 2, "gtsa.cells"),
+    (PRETRAIN, "eval: {knn: 3}", 2, "eval:"),
+    (PRETRAIN, "seed: .nan", 2, "seed: nan"),
+    (KNN, "task: {knn: 3}", 2, "task:"),
+    (KNN, "knn: {k: {a: 1}}", 2, "knn.k"),
+    (KNN, "knn: [3]", 2, "knn: [3]"),
+    (["evaluate", W, "--task", "knn"], "{train: 3, folds: 2}", 3, "3: there is no such file or folder"),
+    (["preview", "{}/scenes", "--out", "{}/out.png"], "image: 3", 2, "image: there is no such setting"),
+    (["preview", "{}/scenes", "--out", "{}/out.png"], "method: {a: b}", 2, "method:"),
+    (COMPARE, "evaluate: {knn: {k: x}}", 2, "knn.k"),
+    (COMPARE, "evaluate: {knn: 3}", 2, "knn: 3"),
+    (COMPARE, "evaluate: {knn: {k: 0}}", 2, "k must be at least 1"),
+    (COMPARE, "evaluate: [1]", 2, "evaluate: [1]"),
+    (COMPARE, "evaluate: {seed: 3}", 2, "evaluate: seed is set by the comparison"),
+    (COMPARE, "tasks: {knn: 3}", 2, "tasks.knn"),
+    (COMPARE, "tasks: {knn: {val: ['{}/nowhere'], folds: null}}", 3, "nowhere"),
+    (COMPARE, "tasks: {knn: {tokens: cls}}", 2, "tasks: knn: tokens is set by the comparison"),
+    (COMPARE, "pretrain: {out: x}", 2, "pretrain: out is set by the comparison"),
+    (COMPARE, "pretrain: {views: 3}", 2, "views: 3"),
+    (COMPARE, "pretrain: {gtsa: {momentum: 2}}", 2, "gtsa.momentum: from 0 to 1"),
+    (COMPARE, "pretrain: {hold_out: 6}", 2, "leaves nothing of 6 images"),
+    (COMPARE, "rows: {x: {method: {a: b}}}", 2, "rows: x.method"),
+    (COMPARE, "rows: {x: 3}", 2, "rows.x"),
+    (COMPARE, "rows: {'': {}}", 2, "is to name a folder"),
+    (COMPARE, f"rows: {{{'x' * 300}: {{}}}}", 2, "is to name a folder"),
+    (COMPARE, "rows: {x: {resume: true}}", 2, "rows: x: resume is set by the comparison"),
+    ([*COMPARE, "--train", "{}/scenes", "--looks", "2"], "tasks: {knn: {train: ['{}/classes']}}", 3, "class folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), COMMANDS, ids=[words for *_, words in COMMANDS])
+def test_what_is_wrong_on_the_command_line_is_told(root, capsys, arguments, code, words):
+    found, told = asked(root, capsys, arguments)
+    assert (found, words in told) == (code, True), told
+
+
+@pytest.mark.parametrize(("arguments", "yaml", "code", "words"), FILES, ids=[words for *_, words in FILES])
+def test_what_is_wrong_in_a_file_of_settings_is_told(root, capsys, arguments, yaml, code, words):
+    yaml = yaml.replace("{}/", f"{root}/") if isinstance(yaml, str) else yaml
+    found, told = asked(root, capsys, arguments, yaml)
+    assert (found, words in told) == (code, True), told
+    assert len(told) < 2000  # whatever the file holds
