@@ -224,7 +224,7 @@ def test_rotation_needs_images_alone(places, tmp_path):
 
 
 def test_labels_of_one_side_alone_are_told(places, tmp_path):
-    (tmp_path / "labels.csv").write_text("path,label\nclass a/00.png,x\nclass a/03.png,x\n")
+    (tmp_path / "labels.csv").write_text("path,label\nclass a/00.png,x\nclass a/03.png,y\n")
     with pytest.raises(Remedy, match="--train has no labels, --val classes; give the same kind"):
         asked(places, "rotation", val=(str(places / "train"), str(tmp_path / "labels.csv")))
 

@@ -37,8 +37,8 @@ def heard() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for heeded, handler in before.items():
+            signal.signal(heeded, handler)
 
 
 class Processes:

@@ -236,10 +236,9 @@ def _clear(values: Interval, floor: float, margin: float) -> bool:
 
 def _better(name: str, gain: Interval, images: str) -> str:
     mean, low, high = gain
-    word = statistics.verdict(low, high)
-    if word == "better" and not _clear(gain, 0, MARGIN):
-        word = "hardly better"
-    how = "not distinguishably better" if word == "not distinguishable" else word
+    clear = "better" if _clear(gain, 0, MARGIN) else "hardly better"
+    words = {"better": clear, "worse": "worse", "not distinguishable": "not distinguishably better"}
+    how = words[statistics.verdict(low, high)]
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
     return f"{SCORES[name].format(how)}, by {mean:+.3f} over step 0 ({between}, {images})"
 
