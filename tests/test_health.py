@@ -91,7 +91,7 @@ def test_better_worse_and_not_distinguishable_are_three_cases(gain, words):
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        (0.5, "is recognised: 50.0"),
+        (0.5, "recognised: 50.0"),
         (0.265, "hardly recognised"),
         (0.25, "not recognised yet"),
         (0.2, "not recognised: 20"),

@@ -26,7 +26,9 @@ from gtsa.stops import Processes, Stopped, heard
         (["check", "x"], "give the same command again"),
     ],
 )
-def test_a_command_ends_with_one_line(monkeypatch, capsys, number, code, arguments, way):
+def test_a_command_ends_with_one_line(monkeypatch, capsys, tmp_path, number, code, arguments, way):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
     before = signal.getsignal(number)
     monkeypatch.setattr(gtsa, arguments[0], lambda *_, **__: (os.kill(os.getpid(), number), time.sleep(9)))
     assert run(arguments) == code

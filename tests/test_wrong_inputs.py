@@ -64,6 +64,14 @@ COMPARE = [
     "compare", "--data", "{}/scenes", "--out", "{}/out", "--model", "test_vit", "--device", "cpu", "--methods", "gtsa",
     "--task", "knn", "--primary", "knn", "--train", "{}/classes", "--folds", "2", "--steps", "2", "--batch-size", "2",
 ]  # fmt: skip
+
+
+def but(arguments, flag, *values):
+    """The command line with another value for one of its flags, or without it."""
+    at = arguments.index(flag)
+    return [*arguments[:at], *((flag, *values) if values else ()), *arguments[at + 2 :]]
+
+
 DEEP = "views: " + "[" * 5000 + "]" * 5000
 BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
@@ -76,7 +84,7 @@ COMMANDS = [
     (["compare"], 2, "data: give the images"),
     (["check"], 2, "DATA"),
     (["check", "{}/nowhere"], 3, "nowhere"),
-    (["check", "{}/text.txt"], 3, "no image"),
+    (["check", "{}/text.txt"], 3, "1 of 1 images cannot be used"),
     (["check", "{}/empty"], 3, "no images"),
     (["check", "{}/scenes", "--range16", "9", "1"], 2, "black must be below white"),
     (["preview", "{}/scenes", "--image", "-1", "--out", "{}/out.png"], 3, "--image -1"),
@@ -90,18 +98,18 @@ COMMANDS = [
     (["models", "nothing-like-it"], 2, "nothing-like-it"),
     ([*PRETRAIN, "--batch-size", "many"], 2, "batch-size"),
     ([*PRETRAIN, "--init", "{}/full"], 4, "no weights there"),
-    ([*PRETRAIN, "--data", "{}/list.txt", "--data-root", "{}/nowhere"], 3, "nowhere"),
+    ([*but(PRETRAIN, "--data", "{}/list.txt"), "--data-root", "{}/nowhere"], 3, "nowhere"),
     (["pretrain", "--data", "{}/scenes"], 2, "--out is missing"),
     (["pretrain", "--data", "{}/scenes", "--out", "{}/full"], 2, "not empty"),
     (["pretrain", "--data", "{}/scenes", "--out", "{}/text.txt"], 2, "is a file"),
-    ([*KNN, "--train", "{}/scenes"], 3, "outside a class folder"),
+    (but(KNN, "--train", "{}/scenes"), 3, "outside a class folder"),
     ([*KNN, "--folds", "2"], 2, "folds: goes with --train alone"),
     ([*KNN, "--knn.k", "x"], 2, "knn.k"),
     ([*KNN, "--knn.temperature", "0"], 2, "temperature above 0"),
     ([*KNN, "--out", "{}/full/thesis.tex"], 2, "is there already"),
     ([*KNN, "--predictions", "{}/full"], 2, "not empty"),
     ([*KNN, "--predictions", "{}/text.txt"], 6, "cannot be written"),
-    ([*KNN, "--work", "{}/text.txt", "--task", "linear"], 2, "is a file"),
+    ([*but(KNN, "--task", "linear"), "--work", "{}/text.txt"], 6, "text.txt"),
     (["evaluate", "{}/config-only", *KNN[2:]], 4, "config-only"),
     (["evaluate", "timm:os.system", *KNN[2:]], 4, "os.system"),
     ([*MASKS, "--train", "{}/scenes", "{}/nowhere", "--folds", "2"], 3, "nowhere"),
@@ -111,10 +119,10 @@ COMMANDS = [
     (["evaluate", W, "--task", "detection", "--train", "{}/scenes", "{}/broken.json", "--folds", "2"], 3, "broken.json"),
     (["evaluate", W, "--task", "health"], 2, "--val IMAGES, without labels"),
     (["evaluate", W, "--task", "rotation", "--val", "{}/scenes"], 2, "--train IMAGES, without labels"),
-    ([*COMPARE, "--out", "{}/text.txt"], 2, "is a file"),
-    ([*COMPARE, "--folds", "9"], 2, "there are 4 images"),
+    (but(COMPARE, "--out", "{}/text.txt"), 2, "is a file"),
+    (but(COMPARE, "--folds", "9"), 2, "there are 4 images"),
     ([*COMPARE, "--weights", "{}/full"], 4, "no weights there"),
-    ([*COMPARE, "--methods", "byol"], 2, "byol"),
+    (but(COMPARE, "--methods", "byol"), 2, "byol"),
     ([*COMPARE, "--precision", "fp16"], 2, "fp16 needs a GPU"),
     ([*COMPARE, "--jobs", "0"], 2, "jobs"),
 ]  # fmt: skip
@@ -137,16 +145,16 @@ FILES = [
     (PRETRAIN, "gtsa: {cells: a}", 2, "gtsa.cells"),
     (PRETRAIN, "eval: {knn: 3}", 2, "eval:"),
     (PRETRAIN, "seed: .nan", 2, "seed: nan"),
-    (KNN, "task: {knn: 3}", 2, "task:"),
+    (but(KNN, "--task"), "task: {knn: 3}", 2, "task:"),
     (KNN, "knn: {k: {a: 1}}", 2, "knn.k"),
-    (KNN, "knn: [3]", 2, "knn: [3]"),
-    (["evaluate", W, "--task", "knn"], "{train: 3, folds: 2}", 3, "3: there is no such file or folder"),
+    (KNN, "knn: [3]", 2, "knn: (3,) should be a valid dictionary"),
+    (["evaluate", W, "--task", "knn"], "{train: 3, folds: 2}", 2, "train: 3 should be a valid string"),
     (["preview", "{}/scenes", "--out", "{}/out.png"], "image: 3", 2, "image: there is no such setting"),
     (["preview", "{}/scenes", "--out", "{}/out.png"], "method: {a: b}", 2, "method:"),
     (COMPARE, "evaluate: {knn: {k: x}}", 2, "knn.k"),
     (COMPARE, "evaluate: {knn: 3}", 2, "knn: 3"),
     (COMPARE, "evaluate: {knn: {k: 0}}", 2, "k must be at least 1"),
-    (COMPARE, "evaluate: [1]", 2, "evaluate: [1]"),
+    (COMPARE, "evaluate: [1]", 2, "evaluate: (1,) should be a valid dictionary"),
     (COMPARE, "evaluate: {seed: 3}", 2, "evaluate: seed is set by the comparison"),
     (COMPARE, "tasks: {knn: 3}", 2, "tasks.knn"),
     (COMPARE, "tasks: {knn: {val: ['{}/nowhere'], folds: null}}", 3, "nowhere"),
@@ -160,7 +168,7 @@ FILES = [
     (COMPARE, "rows: {'': {}}", 2, "is to name a folder"),
     (COMPARE, f"rows: {{{'x' * 300}: {{}}}}", 2, "is to name a folder"),
     (COMPARE, "rows: {x: {resume: true}}", 2, "rows: x: resume is set by the comparison"),
-    ([*COMPARE, "--train", "{}/scenes", "--looks", "2"], "tasks: {knn: {train: ['{}/classes']}}", 3, "class folder"),
+    ([*but(COMPARE, "--train", "{}/scenes"), "--looks", "2"], "tasks: {knn: {train: ['{}/classes']}}", 3, "class folder"),
 ]  # fmt: skip
 
 

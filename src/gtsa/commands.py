@@ -107,6 +107,7 @@ def preview(
     settings = strict.read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
+    strict.validated(config.Pretrain, settings)  # a file may hold anything, e.g. names of preview's own arguments
     given = {name: value for name, value in (("model", model), ("seed", seed)) if value is not None}
     early.data(data)
     gtsa.preview(data, out, image, epoch, **{**settings, **given})

@@ -120,6 +120,8 @@ def _told(error: Any, model: Any) -> tuple[str, str]:
         if part not in fields:
             break
         known = fields[part].annotation
+        if get_origin(known) is dict:  # of the user's own names
+            key += map(str, error["loc"][len(key) : len(key) + 1])
         if not hasattr(known, "model_fields"):
             break
     name = ".".join(key)
