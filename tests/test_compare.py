@@ -397,7 +397,7 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
         if cell.number == 0:  # the preset: few random draws may all be bad ones
             assert cell.changes == {"steps": 1, "learning_rate": 5e-4}
             continue
-        assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].search.keys()
+        assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].constants["search"].keys()
 
 
 def tried(cell, s, good, without=(), **more):

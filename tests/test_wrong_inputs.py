@@ -98,7 +98,7 @@ COMMANDS = [
     (["models", "nothing-like-it"], 2, "nothing-like-it"),
     ([*PRETRAIN, "--batch-size", "many"], 2, "batch-size"),
     ([*PRETRAIN, "--init", "{}/full"], 4, "no weights there"),
-    ([*but(PRETRAIN, "--data", "{}/list.txt"), "--data-root", "{}/nowhere"], 3, "nowhere"),
+    ([*but(PRETRAIN, "--data", "{}/list.txt"), "--data-root", "{}/nowhere"], 3, "1 of 1 images cannot be used"),
     (["pretrain", "--data", "{}/scenes"], 2, "--out is missing"),
     (["pretrain", "--data", "{}/scenes", "--out", "{}/full"], 2, "not empty"),
     (["pretrain", "--data", "{}/scenes", "--out", "{}/text.txt"], 2, "is a file"),
