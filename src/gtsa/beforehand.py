@@ -33,7 +33,10 @@ def check(rows: Sequence[Row], s: Any) -> None:
     plan.engine(strict.validated(config.Evaluate, cells.engine_of(s)))
     for row in rows:
         if row.source is None:
-            _trainable(row, s, images)
+            try:
+                _trainable(row, s, images)
+            except Remedy as remedy:
+                raise Remedy(f"row {row.name}: {remedy}", remedy.code) from None
         elif row.source not in config.CONTROLS:
             opened(row.source)
     labels: judging.Opened = {}
@@ -56,9 +59,7 @@ def _settled_elsewhere(s: Any) -> None:
 
 
 def _trainable(row: Row, s: Any, images: int) -> None:
-    told = strict.validated(
-        config.Pretrain, cells.training_of(Cell(row, "images", 0), s) | {"out": s.out}, f"row {row.name}"
-    )
+    told = strict.validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s) | {"out": s.out})
     ready = plan.Plan(told, {})
     plan.start(ready, _model(told))
     plan.sizes(ready)
@@ -69,7 +70,7 @@ def _trainable(row: Row, s: Any, images: int) -> None:
         encoder = Backbone(ready.settings.model, ready.settings.views.global_size)
         method(encoder, **ready.settings.options)
     if s.tune and row.tuned_as not in s.methods:
-        raise Remedy(f"row {row.name} takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
+        raise Remedy(f"it takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
 
 
 def _model(told: Any) -> str | None:

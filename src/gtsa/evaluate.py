@@ -50,6 +50,8 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     asked = json.loads(s.model_dump_json(exclude_unset=True))
     if s.out:
         _place(Path(s.out), asked)
+    if s.work and Path(s.work).exists() and not Path(s.work).is_dir():
+        raise Remedy(f"--work {s.work} is a file; give a folder")
     if s.predictions:
         predictions.insist_on_place(s.predictions, asked)
     questions = judging.questions(s)

@@ -180,7 +180,7 @@ def _insist_on_plain(values: Any) -> None:
         elif isinstance(value, list):
             left += [(inner, depth + 1) for inner in value]
         elif not isinstance(value, str | int | float | None):
-            raise ValueError(f"{SHOWN.repr(value)} is a {type(value).__name__}; quote what is to be text")
+            raise ValueError(f"{SHOWN.repr(value)} is of type {type(value).__name__}; quote what is to be text")
 
 
 def to_yaml(settings: Strict, only_given: bool = False) -> str:
