@@ -178,6 +178,16 @@ def test_drafts_of_a_run_that_was_killed_go_when_it_is_resumed(begun, whole):
     assert left == [f".config.yaml.{os.getppid()}"]
 
 
+def test_a_start_that_was_killed_in_its_first_write_needs_no_flag(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (tmp_path / f".config.yaml.{process.pid}").write_text("half")
+    run = Run(tmp_path)
+    run.start_logs(0)
+    run.close()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
 # Damage
 
 

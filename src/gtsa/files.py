@@ -71,14 +71,17 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
+def is_draft(name: str, *patterns: str) -> bool:
+    """Whether a name is that of a draft of a name like ``patterns``."""
+    found = DRAFT.fullmatch(name)
+    return found is not None and any(fnmatchcase(found["name"], pattern) for pattern in patterns)
+
+
 def clear_drafts(folder: Path, *patterns: str) -> None:
     """Removes drafts of names like ``patterns`` whose process is gone; links stay, and whatever cannot be removed."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
-            found = DRAFT.fullmatch(path.name)
-            if not found or not any(fnmatchcase(found["name"], pattern) for pattern in patterns):
-                continue
-            if path.is_symlink() or _alive(int(found["process"])):
+            if not is_draft(path.name, *patterns) or path.is_symlink() or _alive(int(path.name.rpartition(".")[2])):
                 continue
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -48,7 +48,7 @@ class Run:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise Remedy(f"--out {folder} is a file; give a folder")
-        found = [p for p in self._entries() if p.name != ".lock"]
+        found = [p for p in self._entries() if p.name != ".lock" and not files.is_draft(p.name, *BEFORE, IMAGES)]
         begun = not all(p.name in BEFORE for p in found)
         if begun and not (resume or overwrite):
             raise Remedy(
