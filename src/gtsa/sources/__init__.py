@@ -6,10 +6,12 @@ A module here defines one class with ``claims(spec) -> bool``, a constructor tha
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gtsa.errors import Remedy
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Detail = Callable[[int, int], float]
+OUTSIDE = "a link out of the folder, to"
+PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 class Source(Protocol):
@@ -25,6 +29,7 @@ class Source(Protocol):
 
     ignored: dict[str, int]  # what else lies there and is no image: {suffix or kind: count}
     unreadable: list[tuple[str, str]]  # folders that cannot be listed, and why
+    outside: list[tuple[str, str]]  # links that lead out of the folder and are not followed, and where to
 
     def __len__(self) -> int: ...
 
@@ -59,9 +64,32 @@ def open_source(data: Any, **options: Any) -> Source:
         if kind.claims(data):
             return kind(data, **options)  # type: ignore[no-any-return]
     if isinstance(data, str | os.PathLike) and os.path.isfile(data):
+        if str(data).lower().endswith(PACKED):
+            raise Remedy(f"--data {data} is an archive: extract it and give the folder with its images", 3)
         raise Remedy(f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3)
     raise absent(data)
 
 
 def absent(data: Any) -> Remedy:
     return Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
+
+def chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """Says of a path below the data folder whether to take it: it answers to one of ``include``, if there are any, and
+    to none of ``exclude``.
+
+    A pattern is for the whole path, and * stands for slashes too; it is for files and for whole folders (``masks`` is
+    ``masks/*``); one without a slash is for names at any depth.
+    """
+    wanted, unwanted = _any(include), _any(exclude)
+    return lambda name: (wanted is None or bool(wanted.match(name))) and not (unwanted and unwanted.match(name))
+
+
+def _any(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    whole = []
+    for pattern in patterns:
+        bare = pattern.removeprefix("./").rstrip("/")
+        deep = "/" not in bare or bare.startswith("**/")
+        bare = bare.removeprefix("**/").replace("**/", "*")
+        starts = [bare, f"*/{bare}"] if deep else [bare]
+        whole += [end for start in starts for end in (start, f"{start}/*")]
+    return re.compile("|".join(map(fnmatch.translate, whole))) if whole else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,20 @@ class Items:
         range16: Range = (0, 65535),
         data_root: str | None = None,
         files: Sequence[str] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        follow_links: bool = True,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
+        if include or exclude:
+            raise Remedy("include and exclude choose files by name: leave items out of the dataset itself")
         if not hasattr(dataset, "__len__"):
             raise Remedy(f"{type(dataset).__name__} has no length: give a map-style dataset", 3)
         self.dataset, self.range16 = dataset, range16
         self.places = [int(name.removeprefix("item ")) for name in files] if files is not None else range(len(dataset))
         self.ignored: dict[str, int] = {}
         self.unreadable: list[tuple[str, str]] = []
+        self.outside: list[tuple[str, str]] = []
 
     @staticmethod
     def claims(data: Any) -> bool:

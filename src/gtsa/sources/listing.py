@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from gtsa import images
 from gtsa.core import Remedy
-from gtsa.sources import Detail
+from gtsa.sources import Detail, chosen
 
 
 class Listing:
     """The images that a .txt file names, in the order of their paths' bytes, each once.
 
     Paths are relative to ``data_root`` (the list file's own folder unless given) and must lie in it. Empty lines and
-    lines that start with # are passed over. ``files`` names the images to take instead of all there are.
+    lines that start with # are passed over; so are paths that ``include`` and ``exclude`` do not choose, which are
+    counted in ``ignored``. ``files`` names the images to take instead of all there are.
     """
 
     def __init__(
@@ -27,11 +28,16 @@ class Listing:
         range16: images.Range = (0, 65535),
         data_root: str | None = None,
         files: Sequence[str] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        follow_links: bool = True,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.root = os.path.realpath(data_root or os.path.dirname(os.path.abspath(file)))
         self.range16 = range16
         self.ignored: dict[str, int] = {}
         self.unreadable: list[tuple[str, str]] = []
+        self.outside: list[tuple[str, str]] = []
         if files is not None:
             self.files = list(files)
             return
@@ -50,7 +56,10 @@ class Listing:
                         8,
                     )
                 names.add(os.path.relpath(path, self.root))
-        self.files = sorted(names, key=os.fsencode)
+        wanted = chosen(include, exclude)
+        self.files = sorted(filter(wanted, names), key=os.fsencode)
+        if len(self.files) < len(names):
+            self.ignored["not chosen"] = len(names) - len(self.files)
 
     @staticmethod
     def claims(data: Any) -> bool:
