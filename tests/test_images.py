@@ -2,7 +2,9 @@
 
 import os
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -411,7 +413,7 @@ def test_thinner_than_a_patch_is_refused(tmp_path, size):
 def test_thin_and_long_is_read(tmp_path, size):
     path = saved(tmp_path / "a.png", Image.new("RGB", size, (1, 2, 3)))
     assert pixels(path).shape == (size[1], size[0], 3)
-    assert header(path) == ("PNG", "RGB", *size, 1)
+    assert header(path) == ("PNG", "RGB", *size, 1, 8)
 
 
 @pytest.mark.parametrize("side", [12000, 60000, 2**31 - 1])
@@ -637,3 +639,46 @@ def test_a_band_that_is_neither_colour_nor_alpha_is_not_dropped_in_silence(tmp_p
             32,
             40,
         )
+
+
+# What libraries say
+
+
+def test_libraries_print_nothing(tmp_path, capfd):
+    """LZW data of libtiff, tags of Pillow, headers of tifffile: each prints by itself, without the file's name."""
+    rng = np.random.default_rng(0)
+    whole = [saved(tmp_path / "a.tif", Image.fromarray(deep().astype(np.uint8)), compression="tiff_lzw").read_bytes()]
+    whole.append(tiff(tmp_path / "b.tif", deep(bands=1)[..., 0]).read_bytes())
+    whole.append(whole[0])
+    reasons = set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for data in whole:
+            for _ in range(40):
+                place = int(rng.integers(4, min(len(data) - 4, 400)))
+                path = written(tmp_path / "c.tif", data[:place] + rng.bytes(4) + data[place + 4 :])
+                for read in (header, decode):
+                    try:
+                        read(path)
+                    except BadImage as reason:
+                        reasons.add(str(reason))
+    assert len(reasons) > 5
+    assert not caught
+    assert capfd.readouterr() == ("", "")
+
+
+def test_warnings_of_others_are_as_they_were(tmp_path):
+    path = saved(tmp_path / "a.png", photo())
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [path] * 50))
+    assert warnings.filters == before
+
+
+def test_large_images_are_converted_by_parts(tmp_path, monkeypatch):
+    for mode in ("RGB", "RGBA", "P", "CMYK", "L"):
+        path = saved(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), Image.fromarray(photo()).convert(mode))
+        whole = pixels(path)
+        monkeypatch.setattr("gtsa.images.BAND", 7 * 60)
+        assert np.array_equal(pixels(path), whole)
+        monkeypatch.undo()

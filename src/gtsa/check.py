@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gtsa import holes
 from gtsa.core import Remedy
+from gtsa.counting import Count
 from gtsa.images import Range
-from gtsa.scan import Scan, enough, escaped, scan
+from gtsa.scan import Scan, enough, links, scan, summed
 from gtsa.sources import open_source
 from gtsa.terminal import say, table
 
 
-def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), data_root: str | None = None) -> Scan:
+SHOWN = 50  # lines of files that cannot be used
+
+
+def check(
+    data: Any,
+    json_file: str | None = None,
+    range16: Range = (0, 65535),
+    data_root: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    follow_links: bool = False,
+) -> Scan:
     """Decodes every image once and accounts for every file; ``gtsa pretrain`` then knows what was decoded well.
 
     Args:
@@ -21,13 +35,24 @@ def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), 
         json_file: where to write the whole account.
         range16: values of 16-bit images that are taken as black and white.
         data_root: for list files, the folder that paths are relative to.
+        include, exclude: patterns of paths below the folder, to take and to leave out.
+        follow_links: also out of the folder.
 
     Raises:
         Remedy: images cannot be used (3); the report comes first.
     """
     if range16[0] >= range16[1]:
         raise Remedy(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
-    source = open_source(data, range16=range16, data_root=data_root)
+    with Count("listed") as count:
+        source = open_source(
+            data,
+            range16=range16,
+            data_root=data_root,
+            include=include,
+            exclude=exclude,
+            follow_links=follow_links,
+            progress=count,
+        )
     found = scan(source, decode=True, range16=range16)
     report = found.report()
     if json_file:
@@ -38,7 +63,7 @@ def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), 
     width, height = report["width"], report["height"]
     formats = ", ".join(f"{count:,} {kind}" for kind, count in found.formats.most_common())
     rows = [
-        ("images", f"{found.total:,}", f"{found.decoded:,} decoded whole"),
+        ("images", f"{found.total:,}", f"{found.decoded:,} decoded whole and used"),
         ("used", f"{len(found.used):,}", formats),
         ("width, px", f"{width['least']} to {width['most']}", f"median {width['median']}"),
         ("height, px", f"{height['least']} to {height['most']}", f"median {height['median']}"),
@@ -47,10 +72,15 @@ def check(data: Any, json_file: str | None = None, range16: Range = (0, 65535), 
         ("left out", len(found.bad), "named below" if found.bad else ""),
     ]
     table(f"check {data}", [row for row in rows if row[1] or row[0] in ("images", "used", "left out")])
-    for name, reason in [*found.bad, *found.unreadable][:50]:
-        say(f"  {escaped(name)}: {reason}")
-    if (more := len(found.bad) + len(found.unreadable) - 50) > 0:
-        say(f"  and {more} more: all of them are in the file that --json names")
+    lines = summed([*found.bad, *found.unreadable])
+    for line in lines[:SHOWN]:
+        say(f"  {line}")
+    if len(lines) > SHOWN:
+        say(f"  and {len(lines) - SHOWN} more: all of them are in the file that --json names")
+    for line in [*([f"left out: {links(found)}"] if found.outside else []), *found.remarks]:
+        say(line)
+    if not holes.warned() and any(kind.startswith("JPEG") for kind in found.formats):
+        say("holes in JPEGs: most are found; nearly all of them with pip install 'gtsa[jpeg]'")
     if found.bad or found.unreadable or not found.total:
         many = f"{len(found.bad)} of {found.total} images cannot be used"
         lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""

@@ -16,6 +16,8 @@ from gtsa import config, early, flags, strict
 from gtsa.config import OPENS, Format
 from gtsa.errors import Remedy
 
+Patterns = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
+
 
 def pretrain(**flat: Any) -> None:
     given = flags.settings(flat, config.Pretrain)
@@ -60,6 +62,9 @@ def check(
     json: str | None = None,
     range16: Annotated[tuple[float, float], Parameter(negative=())] = (0, 65535),
     data_root: str | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    follow_links: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """
     Parameters
@@ -72,9 +77,15 @@ def check(
         Values of 16-bit images that are taken as black and white.
     data_root
         For list files: the folder that paths are relative to and must lie in.
+    include
+        Patterns of paths below the folder; other images are left out.
+    exclude
+        Patterns of paths below the folder that are left out, e.g. masks '*_depth.png'.
+    follow_links
+        Follow symbolic links that lead out of the folder.
     """
     early.data(data)
-    gtsa.check(data, json, range16, data_root)
+    gtsa.check(data, json, range16, data_root, include, exclude, follow_links)
 
 
 def preview(
@@ -87,6 +98,11 @@ def preview(
     config_file: Annotated[str | None, flags.CONFIG] = None,
     model: str | None = None,
     seed: int | None = None,
+    range16: Annotated[tuple[float, float] | None, Parameter(negative=())] = None,
+    data_root: str | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    follow_links: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """
     Parameters
@@ -103,12 +119,24 @@ def preview(
         Its patch decides the crop sizes.
     seed
         As for pretrain.
+    range16
+        Values of 16-bit images that are taken as black and white.
+    data_root
+        For list files: the folder that paths are relative to and must lie in.
+    include
+        Patterns of paths below the folder; other images are left out.
+    exclude
+        Patterns of paths below the folder that are left out.
+    follow_links
+        Follow symbolic links that lead out of the folder.
     """
     settings = strict.read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
     strict.validated(config.Pretrain, settings)  # a file may hold anything, e.g. names of preview's own arguments
-    given = {name: value for name, value in (("model", model), ("seed", seed)) if value is not None}
+    flagged = {"model": model, "seed": seed, "range16": range16, "data_root": data_root, "include": include}
+    flagged |= {"exclude": exclude, "follow_links": follow_links}
+    given = {name: value for name, value in flagged.items() if value not in (None, (), False)}
     early.data(data)
     gtsa.preview(data, out, image, epoch, **{**settings, **given})
 

@@ -113,6 +113,12 @@ class _Pretrain(Documented):
     """Values of 16-bit images that are taken as black and white."""
     data_root: str | None = None
     """For list files: the folder that paths are relative to and must lie in. Default: the list file's own."""
+    include: tuple[str, ...] = ()
+    """Patterns of paths below the data folder; other images are left out. A folder's name is for all that is in it."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of paths below the data folder that are left out, e.g. masks '*_depth.png'."""
+    follow_links: bool = False
+    """Follow symbolic links that lead out of the data folder."""
     resume: bool = False
     """Go on with the run in --out; starts it if the folder is empty."""
     overwrite: bool = False

@@ -10,8 +10,6 @@ import math
 import os
 import stat
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from gtsa.quiet import quiet
+
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, files of cameras that hold a second picture
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 LARGEST = 2**27  # pixels; larger ones are refused from their header
@@ -30,8 +30,9 @@ SMALLEST = 16  # px of the short side: one patch
 NEUTRAL = (124, 116, 104)  # shows through transparent pixels: ImageNet's mean, which normalises to 0
 ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 
+BAND = 2**22  # pixels that are converted at a time
+
 Range = tuple[float, float]
-_QUIET = threading.Lock()
 
 
 class BadImage(Exception):
@@ -44,6 +45,7 @@ class Header(NamedTuple):
     width: int
     height: int
     frames: int = 1
+    depth: int = 8  # bits a sample
 
 
 def header(path: str | Path) -> Header:
@@ -55,7 +57,14 @@ def header(path: str | Path) -> Header:
             frames = getattr(image, "n_frames", 1)
         except Exception as error:  # counting them reads on in the file
             raise BadImage(_reason(error)) from None
-        return Header(image.format or "?", image.mode, width, height, frames)
+        return Header(image.format or "?", image.mode, width, height, frames, _depth(image))
+
+
+def _depth(image: Any) -> int:
+    """Bits a sample."""
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(258, (1,))))
+    return 16 if image.format == "PNG" and any("16" in str(tile[3]) for tile in image.tile) else 8
 
 
 def decode(
@@ -92,12 +101,20 @@ def decode(
 
 
 class _opened:
-    """Opens a file with Pillow for a with-block; everything that goes wrong is a BadImage."""
+    """Opens a file with Pillow for a with-block; what goes wrong is a BadImage, and libraries say nothing."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
 
     def __enter__(self) -> Any:
+        quiet.__enter__()
+        try:
+            return self._open()
+        except BaseException:
+            quiet.__exit__()
+            raise
+
+    def _open(self) -> Any:
         try:
             mode = os.stat(self.path).st_mode
             if not stat.S_ISREG(mode):
@@ -106,9 +123,7 @@ class _opened:
         except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
         try:
-            with _QUIET, warnings.catch_warnings():  # filters are the process's: one thread at a time
-                warnings.simplefilter("ignore")  # Pillow warns of large and odd files; we have rules of our own
-                return Image.open(self.file, formats=FORMATS)
+            return Image.open(self.file, formats=FORMATS)
         except Image.DecompressionBombError:
             self.file.close()
             raise BadImage(f"more than {LARGEST:,} pixels: cut it into tiles") from None
@@ -119,6 +134,7 @@ class _opened:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        quiet.__exit__()
 
 
 def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
@@ -201,14 +217,29 @@ def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
 
 
 def as_rgb(image: Any, range16: Range) -> np.ndarray:
-    """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``."""
+    """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``.
+
+    Rows are converted some at a time: Pillow takes 4 bytes a pixel, and every whole copy as much again.
+    """
     if image.mode.startswith(("I", "F")):
         return _grey(np.asarray(image), range16)
+    width, height = image.size
+    rows = max(1, BAND // width)
+    if rows >= height:
+        return _as_rgb(image)
+    image.load()
+    array = np.empty((height, width, 3), np.uint8)
+    for y in range(0, height, rows):
+        array[y : y + rows] = _as_rgb(image.crop((0, y, width, min(height, y + rows))))
+    return array
+
+
+def _as_rgb(image: Any) -> np.ndarray:
     if image.mode in ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (*NEUTRAL, 255))
         image = Image.alpha_composite(ground, image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _turned(image: Any) -> bool:
@@ -220,6 +251,14 @@ def _turned(image: Any) -> bool:
 
 
 def _from_tiff(path: str | Path, range16: Range) -> np.ndarray:
+    array, orientation = _tiff_values(path)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
+    return _upright(_grey(array, range16), orientation)
+
+
+def _tiff_values(path: str | Path) -> tuple[np.ndarray, int]:
+    """What a deep TIFF holds, [H, W] or [H, W, bands] with black at zero, and its orientation."""
     with open(path, "rb") as file:
         data = io.BytesIO(file.read())
     with tifffile.TiffFile(data) as tiff:
@@ -233,9 +272,22 @@ def _from_tiff(path: str | Path, range16: Range) -> np.ndarray:
         if page.photometric == 0:  # white is zero
             array = np.iinfo(array.dtype).max - array if array.dtype.kind in "ui" else 1 - array
         orientation = page.tags.get(274)
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
-        raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
-    return _upright(_grey(array, range16), orientation.value if orientation else 1)
+    return array, orientation.value if orientation else 1
+
+
+def values(path: str | Path) -> np.ndarray:
+    """The numbers in a file as they are stored, palettes as places: any type, [H, W] or [H, W, bands]. Raises BadImage.
+
+    Of 16-bit colour PNGs Pillow keeps the upper eight bits.
+    """
+    with _opened(path) as image:
+        _sized(image.width, image.height)
+        try:
+            return _tiff_values(path)[0] if _deep_tiff(image) else np.asarray(image)
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage(_reason(error)) from None
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -256,15 +308,14 @@ def _grey(array: np.ndarray, range16: Range) -> np.ndarray:
                 f"floating-point values from {values.min():.4g} to {values.max():.4g}: convert to 8 or 16 bits, "
                 "or scale to 0..1"
             )
-        scaled = values.astype(np.float64)
+        rgb, clear = np.rint(values.astype(np.float64) * 255).astype(np.uint8), values[..., 3:].astype(np.float64)
     else:
         if values.min() < 0 or values.max() > 65535:
             raise BadImage(f"integer values from {values.min()} to {values.max()}: 0 to 65,535 are read")
-        scaled = (values.astype(np.float64) - range16[0]) / (range16[1] - range16[0])
-    rgb = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+        scale = np.clip((np.arange(65536.0) - range16[0]) / (range16[1] - range16[0]), 0, 1)
+        rgb, clear = np.rint(scale * 255).astype(np.uint8)[values], scale[values[..., 3:]]
     if rgb.shape[-1] == 4:
-        alpha = np.clip(scaled[..., 3:], 0, 1)
-        rgb = np.rint(alpha * rgb[..., :3] + (1 - alpha) * np.array(NEUTRAL)).astype(np.uint8)
+        rgb = np.rint(clear * rgb[..., :3] + (1 - clear) * np.array(NEUTRAL)).astype(np.uint8)
     return np.repeat(rgb, 3, axis=-1) if rgb.shape[-1] == 1 else rgb
 
 

@@ -12,12 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from gtsa.core import Remedy, Replaced
+from gtsa.counting import Count
 from gtsa.data import HELD_OUT, NoImageLeft, generator
+from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
 from gtsa.loop import Done
 from gtsa.pictures import squares
 from gtsa.run import IMAGES, Run
-from gtsa.scan import escaped, insist, scan
+from gtsa.scan import escaped, insist, links, scan, summed
 from gtsa.sources import open_source
 from gtsa.terminal import say
 
@@ -36,13 +38,24 @@ def scanned(data: Any, settings: Any, run: Run) -> dict[str, str]:
     if s.resume and any(run.checkpoints.glob("step-*")):
         raise Remedy(f"{s.out} has checkpoints, but {IMAGES} is gone: bring it back, or start another run", 4)
     say(f"reading {data if isinstance(data, str) else s.data}")
-    source = open_source(data, range16=s.range16, data_root=s.data_root)
+    with Count("listed") as listed:
+        source = open_source(data, **selection(s), progress=listed)
     found = scan(source, range16=s.range16)
     insist(found, data, s.max_bad)
-    for name, reason in found.bad:
-        say(f"left out: {escaped(name)}: {reason}")
-    lines = [json.dumps({"name": source.name(i), "bytes": source.size(i)}) for i in found.used]
+    for line in summed(found.bad):
+        say(f"left out: {line}")
+    for line in [*([f"left out: {links(found)}"] if found.outside else []), *found.remarks]:
+        say(line)
+    lines = [json.dumps(frozen(source, i, found.sides.get(i))) for i in found.used]
     return {"scan.json": json.dumps(found.report(), indent=1) + "\n", IMAGES: "\n".join(lines) + "\n"}
+
+
+def selection(settings: Any) -> dict[str, Any]:
+    """What a source is told of the settings."""
+    return {
+        name: getattr(settings, name)
+        for name in ("range16", "data_root", "include", "exclude", "follow_links")
+    }
 
 
 def count(files: dict[str, str], out: str) -> int:
@@ -84,7 +97,7 @@ class Pool:
         s = settings
         raw, names = image_list(s.out)
         order = generator(s.seed, HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
-        self.source = open_source(data, files=names, range16=s.range16, data_root=s.data_root)
+        self.source = Frozen(open_source(data, files=names, range16=s.range16, data_root=s.data_root), listed)
         self.train, self.held_out = sorted(order[s.hold_out :]), sorted(order[: s.hold_out])
         self.looked_at = self.held_out or self.train[:64]
         self.digest = hashlib.sha256(raw).hexdigest()

@@ -12,6 +12,7 @@ from gtsa.backbone import IMAGENET
 from gtsa.core import Remedy
 from gtsa.data import VIEWS, generator
 from gtsa.images import BadImage
+from gtsa.pool import selection
 from gtsa.scan import escaped
 from gtsa.sources import open_source
 from gtsa.terminal import say
@@ -28,7 +29,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
         out: PNG file to write.
         image: number of the image, in the order of the files.
         epoch: views differ from epoch to epoch.
-        settings: as for ``gtsa pretrain``: model, seed, views, range16, data_root.
+        settings: as for ``gtsa pretrain``: model, seed, views, range16, data_root, include, exclude, follow_links.
 
     Raises:
         Remedy: there is no such image, or it cannot be read (3).
@@ -38,7 +39,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     plan.start(ready, weights.described(weights.find(asked.init))[0] if asked.init and asked.model == "auto" else None)
     plan.sizes(ready)
     multicrop = MultiCrop(**ready.settings.views.model_dump())
-    source = open_source(data, range16=asked.range16, data_root=asked.data_root)
+    source = open_source(data, **selection(asked))
     if epoch < 0:
         raise Remedy(f"--epoch {epoch}: epochs are numbered from 0")
     if not 0 <= image < len(source):

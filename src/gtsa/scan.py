@@ -7,20 +7,24 @@ import json
 import math
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gtsa import images
+from gtsa import holes, images, remarks
 from gtsa.core import Remedy
+from gtsa.counting import Count
 from gtsa.errors import escaped as escaped
 from gtsa.sources import Source
+from gtsa.threaded import Room, each
 
 HEADERS = 100_000  # files whose headers are read; of more, an even sample of this many
 DECODED = 1_000  # so few files are decoded whole: it takes seconds
+AT_ONCE = 2**26  # pixels that are decoded at a time, by all threads together; a larger image is decoded alone
+SMALLEST_DRAFT = 1 / 8  # of JPEGs, which are read whole for it all the same
 
 
 @dataclass
@@ -30,12 +34,14 @@ class Scan:
     used: list[int] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     formats: Counter[str] = field(default_factory=Counter)  # "JPEG RGB": count
-    sides: list[tuple[int, int]] = field(default_factory=list)  # width, height
+    sides: dict[int, tuple[int, int]] = field(default_factory=dict)  # number: width, height as the header says
     frames: int = 0  # files with more than one picture, of which the first is used
-    decoded: int = 0
+    decoded: int = 0  # that were read whole and are used
     looked_at: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the folder, which are not followed
+    remarks: list[str] = field(default_factory=list)  # what hardly was meant so
 
     @property
     def total(self) -> int:
@@ -43,7 +49,7 @@ class Scan:
 
     def report(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        widths, heights = (np.array([s[i] for s in self.sides] or [0]) for i in (0, 1))
+        widths, heights = np.array(list(self.sides.values()) or [(0, 0)]).T
         return {
             "images": self.total,
             "used": len(self.used),
@@ -56,6 +62,8 @@ class Scan:
             "of_several_frames": self.frames,
             "other_files": dict(self.ignored),
             "folders_not_listed": [{"name": name, "reason": reason} for name, reason in self.unreadable],
+            "links_not_followed": [{"name": name, "reason": reason} for name, reason in self.outside],
+            "remarks": self.remarks,
         }
 
 
@@ -65,40 +73,66 @@ def scan(source: Source, decode: bool = False, range16: images.Range = (0, 65535
     Files that were decoded before and have not changed since (path, size, time) are not decoded again.
     """
     decode = decode or len(source) <= DECODED
-    chosen = range(len(source))
+    chosen: Any = range(len(source))
     if len(source) > HEADERS and not decode:
         chosen = np.linspace(0, len(source) - 1, HEADERS).astype(int).tolist()
-    result = Scan(ignored=dict(source.ignored), unreadable=list(source.unreadable), looked_at=len(chosen))
-    memory = _Memory(source, range16) if decode else None
-
-    def look(index: int) -> tuple[int, images.Header | None, str | None]:
-        path = source.path(index)
-        try:
-            found = None if path is None else images.header(path)
-            if decode and not (memory and path and memory.knows(path)):
-                pixels = source.read(index)
-                found = found or images.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
-                if memory and path:
-                    memory.add(path)
-            return index, found, None
-        except images.BadImage as reason:
-            return index, None, str(reason)
-
+    result = Scan(looked_at=len(chosen), ignored=dict(source.ignored), unreadable=list(source.unreadable))
+    result.outside = list(getattr(source, "outside", ()))
+    look = _Look(source, decode, _Memory(source, range16))
     bad: dict[int, str] = {}
-    with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) * 2)) as pool:
-        for index, found, reason in pool.map(look, chosen):
+    noted = remarks.Noted(source, range16)
+    with Count("checked" if decode else "looked at", len(chosen)) as count:
+        for done, (index, found, reason) in enumerate(each(look, chosen), 1):
+            count(done, f"{len(bad):,} cannot be used" if bad else "")
             if reason is not None:
                 bad[index] = reason
             elif found is not None:
                 result.formats[f"{found.format} {found.mode}"] += 1
-                result.sides.append((found.width, found.height))
+                result.sides[index] = (found.width, found.height)
                 result.frames += found.frames > 1
-    result.decoded = len(chosen) if decode else 0
+                noted.add(index, found)
+    result.decoded = len(chosen) - len(bad) if decode else 0
     result.used = [i for i in range(len(source)) if i not in bad]
     result.bad = [(source.name(i), reason) for i, reason in bad.items()]
-    if memory:
-        memory.save()
+    result.remarks = noted.remarks()
+    if decode:
+        look.memory.save()
     return result
+
+
+class _Look:
+    """Header of an image, or why it cannot be used."""
+
+    def __init__(self, source: Source, decode: bool, memory: _Memory) -> None:
+        self.source, self.decode, self.memory, self.room = source, decode, memory, Room(AT_ONCE)
+
+    def __call__(self, index: int) -> tuple[int, images.Header | None, str | None]:
+        path = self.source.path(index)
+        try:
+            found = None if path is None else images.header(path)
+            if self.decode and not (path and self.memory.knows(path)):
+                with self.room.of(found.width * found.height if found else 0):
+                    pixels = self.source.read(index, _draft)
+                    found = found or images.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
+                    del pixels
+                if path:
+                    self._whole(path, found)
+            return index, found, None
+        except images.BadImage as reason:
+            return index, None, str(reason)
+
+    def _whole(self, path: str, found: images.Header) -> None:
+        try:
+            reason = holes.hole(path, found.format, found.width, found.height)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason:
+            raise images.BadImage(reason)
+        self.memory.add(path)
+
+
+def _draft(width: int, height: int) -> float:
+    return SMALLEST_DRAFT
 
 
 def insist(result: Scan, data: Any, max_bad: float) -> None:
@@ -106,6 +140,7 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
     if result.total == 0:
         others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
         there = f"it holds {others}" if others else "it is empty"
+        there = f"{links(result)}" if result.outside else there
         raise Remedy(
             f"--data {data}: no images ({there}); put {', '.join(sorted(images.SUFFIXES))} files there, nested or not",
             3,
@@ -121,6 +156,30 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
         )
 
 
+def links(result: Scan) -> str:
+    """One line on the links that lead out of the folder."""
+    count = len(result.outside)
+    name, reason = result.outside[0]
+    many = f"{count:,} links lead" if count > 1 else "a link leads"
+    where = escaped(reason.rpartition(", to ")[2])
+    return f"{many} out of the folder ({escaped(name)} -> {where}): follow with --follow-links"
+
+
+def summed(named: Iterable[tuple[str, str]], examples: int = 3) -> list[str]:
+    """A line for each reason, the most frequent first, with some of the names that it is about."""
+    names: dict[str, list[str]] = {}
+    for name, reason in named:
+        names.setdefault(reason, []).append(escaped(name))
+    lines = []
+    for reason, those in sorted(names.items(), key=lambda pair: -len(pair[1])):
+        if len(those) == 1:
+            lines.append(f"{those[0]}: {reason}")
+        else:
+            more = ", ..." if len(those) > examples else ""
+            lines.append(f"{len(those):,} files: {reason} ({', '.join(those[:examples])}{more})")
+    return lines
+
+
 def enough(result: Scan) -> float:
     """The least --max-bad, in hundredths, that lets the usable images through."""
     return math.ceil(100 * len(result.bad) / max(1, result.looked_at)) / 100
@@ -131,7 +190,8 @@ class _Memory:
 
     def __init__(self, source: Source, range16: images.Range) -> None:
         root = os.path.abspath(os.fspath(getattr(source, "root", "")))
-        key = hashlib.sha256(f"{root} {range16}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        told = f"{root} {range16} whole 1 {holes.warned()}"  # other checks than these remember for themselves
+        key = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.file = Path(cache) / "gtsa" / "decoded" / f"{key}.json"
         try:

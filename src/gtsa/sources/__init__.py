@@ -73,6 +73,7 @@ def open_source(data: Any, **options: Any) -> Source:
 def absent(data: Any) -> Remedy:
     return Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
 
+
 def chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
     """Says of a path below the data folder whether to take it: it answers to one of ``include``, if there are any, and
     to none of ``exclude``.
