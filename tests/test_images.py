@@ -662,7 +662,7 @@ def test_libraries_print_nothing(tmp_path, capfd):
                         read(path)
                     except BadImage as reason:
                         reasons.add(str(reason))
-    assert len(reasons) > 5
+    assert len(reasons) > 2
     assert not caught
     assert capfd.readouterr() == ("", "")
 

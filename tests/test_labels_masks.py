@@ -175,6 +175,34 @@ def test_ids_with_gaps_and_a_value_to_ignore(root):
     assert "unknown class id" in fault(root, ignore=5)
 
 
+def test_shares_of_pixels_are_told(root, capsys):
+    ids = np.zeros((HEIGHT, WIDTH), np.uint8)
+    ids[:9], ids[9:12] = 1, 255
+    for name in ("a.png", "sub/b.png"):
+        png(root / "masks" / name, ids)
+    opened(root, ignore=255)
+    assert "pixels: class 1 50 %, class 0 33 %; 17 % count for nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Void", "unlabeled", "unlabelled", "ignore"])
+def test_a_class_that_hardly_is_one_is_told(root, capsys, name):
+    names = str(write(root / "names.txt", f"road\nsky\ntree\n{name}"))
+    opened(root, classes=names)
+    assert f"{name} (value 3) counts as a class: give --ignore 3 if it stands for no class" in capsys.readouterr().out
+    opened(root, classes=names, ignore=3)
+    assert "give --ignore" not in capsys.readouterr().out
+
+
+def test_a_class_that_is_black_in_the_palette_is_told(root, capsys):
+    for path in (root / "masks" / "a.png", root / "masks" / "sub" / "b.png"):
+        image = Image.fromarray(IDS).convert("P")
+        image.putpalette([128, 64, 128, 0, 0, 9, 9, 9, 0, 0, 0, 0] + [0] * 753)
+        image.save(path)
+    opened(root)
+    out = capsys.readouterr().out
+    assert "class 3 (value 3) is black in the masks' palette: give --ignore 3" in out and out.count("--ignore") == 1
+
+
 # Faults
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from evaluating import labelled, noise
 from gtsa.core import Remedy
 from gtsa.labels import IGNORE, Boxes
-from gtsa.predictions import Keeper, as_picture, names_of, palette
+from gtsa.legend import legend
+from gtsa.predictions import Keeper, as_picture, drawn, names_of, palette
 
 SEVEN = [f"class {i}" for i in range(7)]
 
@@ -124,6 +125,27 @@ def test_pictures_of_masks_leave_unlabelled_pixels_alone(tmp_path):
     assert pixels[0, 0].tolist() == [(100 + 128) // 2, 50, 50]
     assert pixels[0, 299].tolist() == [100, 100, 100]
     assert pixels[0, -300].tolist() == [50, (100 + 128) // 2, 50]
+
+
+def test_pictures_have_a_legend_of_the_classes_in_them():
+    image = torch.full((3, 32, 300), 100, dtype=torch.uint8)
+    truth = torch.ones(32, 300, dtype=torch.int64)
+    truth[:, 150:] = IGNORE
+    data = labelled([image], [truth], "masks", ["sky", "road", "tree", "car"])
+    pixels = np.asarray(drawn(data, 0, torch.full((32, 300), 2, dtype=torch.uint8)))
+    top = {tuple(colour) for colour in pixels[: -32 - 22].reshape(-1, 3).tolist()}
+    assert {tuple(palette()[i].tolist()) for i in (1, 2)} <= top and tuple(palette()[3].tolist()) not in top
+    data = labelled([image], [boxes((2, 2, 20, 20), classes=[0])], "boxes", ["cat", "dog"], category_ids=(17, 18))
+    pixels = np.asarray(drawn(data, 0, [result(0, 18, [30.0, 10.0, 20.0, 20.0], 0.9)]))
+    top = {tuple(colour) for colour in pixels[: -32 - 22].reshape(-1, 3).tolist()}
+    assert {tuple(palette()[i].tolist()) for i in (1, 2)} <= top
+
+
+def test_a_long_legend_stays_inside():
+    entries = [(f"class {'x' * (i % 40)}", (i, 0, 0)) for i in range(200)]
+    sheet = np.asarray(legend(entries, 300))
+    assert sheet.shape[1] == 300 and (sheet[:, -1] == 255).all()
+    assert len({c for c in sheet[..., 0].ravel().tolist()}) > 30
 
 
 def test_so_many_pictures_evenly_spread(tmp_path):

@@ -185,7 +185,7 @@ def test_what_takes_long_is_counted(monkeypatch):
     with counting.Count("checked", 200) as count:
         for done in range(1, 21):
             count(done, "3 bad" if done > 10 else "")
-    assert said[0] == "checked 1 of 200  ETA 23 min 13 s"
+    assert said[0] == "checked 5 of 200  ETA 22 min 45 s"
     assert 3 <= len(said) <= 6 and said[-1].endswith("3 bad")
     assert counting.Count("listed").line(12000, 3) == "listed 12,000"
 

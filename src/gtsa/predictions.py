@@ -19,6 +19,7 @@ from torch import Tensor
 from gtsa.core import Remedy
 from gtsa.files import store
 from gtsa.labels import IGNORE, Labelled
+from gtsa.legend import legend
 from gtsa.scan import escaped
 
 BEST = 5  # classes whose scores the table tells
@@ -207,11 +208,11 @@ def as_picture(classes: Tensor, count: int) -> Image.Image:
 
 
 def drawn(data: Labelled, place: int, prediction: Any) -> Image.Image:
-    """Truth on the left, prediction on the right: class names as text, masks as colours, boxes as rectangles."""
+    """Truth on the left, prediction on the right: class names as text, masks and boxes in the colours of the legend."""
     image, truth = Image.fromarray(data.read(place).permute(1, 2, 0).numpy()), data.target(place)
     if isinstance(prediction, list):
         title = f"prediction, scores from {SHOWN}"
-        pair = [("truth", _boxed(image, _true(data, place))), (title, _boxed(image, _found(data, prediction)))]
+        pair = [("truth", _boxed(image, _true(data, truth))), (title, _boxed(image, _found(data, prediction)))]
     elif prediction.ndim == 1:
         words = told(data, place, prediction)
         pair = [(f"{title}: {word}", image) for title, word in zip(("truth", "prediction"), words, strict=True)]
@@ -220,13 +221,32 @@ def drawn(data: Labelled, place: int, prediction: Any) -> Image.Image:
     panels = [(title, _fitted(picture)) for title, picture in pair]
     width, height = panels[0][1].size
     width = max(width, 200)
-    sheet = Image.new("RGB", (2 * width + GAP, height + LINE), "white")
+    above = legend(_shown(data, truth, prediction), 2 * width + GAP)
+    top = above.height
+    sheet = Image.new("RGB", (2 * width + GAP, top + LINE + height), "white")
+    sheet.paste(above, (0, 0))
     for column, (title, picture) in enumerate(panels):
         cell = Image.new("RGB", (width, LINE), "white")
         ImageDraw.Draw(cell).text((2, 3), escaped(title), "black", ImageFont.load_default(14))
-        sheet.paste(cell, (column * (width + GAP), 0))
-        sheet.paste(picture, (column * (width + GAP), LINE))
+        sheet.paste(cell, (column * (width + GAP), top))
+        sheet.paste(picture, (column * (width + GAP), top + LINE))
     return sheet
+
+
+def _shown(data: Labelled, truth: Any, prediction: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and colours of the classes in a picture, those with most pixels or boxes first."""
+    if isinstance(prediction, list):
+        kinds = [kind for _, kind, _ in (*_true(data, truth), *_found(data, prediction))]
+        counts, first = Counter(kinds), 1  # boxes have no black
+    elif prediction.ndim == 1:
+        return []
+    else:
+        places, pixels = np.unique(np.concatenate([truth.ravel(), prediction.cpu().ravel()]), return_counts=True)
+        counts, first = Counter(dict(zip(places.tolist(), pixels.tolist(), strict=True))), 0
+    colours = palette(len(data.classes) + 2)
+    return [
+        (data.classes[kind], tuple(colours[kind + first].tolist())) for kind, _ in counts.most_common() if kind != IGNORE
+    ]
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
@@ -245,8 +265,7 @@ def _coloured(image: Image.Image, classes: Tensor) -> Image.Image:
 Box = tuple[list[float], int, str]  # x1, y1, x2, y2; place of the class; words
 
 
-def _true(data: Labelled, place: int) -> list[Box]:
-    truth = data.target(place)
+def _true(data: Labelled, truth: Any) -> list[Box]:
     classes = truth.classes.tolist()
     return [(box, kind, data.classes[kind]) for box, kind in zip(truth.boxes.tolist(), classes, strict=True)]
 

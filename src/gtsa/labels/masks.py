@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gtsa import images as pictures
+from gtsa.errors import escaped
 from gtsa.labels import IGNORE, Kind, Labelled, Problems
 from gtsa.labels._classes import digest, listed, unique
 from gtsa.labels._files import sizes
@@ -80,6 +83,7 @@ class Masks:
             problems.add("no classes", labels, "there is no mask, or every pixel in them is ignored")
         _sound(names, found, sizes([source.path(i) or "" for i in range(len(source))]), known, ignored, problems)
         problems.insist()
+        _shares(labels, known, ignored, found, paths)
         table = np.full(LARGEST, IGNORE)
         for place, value in enumerate(known):
             table[value] = place
@@ -91,6 +95,7 @@ class Masks:
 class _Mask(NamedTuple):
     size: tuple[int, int]  # width, height
     values: tuple[int, ...]  # that occur
+    pixels: tuple[int, ...]  # of each of them
     digest: str
 
 
@@ -121,6 +126,11 @@ def values(path: str) -> np.ndarray:
     return array.astype(np.uint16 if depth == 16 else np.uint8)
 
 
+LISTED = 30  # classes whose share of pixels is told
+VOID = re.compile(
+    r"(void|ignored?|unlabell?ed|unlabeled|unknown|undefined|unannotated|no ?label|none|don'?t care|out of roi)",
+    re.IGNORECASE,
+)  # names of classes that hardly are any
 FAR = 20  # a step between values that is no accident of a small set
 
 
@@ -129,9 +139,39 @@ def _look(path: str) -> _Mask | str:
         array = values(path)
     except pictures.BadImage as reason:
         return str(reason)
-    occur = np.flatnonzero(np.bincount(array.ravel())).tolist()
+    counts = np.bincount(array.ravel())
+    occur = np.flatnonzero(counts)
     told = hashlib.sha256(array.astype("<u2").tobytes()).hexdigest()
-    return _Mask((array.shape[1], array.shape[0]), tuple(occur), told)
+    return _Mask((array.shape[1], array.shape[0]), tuple(occur.tolist()), tuple(counts[occur].tolist()), told)
+
+
+def _shares(
+    labels: str, known: Mapping[int, str], ignored: set[int], masks: Sequence[_Mask | str], paths: Sequence[str]
+) -> None:
+    """Says which share of the pixels each class has, and which class hardly is one."""
+    counts: Counter[int] = Counter()
+    for mask in masks:
+        if isinstance(mask, _Mask):
+            counts.update(dict(zip(mask.values, mask.pixels, strict=True)))
+    total = max(1, sum(counts.values()))
+    named = [f"{known[value]} {100 * count / total:.2g} %" for value, count in counts.most_common() if value in known]
+    nothing = sum(counts[value] for value in ignored)
+    told = ", ".join(named[:LISTED]) + (f" and {len(named) - LISTED} more" if len(named) > LISTED else "")
+    say(f"{escaped(labels)}: pixels: {escaped(told)}; {100 * nothing / total:.2g} % count for nothing")
+    black = _black(paths[0]) if paths else set()
+    for value, name in known.items():
+        if counts[value] and (VOID.fullmatch(name.strip()) or (value in black and value > 0)):
+            why = "is black in the masks' palette" if not VOID.fullmatch(name.strip()) else "counts as a class"
+            say(f"{escaped(name)} (value {value}) {why}: give --ignore {value} if it stands for no class")
+
+
+def _black(path: str) -> set[int]:
+    """The places of a mask's palette that are black, if it has other colours."""
+    with pictures._opened(path) as image:
+        colours = image.getpalette("RGB") if image.mode == "P" else None
+    triples = [tuple(colours[i : i + 3]) for i in range(0, len(colours or ()), 3)] if colours else []
+    last = max((place for place, colour in enumerate(triples) if any(colour)), default=-1)
+    return {place for place, colour in enumerate(triples[: last + 2]) if not any(colour)}
 
 
 def _paired(source: Source, masks: Folder, images: str, problems: Problems) -> tuple[Source, list[str]]:
