@@ -5,10 +5,13 @@ import struct
 import sys
 import zlib
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from conftest import make_scenes, run
+from gtsa import pictures
 from gtsa.cli import run as in_process
 from gtsa.terminal import command, lasting
 
@@ -196,7 +199,7 @@ def test_check_accounts_for_every_file(tmp_path, capsys):
 
 def test_check_of_clean_data(scenes, capsys):
     assert in_process(["check", str(scenes)]) == 0
-    assert "14 decoded whole" in capsys.readouterr().out
+    assert "14 decoded whole and used" in capsys.readouterr().out
 
 
 def test_preview_draws_the_views(tmp_path, scenes, capsys):
@@ -210,6 +213,30 @@ def test_preview_draws_the_views(tmp_path, scenes, capsys):
     code, err = told(capsys, "preview", scenes, "--image", "99", "--out", tmp_path / "d.png")
     assert code == 3
     assert "14 images" in err
+
+
+def test_preview_reads_as_pretrain_does(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    Image.fromarray(values).save(tmp_path / "data" / "sub" / "a.png")
+    Image.fromarray(values // 16).save(tmp_path / "data" / "sub" / "a_mask.png")
+    (tmp_path / "list.txt").write_text("sub/a_mask.png\nsub/a.png\n")
+    root = ["--data-root", str(tmp_path / "data"), "--exclude", "*_mask.png"]
+    for name, options in (("dark", []), ("bright", ["--range16", "0", "4095"])):
+        where = ["--out", str(tmp_path / f"{name}.png")]
+        assert in_process(["preview", str(tmp_path / "list.txt"), *root, *options, *where]) == 0
+    assert "sub/a.png -> " in capsys.readouterr().out
+    light = [np.asarray(Image.open(tmp_path / f"{n}.png"))[60:100, 20:60].mean() for n in ("dark", "bright")]
+    assert light[0] < 20 < 60 < light[1]
+    assert in_process(["check", str(tmp_path / "list.txt"), *root, "--range16", "0", "4095"]) == 0
+
+
+def test_boxes_at_the_edge_of_a_tile_are_whole():
+    hue = (250, 0, 0)
+    tile = np.asarray(pictures._boxed(torch.zeros(32, 32, 3), torch.tensor([0.0, 0.0, 32.0, 32.0]), hue, 1))
+    edge = pictures.EDGE
+    assert (tile[:edge] == hue).all() and (tile[-edge:] == hue).all() and (tile[:, :edge] == hue).all()
+    assert (tile[edge:-edge, edge:-edge] == 0).all()
 
 
 def test_places_that_cannot_be_written(tmp_path, scenes, capsys):

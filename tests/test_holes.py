@@ -129,7 +129,9 @@ def test_what_follows_the_first_picture_does_not_count(tmp_path):
 def test_zeros_in_a_quantisation_table(tmp_path):
     data = encoded(PHOTOS[0])
     place = data.index(b"\xff\xdb") + 5
-    assert told(tmp_path, data[: place + 20] + bytes(8) + data[place + 28 :]) == "damaged: a quantisation table with zeros"
+    assert (
+        told(tmp_path, data[: place + 20] + bytes(8) + data[place + 28 :]) == "damaged: a quantisation table with zeros"
+    )
 
 
 def test_zeros_in_a_webp(tmp_path):

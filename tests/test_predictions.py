@@ -145,7 +145,7 @@ def test_a_long_legend_stays_inside():
     entries = [(f"class {'x' * (i % 40)}", (i, 0, 0)) for i in range(200)]
     sheet = np.asarray(legend(entries, 300))
     assert sheet.shape[1] == 300 and (sheet[:, -1] == 255).all()
-    assert len({c for c in sheet[..., 0].ravel().tolist()}) > 30
+    assert len(set(sheet[..., 0].ravel().tolist())) > 30
 
 
 def test_so_many_pictures_evenly_spread(tmp_path):

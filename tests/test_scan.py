@@ -4,6 +4,7 @@ import io
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 
 from conftest import make_scenes, scene
-from gtsa import counting, scan
+from gtsa import config, counting, pool, scan
 from gtsa.check import check
-from gtsa.core import Remedy
+from gtsa.core import Draw, Remedy
+from gtsa.data import ViewSet
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
 from gtsa.scan import links, summed
@@ -23,6 +25,7 @@ from gtsa.sources.folder import Folder
 from gtsa.sources.listing import Listing
 from gtsa.terminal import console
 from gtsa.threaded import Room, each
+from gtsa.views import MultiCrop
 
 
 def names(source):
@@ -286,3 +289,40 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
         again.read(1)
     old = "\n".join(json.dumps({"name": name}) for name in names(source)).encode()  # of an earlier version
     assert Frozen(Folder(str(tmp_path), files=names(source)), old).read(0).shape[-1] == 40
+
+
+def test_a_run_replaces_an_image_that_is_another_by_now(tmp_path):
+    data = make_scenes(tmp_path / "data", 6)
+    settings = config.Pretrain(data=str(data), out=str(tmp_path), hold_out=0, max_bad=0.5)
+    run = SimpleNamespace(began=False, checkpoints=tmp_path / "none")
+    files = pool.scanned(str(data), settings, run)
+    (tmp_path / "images.jsonl").write_text(files["images.jsonl"])
+    (tmp_path / "scan.json").write_text(files["scan.json"])
+    said = []
+    images = pool.Pool(str(data), settings, said.append)
+    scene(50, 64, 64).save(data / "scene_02.jpg")
+    views = ViewSet(images.source, images.train, MultiCrop(1, 32, 1, 16), 0)
+    found = [views[Draw(0, place)] for place in range(6)]
+    images.unreadable((entry for view in found for entry in view.replaced), "step 3: ")
+    (line,) = said
+    assert "scene_02.jpg could not be read (another image than when the run began: 64 x 64 px, was 96 x 72)" in line
+
+
+def test_what_was_decoded_before_a_stop_is_not_decoded_again(tmp_path):
+    data = make_scenes(tmp_path / "data", 8)
+    source = Folder(str(data))
+    read, seen = source.read, []
+
+    def reading(index, detail=None):
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(index)
+        return read(index, detail)
+
+    source.read = reading
+    with pytest.raises(KeyboardInterrupt):
+        scan.scan(source, decode=True)
+    again = []
+    source.read = lambda index, detail=None: again.append(index) or read(index, detail)
+    assert scan.scan(source, decode=True).decoded == 8
+    assert sorted(again + seen) == list(range(8))

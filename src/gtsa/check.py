@@ -15,7 +15,6 @@ from gtsa.scan import Scan, enough, links, scan, summed
 from gtsa.sources import open_source
 from gtsa.terminal import say, table
 
-
 SHOWN = 50  # lines of files that cannot be used
 
 

@@ -103,6 +103,8 @@ def _way_on(arguments: list[str] | None) -> str:
         return "nothing of the task at work was kept; with --work FOLDER the same command goes on with long trainings"
     if verb == "compare":
         return "the same command goes on"
+    if verb == "check":
+        return "the same command goes on, and does not decode again what was decoded well"
     if verb == "pretrain":
         return "go on from the last checkpoint with --resume"
     return "give the same command again"

@@ -119,7 +119,7 @@ class _opened:
             mode = os.stat(self.path).st_mode
             if not stat.S_ISREG(mode):
                 raise BadImage("not a regular file")
-            self.file = open(self.path, "rb")
+            self.file = open(self.path, "rb")  # noqa: SIM115, closed by __exit__
         except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
         try:

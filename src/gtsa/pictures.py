@@ -17,6 +17,7 @@ from gtsa.methods.gtsa import regions
 
 Hue = tuple[int, int, int]
 INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 12
+EDGE = 3  # px of a box's line
 
 
 # What the network sees
@@ -185,8 +186,11 @@ def _target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.Image
     sheet = _sheet(900, 170 + 50)
     _write(sheet, (0, 2), f"{names[1]} against {names[0]}: the target is the same region, in the student's orientation")
     for i, (title, tile) in enumerate(tiles):
-        x = i * 180
-        sheet.paste(tile.resize((168, 168), Image.Resampling.NEAREST), (x, 26))
+        x = i * 180 + EDGE
+        if tile.size == (168 + 2 * EDGE, 168 + 2 * EDGE):  # with a box, which may go all around
+            sheet.paste(tile, (x - EDGE, 26 - EDGE))
+        else:
+            sheet.paste(tile.resize((168, 168), Image.Resampling.NEAREST), (x, 26))
         _write(sheet, (x, 198), title)
     return sheet
 
@@ -197,15 +201,17 @@ def _turned(crops: Crops) -> Tensor:
 
 
 def _boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:
-    picture = _image(pixels).resize((168, 168))
+    """A crop with a border, so that the box lies around its region even at the edges."""
+    picture = _sheet(168 + 2 * EDGE, 168 + 2 * EDGE)
+    picture.paste(_image(pixels).resize((168, 168)), (EDGE, EDGE))
     zoom = 168 / pixels.shape[0]
-    x1, y1, x2, y2 = (float(v) * zoom for v in box)
+    x1, y1, x2, y2 = (EDGE + round(float(v) * zoom) for v in box)
     draw = ImageDraw.Draw(picture)
     for i in range(1, cells):
         x, y = x1 + (x2 - x1) * i / cells, y1 + (y2 - y1) * i / cells
         draw.line((x, y1, x, y2), fill=(255, 255, 255), width=1)
         draw.line((x1, y, x2, y), fill=(255, 255, 255), width=1)
-    draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=hue, width=3)
+    draw.rectangle((x1 - EDGE, y1 - EDGE, x2 + EDGE - 1, y2 + EDGE - 1), outline=hue, width=EDGE)
     return picture
 
 

@@ -52,10 +52,7 @@ def scanned(data: Any, settings: Any, run: Run) -> dict[str, str]:
 
 def selection(settings: Any) -> dict[str, Any]:
     """What a source is told of the settings."""
-    return {
-        name: getattr(settings, name)
-        for name in ("range16", "data_root", "include", "exclude", "follow_links")
-    }
+    return {name: getattr(settings, name) for name in ("range16", "data_root", "include", "exclude", "follow_links")}
 
 
 def count(files: dict[str, str], out: str) -> int:

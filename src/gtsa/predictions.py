@@ -245,7 +245,9 @@ def _shown(data: Labelled, truth: Any, prediction: Any) -> list[tuple[str, tuple
         counts, first = Counter(dict(zip(places.tolist(), pixels.tolist(), strict=True))), 0
     colours = palette(len(data.classes) + 2)
     return [
-        (data.classes[kind], tuple(colours[kind + first].tolist())) for kind, _ in counts.most_common() if kind != IGNORE
+        (data.classes[kind], tuple(colours[kind + first].tolist()))
+        for kind, _ in counts.most_common()
+        if kind != IGNORE
     ]
 
 

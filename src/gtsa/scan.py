@@ -81,22 +81,24 @@ def scan(source: Source, decode: bool = False, range16: images.Range = (0, 65535
     look = _Look(source, decode, _Memory(source, range16))
     bad: dict[int, str] = {}
     noted = remarks.Noted(source, range16)
-    with Count("checked" if decode else "looked at", len(chosen)) as count:
-        for done, (index, found, reason) in enumerate(each(look, chosen), 1):
-            count(done, f"{len(bad):,} cannot be used" if bad else "")
-            if reason is not None:
-                bad[index] = reason
-            elif found is not None:
-                result.formats[f"{found.format} {found.mode}"] += 1
-                result.sides[index] = (found.width, found.height)
-                result.frames += found.frames > 1
-                noted.add(index, found)
+    try:
+        with Count("checked" if decode else "looked at", len(chosen)) as count:
+            for done, (index, found, reason) in enumerate(each(look, chosen), 1):
+                count(done, f"{len(bad):,} cannot be used" if bad else "")
+                if reason is not None:
+                    bad[index] = reason
+                elif found is not None:
+                    result.formats[f"{found.format} {found.mode}"] += 1
+                    result.sides[index] = (found.width, found.height)
+                    result.frames += found.frames > 1
+                    noted.add(index, found)
+    finally:  # what was decoded before a stop is remembered too
+        if decode:
+            look.memory.save()
     result.decoded = len(chosen) - len(bad) if decode else 0
     result.used = [i for i in range(len(source)) if i not in bad]
     result.bad = [(source.name(i), reason) for i, reason in bad.items()]
     result.remarks = noted.remarks()
-    if decode:
-        look.memory.save()
     return result
 
 
@@ -199,6 +201,7 @@ class _Memory:
         except (OSError, ValueError, TypeError):
             self.known = set()
         self.found: set[tuple] = set()
+        self.seen: set[str] = set()
 
     def _entry(self, path: str) -> tuple:
         status = os.stat(path)
@@ -206,6 +209,7 @@ class _Memory:
 
     def knows(self, path: str) -> bool:
         entry = self._entry(path)
+        self.seen.add(path)
         if entry in self.known:
             self.found.add(entry)
             return True
@@ -218,7 +222,8 @@ class _Memory:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             draft = self.file.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(sorted(self.found)))
+            there = {entry for entry in self.known if entry[0] not in self.seen}
+            draft.write_text(json.dumps(sorted(self.found | there)))
             draft.replace(self.file)
         except OSError:  # a cache that cannot be kept costs time, nothing else
             pass
