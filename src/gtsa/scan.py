@@ -78,7 +78,8 @@ def scan(source: Source, decode: bool = False, range16: images.Range = (0, 65535
         chosen = np.linspace(0, len(source) - 1, HEADERS).astype(int).tolist()
     result = Scan(looked_at=len(chosen), ignored=dict(source.ignored), unreadable=list(source.unreadable))
     result.outside = list(getattr(source, "outside", ()))
-    look = _Look(source, decode, _Memory(source, range16))
+    memory = _Memory(source, range16) if decode else None
+    look = _Look(source, memory)
     bad: dict[int, str] = {}
     noted = remarks.Noted(source, range16)
     try:
@@ -93,8 +94,8 @@ def scan(source: Source, decode: bool = False, range16: images.Range = (0, 65535
                     result.frames += found.frames > 1
                     noted.add(index, found)
     finally:  # what was decoded before a stop is remembered too
-        if decode:
-            look.memory.save()
+        if memory:
+            memory.save()
     result.decoded = len(chosen) - len(bad) if decode else 0
     result.used = [i for i in range(len(source)) if i not in bad]
     result.bad = [(source.name(i), reason) for i, reason in bad.items()]
@@ -103,34 +104,35 @@ def scan(source: Source, decode: bool = False, range16: images.Range = (0, 65535
 
 
 class _Look:
-    """Header of an image, or why it cannot be used."""
+    """Header of an image, or why it cannot be used. Images are decoded where there is a memory for it."""
 
-    def __init__(self, source: Source, decode: bool, memory: _Memory) -> None:
-        self.source, self.decode, self.memory, self.room = source, decode, memory, Room(AT_ONCE)
+    def __init__(self, source: Source, memory: _Memory | None) -> None:
+        self.source, self.memory, self.room = source, memory, Room(AT_ONCE)
 
     def __call__(self, index: int) -> tuple[int, images.Header | None, str | None]:
         path = self.source.path(index)
         try:
             found = None if path is None else images.header(path)
-            if self.decode and not (path and self.memory.knows(path)):
+            if self.memory and not (path and self.memory.knows(path)):
                 with self.room.of(found.width * found.height if found else 0):
                     pixels = self.source.read(index, _draft)
                     found = found or images.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
                     del pixels
                 if path:
-                    self._whole(path, found)
+                    _insist_whole(path, found)
+                    self.memory.add(path)
             return index, found, None
         except images.BadImage as reason:
             return index, None, str(reason)
 
-    def _whole(self, path: str, found: images.Header) -> None:
-        try:
-            reason = holes.hole(path, found.format, found.width, found.height)
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if reason:
-            raise images.BadImage(reason)
-        self.memory.add(path)
+
+def _insist_whole(path: str, found: images.Header) -> None:
+    try:
+        reason = holes.hole(path, found.format, found.width, found.height)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise images.BadImage(reason)
 
 
 def _draft(width: int, height: int) -> float:
