@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from gtsa import holes
 from gtsa.core import Remedy
 from gtsa.counting import Count
+from gtsa.errors import escaped
 from gtsa.images import Range
 from gtsa.scan import Scan, enough, links, scan, summed
 from gtsa.sources import open_source
@@ -67,7 +69,7 @@ def check(
         ("width, px", f"{width['least']} to {width['most']}", f"median {width['median']}"),
         ("height, px", f"{height['least']} to {height['most']}", f"median {height['median']}"),
         ("several frames", found.frames, "the first one is used"),
-        ("other files", sum(found.ignored.values()), ", ".join(f"{n} {kind}" for kind, n in found.ignored.items())),
+        ("other files", f"{sum(found.ignored.values()):,}" if found.ignored else "", _kinds(found)),
         ("left out", len(found.bad), "named below" if found.bad else ""),
     ]
     table(f"check {data}", [row for row in rows if row[1] or row[0] in ("images", "used", "left out")])
@@ -88,6 +90,13 @@ def check(
             3,
         )
     return found
+
+
+def _kinds(found: Scan) -> str:
+    """The most frequent kinds of files that are not read."""
+    kinds = Counter(found.ignored).most_common()
+    more = [f"{sum(count for _, count in kinds[8:]):,} of other kinds"] if len(kinds) > 8 else []
+    return ", ".join([f"{count:,} {escaped(kind)}" for kind, count in kinds[:8]] + more)
 
 
 def _otherwise(found: Scan) -> str:
