@@ -287,6 +287,8 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
     (tmp_path / "b.bmp").write_bytes((tmp_path / "b.bmp").read_bytes() + b"x")
     with pytest.raises(BadImage, match="another file than when the run began: .* bytes, was "):
         again.read(1)
+    with pytest.raises(Remedy, match="the list of images is damaged"):
+        Frozen(source, b'{"name": "a.png", "bytes": "x"}\n')
     old = "\n".join(json.dumps({"name": name}) for name in names(source)).encode()  # of an earlier version
     assert Frozen(Folder(str(tmp_path), files=names(source)), old).read(0).shape[-1] == 40
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gtsa.errors import Remedy
 from gtsa.images import BadImage
 from gtsa.sources import Detail, Source
 
@@ -29,13 +30,19 @@ class Frozen:
     Args:
         source: of the images in the list, in its order.
         listed: lines of JSON, as made by ``frozen``. Files of which nothing is known are read as they are.
+
+    Raises:
+        Remedy: the list is damaged (4).
     """
 
     def __init__(self, source: Source, listed: bytes) -> None:
         self.source, self.ignored, self.unreadable, self.outside = source, source.ignored, source.unreadable, []
         entries = map(json.loads, listed.splitlines())
-        sizes = [[entry.get(key, 0) for key in ("bytes", "width", "height")] for entry in entries]
-        self.sizes = np.array(sizes, np.int64).reshape(-1, 3)
+        try:
+            sizes = [[int(entry.get(key, 0)) for key in ("bytes", "width", "height")] for entry in entries]
+            self.sizes = np.array(sizes, np.int64).reshape(-1, 3)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise Remedy(f"the list of images is damaged ({error}); bring it back, or start another run", 4) from None
 
     def __len__(self) -> int:
         return len(self.source)

@@ -94,7 +94,7 @@ class Pool:
         s = settings
         raw, names = image_list(s.out)
         order = generator(s.seed, HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
-        self.source = Frozen(open_source(data, files=names, range16=s.range16, data_root=s.data_root), listed)
+        self.source = Frozen(open_source(data, files=names, range16=s.range16, data_root=s.data_root), raw)
         self.train, self.held_out = sorted(order[s.hold_out :]), sorted(order[: s.hold_out])
         self.looked_at = self.held_out or self.train[:64]
         self.digest = hashlib.sha256(raw).hexdigest()
