@@ -36,7 +36,12 @@ class Frozen:
     """
 
     def __init__(self, source: Source, listed: bytes) -> None:
-        self.source, self.ignored, self.unreadable, self.outside = source, source.ignored, source.unreadable, []
+        self.source, self.ignored, self.unreadable, self.outside = (
+            source,
+            source.ignored,
+            source.unreadable,
+            source.outside,
+        )
         entries = map(json.loads, listed.splitlines())
         try:
             sizes = [[int(entry.get(key, 0)) for key in ("bytes", "width", "height")] for entry in entries]
