@@ -36,12 +36,8 @@ class Frozen:
     """
 
     def __init__(self, source: Source, listed: bytes) -> None:
-        self.source, self.ignored, self.unreadable, self.outside = (
-            source,
-            source.ignored,
-            source.unreadable,
-            source.outside,
-        )
+        self.source, self.outside = source, source.outside
+        self.ignored, self.unreadable = source.ignored, source.unreadable
         entries = map(json.loads, listed.splitlines())
         try:
             sizes = [[int(entry.get(key, 0)) for key in ("bytes", "width", "height")] for entry in entries]
