@@ -227,7 +227,7 @@ def test_preview_reads_as_pretrain_does(tmp_path, capsys):
         assert in_process(["preview", str(tmp_path / "list.txt"), *root, *options, *where]) == 0
     assert "sub/a.png -> " in capsys.readouterr().out
     light = [np.asarray(Image.open(tmp_path / f"{n}.png"))[60:100, 20:60].mean() for n in ("dark", "bright")]
-    assert light[0] < 20 < 60 < light[1]
+    assert light[1] > light[0] + 30  # both have the same boxes drawn upon them
     assert in_process(["check", str(tmp_path / "list.txt"), *root, "--range16", "0", "4095"]) == 0
 
 
