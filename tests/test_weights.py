@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 
 import pytest
 import safetensors.torch
@@ -477,8 +478,21 @@ class Evil:
 )
 def test_a_malicious_pickle_is_not_run(tmp_path, box):
     torch.save(box(Evil(tmp_path / "proof")), tmp_path / "w.pth")
-    refused(tmp_path / "w.pth", "cannot be read as weights, and nothing in it was run")
+    refused(tmp_path / "w.pth", r"and nothing in it was run \(it holds _?io\.open, which is no tensor\); get it again")
     assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is empty or cut short"),
+        (b"words", "it holds more than tensors, or is damaged"),
+        (pickle.dumps({"a": 1}), "holds no dictionary of tensors|it holds more than tensors, or is damaged"),
+    ],
+)
+def test_torchs_advice_to_run_what_is_in_a_file_is_not_passed_on(tmp_path, data, words):
+    (tmp_path / "w.pth").write_bytes(data)
+    refused(tmp_path / "w.pth", rf"^(?!.*weights_only).*({words})")
 
 
 def test_a_dictionary_that_holds_itself(tmp_path):

@@ -6,6 +6,9 @@ import argparse
 import inspect
 import json
 import math
+import pickle
+import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -313,17 +316,30 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its settings so: plain attributes
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # DINO keeps its settings in a Namespace: plain attributes
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Remedy(f"{path}: no such file", 4) from None
     except Exception as error:  # damaged files and refused pickles raise nearly anything
-        told = " ".join(str(error).split())[:200]
         raise Remedy(
-            f"{path} cannot be read as weights, and nothing in it was run ({type(error).__name__}: {told}); get it "
-            "again, or save its tensors alone",
+            f"{path} cannot be read as weights, and nothing in it was run ({_why(error)}); get it again, or save its "
+            "tensors alone",
             4,
         ) from None
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, without torch's advice: that would run what is in it."""
+    told = " ".join(str(error).split())
+    if isinstance(error, EOFError):
+        return "it is empty or cut short"
+    if named := re.search(r"GLOBAL ([\w.]+)", told):
+        return f"it holds {named[1]}, which is no tensor"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors, or is damaged"
+    return f"{type(error).__name__}: {told[:200]}"
 
 
 def _json(path: Path) -> dict[str, Any]:
