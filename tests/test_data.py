@@ -1,5 +1,8 @@
 """The stream of views: the same for any workers, ranks and restarts; every image in every epoch; nothing lost in silence."""
 
+import ctypes
+import os
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from gtsa.core import Draw, Remedy
 from gtsa.data import HELD_OUT, ORDER, VIEWS, StepSampler, ViewSet, collate, epoch_order, generator, loader
 from gtsa.images import BadImage
+from gtsa.run import Run
 from gtsa.views import MultiCrop
 
 few = settings(deadline=None, max_examples=50)
@@ -222,6 +226,32 @@ def test_the_stream_is_the_same_for_any_number_of_processes(ranks, accumulate):
     for step, whole in enumerate(stream(0)):
         micro = [part[step * accumulate + m] for m in range(accumulate) for part in parts]
         assert equal(collate(micro), whole)
+
+
+class Telling(Numbers):
+    """Image 0 cannot be read; the reason is what Linux knows of the process that tried to."""
+
+    def read(self, index, detail=None):
+        if index:
+            return super().read(index, detail)
+        dies_by = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(dies_by))  # PR_GET_PDEATHSIG
+        opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        locks = [name for name in opened if name.endswith(".lock")]
+        raise BadImage(f"dies by {dies_by.value}, group {os.getpgid(0) == os.getpid()}, locks {locks}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what Linux knows of a process")
+def test_a_worker_ends_with_its_parent_has_its_own_group_and_holds_no_lock(tmp_path):
+    run = Run(tmp_path / "run")
+    try:
+        views = ViewSet(Telling(), range(2), SMALL, 0)
+        (batch,) = loader(views, StepSampler(2, 2, 1), 1)
+        assert [entry.reason for entry in batch.replaced] == ["dies by 9, group True, locks []"]
+        with pytest.raises(Remedy, match="another run is writing"):
+            Run(tmp_path / "run", resume=True)
+    finally:
+        run.close()
 
 
 # Images that cannot be read in mid-run

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from conftest import final_weights, run, start
+from gtsa.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,20 @@ def kill_after(out, step, *arguments, by=signal.SIGKILL):
     process.send_signal(by)
     out_, err = process.communicate(timeout=120)
     return process.returncode, out_ + err
+
+
+def test_the_folder_of_a_killed_run_is_free_at_once(tmp_path, scenes, tiny_yaml):
+    """Its workers, which outlive it for a moment, do not hold its lock."""
+    out = tmp_path / "run"
+    arguments = ["--config", tiny_yaml, "--data", scenes, "--workers", 2, "--steps", 2000]
+    process = start("pretrain", "--out", out, *arguments)
+    while not (out / "checkpoints" / "step-00000004").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    Run(out, resume=True).close()
+    process.communicate()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +20,8 @@ from gtsa.images import SMALLEST, BadImage
 from gtsa.views import MultiCrop
 
 ORDER, VIEWS, HELD_OUT = 1, 2, 3  # streams of random numbers, one for each use
+
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def generator(seed: int, stream: int, *place: int) -> np.random.Generator:
@@ -125,4 +131,14 @@ def loader(views: ViewSet, sampler: Sampler[list[Draw]], workers: int, pin: bool
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
         timeout=600 if workers else 0,
+        worker_init_fn=partial(bind, os.getpid()),
     )
+
+
+def bind(parent: int, _: int = 0) -> None:
+    """A worker ends with its parent, however that ends, and signals to the process group are the parent's business."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)

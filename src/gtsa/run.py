@@ -29,6 +29,17 @@ OURS = (
     *(f"exports/timm/{name}" for name in ("config.json", "model.safetensors", files.SUMS)),
 )  # fmt: skip
 BEFORE = ("config.yaml", "scan.json", "train.log")  # all that a start leaves which failed before there were images
+_LOCKS: set[int] = set()  # descriptors that hold locks
+
+
+def _let_go() -> None:
+    """A worker does not hold the lock of its run: it can outlive it by seconds."""
+    for descriptor in _LOCKS:
+        os.close(descriptor)
+    _LOCKS.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class Run:
@@ -141,6 +152,7 @@ class Run:
                 (self.folder / ".lock").unlink()
                 self.folder.rmdir()
         os.close(self._itself)
+        _LOCKS.discard(self._descriptor)
         os.close(self._descriptor)
 
     @property
@@ -166,6 +178,7 @@ class Run:
             raise Remedy(
                 f"another run is writing into {self.folder}; wait for it, stop it, or give another --out", 6
             ) from None
+        _LOCKS.add(self._descriptor)
 
     def _still_there(self) -> None:
         try:
