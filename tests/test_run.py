@@ -7,6 +7,7 @@ import pytest
 
 import gtsa
 from conftest import TINY, make_scenes, run
+from gtsa.asked import SAMPLE, asked
 from gtsa.core import Remedy
 from gtsa.data import HELD_OUT, generator
 
@@ -87,9 +88,19 @@ def test_a_failed_resume_changes_nothing(copied, tmp_path):
     assert run("pretrain", "--out", copied, "--resume")[0] == 0
 
 
-def test_resume_needs_a_run_or_data(tmp_path):
-    with pytest.raises(Remedy, match="there is no run in"):
-        gtsa.pretrain(out=str(tmp_path / "typo"), resume=True)
+def test_resume_without_data_starts_a_run_on_the_sample(tmp_path, capsys):
+    out = str(tmp_path / "new")
+    new = asked({"out": out, "resume": True})
+    assert new.data == str(SAMPLE / "images") and new.steps == 1000 and new.out == out
+    assert "there is no run in" in capsys.readouterr().out
+    assert asked({"out": out}) == new.model_copy(update={"resume": False})
+
+
+def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copied):
+    (copied / "config.yaml").unlink()
+    with pytest.raises(Remedy, match=r"config\.yaml is gone") as remedy:
+        gtsa.pretrain(out=str(copied), resume=True)
+    assert remedy.value.code == 4
 
 
 def test_resume_of_a_finished_run_looks_once(copied):

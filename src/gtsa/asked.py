@@ -16,7 +16,7 @@ SAMPLE = Path(__file__).parent / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
     "checkpoint_every", "evaluate_every", "keep", "eval", "eval_train", "eval_val", "eval_folds", "eval_config",
-    "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic",
+    "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic", "plan",
 }  # fmt: skip
 
 
@@ -56,14 +56,23 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
                 + "\nleave them out, or start another run with --init and another --out"
             )
         for line in changes:
-            if tell and line.split(":")[0] not in ("out", "resume") and os.environ.get("LOCAL_RANK", "0") == "0":
+            if (
+                tell
+                and line.split(":")[0] not in ("out", "resume", "plan")
+                and os.environ.get("LOCAL_RANK", "0") == "0"
+            ):
                 say(f"changed: {line}")
         return new
     if given.get("resume") and given.get("data") is None:
-        raise Remedy(f"--resume: there is no run in {out}; mind its name, or give --data to start one")
+        if where and any((where.parent / name).exists() for name in ("images.jsonl", "checkpoints")):
+            raise Remedy(f"--resume: {where} is gone; bring it back, or give the run's settings and --data again", 4)
+        if tell and os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
     if given.get("data") is None:
         base = strict.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
     new = strict.validated(config.Pretrain, strict.merged(base, given))
+    if new.out is None and new.plan:
+        return new
     if new.out is None:
         raise Remedy("--out is missing: name a folder for the run")
     for name in ("data", "init"):
