@@ -1,15 +1,21 @@
 """Several processes through torchrun: the same views, and a run that trains and resumes."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import gtsa
 from conftest import run
 from gtsa import checkpoint
+from gtsa.cli import run as in_process
+from gtsa.core import Alone, Remedy
+from gtsa.pretrain import _remedy
 
 WORKER = """
 import hashlib, json, os, sys
@@ -84,3 +90,49 @@ def test_two_processes_share_dinos_centre(tmp_path, scenes, tiny_yaml):
         found.append(tensors["objective"]["centre.value"])
     assert found[0].abs().max() > 1e-3
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def survive(folder, kind):
+    """A process whose partner is killed, in a run that is stopped by whatever that raises."""
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        if kind == "tensors":
+            torch.distributed.all_reduce(torch.ones(1))
+        else:
+            torch.distributed.broadcast_object_list([None], src=1)
+    except Exception as error:
+        remedy = _remedy(error, "out")
+        (folder / "told").write_text(
+            repr(error) if remedy is None else f"{remedy.code} {type(remedy).__name__} {remedy}"
+        )
+
+
+@pytest.mark.parametrize("kind", ["tensors", "objects"])
+def test_a_process_whose_partner_is_killed_says_so(tmp_path, monkeypatch, kind):
+    both = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        both.append(multiprocessing.get_context("fork").Process(target=survive, args=(tmp_path, kind)))
+        both[-1].start()
+    for process in both:
+        process.join(60)
+    assert both[1].exitcode == -signal.SIGKILL
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("6 Alone another process of this run ended")
+
+
+def test_whoever_is_left_tells_though_the_first_process_is_gone(monkeypatch, capfd):
+    """Of other remedies, which all processes share, the first one tells."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for kind, line in ((Alone, "gtsa: words\n"), (Remedy, "")):
+
+        def ended(*_, kind=kind):
+            raise kind("words", 6)
+
+        monkeypatch.setattr(gtsa, "check", ended)
+        assert in_process(["check", "."]) == 6
+        assert capfd.readouterr().err == line

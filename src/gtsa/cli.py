@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from cyclopts.exceptions import CycloptsError
 
 import gtsa
-from gtsa.errors import Remedy
+from gtsa.errors import Alone, Remedy
 from gtsa.stops import heard
 
 app = cyclopts.App(
@@ -74,23 +74,25 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """The exit code of a command line."""
     try:
-        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
         with heard():
+            command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
             command(*bound.args, **bound.kwargs)
         return 0
     except CycloptsError as error:
         print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
         return 2
     except Remedy as remedy:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one tells
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(remedy, Alone):  # of several processes one tells
             print(f"gtsa: {remedy}", file=sys.stderr)
         return remedy.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
         return 0
     except KeyboardInterrupt as stop:
-        print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
-        return getattr(stop, "code", 130)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
+        code: int = getattr(stop, "code", 130)
+        return 75 if code != 130 and _verb(arguments) == "pretrain " else code  # what schedulers start again
 
 
 def _way_on(arguments: list[str] | None) -> str:
@@ -106,7 +108,8 @@ def _way_on(arguments: list[str] | None) -> str:
     if verb == "check":
         return "the same command goes on, and does not decode again what was decoded well"
     if verb == "pretrain":
-        return "go on from the last checkpoint with --resume"
+        anew = ", in place of --overwrite" if "--overwrite" in given else ""
+        return f"the same command with --resume{anew} goes on from the last checkpoint, or begins where there is none"
     return "give the same command again"
 
 

@@ -123,6 +123,8 @@ class _Pretrain(Documented):
     """Go on with the run in --out; starts it if the folder is empty."""
     overwrite: bool = False
     """Remove the run in --out and start anew."""
+    plan: bool = False
+    """Print the plan, with what the run takes, and stop; nothing is written."""
     views: ViewSettings = ViewSettings()  # type: ignore[valid-type]
     """How views are drawn."""
 

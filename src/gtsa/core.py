@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gtsa.errors import EXIT_CODES as EXIT_CODES
+from gtsa.errors import Alone as Alone
 from gtsa.errors import Remedy as Remedy
 
 

@@ -14,6 +14,10 @@ class Remedy(ValueError):
         self.code = code
 
 
+class Alone(Remedy):
+    """Another process of the run is gone. Whoever is left says so: the one that speaks for all may be the one gone."""
+
+
 EXIT_CODES = {
     0: "done",
     2: "bad command or configuration",
@@ -23,7 +27,7 @@ EXIT_CODES = {
     6: "lack of a resource (memory, disk, worker)",
     7: "done, but for parts that failed and are named",
     8: "refused for safety",
-    75: "stopped on request, checkpoint saved: run again with --resume to go on",
+    75: "stopped on request, with a checkpoint once there was a step to save: run again with --resume to go on",
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gtsa import cells, config, methods, pictures, plan, strict
+from gtsa import cells, config, cost, methods, pictures, plan, strict
 from gtsa.backbone import Backbone, patch_of
 from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, training_of
 from gtsa.controls import CONTROLS
@@ -133,7 +133,7 @@ def flops_per_image(settings: Any) -> float:
         Backbone(settings.model, multicrop.global_size), **settings.options
     )
     method.train()
-    groups = [plan.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops > 0))]
+    groups = [cost.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops > 0))]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         method(Views.of(groups), 1.0)["loss"].backward()
     return float(counter.get_total_flops()) / 2

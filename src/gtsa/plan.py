@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import time
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from lightning_fabric import Fabric
 
 from gtsa import threads
 from gtsa.backbone import patch_of
-from gtsa.core import Crops, Method, Remedy, Views
-from gtsa.terminal import lasting, table
-from gtsa.views import MultiCrop
+from gtsa.core import Method, Remedy
+from gtsa.cost import LONG, Cost, cheaper
+from gtsa.terminal import lasting, say, table
 
 FEWEST_STEPS = 1_000
-QUICK = 0.5  # seconds that a pass of the probe may take
+SMALLEST_BATCH = 8  # that we choose
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 MODEL = "vit_small_patch16_224"
 GENTLE = {"head_start": 0.1, "encoder_rate": 0.1, "layer_decay": 0.75, "anchor": 1.0}  # see LOG.md
@@ -70,7 +70,10 @@ def engine(settings: Any) -> Plan:
 
 def fabric_of(settings: Any) -> Fabric:
     """The engine that the settings ask for, launched."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells what the plan tells
     world = settings.devices * settings.nodes
+    if world > 1:
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # costs a copy, no accuracy
     fabric = Fabric(
         accelerator="cuda" if settings.device == "cuda" else "cpu",
         devices=settings.devices,
@@ -154,10 +157,12 @@ def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
     s = plan.settings
     ranks = s.devices * s.nodes
     if s.batch_size == "auto":
-        eighth = min(PUBLISHED["batch"], max(8, images // 8 // 8 * 8))
+        eighth = min(PUBLISHED["batch"], max(SMALLEST_BATCH, images // 8 // 8 * 8))
         batch = max(1, eighth // ranks) * ranks
         plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
     batch = plan.settings.batch_size
+    if batch > images:
+        _repeated(plan, batch, images, ranks)
     if batch < ranks:
         raise Remedy(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
     if s.steps is None:
@@ -187,6 +192,17 @@ def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
     workers(plan)
 
 
+def _repeated(plan: Plan, batch: int, images: int, ranks: int) -> None:
+    """Says that a step sees images more than once. Raises Remedy where it would see them more than twice."""
+    largest = max(1, images // ranks) * ranks
+    if batch > max(2 * images, SMALLEST_BATCH) and _done(plan.settings) is None:
+        raise Remedy(
+            f"--batch-size {batch}: there are {images:,} images to train on, and every step would repeat each of them "
+            f"{batch / images:.1f} times; take at most {largest}, or leave it to us"
+        )
+    plan.settle({"batch_size": f"more than the {images:,} images: a step repeats some; {largest} would not"})
+
+
 def workers(plan: Plan) -> None:
     """Resolves the processes that read images."""
     s = plan.settings
@@ -208,63 +224,6 @@ def readers(runs: int) -> int:
     return max(1, min(16, cores() // runs - 1))
 
 
-@dataclass
-class Cost:
-    """What a micro-batch costs, measured on a few images."""
-
-    seconds: float  # of forward and backward, for one image
-    bytes_image: int  # kept for the backward pass, for one image
-    bytes_fixed: int  # weights, gradients, moments
-
-
-def probe(method: Method, multicrop: MultiCrop, fabric: Fabric, batch: int) -> Cost:
-    """Forward and backward passes on noise: time, and what autograd keeps of it.
-
-    Memory is read off two images; time too, or off more of them, up to ``batch``, where two are done in no time.
-    """
-    method.train()
-    before = [buffer.clone() for buffer in method.buffers()]  # what a method gathers of a step
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def seconds(count: int, hooks: Any) -> float:
-        groups = [noise(multicrop, size, count, fabric.device) for size in range(1 + (multicrop.local_crops > 0))]
-        began = time.perf_counter()
-        with fabric.autocast(), hooks:
-            loss = method(Views.of(groups), 1.0)["loss"]
-        loss.backward()
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    few = min(2, batch)
-    seconds(few, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))  # hooks cost time
-    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    each = min(seconds(few, nullcontext()) for _ in range(2)) / few
-    count = min(batch, 16, int(QUICK / each))
-    if count > few:
-        each = min(seconds(count, nullcontext()) for _ in range(2)) / count
-    method.zero_grad(set_to_none=True)
-    for buffer, value in zip(method.buffers(), before, strict=True):
-        buffer.copy_(value)
-    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    total = sum(p.nbytes for p in method.parameters())
-    activations = sum(size for place, size in kept.items() if place not in own)
-    return Cost(each, activations // few, total + 3 * trained)
-
-
-def noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
-    n, side = ((multicrop.global_crops, multicrop.global_size), (multicrop.local_crops, multicrop.local_size))[size]
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(count, n, 3, side, side, generator=generator).to(device)
-    boxes = torch.tensor([0.0, 0, side, side], dtype=torch.float64, device=device).expand(count, n, 4)
-    return Crops(pixels, boxes, torch.zeros(count, n, dtype=torch.int64, device=device), torch.empty(0))
-
-
 def memory(plan: Plan, cost: Cost, free: int) -> None:
     """Resolves the number of micro-batches so that a step fits into ``free`` bytes."""
     s = plan.settings
@@ -276,27 +235,32 @@ def memory(plan: Plan, cost: Cost, free: int) -> None:
         plan.settle({"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits"}, accumulate=parts)
 
 
-def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, loaded: str) -> None:
-    """Prints the plan. Raises Remedy where the disk has no room for its checkpoints (6)."""
+def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path) -> None:
+    """Prints the plan. Raises Remedy where the disk has no room for its checkpoints (6).
+
+    Args:
+        disk: a folder on the disk of the run.
+    """
     s = plan.settings
-    resumed = s.resume and Path(s.out, "checkpoints").is_dir()
+    done = _done(s)
 
     def why(name: str, otherwise: str = "") -> str:
-        return plan.reasons.get(name, otherwise or ("as the run began" if resumed else ""))
+        return plan.reasons.get(name, otherwise or ("" if done is None else "as the run began"))
 
     encoder = method.encoders["student"]
     size = sum(p.nbytes for p in method.parameters())
-    disk = (s.keep + 1) * (size + 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad))
-    free = shutil.disk_usage(s.out).free
-    if disk > free:
-        raise Remedy(f"--out {s.out}: {gib(disk)} are needed for checkpoints, {gib(free)} are free", 6)
+    needed = (s.keep + 1) * (size + 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad))
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise Remedy(f"--out {s.out}: {gib(needed)} are needed for checkpoints, {gib(free)} are free", 6)
     each = s.batch_size // (s.devices * s.nodes)
     v, held = s.views, f"{held_out} more held out to judge by" if held_out else why("hold_out", "none held out")
-    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    weights = sum(p.numel() for p in encoder.parameters())
     views = f"{v.global_crops} x {v.global_size} + {v.local_crops} x {v.local_size} px"
+    seconds = cost.run(s, held_out or min(64, train), done or 0)
     rows = [
         ("images", f"{train:,}", held),
-        ("model", f"{s.model}, {millions:.1f} M parameters", "weights as above" if loaded else "untrained"),
+        ("model", f"{s.model}, {weights / 1e6:.1f} M parameters", "weights as above" if loaded else "untrained"),
         *([("adaptation", _gently(s), why("adaptation"))] if loaded else []),
         ("method", s.method, why("method")),
         ("views", views, why("views")),
@@ -307,11 +271,32 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
         ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why("device")),
         ("threads", torch.get_num_threads(), threads.described()),
         ("workers", s.workers, why("workers")),
-        ("time", f"about {lasting(cost.seconds * each * s.steps)}", "forward and backward; the ETA below has it all"),
+        ("time", f"about {lasting(seconds)}", _of_time(s, cost, done)),
         ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
-        ("disk", gib(disk), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
+        ("disk", gib(needed), f"{s.keep} checkpoints and one being written; {gib(free)} free"),
     ]
     table("plan", rows)
+    if seconds > LONG and s.device == "cpu" and done is None:
+        say(f"this is long for a CPU; what takes less, each on top of the one before (at most {LONG // 3600} h):")
+        for flags, takes in cheaper(s, cost, weights, held_out or min(64, train)):
+            say(f"  {flags}: {takes}")
+
+
+def _done(s: Any) -> int | None:
+    """Steps that a run has done which goes on; None: it begins."""
+    places = sorted(Path(s.out, "checkpoints").glob("step-*")) if s.resume else []
+    return int(places[-1].name.removeprefix("step-")) if places and places[-1].name[5:].isdigit() else None
+
+
+def _of_time(s: Any, cost: Cost, done: int | None) -> str:
+    """What the time is of."""
+    told = f"steps of {brief(cost.step(s))}, as measured now; with loading and looks"
+    told += f", {done:,} steps are done" if done else ""
+    return f"{told}; --eval comes on top" if s.eval else told
+
+
+def brief(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else lasting(seconds)
 
 
 def _gently(s: Any) -> str:

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa import augment, checkpoint, files, methods, plan, pool, strict, weights
+from gtsa import augment, checkpoint, cost, files, methods, plan, pool, stops, strict, weights
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
-from gtsa.core import Method, Remedy, Views
-from gtsa.data import HELD_OUT, StepSampler, ViewSet, loader
+from gtsa.core import Alone, Method, Remedy, Views
+from gtsa.data import HELD_OUT, VIEWS, StepSampler, ViewSet, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.online import Online
@@ -32,7 +33,7 @@ from gtsa.pool import Pool
 from gtsa.run import Run
 from gtsa.schedules import Cosine, Ramp, warmup_then
 from gtsa.teacher import copy_of
-from gtsa.terminal import command, say
+from gtsa.terminal import command, doing, say
 from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
 
@@ -66,6 +67,8 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     plan.start(ready, weights.described(found, None if s.model == "auto" else s.model)[0] if found else None)
     plan.sizes(ready)
     fabric = plan.fabric_of(ready.settings)
+    if s.plan:
+        return _planned_alone(s.data if data is None else data, found, ready, fabric)
     if s.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -80,9 +83,29 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
             if run and run.began:
                 run.note(f"ended: {remedy}")
         raise remedy from None
+    except stops.Stopped as stopped:
+        if run and run.began:
+            run.note(f"ended by {stopped}")
+        raise
     finally:
         if run:
             run.close()
+
+
+def _planned_alone(data: Any, found: weights.Weights | None, ready: plan.Plan, fabric: Fabric) -> Trained:
+    """Shows the plan of a run in a folder that goes again."""
+    asked_for = Path(ready.settings.out or ".").absolute()
+    disk = next(place for place in (asked_for, *asked_for.parents) if place.is_dir())
+    with tempfile.TemporaryDirectory(prefix="gtsa-plan-") as own:
+        out = fabric.broadcast(own)
+        ready.settle({}, out=out, resume=False, overwrite=False)
+        run = first(fabric, lambda: Run(out))
+        try:
+            _Pretraining(data, found, ready, fabric, run).show_plan(disk)
+        finally:
+            if run:
+                run.close()
+    return Trained(asked_for, asked_for / "exports" / "timm", Verdict("planned", [], {}))
 
 
 def first(fabric: Fabric, work: Callable[[], T]) -> T | None:
@@ -106,6 +129,12 @@ def _remedy(error: Exception, out: str) -> Remedy | None:
         return error
     if isinstance(error, OSError):
         return _of_disk(error, out)
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+        return Alone(
+            "another process of this run ended, or its machine cannot be reached any more; what it printed last says "
+            "why. Start all of them again with --resume",
+            6,
+        )
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return Remedy("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
     return None
@@ -124,6 +153,9 @@ class _Pretraining:
         self, data: Any, found: weights.Weights | None, ready: plan.Plan, fabric: Fabric, run: Run | None
     ) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
+        self.start: Figures | None = None  # the network at step 0, and its maps of the gallery: of the first process
+        self.start_maps: Tensor | None = None
+        self.gallery: Tensor | None = None
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
         # Everything that can be refused is opened before anything is written, and before a run that was here goes.
         files = first(fabric, lambda: pool.scanned(data, self.settings, run) if run else {}) or {}
@@ -136,7 +168,8 @@ class _Pretraining:
         plan.workers(ready)
         self.online = first(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval else None)
         if run:
-            run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
+            with stops.saving():
+                run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
         fabric.barrier()
         self.pool = Pool(data, self.settings, lambda text: self.training.note(text))
         plan.budget(ready, len(self.pool.train), kind.rate)
@@ -144,8 +177,7 @@ class _Pretraining:
 
     def __call__(self) -> Trained:
         fabric = self.fabric
-        first(fabric, self._planned)
-        self.plan.settle({}, accumulate=fabric.broadcast(self.settings.accumulate))
+        expected = self.show_plan(Path(self.settings.out))
         self._remember()
         s = self.settings
 
@@ -157,21 +189,15 @@ class _Pretraining:
             (0.9, s.beta2),
         )
         again = f"{command()} pretrain --out {shlex.quote(s.out)} --resume"
-        training = self.training = Training(self.method, optimizer, s, fabric, self.run, again)
-        student: Any = self.method.encoders["student"]
-        mean, std = student.normalisation
-
-        def prepare(views: Views) -> Views:
-            return augment.apply(views, fabric.device, mean, std)
-
-        self.health = Health(ViewSet(self.pool.source, self.pool.looked_at, self.multicrop, s.seed, HELD_OUT), prepare)
+        training = self.training = Training(self.method, optimizer, s, fabric, self.run, again, expected)
+        self.health = Health(self._views(self.pool.looked_at, HELD_OUT), self._prepare)
         other = f"{s.out}/images.jsonl is not the one that the run was started with"
-        self._begin(training.restore("images", self.pool.digest, other) if s.resume else None)
-        views = ViewSet(self.pool.source, self.pool.train, self.multicrop, s.seed)
+        if s.resume and (before := training.restore("images", self.pool.digest, other)):
+            self._go_on(before)
         size, rank, ranks = len(self.pool.train), fabric.global_rank, fabric.world_size
         sampler = StepSampler(size, s.batch_size, s.steps, training.start, rank, ranks, s.accumulate)
-        batches = loader(views, sampler, s.workers, pin=fabric.device.type == "cuda")
-        training(batches, prepare, self.pool.account, self._look, self._kept)
+        batches = loader(self._views(self.pool.train), sampler, s.workers, pin=fabric.device.type == "cuda")
+        training(batches, self._prepare, self.pool.account, self._look, self._kept)
         return self._finish()
 
     @property
@@ -179,15 +205,37 @@ class _Pretraining:
         """As far as they are resolved."""
         return self.plan.settings
 
-    def _planned(self) -> None:
-        """Measures what a step costs and shows the plan."""
-        s, fabric = self.settings, self.fabric
-        micro = max(1, s.batch_size // (s.devices * s.nodes))
-        cost = plan.probe(self.method.to(fabric.device), self.multicrop, fabric, micro)
-        plan.memory(self.plan, cost, _free_memory(fabric.device))
-        if self.loaded:
-            say(self.loaded)
-        plan.show(self.plan, cost, self.method, len(self.pool.train), len(self.pool.held_out), self.loaded)
+    def show_plan(self, disk: Path) -> tuple[float, float]:
+        """Measures what a step costs, settles micro-batches and shows the plan; seconds of a step and of a look.
+
+        Args:
+            disk: a folder on the run's disk.
+        """
+
+        def work() -> tuple[int, float, float]:
+            s, device, pool = self.settings, self.fabric.device, self.pool
+            micro = max(1, s.batch_size // (s.devices * s.nodes))
+            with doing(f"measuring a step of {s.model} on {s.device}"):
+                views, free = self._views(pool.train), _free_memory(device)
+                found = cost.probe(self.method.to(device), views, self._prepare, self.fabric, micro, free)
+            plan.memory(self.plan, found, _free_memory(device))
+            if self.loaded:
+                say(self.loaded)
+            plan.show(self.plan, found, self.method, len(pool.train), len(pool.held_out), self.loaded, disk)
+            s = self.settings
+            return s.accumulate, found.step(s), found.look(s, len(pool.looked_at))
+
+        accumulate, step, look = self.fabric.broadcast(first(self.fabric, work) or (0, 0.0, 0.0))
+        self.plan.settle({}, accumulate=accumulate)
+        return step, look
+
+    def _views(self, images: list[int], stream: int = VIEWS) -> ViewSet:
+        return ViewSet(self.pool.source, images, self.multicrop, self.settings.seed, stream)
+
+    def _prepare(self, views: Views) -> Views:
+        """Brings views to the device, augmented."""
+        student: Any = self.method.encoders["student"]
+        return augment.apply(views, self.fabric.device, *student.normalisation)
 
     # Networks, and what a checkpoint holds beside them
 
@@ -220,13 +268,16 @@ class _Pretraining:
         slow = {id(p) for group in layers for p in group["params"]}
         return [*by_dimension(p for p in self.method.parameters() if id(p) not in slow), *layers]
 
-    def _begin(self, before: Kept | None) -> None:
-        """What the run is compared with: the network at step 0, looked at now or kept by the checkpoint."""
-        if before is None:
-            self.start = first(self.fabric, lambda: self.health(self.method))
-            self.gallery = first(self.fabric, lambda: self.pool.gallery(2 * self.multicrop.global_size))
-            self.start_maps = None if self.gallery is None else patch_maps(self._teacher, self.gallery)
-            return
+    def _begin(self) -> None:
+        """What the run is compared with: the network at step 0."""
+        with doing(f"step 0: looking at {len(self.pool.looked_at)} images"):
+            self.start = self.health(self.method)
+            self.gallery = self.pool.gallery(2 * self.multicrop.global_size)
+            self.start_maps = patch_maps(self._teacher, self.gallery)
+        self._judge(0)
+
+    def _go_on(self, before: Kept) -> None:
+        """Takes up again what ``_kept`` has kept."""
         tensors, state = before
         if state.get("origin", self.origin) != self.origin:
             raise Remedy(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
@@ -243,7 +294,7 @@ class _Pretraining:
         self.start_maps, self.gallery = kept["maps"], kept["gallery"].float() / 255
 
     def _kept(self) -> Kept:
-        """What ``_begin`` takes up again, and what opens the encoder."""
+        """What ``_go_on`` takes up again, and what opens the encoder."""
         state = {
             "encoder": {
                 "model": self._teacher.model,
@@ -277,18 +328,29 @@ class _Pretraining:
     # What the user sees
 
     def _look(self, step: int) -> Verdict | None:
-        """Health figures, feature maps and evaluations, logged and kept by the first process; at the start the last."""
-        if step == 0:
-            first(self.fabric, lambda: self._judge(0))
-            return None
-        return first(self.fabric, lambda: self._looked(step))
+        """Health figures, feature maps and evaluations, logged and kept by the first process; at step 0 the start's.
+
+        On the way a request to stop breaks it off.
+        """
+        return first(self.fabric, lambda: self._unless_stopped(step))
+
+    def _unless_stopped(self, step: int) -> Verdict | None:
+        try:
+            with stops.looking():
+                if step:
+                    return self._looked(step)
+                self._begin()
+        except stops.Broken:
+            self.training.missed = True
+        return None
 
     def _looked(self, step: int) -> Verdict:
         assert self.run is not None
         assert self.start is not None
         assert self.start_maps is not None
         assert self.gallery is not None
-        now = self.health(self.method)
+        with doing(f"step {step}: looking at {len(self.pool.looked_at)} images"):
+            now = self.health(self.method)
         self.pool.unreadable(now.replaced, f"look at step {step}: ")
         seen = verdict(now, self.start, step, bool(self.pool.held_out))
         self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
@@ -303,7 +365,8 @@ class _Pretraining:
         """Asks the teacher, logs the answers, and keeps this step's checkpoint if it is the best yet."""
         if self.online is None or self.run is None:
             return
-        figures, better = self.online(step, self._teacher)
+        with doing(f"step {step}: evaluating by {', '.join(self.settings.eval)}"):
+            figures, better = self.online(step, self._teacher)
         self.run.log(step, figures, "evaluations.jsonl")
         say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
         if better:
@@ -318,7 +381,8 @@ class _Pretraining:
             return Trained(out, place, Verdict("see rank 0", [], {}))
         name = "".join(c if c.isalnum() else "_" for c in Path(s.data).name)[:40]
         chosen, choice = self._chosen()
-        write_export(chosen, self.run.path("exports", "timm"), name)
+        with doing("exporting"), stops.saving():
+            write_export(chosen, self.run.path("exports", "timm"), name)
         self.run.note(f"done: {seen.word}. " + ". ".join(seen.reasons))
         say(f"\nverdict: {seen.word.upper()}")
         for reason in seen.reasons:
@@ -355,7 +419,8 @@ class _Pretraining:
             self.run.write("config.yaml", self._kept_settings())
 
     def _kept_settings(self) -> str:
-        return files.sealed(strict.to_yaml(self.settings.model_copy(update={"resume": False, "overwrite": False})))
+        settled = {"resume": False, "overwrite": False, "plan": False}
+        return files.sealed(strict.to_yaml(self.settings.model_copy(update=settled)))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.live import Live
@@ -35,34 +38,119 @@ def say(text: str) -> None:
     console.print(Text(text))
 
 
+class Line:
+    """A line that is rewritten on a terminal; of several that are open the newest is shown."""
+
+    _open: ClassVar[list[Line]] = []
+    _live: ClassVar[Live | None] = None
+
+    def __init__(self) -> None:
+        self.text = ""
+        Line._open.append(self)
+        if _shown() and console.is_terminal and Line._live is None:
+            Line._live = Live(console=console, refresh_per_second=4, transient=True)
+            Line._live.start()
+
+    def show(self, text: str, at_once: bool = False) -> None:
+        self.text = text
+        self._update(at_once)
+
+    def close(self) -> None:
+        Line._open.remove(self)
+        self._update()
+        if not Line._open and Line._live:
+            Line._live.stop()
+            Line._live = None
+
+    def _update(self, at_once: bool = False) -> None:
+        if Line._live:
+            Line._live.update(Text(Line._open[-1].text if Line._open else ""), refresh=at_once)
+
+
+@contextmanager
+def doing(text: str, log: bool = True) -> Iterator[None]:
+    """Says what takes a while: on a terminal until it is done; elsewhere as a line that stays, if ``log``."""
+    line = Line()
+    try:
+        line.show(f"{text} ...", at_once=True)
+        if log and _shown() and not console.is_terminal:
+            say(f"{text} ...")
+        yield
+    finally:
+        line.close()
+
+
+def _shown() -> bool:
+    """Of several processes one tells."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+class Clock:
+    """How long the rest of a run takes: its steps, looks and saves, each at what it has cost lately.
+
+    The first step, which is slow, counts only as long as nothing better is known.
+
+    Args:
+        steps: of the whole run.
+        look_every, save_every: steps; the last look and save are at the end.
+        step, look: seconds that are expected, before anything is known.
+    """
+
+    def __init__(self, steps: int, look_every: int, save_every: int, step: float | None = None, look: float = 0.0):
+        self.steps, self.every = steps, {"look": look_every, "save": save_every}
+        self.seconds = {"look": look, "save": 0.0}
+        self.expected, self.recent, self.first = step, deque[float](maxlen=100), True
+
+    def step(self, seconds: float) -> None:
+        if not self.first:
+            self.recent.append(seconds)
+        elif self.expected is None:
+            self.expected = seconds
+        self.first = False
+
+    def left(self, step: int) -> float:
+        """Seconds from the end of ``step`` to the end of the run."""
+        each = sum(self.recent) / len(self.recent) if self.recent else self.expected or 0.0
+        others = sum(seconds * times(step, self.steps, self.every[name]) for name, seconds in self.seconds.items())
+        return each * (self.steps - step) + others
+
+
+def times(step: int, steps: int, every: int) -> int:
+    """How often something happens after ``step`` that is done at every ``every``-th step, and at the end."""
+    return max(0, (steps - 1) // every - step // every) + 1
+
+
 class Progress:
     """One line that is kept up to date on a terminal, and printed every half minute elsewhere.
 
     Args:
         steps: of the whole run; start: done before.
         images: a step.
+        clock: of the run; None: one of steps alone.
     """
 
-    def __init__(self, steps: int, start: int, images: int, every: float = 30.0) -> None:
+    def __init__(self, steps: int, start: int, images: int, every: float = 30.0, clock: Clock | None = None) -> None:
         self.steps, self.start, self.images, self.every = steps, start, images, every
-        self.began = self.printed = time.perf_counter()
-        self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
-        if self.live:
-            self.live.start()
+        self.clock = clock or Clock(steps, steps, steps)
+        self.shown = self.printed = time.perf_counter()
+        self.last, self.text = Line(), ""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for another line: steps can take minutes."""
+        now = time.perf_counter()
+        return now - self.shown > 1 if console.is_terminal else now - self.printed > self.every
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """``values``: seconds (mean per step), waited (share), and figures to print."""
-        now = time.perf_counter()
-        line = self.line(step, values)
-        if self.live:
-            self.live.update(Text(line))
-        elif now - self.printed > self.every or step in (self.steps, self.start + 10):
-            self.printed = now
-            say(line)
+        self.shown = time.perf_counter()
+        self.text = self.line(step, values)
+        self.last.show(self.text)
+        if not console.is_terminal and (self.due or step in (self.steps, self.start + 10)):
+            self.printed = self.shown
+            say(self.text)
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
-        done = max(1, step - self.start)
-        each = (time.perf_counter() - self.began) / done  # with the looks between steps: the ETA is the run's
         figures = "  ".join(
             f"{name.replace('_accuracy', '')} {100 * value:.0f} %"
             if name.endswith("accuracy")
@@ -71,13 +159,14 @@ class Progress:
             if name not in ("seconds", "waited", "learning_rate", "gradient")
         )
         return (
-            f"step {step}/{self.steps}  ETA {lasting(each * (self.steps - step))}  "
+            f"step {step}/{self.steps}  ETA {lasting(self.clock.left(step))}  "
             f"{self.images / values['seconds']:.1f} images/s  data {100 * values['waited']:.0f} %  {figures}"
         )
 
     def close(self) -> None:
-        if self.live:
-            self.live.stop()
+        self.last.close()
+        if console.is_terminal and self.text:
+            say(self.text)
 
 
 def lasting(seconds: float) -> str:

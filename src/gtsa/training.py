@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import signal
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,12 +14,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from gtsa import checkpoint
+from gtsa import checkpoint, stops
 from gtsa.core import Objective, Remedy
 from gtsa.loop import Batch, Done, fit
 from gtsa.optim import ScheduledAdamW
 from gtsa.run import Run
-from gtsa.terminal import Progress, say
+from gtsa.terminal import Clock, Progress, doing, lasting, say
 
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 
@@ -36,6 +35,7 @@ class Training:
         fabric: the engine.
         run: the folder of logs and checkpoints; None in all processes but the first.
         again: the command that goes on with a training that was stopped.
+        expected: seconds of a step and of a look, where somebody has measured them.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Training:
         fabric: Fabric,
         run: Run | None,
         again: str,
+        expected: tuple[float | None, float] = (None, 0.0),
     ) -> None:
         self.objective, self.optimizer, self.again = objective, optimizer, again
         self.settings, self.fabric, self.run = settings, fabric, run
@@ -53,6 +54,8 @@ class Training:
         self.start = 0  # steps that were done before
         self.skips: deque[int] = deque()
         self.recent: list[Done] = []  # steps since the last line of the log
+        self.missed = False  # the look at this step, which a request to stop has broken off
+        self.clock = Clock(settings.steps, settings.evaluate_every, settings.checkpoint_every, *expected)
 
     def restore(self, key: str, value: str, otherwise: str) -> Kept | None:
         """Goes back to the newest whole checkpoint and returns all that it holds; None where there is none.
@@ -95,6 +98,7 @@ class Training:
         if state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])  # sums depend on it
         self.start, self.skips = state["step"], deque(state["skips"])
+        self.missed = state.get("missed", False) and self.start < self.settings.steps
         window = [Done(step, {}, seconds, waited) for step, seconds, waited in state.get("recent", ())]
         for key, tensor in tensors.get("recent", {}).items():
             number, name = key.split(".", 1)
@@ -114,7 +118,8 @@ class Training:
         Args:
             batches, prepare: as for ``loop.fit``.
             account: told of every step.
-            look: told of step 0, and of every ``evaluate_every``-th step but the last.
+            look: told of step 0, and of every ``evaluate_every``-th step but the last; it sets ``missed`` where it was
+                broken off.
             kept: what else a checkpoint is to hold.
 
         Raises:
@@ -123,36 +128,67 @@ class Training:
         s = self.settings
         module, optimizer = self.wrapped
         self._make_way()
-        progress = Progress(s.steps, self.start, s.batch_size) if self.run else None
-        if self.run:
-            self.run.start_logs(self.start, done=self.start == s.steps)
         steps = fit(
             module, optimizer, batches, prepare,
             fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
         )  # fmt: skip
-        if self.start == 0:
-            look(0)
-        with requests_to_stop() as asked:
+        if self.run:
+            self.run.start_logs(self.start, done=self.start == s.steps or self.missed)
+        if self.start == 0 or self.missed:
+            self.missed = False
+            self._timed("look", look, self.start)
+        self._announce()
+        progress = Progress(s.steps, self.start, s.batch_size, clock=self.clock) if self.run else None
+        with stops.requests() as asked:
             try:
                 for done in steps:
                     self.recent.append(done)
+                    self.clock.step(done.seconds)
                     stopping = self._shared(done, bool(asked))
                     account(done)
                     if done.step % s.log_every == 0 or done.step == s.steps:
                         self._log(progress)
-                    if done.step % s.evaluate_every == 0 and done.step < s.steps:
-                        look(done.step)
-                    if done.step % s.checkpoint_every == 0 or done.step == s.steps or stopping:
-                        self.save(done.step, *kept())
-                    if stopping and done.step < s.steps:
-                        raise Remedy(
-                            f"stopped on request at step {done.step} of {s.steps}, checkpoint saved; go on with: "
-                            f"{self.again}",
-                            75,
-                        )
+                    elif progress and progress.due:
+                        progress.show(done.step, means(self.recent))
+                    self._between(done.step, stopping, asked, look, kept)
             finally:
                 if progress:
                     progress.close()
+
+    def _between(
+        self, step: int, stopping: bool, asked: list[int], look: Callable[[int], Any], kept: Callable[[], Kept]
+    ) -> None:
+        """Looks, saves, and stops where that was asked for; what was asked meanwhile does not wait for another step."""
+        s = self.settings
+        looks, saves = (
+            step % s.evaluate_every == 0 and step < s.steps,
+            step % s.checkpoint_every == 0 or step == s.steps,
+        )
+        if looks:
+            self._timed("look", look, step)
+        if saves:
+            self._timed("save", self.save, step, *kept())
+        if (looks or saves) and not stopping:
+            stopping = self._agreed(bool(asked))
+        if not stopping:
+            return
+        if not saves:
+            self.save(step, *kept())
+        rest = "" if step < s.steps else ", what follows the last step is to come"
+        raise Remedy(
+            f"stopped on request at step {step} of {s.steps}, checkpoint saved{rest}; go on with: {self.again}", 75
+        )
+
+    def _timed(self, kind: str, work: Callable[..., Any], *arguments: Any) -> None:
+        began = time.perf_counter()
+        work(*arguments)
+        self.clock.seconds[kind] = time.perf_counter() - began
+
+    def _announce(self) -> None:
+        """The first line of progress can be long in coming."""
+        s = self.settings
+        if self.run and self.clock.expected is not None and self.start < s.steps:
+            say(f"training from step {self.start} to {s.steps:,}, in all about {lasting(self.clock.left(self.start))}")
 
     def note(self, text: str) -> None:
         """Tells the user, and the run's log."""
@@ -164,6 +200,8 @@ class Training:
     def _scaler(self) -> Any:
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
+    @doing("saving a checkpoint", log=False)
+    @stops.saving()
     def save(
         self, step: int, more: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Any], folder: Path | None = None
     ) -> None:
@@ -178,6 +216,7 @@ class Training:
             }
             state = {
                 "skips": list(self.skips),
+                "missed": self.missed,
                 "scaler": self._scaler.state_dict() if self._scaler else None,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
@@ -210,6 +249,13 @@ class Training:
         self.run.log(recent[-1].step, values)
         progress.show(recent[-1].step, values)
 
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any process was asked to stop."""
+        if self.fabric.world_size == 1:
+            return asked
+        here = torch.tensor(asked, dtype=torch.float32, device=self.fabric.device)
+        return bool(cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")))
+
     def _shared(self, done: Done, asked: bool) -> bool:
         """Brings what went wrong in any process to all of them; returns whether any was asked to stop."""
         if self.fabric.world_size == 1:
@@ -234,28 +280,6 @@ def means(recent: list[Done]) -> dict[str, float]:
         values[name] = float(sum(found) / len(found))
     seconds = sum(done.seconds for done in recent)
     return values | {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
-
-
-@contextmanager
-def requests_to_stop() -> Iterator[list[int]]:
-    """Collects signals that ask to stop; the loop acts on them between steps. A second Ctrl-C stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    except ValueError:  # not in the main thread: the caller's signals stay the caller's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def teach(
@@ -294,7 +318,8 @@ def teach(
         try:
             for done in taught:
                 recent.append(done)
-                if done.step % log_every == 0 or done.step == steps:
+                progress.clock.step(done.seconds)
+                if done.step % log_every == 0 or done.step == steps or progress.due:
                     progress.show(done.step, means(recent))
                     recent = []
         finally:

@@ -1,0 +1,137 @@
+"""What a run costs: typical times, counted for all that a run does, and what would cost less."""
+
+import time
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from gtsa import augment, config, cost, plan, strict
+from gtsa.backbone import Backbone
+from gtsa.cost import Cost
+from gtsa.data import ViewSet
+from gtsa.methods.gtsa import GTSA
+from gtsa.views import MultiCrop
+
+COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fixed=10**7)
+
+
+def resolved(**given):
+    ready = plan.engine(strict.validated(config.Pretrain, {"device": "cpu", "workers": 0, **given}))
+    plan.start(ready, None)
+    plan.sizes(ready)
+    plan.budget(ready, 331)
+    return ready
+
+
+def test_a_busy_moment_does_not_count():
+    seconds = iter([9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
+    assert cost.typical(lambda: next(seconds)) == 0.1
+    slow = iter([5.0, 4.0, 90.0, 5.0])
+    assert cost.typical(lambda: next(slow)) == 5.0
+    assert next(slow) == 5.0  # three are enough where they are long
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ({"batch_size": 10}, 10 * 0.1 + 0.5 + 10 * 0.02),
+        ({"batch_size": 10, "workers": 2}, 10 * 0.1 + 0.5),  # they load while the others compute
+        ({"batch_size": 100, "workers": 1}, 100 * 0.1 + 0.5),
+        ({"batch_size": 10, "devices": 2}, 5 * 0.1 + 0.5 + 5 * 0.02),
+    ],
+)
+def test_seconds_of_a_step(given, seconds):
+    assert COST.step(resolved(**given).settings) == pytest.approx(seconds)
+
+
+def test_loading_can_be_what_takes_longest():
+    s = resolved(batch_size=10, workers=1).settings
+    assert Cost(0.9, 0.1, 0.5, 1, 1).step(s) == pytest.approx(9)
+
+
+def test_a_run_is_its_steps_and_its_looks():
+    s = resolved(batch_size=10, steps=120, evaluate_every=50).settings
+    each = 64 * (0.02 + cost.LOOK * 0.1)  # a look at 32 images, twice
+    assert COST.look(s, 32) == pytest.approx(each)
+    assert COST.run(s, 32) == pytest.approx(120 * 1.7 + 4 * each)  # at steps 0, 50, 100 and 120
+    assert COST.run(s, 32, done=60) == pytest.approx(60 * 1.7 + 2 * each)
+
+
+class Slow:
+    """Images that take a while to be read, as files on a network do."""
+
+    def read(self, index, detail=None):
+        time.sleep(0.02)
+        return torch.randint(0, 256, (3, 72, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+
+
+def test_what_is_measured_leaves_the_network_as_it_was():
+    torch.manual_seed(0)
+    multicrop = MultiCrop(2, 1, 48, 32)
+    encoder = Backbone("test_vit", 48)
+    method = GTSA(encoder, projector_dim=16, out_dim=16, predictor_dim=16)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    views = ViewSet(Slow(), range(3), multicrop, 0)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    found = cost.probe(
+        method, views, lambda v: augment.apply(v, fabric.device, *encoder.normalisation), fabric, 8, 10**9
+    )
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    assert found.loading > 0.02 and found.passing > 0 and found.updating > 0
+    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    assert found.bytes_fixed == sum(p.nbytes for p in method.parameters()) + 3 * trained
+    assert found.bytes_image > 0
+
+
+def test_what_would_take_less_is_told_until_it_is_no_longer_long():
+    s = resolved(batch_size=40, steps=10_000).settings
+    rows = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 22e6, 0)  # 111 hours
+    assert [flags for flags, _ in rows] == [
+        "--views.global-size 112 --views.local-size 48",
+        "--views.local-crops 4",
+        "--model vit_tiny_patch16_224",
+    ]
+    # patches: 4 x 2 x 14 x 14 + 3 x 8 x 6 x 6 = 2432 before; 4 x 2 x 7 x 7 + 3 x 8 x 3 x 3 = 608, with four crops 500
+    hours = [10_000 * 40 / 3600 * share for share in (608 / 2432, 500 / 2432, 500 / 2432 / 4)]
+    assert [takes for _, takes in rows] == [f"about {plan.lasting(3600 * h)}" for h in hours]
+
+
+def test_steps_that_fit_are_told_where_nothing_else_is_enough():
+    s = resolved(
+        model="test_vit", batch_size=40, steps=10_000, views={"global_size": 32, "local_size": 32, "local_crops": 2}
+    ).settings
+    ((flags, takes),) = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 3e5, 0)
+    assert flags == f"--steps {12 * 3600 // 40}"
+    assert takes == "about 12 h 00 min"
+
+
+def test_flags_that_take_less_are_flags():
+    s = resolved(batch_size=40, steps=10_000).settings
+    for flags, _ in cost.cheaper(s, Cost(0.0, 100.0, 0.0, 1, 1), 22e6, 0):
+        for flag in flags.split("--")[1:]:
+            name, value = flag.split()
+            section, _, key = name.replace("-", "_").rpartition(".")
+            strict.validated(
+                config.Pretrain,
+                {section: {key: int(value)}} if section else {key: value if key == "model" else int(value)},
+            )
+
+
+# Batches that are larger than the data
+
+
+@pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
+def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
+    ready = plan.engine(strict.validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    with pytest.raises(plan.Remedy, match=f"there are {images} images .* take at most {images}") as remedy:
+        plan.budget(ready, images)
+    assert remedy.value.code == 2
+
+
+@pytest.mark.parametrize(("batch", "images"), [(400, 331), (8, 3), ("auto", 3)])
+def test_a_batch_of_few_repeats_is_explained(batch, images):
+    ready = plan.engine(strict.validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    plan.budget(ready, images)
+    assert ready.reasons["batch_size"] == f"more than the {images} images: a step repeats some; {images} would not"
