@@ -64,8 +64,9 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
                 say(f"changed: {line}")
         return new
     if given.get("resume") and given.get("data") is None:
-        if where and any((where.parent / name).exists() for name in ("images.jsonl", "checkpoints")):
-            raise Remedy(f"--resume: {where} is gone; bring it back, or give the run's settings and --data again", 4)
+        if out and (Path(out) / "images.jsonl").exists():
+            told = f"--resume: {out}/config.yaml is gone; bring it back, or give the run's settings and --data again"
+            raise Remedy(told, 4)
         if tell and os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
     if given.get("data") is None:
@@ -84,7 +85,7 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
 
 def written(settings: Any) -> dict[str, Any]:
     """Settings as a checkpoint keeps them: plain values for JSON."""
-    return dict(json.loads(settings.model_dump_json(exclude={"resume", "overwrite"})))
+    return dict(json.loads(settings.model_dump_json(exclude={"resume", "overwrite", "plan"})))
 
 
 def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
