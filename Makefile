@@ -1,11 +1,14 @@
-# make demo: set-up and the main job on the embedded sample. make test: set-up and all checks.
+# make demo: set-up and the main job on the embedded sample. make check: while working, within a minute. make test: what
+# CI runs, all checks. make test-long: what takes minutes too, before a release.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# Tests of functions: seconds in all, and no import that takes long but torch's.
+FAST := $(patsubst %,tests/test_%.py,augment geometry heads labels losses masks optim pyramid schedules statistics teacher)
 
-.PHONY: setup demo test test-long lint format benchmark lock clean
+.PHONY: setup demo check test test-long lint format benchmark lock clean
 
 setup: $(READY)
 
@@ -30,6 +33,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
 test: lint
 	$(PYTEST)

@@ -1,23 +1,32 @@
-"""What many tests need: a small folder of scenes, a small model, and the command line as a user runs it."""
+"""What many tests need: a small folder of scenes, a small run, and the command line as a user runs it."""
 
+import contextlib
+import fcntl
+import io
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 TINY = {
-    "model": "vit_tiny_patch16_224",
+    "model": "test_vit",
     "steps": 12,
     "batch_size": 4,
-    "hold_out": 3,
+    "hold_out": 6,
     "checkpoint_every": 4,
     "evaluate_every": 6,
     "log_every": 2,
-    "views": {"global_size": 64, "local_size": 32, "local_crops": 2},
+    "views": {"global_size": 48, "local_size": 32, "local_crops": 2},
     "gtsa": {"projector_dim": 16, "out_dim": 24, "predictor_dim": 16},
+}
+SMALL_HEADS = {  # of the other methods
+    "dino": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
+    "ibot": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
+    "mae": {"decoder_dim": 64, "decoder_depth": 1},
 }
 
 
@@ -39,9 +48,34 @@ def make_scenes(folder, count=14):
     return folder
 
 
+# Made once, whatever the number of processes that the tests run in; to be read, and copied before it is changed
+
+
+def shared(factory, name, make):
+    """The folder ``name``, made by the first process that asks for it with ``make(folder)``."""
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
+    place.parent.mkdir(exist_ok=True)
+    with open(place.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = place.with_suffix(".done")
+        if not done.exists():
+            make(place)
+            done.touch()
+    return place
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    return make_scenes(tmp_path_factory.mktemp("data") / "scenes")
+    return shared(tmp_path_factory, "scenes", make_scenes)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, scenes):
+    """The folder of a run of TINY that nothing interrupted."""
+    from gtsa import pretrain
+
+    return shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
 
 
 @pytest.fixture(scope="session")
@@ -60,14 +94,27 @@ def _own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+# The command line: in this process, forked from a warm one (tests/forking.py), or as a user starts it
+
+
+def run(*arguments):
+    """(exit code, standard output, standard error) of the command line, in this process."""
+    from gtsa import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.run([str(a) for a in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
 def start(*arguments, **options):
-    """The command line in a process of its own."""
+    """The command line in a process of its own, imports and all."""
     command = [sys.executable, "-m", "gtsa", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def run(*arguments, **options):
-    """(exit code, standard output, standard error) of the command line."""
+def run_apart(*arguments, **options):
+    """What ``run`` returns, of a process of its own."""
     process = start(*arguments, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
@@ -77,3 +124,27 @@ def final_weights(folder):
     """The bytes of all tensors of the newest checkpoint, by file."""
     place = max((folder / "checkpoints").glob("step-*"))
     return {file.name: file.read_bytes() for file in place.glob("*.safetensors")}
+
+
+# The end of the report: what failed, by area (a file of tests); the last line stays pytest's own
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    yield
+    counts = {}
+    for kind in ("failed", "error", "passed"):
+        for report in terminalreporter.stats.get(kind, ()):
+            area = report.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
+            counts.setdefault(area, Counter())[kind] += 1
+    for line in areas(counts):
+        terminalreporter.write_line(line)
+
+
+def areas(counts):
+    """Lines about {area: {failed, error, passed: count}}: one for each area with failures, one for all others."""
+    wrong = {area: found for area, found in counts.items() if found["failed"] or found["error"]}
+    others = [found for area, found in counts.items() if area not in wrong]
+    for area, found in sorted(wrong.items()):
+        yield f"FAILED AREA {area}: " + ", ".join(f"{found[kind]} {kind}" for kind in found)
+    yield f"{len(others)} {'other ' if wrong else ''}areas without failures: {sum(map(Counter.total, others))} tests passed"

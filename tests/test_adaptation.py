@@ -1,20 +1,16 @@
 """Going on from weights: what is held, what rests, what is chosen, and that good weights are not destroyed."""
 
-import json
-import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import gtsa
-from conftest import TINY, final_weights, run
-from gtsa import checkpoint, losses, plan, strict, weights
+from conftest import TINY, run
+from gtsa import checkpoint, judging, losses, plan, strict, weights
 from gtsa.adaptation import Adaptation
 from gtsa.backbone import Backbone
 from gtsa.config import Pretrain
@@ -24,16 +20,17 @@ from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
 from gtsa.teacher import copy_of
 from test_dino import views
-from test_exact import kill_after
+from test_exact import stopped_and_resumed
+from test_online import Asked as Answers
+from test_online import right
 
 QUICK = {**TINY, "steps": 6, "checkpoint_every": 2}
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, scenes):
+def start(finished):
     """An export of a short run."""
-    out = tmp_path_factory.mktemp("runs") / "start"
-    return gtsa.pretrain(str(scenes), out=str(out), **{**TINY, "steps": 2}).export
+    return finished / "exports" / "timm"
 
 
 # The anchor
@@ -121,7 +118,8 @@ def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
     monkeypatch.setattr(module, "ScheduledAdamW", Seen)
     gentle = {"head_start": rests, "encoder_rate": 0.3, "layer_decay": 0.5}
     run_ = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(start), **gentle, **{**QUICK, "steps": 2})
-    encoder, depth = opened(str(run_.export))[0].vit, 12
+    encoder = opened(str(run_.export))[0].vit
+    depth = len(encoder.blocks)
     shapes = {}
     for name, p in encoder.named_parameters():
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth if "norm" in name else 0
@@ -162,15 +160,15 @@ def test_the_encoder_rests_while_heads_learn(start, scenes, tmp_path):
 
 def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scenes, tmp_path, tiny_yaml):
     config = tmp_path / "c.yaml"
-    config.write_text(
-        tiny_yaml.read_text().replace("model: vit_tiny_patch16_224\n", "").replace("steps: 12", "steps: 2")
-    )
+    config.write_text(tiny_yaml.read_text().replace("model: test_vit\n", "").replace("steps: 12", "steps: 2"))
     out = tmp_path / "run"
     code, printed, err = run("pretrain", "--config", config, "--data", scenes, "--out", out, "--init", start)
     assert code == 0, err
     words = " ".join(printed.split())
-    assert "vit_tiny_patch16_224, 5.5 M parameters weights as above" in words
-    assert "150 of 150 tensors loaded" in words
+    encoder = opened(str(start))[0].vit
+    millions, tensors = sum(p.numel() for p in encoder.parameters()) / 1e6, len(encoder.state_dict())
+    assert f"test_vit, {millions:.1f} M parameters weights as above" in words
+    assert f"{tensors} of {tensors} tensors loaded" in words
     assert "encoder rests for 0 steps, then learns at 0.1 of" in words
     assert "0.75 of that a block below; anchor 1" in words
     assert "likenesses between patches agree to 1.00 with those of the start" in words
@@ -211,18 +209,12 @@ def test_architectures_of_published_weights_are_adapted(model, scenes, tmp_path)
     assert opened(str(run_.export))[0].model == model
 
 
-# Killed, and gone on with
+# Stopped, and gone on with
 
 
-def test_killed_and_resumed(start, scenes, tmp_path, tiny_yaml):
-    given = ["--config", tiny_yaml, "--data", scenes, "--init", start, "--head-start", 0.25, "--encoder-rate", 1]
-    assert run("pretrain", "--out", tmp_path / "straight", *given)[0] == 0
-    code, _ = kill_after(tmp_path / "run", 4, *given)
-    assert code == -signal.SIGKILL
-    code, printed, err = run("pretrain", "--out", tmp_path / "run", "--resume")
-    assert code == 0, err
-    assert "resumed from step-0000" in printed
-    assert final_weights(tmp_path / "run") == final_weights(tmp_path / "straight")
+def test_stopped_and_resumed(start, scenes, tmp_path, monkeypatch):
+    """See tests/long for kills at any moment."""
+    stopped_and_resumed(scenes, tmp_path, monkeypatch, init=str(start), head_start=0.25, encoder_rate=1.0)
 
 
 def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
@@ -241,75 +233,31 @@ def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
     assert told.value.code == 4
 
 
-# Good weights, and the choice
+# The choice
 
 
-def stripes(kind, seed, side=64):
-    """Stripes of 8 px in one of six directions, of any phase and any two colours, with noise."""
-    rng = np.random.default_rng([kind, seed])
-    y, x = np.mgrid[:side, :side]
-    angle = np.pi * kind / 6
-    wave = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / 8 + rng.uniform(0, 2 * np.pi))
-    one, two = rng.uniform(0, 255, (2, 3))
-    pixels = one + (two - one) * (wave[..., None] + 1) / 2 + rng.normal(0, 20, (side, side, 3))
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+class Asked(Answers):
+    """A question of 50 images, of which as many are answered right as is told, look by look."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = iter(counts)
+
+    def __call__(self, *_):
+        return {"right": right(next(self.counts))}
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """Weights that we trained ourselves, supervised, and the labelled images that show what they are worth."""
-    root = tmp_path_factory.mktemp("good")
-    for part, seeds in (("train", range(30)), ("val", range(1000, 1020))):
-        for kind in range(6):
-            (root / part / f"direction-{kind}").mkdir(parents=True)
-            for seed in seeds:
-                Image.fromarray(stripes(kind, seed)).save(root / part / f"direction-{kind}" / f"{seed}.png")
-    torch.manual_seed(0)
-    encoder = Backbone("test_vit", 64)
-    head = torch.nn.Linear(encoder.width, 6)
-    images = np.stack([stripes(kind, 2000 + i) for kind in range(6) for i in range(150)])
-    mean, std = (torch.tensor(values)[:, None, None] for values in encoder.normalisation)
-    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
-    truth, steps = torch.arange(6).repeat_interleave(150), 500
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()])
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 50) * (1 + np.cos(np.pi * step / steps)) / 2
-        rows = torch.randint(len(pixels), (32,))
-        loss = F.cross_entropy(head(encoder(pixels[rows]).patches.mean((1, 2))), truth[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    write(encoder.eval(), root / "weights")
-    (root / "eval.yaml").write_text("knn: {k: [10], resize: 64, crop: 64}\n")
-    return root
-
-
-def adapted(good, out, data, **changes):
-    given = {
-        "init": str(good / "weights"), "steps": 200, "batch_size": 8, "learning_rate": 5e-3, "hold_out": 3,
-        "evaluate_every": 100, "method": "dino", "dino": {"hidden": 256, "bottleneck": 64, "momentum": 0.95},
-        "views": {"global_size": 64, "local_size": 32, "local_crops": 2}, "eval": ("knn",),
-        "eval_train": (str(good / "train"),), "eval_val": (str(good / "val"),), "eval_config": str(good / "eval.yaml"),
-    }  # fmt: skip
-    done = gtsa.pretrain(str(data), out=str(out), **given, **changes)
-    lines = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 100, 200]
-    return done, [line["knn: top1, k = 10"] for line in lines]
-
-
-def test_the_preset_keeps_what_going_on_as_from_scratch_destroys(good, scenes, tmp_path):
-    kept, with_preset = adapted(good, tmp_path / "preset", scenes)
-    lost, naive = adapted(
-        good, tmp_path / "naive", scenes, head_start=0.0, encoder_rate=1.0, layer_decay=1.0, anchor=0.0
-    )
-    assert with_preset[0] == naive[0] > 90  # chance is 16.7
-    assert naive[-1] < naive[0] - 15
-    assert min(with_preset) > with_preset[0] - 3
-
-    # The choice: the start, where all looks were worse; and the export is that
-    assert lost.choice.startswith("KEEP THE START: knn")
-    assert opened(str(lost.export))[0].fingerprint == opened(str(good / "weights"))[0].fingerprint
-    best = max(range(3), key=lambda i: (with_preset[i], -i))
-    assert kept.choice.startswith("KEEP THE START" if best == 0 else f"take step {100 * best}: knn")
-    kept_run = checkpoint.newest(tmp_path / "preset" / "best" / "checkpoints")[0]
-    assert kept_run.name == f"step-{100 * best:08d}"
+@pytest.mark.parametrize(
+    ("counts", "best", "words"),
+    [((45, 30, 44), 0, "KEEP THE START: knn 90.00"), ((30, 45, 40), 2, "take step 2: knn 90.00, at the start 60.00")],
+)
+def test_the_best_is_exported_and_it_may_be_the_start(start, scenes, tmp_path, monkeypatch, counts, best, words):
+    monkeypatch.setattr(judging, "questions", lambda _: [Asked(counts)])
+    asked = {"eval": ("knn",), "eval_val": ("x",), "evaluate_every": 2}
+    out = tmp_path / "run"
+    done = gtsa.pretrain(str(scenes), out=str(out), init=str(start), **{**QUICK, **asked, "steps": 4})
+    assert done.choice.startswith(words)
+    assert checkpoint.newest(out / "best" / "checkpoints")[0].name == f"step-{best:08d}"
+    chosen, before = (opened(str(place))[0].fingerprint for place in (done.export, start))
+    assert (chosen == before) is (best == 0)
+    assert chosen == opened(str(out / "best"))[0].fingerprint

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forking import fork
 from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.cli import run
@@ -37,7 +37,8 @@ SMALL = {
         "views": {"global_size": 32, "local_size": 32, "local_crops": 1},
         "gtsa": {"projector_dim": 16, "out_dim": 16, "predictor_dim": 16},
         "dino": {"prototypes": 16, "hidden": 16, "bottleneck": 8},
-        "hold_out": 2,
+        "mae": {"decoder_dim": 64, "decoder_depth": 1},
+        "hold_out": 5,
     },
     "evaluate": {"segmentation": {"size": 32, "steps": 2, "batch_size": 2}, "in_context": {"size": 32, "memory": 50}},
 }  # fmt: skip
@@ -354,31 +355,23 @@ def test_one_value_for_several_is_taken_as_one(data, tmp_path, monkeypatch):
     assert cells.rows_of(s.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
 
 
-def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):
-    more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 30}
-    file = tmp_path / "c.yaml"
-
-    def started(out):
-        file.write_text(strict.plain_yaml(settings(data, out, **more)))
-        command = [sys.executable, "-m", "gtsa", "compare", "--config", str(file)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
-
-    straight = started(tmp_path / "straight")
-    assert straight.wait(300) == 0
-    for signal_, sign in (
-        (signal.SIGKILL, "cells/gtsa/images-0/run/metrics.jsonl"),
-        (signal.SIGTERM, "cells/dino/images-0/log.txt"),
-    ):
-        killed = started(tmp_path / "killed")
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "killed" / sign).exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(killed.pid, signal_)
-        assert killed.wait(60) != 0
-    last = started(tmp_path / "killed")
-    assert last.wait(300) == 0
-    told = [results(tmp_path / name) for name in ("straight", "killed")]
-    assert told[0] == told[1]
+def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path, monkeypatch):
+    """See tests/long for one that is stopped again and again."""
+    more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 10}
+    more["pretrain"] = SMALL["pretrain"] | {"log_every": 1, "checkpoint_every": 2}
+    file, out = tmp_path / "c.yaml", tmp_path / "killed"
+    file.write_text(strict.plain_yaml(settings(data, out, **more)))
+    process = fork("compare", "--config", file)
+    deadline = time.monotonic() + 200
+    while not (out / "cells/gtsa/images-0/run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    here(monkeypatch)
+    for name in ("killed", "straight"):
+        compare.compare(**settings(data, tmp_path / name, **more))
+    assert results(tmp_path / "killed") == results(tmp_path / "straight")
 
 
 # Tuning

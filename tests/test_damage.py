@@ -23,7 +23,7 @@ SMALL = {
     "model": "test_vit",
     "steps": 8,
     "batch_size": 4,
-    "hold_out": 2,
+    "hold_out": 5,
     "checkpoint_every": 4,
     "evaluate_every": 5,
     "log_every": 3,

@@ -390,37 +390,46 @@ def test_positions_norms_and_biases_are_not_decayed(backbone):
 SMALL = {"scale": 64, "batch_size": 2, "width": 16, "warmup": 4, "learning_rate": 3e-3}
 
 
+@pytest.fixture(scope="module")
+def taught(backbone):
+    """Masks or not -> evidence of a detector that was trained, what it kept, its figures before and after, and whether
+    the backbone stayed as it was."""
+
+    @cache
+    def found(masks):
+        before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+        train, val = squares(20, masks), squares(10, masks, seed=1)
+        kept = {}
+        untrained = Detection(**SMALL, steps=0)
+        trained = Detection(**SMALL, steps=80 if masks else 120, freeze=True)
+        start = untrained.figures(untrained(backbone, train, val, lab()))
+        evidence = trained(backbone, train, val, lab(keep=kept.__setitem__))
+        same = all(torch.equal(backbone.state_dict()[name], tensor) for name, tensor in before.items())
+        return evidence, kept, start, trained.figures(evidence), same and not backbone.training
+
+    return found
+
+
 @pytest.mark.parametrize("masks", [False, True])
-def test_squares_are_found(backbone, masks):
-    train, val = squares(20, masks), squares(10, masks, seed=1)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    kept = {}
-    untrained = Detection(**SMALL, steps=0)
-    trained = Detection(**SMALL, steps=80 if masks else 120, freeze=True)
-    start = untrained.figures(untrained(backbone, train, val, lab()))
-    evidence = trained(backbone, train, val, lab(keep=kept.__setitem__))
-    figures = trained.figures(evidence)
+def test_squares_are_found(taught, masks):
+    evidence, kept, start, figures, unchanged = taught(masks)
     assert list(kept) == list(range(10)) and kept[3] == evidence["found"][3]
     assert {d["category_id"] for entries in evidence["found"] for d in entries} <= {3, 7}
     assert {d["image_id"] for d in kept[3]} == {103}
     assert all(len(entries) <= 100 for entries in evidence["found"])
     assert ("mask AP" in figures) is masks
     assert figures["box AP50"] > start["box AP50"] + 20
-    assert all(torch.equal(backbone.state_dict()[name], tensor) for name, tensor in before.items())
-    assert not backbone.training
+    assert unchanged
 
 
-def test_boxes_of_other_images_teach_nothing(backbone):
+def test_boxes_of_other_images_teach_nothing(backbone, taught):
     """Where the boxes are those of another image, to learn from and to judge by, there is nothing to be found by looking."""
-    right, wrong = [], []
-    for found in (right, wrong):
-        train, val = squares(20, False), squares(10, False, seed=1)
-        if found is wrong:
-            for data in (train, val):
-                object.__setattr__(data, "targets", [*data.targets[3:], *data.targets[:3]])
-        detection = Detection(**SMALL, steps=120, freeze=True)
-        found.append(detection.figures(detection(backbone, train, val, lab()))["box AP50"])
-    assert wrong[0] < right[0] / 4
+    train, val = squares(20, False), squares(10, False, seed=1)
+    for data in (train, val):
+        object.__setattr__(data, "targets", [*data.targets[3:], *data.targets[:3]])
+    detection = Detection(**SMALL, steps=120, freeze=True)
+    wrong = detection.figures(detection(backbone, train, val, lab()))["box AP50"]
+    assert wrong < taught(False)[3]["box AP50"] / 4
 
 
 def test_truth_is_what_the_file_says():

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gtsa
-from conftest import TINY
-from conftest import run as as_user
+from conftest import TINY, run_apart
 from evaluating import coloured
 from gtsa import config, evals, strict
 from gtsa.cli import run
@@ -229,26 +228,18 @@ def test_labels_of_one_side_alone_are_told(places, tmp_path):
         asked(places, "rotation", val=(str(places / "train"), str(tmp_path / "labels.csv")))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, scenes):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    more = {"model": "test_vit", "steps": 1, "views": {"global_size": 48, "local_size": 32, "local_crops": 1}}
-    gtsa.pretrain(str(scenes), out=str(out), device="cpu", workers=0, **{**TINY, **more})
-    return out
-
-
 @pytest.mark.parametrize("part", ["", "exports/timm"])
-def test_health_of_a_run_needs_nothing(trained, scenes, tmp_path, capsys, part):
+def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part):
     """It is judged by the run's own held-out images: those that the run's scan and its seed say."""
     small = {"resize": 64, "crop": 64}
-    (own,) = gtsa.evaluate(str(trained / part), "health", device="cpu", workers=0, health=small)["results"]
-    assert f"judged by 3 held-out images of {trained}" in capsys.readouterr().out
-    assert own["images"] == {"judged": 3}
-    settings = strict.validated(config.Pretrain, strict.read_yaml(trained / "config.yaml"))
+    (own,) = gtsa.evaluate(str(finished / part), "health", device="cpu", workers=0, health=small)["results"]
+    assert f"judged by {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
+    assert own["images"] == {"judged": TINY["hold_out"]}
+    settings = strict.validated(config.Pretrain, strict.read_yaml(finished / "config.yaml"))
     pool = Pool(str(scenes), settings, print)
     for number in pool.held_out:
         shutil.copy(scenes / pool.source.name(number), tmp_path)
-    (same,) = gtsa.evaluate(str(trained / part), "health", val=tmp_path, device="cpu", workers=0, health=small)[
+    (same,) = gtsa.evaluate(str(finished / part), "health", val=tmp_path, device="cpu", workers=0, health=small)[
         "results"
     ]
     assert own["figures"]["rank"] == pytest.approx(same["figures"]["rank"])
@@ -258,9 +249,9 @@ def test_health_of_a_run_needs_nothing(trained, scenes, tmp_path, capsys, part):
     ("weights", "words"),
     [(WEIGHTS, "--val is missing: give --val IMAGES, without labels"), ("GONE", "cannot be opened")],
 )
-def test_health_without_images_says_what_is_needed(trained, tmp_path, weights, words):
+def test_health_without_images_says_what_is_needed(finished, tmp_path, weights, words):
     if weights == "GONE":
-        weights = str(shutil.copytree(trained, tmp_path / "run"))
+        weights = str(shutil.copytree(finished, tmp_path / "run"))
         text = (tmp_path / "run" / "config.yaml").read_text()
         (tmp_path / "run" / "config.yaml").write_text(text.replace("data: ", "data: /gone"))
     with pytest.raises(Remedy, match=words):
@@ -376,7 +367,7 @@ def test_predictions_and_pictures(places, tmp_path):
 
 
 def test_on_the_command_line(places, tmp_path):
-    code, out, err = as_user(
+    code, out, err = run_apart(
         "evaluate", WEIGHTS, "--task", "knn", "health", "--train", places / "train", "--val", places / "val", *FLAGS,
         "--health.resize", "64", "--health.crop", "64", "--out", tmp_path / "out.json",
         env={**os.environ, "OMP_NUM_THREADS": "1"},

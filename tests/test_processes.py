@@ -1,9 +1,10 @@
 """Several processes through torchrun: the same views, and a run that trains and resumes."""
 
+import hashlib
 import json
-import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -12,65 +13,77 @@ import torch
 
 import gtsa
 from conftest import run
+from forking import Forked, fork
 from gtsa import checkpoint
 from gtsa.cli import run as in_process
 from gtsa.core import Alone, Remedy
 from gtsa.pretrain import _remedy
 
-WORKER = """
-import hashlib, json, os, sys
-import torch
-from lightning_fabric import Fabric
-from gtsa.data import StepSampler, ViewSet, loader
-from gtsa.sources import open_source
-from gtsa.views import MultiCrop
 
-rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-source = open_source(sys.argv[1])
-views = ViewSet(source, range(len(source)), MultiCrop(global_size=64, local_size=32, local_crops=2), seed=3)
-drawn = {}
-for step, batch in enumerate(loader(views, StepSampler(len(source), 8, 5, 0, rank, ranks), workers=1)):
-    for row, image in enumerate(batch.images.tolist()):
-        parts = [getattr(c, name)[row] for c in batch.groups for name in ("pixels", "boxes", "turns", "colours")]
-        digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
-        drawn.setdefault(str(step), []).append([image, digest])
-with open(os.path.join(sys.argv[2], f"{ranks}-{rank}.json"), "w") as file:
-    json.dump(drawn, file)
-"""
+def draw_views(data, folder, rank, ranks):
+    """What one of several processes does: digests of all views that it draws in five steps."""
+    from gtsa.data import StepSampler, ViewSet, loader
+    from gtsa.sources import open_source
+    from gtsa.views import MultiCrop
+
+    source = open_source(data)
+    views = ViewSet(source, range(len(source)), MultiCrop(global_size=64, local_size=32, local_crops=2), seed=3)
+    drawn = {}
+    for step, batch in enumerate(loader(views, StepSampler(len(source), 8, 5, 0, rank, ranks), workers=1)):
+        for row, image in enumerate(batch.images.tolist()):
+            parts = [getattr(c, name)[row] for c in batch.groups for name in ("pixels", "boxes", "turns", "colours")]
+            digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
+            drawn.setdefault(str(step), []).append([image, digest])
+    (folder / f"{ranks}-{rank}.json").write_text(json.dumps(drawn))
 
 
-def torchrun(processes, *command, **options):
+def torchrun(processes, *command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment, **options
-    )
+    return subprocess.run([*launch, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+
+
+def together(processes, *arguments):
+    """The command line in forked processes that are told what torchrun tells its own; their codes and outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
+    told |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
+    begun = [
+        fork(*arguments, environment={k: str(v) for k, v in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate() for process in begun]
+    return [process.returncode for process in begun], outputs
 
 
 def test_1_2_and_4_processes_draw_identical_views(tmp_path, scenes):
-    (tmp_path / "worker.py").write_text(WORKER)
+    all_ = [(rank, ranks) for ranks in (1, 2, 4) for rank in range(ranks)]
+    begun = [Forked(draw_views, str(scenes), tmp_path, rank, ranks) for rank, ranks in all_]
+    for process in begun:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
     streams = []
     for processes in (1, 2, 4):
-        done = torchrun(processes, tmp_path / "worker.py", scenes, tmp_path)
-        assert done.returncode == 0, done.stderr
         ranks = [json.loads((tmp_path / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
         streams.append({step: [draw for rank in ranks for draw in rank[step]] for step in ranks[0]})
     assert streams[0] == streams[1] == streams[2]
     assert [len(batch) for batch in streams[0].values()] == [8] * 5
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_train_and_resume(tmp_path, scenes, tiny_yaml, processes):
+def test_two_processes_train_and_resume(tmp_path, scenes, tiny_yaml):
+    """The first part as a user starts it."""
     out = tmp_path / "run"
     arguments = ["-m", "gtsa", "pretrain", "--config", tiny_yaml, "--data", scenes, "--out", out]
-    done = torchrun(processes, *arguments, "--steps", 8)
+    done = torchrun(2, *arguments, "--steps", 8)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
     losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in losses] == [2, 4, 6, 8]
-    done = torchrun(processes, "-m", "gtsa", "pretrain", "--out", out, "--resume", "--steps", 12)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from step-00000008" in done.stdout
+    codes, outputs = together(2, "pretrain", "--out", out, "--resume", "--steps", 12)
+    assert codes == [0, 0], outputs
+    assert "resumed from step-00000008" in "".join(out for out, _ in outputs)
     assert [p.name for p in (out / "exports" / "timm").iterdir()]
     code, _, err = run("pretrain", "--out", out, "--resume", "--learning-rate", "1")
     assert code == 2, err
@@ -84,8 +97,8 @@ def test_two_processes_share_dinos_centre(tmp_path, scenes, tiny_yaml):
     found = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        done = torchrun(processes, "-m", "gtsa", "pretrain", "--config", config, "--data", scenes, "--out", out)
-        assert done.returncode == 0, done.stderr
+        codes, outputs = together(processes, "pretrain", "--config", config, "--data", scenes, "--out", out)
+        assert codes == [0] * processes, outputs
         tensors, _ = checkpoint.read(checkpoint.newest(out / "checkpoints")[0])
         found.append(tensors["objective"]["centre.value"])
     assert found[0].abs().max() > 1e-3
@@ -112,15 +125,11 @@ def survive(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["tensors", "objects"])
-def test_a_process_whose_partner_is_killed_says_so(tmp_path, monkeypatch, kind):
-    both = []
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        both.append(multiprocessing.get_context("fork").Process(target=survive, args=(tmp_path, kind)))
-        both[-1].start()
+def test_a_process_whose_partner_is_killed_says_so(tmp_path, kind):
+    both = [Forked(survive, tmp_path, kind, environment={"RANK": str(rank)}) for rank in range(2)]
     for process in both:
-        process.join(60)
-    assert both[1].exitcode == -signal.SIGKILL
+        process.communicate()
+    assert both[1].returncode == -signal.SIGKILL
     told = (tmp_path / "told").read_text()
     assert told.startswith("6 Alone another process of this run ended")
 

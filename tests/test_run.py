@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import gtsa
-from conftest import TINY, make_scenes, run
+from conftest import TINY, make_scenes, run, shared
 from gtsa.asked import SAMPLE, asked
 from gtsa.core import Remedy
 from gtsa.data import HELD_OUT, generator
@@ -21,9 +21,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory, scenes):
-    out = tmp_path_factory.mktemp("runs") / "old"
-    gtsa.pretrain(str(scenes), out=str(out), **SHORT)
-    return out
+    return shared(tmp_path_factory, "short", lambda out: gtsa.pretrain(str(scenes), out=str(out), **SHORT))
 
 
 @pytest.fixture
