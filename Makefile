@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Tests of functions: seconds in all, and no import that takes long but torch's.
-FAST := $(patsubst %,tests/test_%.py,augment geometry heads labels losses masks optim pyramid schedules statistics teacher)
+FAST := $(patsubst %,tests/test_%.py,augment checkpoint dino files geometry gtsa heads ibot images labels labels_masks \
+  losses mae masks optim pyramid schedules sources statistics teacher)
 
 .PHONY: setup demo check test test-long lint format benchmark lock clean
 
