@@ -562,7 +562,8 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     s = validated(data, tmp_path, train=places, task=tasks)
     places = [len(question.val) for _, _, question in cells.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
     assert places == [10, 10, 10]
-    assert seen == ["1 of 11 images have no mask and are left out"]
+    assert seen[0] == "1 of 11 images have no mask and are left out"
+    assert [": pixels: " in line for line in seen] == [False, True]
 
 
 def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):

@@ -23,7 +23,8 @@ from gtsa.stops import Processes, Stopped, heard
             "the same command goes on with the trainings",
         ),
         (["compare", "--data", "x", "--out", "x"], "the same command goes on"),
-        (["check", "x"], "give the same command again"),
+        (["check", "x"], "the same command goes on, and does not decode again"),
+        (["preview", "x"], "give the same command again"),
     ],
 )
 def test_a_command_ends_with_one_line(monkeypatch, capsys, tmp_path, number, code, arguments, way):
