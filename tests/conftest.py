@@ -72,10 +72,13 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, scenes):
-    """The folder of a run of TINY that nothing interrupted."""
+    """The folder of a run of TINY that nothing interrupted; whoever changes it copies it first."""
     from gtsa import pretrain
 
-    return shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
+    place = shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
+    before = final_weights(place)
+    yield place
+    assert final_weights(place) == before, "a test has changed the run that all others compare theirs with"
 
 
 @pytest.fixture(scope="session")
