@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -95,6 +96,13 @@ def tiny_yaml(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_signals():
+    """As in a terminal, whoever started the tests: a job in the background ignores Ctrl-C, nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # The command line: in this process, forked from a warm one (tests/forking.py), or as a user starts it

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import shared
 from forking import fork
 from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
@@ -44,19 +45,22 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Ten pictures with bright and dark halves, and masks that say which half is which."""
-    place, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    return shared(tmp_path_factory, "halves", make_halves)
+
+
+def make_halves(place):
+    draw = np.random.default_rng(0)
     for name in ("images", "masks"):
-        (place / name).mkdir()
+        (place / name).mkdir(parents=True)
     for number in range(10):
         mask = np.zeros((40, 40), np.uint8)
         mask[:, draw.integers(10, 30) :] = 1
         pixels = (60 + 120 * mask[..., None] + draw.integers(0, 60, (40, 40, 3))).astype(np.uint8)
         Image.fromarray(pixels).save(place / "images" / f"{number}.png")
         Image.fromarray(mask).save(place / "masks" / f"{number}.png")
-    return place
 
 
 def settings(data, out, **more):
@@ -89,16 +93,18 @@ def results(out):
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(data, tmp_path_factory):
-    """A comparison that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "out"
+    """A comparison that nothing interrupted, to be read."""
+    return shared(tmp_path_factory, "comparison", lambda out: compared(data, out))
+
+
+def compared(data, out):
     with pytest.MonkeyPatch.context() as patch:
         here(patch)
         with pytest.raises(Remedy, match="failed: broken/images-0, broken/images-1; the report says why") as caught:
             compare.compare(**settings(data, out, rows={"broken": {"method": "gtsa", "learning_rate": 1e30}}))
         assert caught.value.code == 7
-    return out
 
 
 def test_every_row_is_asked_with_every_seed(whole):
@@ -169,7 +175,10 @@ def test_the_page_needs_nothing_else(whole):
 
 
 def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monkeypatch, tmp_path, capsys):
-    more = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}
+    more, whole = (
+        {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}},
+        shutil.copytree(whole, tmp_path / "out"),
+    )
     before = (whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()
     monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
     with pytest.raises(Remedy, match="failed: broken/images-0"):

@@ -17,7 +17,7 @@ SETTINGS = """
 model: test_vit
 steps: 6
 batch_size: 4
-hold_out: 2
+hold_out: 4
 checkpoint_every: 3
 evaluate_every: 4
 log_every: 1
@@ -57,14 +57,6 @@ def straight(command, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight") / "run"
     assert run([*command, str(out)]) == 0
     return out
-
-
-@pytest.fixture(autouse=True)
-def _ctrl_c():
-    """Ctrl-C is not ignored, as it is where tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def send(monkeypatch, phase, number):
