@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import os
 import signal
@@ -91,6 +92,32 @@ def tiny_yaml(tmp_path_factory):
     with open(path, "w") as file:
         YAML().dump(TINY, file)
     return path
+
+
+def arithmetic():
+    """A digest of what this process computes, to the last digit, and of the settings that decide it."""
+    import torch
+    import torch.nn.functional as F
+    from timm.layers import use_fused_attn
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, 19, 48, generator=draw)
+    found = [
+        F.conv2d(x, torch.randn(32, 64, 3, 3, generator=draw), padding=1),
+        F.linear(x, torch.randn(96, 48, generator=draw)),
+        F.scaled_dot_product_attention(x, x, x),
+        F.layer_norm(x, (48,)).softmax(-1).exp(),
+    ]
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in found)).hexdigest()[:16]
+    return digest, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), use_fused_attn()
+
+
+@pytest.fixture(autouse=True)
+def _arithmetic_stays():
+    """Runs are compared bit for bit: a test must not change what all others compute after it."""
+    before = arithmetic()
+    yield
+    assert arithmetic() == before
 
 
 @pytest.fixture(autouse=True, scope="session")

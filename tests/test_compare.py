@@ -22,7 +22,7 @@ from forking import fork
 from gtsa import cells, config, experiment, page, report, statistics, strict
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.cli import run
-from gtsa.compare import finals
+from gtsa.compare import Devices, _apart, finals
 from gtsa.core import Remedy
 from gtsa.evals.segmentation import Segmentation
 from gtsa.export import opened
@@ -175,16 +175,14 @@ def test_the_page_needs_nothing_else(whole):
 
 
 def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monkeypatch, tmp_path, capsys):
-    more, whole = (
-        {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}},
-        shutil.copytree(whole, tmp_path / "out"),
-    )
-    before = (whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()
+    more, shared = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}, whole
+    whole = shutil.copytree(shared, tmp_path / "out")
+    before = (whole / "results.json").read_text(), (whole / "report.html").read_text().replace(str(shared), str(whole))
     monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
     with pytest.raises(Remedy, match="failed: broken/images-0"):
         compare.compare(**settings(data, whole, **more))
     assert "all rows and seeds: done, 9 of 9 networks" in capsys.readouterr().out
-    assert ((whole / "results.json").read_bytes(), (whole / "report.html").read_bytes()) == before
+    assert ((whole / "results.json").read_text(), (whole / "report.html").read_text()) == before
     done = []
     told = results(whole)
     here(monkeypatch)
@@ -250,7 +248,6 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
 
 def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=60)  # breaks if one waits for the other
-    here(monkeypatch)
     monkeypatch.setattr(
         compare, "_apart", lambda cell, s, free, apart=compare._apart: (both.wait(), apart(cell, s, free))[1]
     )
@@ -640,3 +637,13 @@ def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp
     with pytest.raises(Remedy, match=re.escape(told)):
         compare.compare(**{**settings(data, tmp_path / "out"), **wrong})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_frees_the_device(tmp_path, monkeypatch):
+    """The next network would wait for it for ever."""
+    (tmp_path / "file").touch()
+    free = Devices([""])
+    monkeypatch.setattr(cells, "folder_of", lambda *_: tmp_path / "file" / "cell")
+    with pytest.raises(NotADirectoryError):
+        _apart(None, None, free)
+    assert free.qsize() == 1

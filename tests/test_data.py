@@ -316,3 +316,10 @@ def test_mistakes_of_ours_are_not_taken_for_bad_images():
 
     with pytest.raises(ZeroDivisionError):
         ViewSet(Broken(), range(3), SMALL, 0)[Draw(0, 0)]
+
+
+def test_workers_are_forked_whatever_the_interpreter_does_by_default():
+    """What a worker does when it starts counts on the trainer being its parent."""
+    views = view_set()
+    made = loader(views, StepSampler(len(views), 2, 1, 0, 0, 1), workers=1)
+    assert made.multiprocessing_context.get_start_method() == "fork"

@@ -155,6 +155,16 @@ def test_no_false_alarm_in_webp(tmp_path):
             assert told(tmp_path, encoded(image, "WEBP", **option), "WEBP") is None
 
 
+def test_zeros_beside_the_picture_of_a_webp_are_no_damage(tmp_path):
+    """Cameras pad what they say about a picture; transparency may be stored as it is."""
+    exif = Image.Exif()
+    exif[0x927C] = bytes(4000)
+    assert told(tmp_path, encoded(PHOTOS[0], "WEBP", quality=80, exif=exif), "WEBP") is None
+    clear = PHOTOS[0].convert("RGBA")
+    clear.putalpha(0)
+    assert told(tmp_path, encoded(clear, "WEBP", quality=80), "WEBP") is None
+
+
 def test_the_scan_names_a_jpeg_with_a_hole(tmp_path):
     for number in range(3):
         noisy(PHOTOS[0].resize((320, 240))).save(tmp_path / f"{number}.jpg", quality=90)

@@ -1,6 +1,9 @@
 """Evaluations during pretraining: they are logged, the best checkpoint is kept, and the training never notices."""
 
+import importlib
 import json
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +12,12 @@ from PIL import Image
 
 import gtsa
 from conftest import TINY, final_weights
-from gtsa import checkpoint, judging, strict
+from gtsa import checkpoint, judging, stops, strict
 from gtsa.config import Pretrain
 from gtsa.core import Remedy
 from gtsa.online import Online
+
+pretraining = importlib.import_module("gtsa.pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +150,19 @@ def test_a_start_that_is_untrained_is_no_choice(question):
 def test_a_figure_that_there_is_not(question):
     with pytest.raises(Remedy, match="knn has no such figure; it has top1, wrong"):
         asking(keep_best="knn:top7")(0, right(1))
+
+
+def test_a_look_that_is_broken_off_keeps_no_best(question):
+    """Its checkpoint was not saved: the look is taken again, and has to find it better again."""
+    run, online = pretraining._Pretraining.__new__(pretraining._Pretraining), asking()
+    online(0, right(20))
+    before = online.best
+
+    def looked(step):
+        online(step, right(40))
+        raise stops.Broken(signal.SIGTERM)
+
+    run.online, run.training, run._looked = online, SimpleNamespace(missed=False), looked
+    assert run._unless_stopped(5) is None
+    assert run.training.missed and online.best == before and 5 not in online.evidence
+    assert online(5, right(40))[1]

@@ -1,9 +1,12 @@
 """gtsa pretrain --plan: what a run would be and take, and nothing left of it."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from conftest import make_scenes
-from gtsa import cost, plan
+from gtsa import checkpoint, cost, plan
 from gtsa.cli import run
 
 SMALL = ["--model", "test_vit", "--views.global-size", "48", "--views.local-size", "32", "--device", "cpu"]
@@ -62,3 +65,21 @@ def test_a_long_run_on_a_cpu_is_told_what_takes_less(images, monkeypatch, capfd)
 def test_out_is_needed_where_there_is_no_plan_to_show(capfd):
     assert run(["pretrain"]) == 2
     assert "--out is missing" in capfd.readouterr().err
+
+
+def test_steps_that_are_done_are_those_of_our_checkpoints(tmp_path):
+    out = tmp_path / "checkpoints"
+    checkpoint.write(out, 40, {}, {})
+    for name in ("step-99999999", "step-old"):
+        (out / name).mkdir()
+    assert plan._done(SimpleNamespace(resume=True, out=str(tmp_path))) == 40
+    assert plan._done(SimpleNamespace(resume=False, out=str(tmp_path))) is None
+
+
+def test_memory_that_runs_out_for_the_plan_is_told(images, tmp_path, monkeypatch, capfd):
+    def probe(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(cost, "probe", probe)
+    assert run(["pretrain", "--plan", "--data", str(images), "--model", "test_vit"]) == 6
+    assert "memory ran out" in capfd.readouterr().err

@@ -53,7 +53,13 @@ def test_overwrite_leaves_what_is_not_ours_in_our_folders(copied, scenes):
 
 @pytest.mark.parametrize(
     ("settings", "code"),
-    [({"data": "nowhere"}, 3), ({"init": "nowhere.pth"}, 4), ({"model": "resnet50"}, 2), ({"eval": ("knn",)}, 2)],
+    [
+        ({"data": "nowhere"}, 3),
+        ({"init": "nowhere.pth"}, 4),
+        ({"model": "resnet50"}, 2),
+        ({"eval": ("knn",)}, 2),
+        ({"batch_size": 5000}, 2),
+    ],
 )
 def test_a_start_that_fails_costs_no_run(copied, scenes, settings, code):
     before = contents(copied)

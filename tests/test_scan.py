@@ -18,6 +18,7 @@ from gtsa.core import Draw, Remedy
 from gtsa.data import ViewSet
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
+from gtsa.remarks import Noted
 from gtsa.scan import links, summed
 from gtsa.sources import open_source
 from gtsa.sources.dataset import Items
@@ -158,6 +159,12 @@ def test_twelve_bits_in_sixteen_are_remarked_on(tmp_path):
     assert "above the 1000 of --range16" in remark
     Image.fromarray(values * 16).save(tmp_path / "a.png")
     assert remarks(tmp_path) == []
+
+
+def test_depths_below_zero_are_no_twelve_bits(monkeypatch):
+    one = Noted.__new__(Noted)
+    one.deep, one.range16, one._values = [0], (0, 65535), lambda _: [np.array([-9, -3], np.int16)]
+    assert one._dark() == ""
 
 
 # What is said

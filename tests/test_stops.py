@@ -59,6 +59,15 @@ def test_what_others_handle_or_ignore_is_left_to_them():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_sigusr1_waits_only_where_there_are_steps(capfd):
+    with heard(trains=True):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert "after the first step" in capfd.readouterr().err
+    with pytest.raises(Stopped) as caught, heard():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert caught.value.code == 128 + signal.SIGUSR1
+
+
 def test_processes_come_to_a_stop_and_later_ones_too():
     processes, codes = Processes(), []
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]

@@ -66,6 +66,7 @@ def _trainable(row: Row, s: Any, images: int) -> None:
     method: Any = methods.found()[told.method]
     plan.method(ready, method.sized, images)
     plan.hold_out(ready, images)
+    plan.budget(ready, images - ready.settings.hold_out, method.rate)
     with torch.device("meta"):  # its constructor checks its options
         encoder = Backbone(ready.settings.model, ready.settings.views.global_size)
         method(encoder, **ready.settings.options)

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """The exit code of a command line."""
     try:
-        with heard():
+        with heard(trains=_verb(arguments) in ("pretrain ", "evaluate ")):
             command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
             command(*bound.args, **bound.kwargs)
         return 0

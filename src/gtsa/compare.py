@@ -229,15 +229,15 @@ class Devices(Queue[str]):
 def _apart(cell: Cell, s: Any, free: Devices) -> str:
     """Does a cell in a process of its own. Returns a line about it."""
     device, place = free.get(), cells.folder_of(cell, s)
-    place.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, HANDED: cell.name, "GTSA_COMPARE": s.model_dump_json()}
-    if device:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
-    if free.maxsize > 1:  # threads that wait for one another must not outnumber the cores
-        share = plan.cores() // free.maxsize // (2 if device else 1)  # on a GPU the other half reads images
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-    try:
+    try:  # whatever happens, the device is free again: the next cell waits for one
+        place.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, HANDED: cell.name, "GTSA_COMPARE": s.model_dump_json()}
+        if device:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
+        if free.maxsize > 1:  # threads that wait for one another must not outnumber the cores
+            share = plan.cores() // free.maxsize // (2 if device else 1)  # on a GPU the other half reads images
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
         with open(place / "log.txt", "a") as log:
             command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]
             code = free.processes.run(command, env=environment, stdout=log, stderr=log)

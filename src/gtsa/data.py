@@ -131,6 +131,7 @@ def loader(views: ViewSet, sampler: Sampler[list[Draw]], workers: int, pin: bool
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
         timeout=600 if workers else 0,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # bind and stops count on it
         worker_init_fn=partial(bind, os.getpid()),
     )
 

@@ -193,9 +193,22 @@ def _webp(data: bytes, pixels: int) -> str | None:
     """libwebp codes pictures of one colour in zeros too, but many pixels in each; lossless ones in anything."""
     if int.from_bytes(data[4:8], "little") + 8 > len(data):
         return "damaged: shorter than its header says"
-    if data[12:16] == b"VP8L" or b"VP8L" in data[12:256]:
-        return None
-    for place, length in _runs(data, 30, len(data)):
-        if length > 48 + pixels / FLAT:
-            return f"damaged: {length:,} zero bytes at byte {place:,}, where no picture has them"
+    for kind, start, stop in _chunks(data, 12, len(data)):
+        if kind != b"VP8 ":
+            continue
+        for place, length in _runs(data, start, stop):
+            if length > 48 + pixels / FLAT:
+                return f"damaged: {length:,} zero bytes at byte {place:,}, where no picture has them"
     return None
+
+
+def _chunks(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+    """Chunks of RIFF with the places of their contents, those within a frame of an animation too."""
+    while start + 8 <= stop:
+        kind, size = data[start : start + 4], int.from_bytes(data[start + 4 : start + 8], "little")
+        inside, end = start + 8, min(start + 8 + size, stop)
+        if kind == b"ANMF":
+            yield from _chunks(data, inside + 16, end)
+        else:
+            yield kind, inside, end
+        start += 8 + size + size % 2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import threads
+from gtsa import checkpoint, threads
 from gtsa.backbone import patch_of
 from gtsa.core import Method, Remedy
 from gtsa.cost import LONG, Cost, cheaper
@@ -284,8 +284,9 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
 
 def _done(s: Any) -> int | None:
     """Steps that a run has done which goes on; None: it begins."""
-    places = sorted(Path(s.out, "checkpoints").glob("step-*")) if s.resume else []
-    return int(places[-1].name.removeprefix("step-")) if places and places[-1].name[5:].isdigit() else None
+    places = filter(checkpoint.is_ours, checkpoint.listing(Path(s.out, "checkpoints"))) if s.resume else iter(())
+    newest = next(places, None)
+    return None if newest is None else int(newest.name.removeprefix("step-"))
 
 
 def _of_time(s: Any, cost: Cost, done: int | None) -> str:

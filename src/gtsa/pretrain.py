@@ -67,13 +67,14 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     plan.start(ready, weights.described(found, None if s.model == "auto" else s.model)[0] if found else None)
     plan.sizes(ready)
     fabric = plan.fabric_of(ready.settings)
-    if s.plan:
-        return _planned_alone(s.data if data is None else data, found, ready, fabric)
     if s.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    run = first(fabric, lambda: Run(s.out, s.resume, s.overwrite))
+    run = None
     try:
+        if s.plan:
+            return _planned_alone(s.data if data is None else data, found, ready, fabric)
+        run = first(fabric, lambda: Run(s.out, s.resume, s.overwrite))
         return _Pretraining(s.data if data is None else data, found, ready, fabric, run)()
     except (Remedy, OSError, RuntimeError) as error:
         remedy = _remedy(error, s.out)
@@ -84,8 +85,9 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
                 run.note(f"ended: {remedy}")
         raise remedy from None
     except stops.Stopped as stopped:
-        if run and run.began:
-            run.note(f"ended by {stopped}")
+        with suppress(OSError, Remedy):
+            if run and run.began:
+                run.note(f"ended by {stopped}")
         raise
     finally:
         if run:
@@ -163,6 +165,7 @@ class _Pretraining:
         kind = methods.found()[self.settings.method]
         plan.method(ready, kind.sized, images)
         plan.hold_out(ready, images)
+        plan.budget(ready, images - self.settings.hold_out, kind.rate)
         self.method, self.loaded = self._networks(found)
         self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
         plan.workers(ready)
@@ -172,7 +175,6 @@ class _Pretraining:
                 run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
         fabric.barrier()
         self.pool = Pool(data, self.settings, lambda text: self.training.note(text))
-        plan.budget(ready, len(self.pool.train), kind.rate)
         self._remember()
 
     def __call__(self) -> Trained:
@@ -335,6 +337,7 @@ class _Pretraining:
         return first(self.fabric, lambda: self._unless_stopped(step))
 
     def _unless_stopped(self, step: int) -> Verdict | None:
+        before = (self.online.best, self.online.evidence) if self.online else None
         try:
             with stops.looking():
                 if step:
@@ -342,6 +345,8 @@ class _Pretraining:
                 self._begin()
         except stops.Broken:
             self.training.missed = True
+            if self.online and before:  # it is taken again: what it found so far was not kept
+                self.online.best, self.online.evidence = before
         return None
 
     def _looked(self, step: int) -> Verdict:

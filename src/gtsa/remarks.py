@@ -78,7 +78,7 @@ class Noted:
         low, high = min(pair[0] for pair in found), max(pair[1] for pair in found)
         black, white = self.range16
         told = f"16-bit images: values from {low:,} to {high:,} in {len(found):,} of {len(self.deep):,}"
-        if high <= black + (white - black) / 4:
+        if 0 < high <= black + (white - black) / 4:
             bits = max(8, math.ceil(math.log2(high + 1)))
             return (
                 f"{told}, of {black:g} to {white:g}: nearly black; give --range16 0 {2**bits - 1}"

@@ -44,15 +44,15 @@ _looks = 0  # that can be broken off
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Signals raise Stopped: SIGTERM and SIGHUP once, so that the way out is not interrupted; SIGUSR1 waits for a step.
+def heard(trains: bool = False) -> Iterator[None]:
+    """Signals raise Stopped: SIGTERM, SIGHUP and SIGUSR1 once, so that the way out is not interrupted.
 
-    What others handle, or ignore as nohup does, is left to them.
+    What others handle, or ignore as nohup does, is left to them. With ``trains``, SIGUSR1 waits for a step.
     """
     asked: list[int] = []
 
     def act(number: int) -> None:
-        if number == signal.SIGUSR1:
+        if number == signal.SIGUSR1 and trains:
             if not _early:
                 tell("SIGUSR1: saving and stopping after the first step")
             _early.append(number)
