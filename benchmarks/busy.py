@@ -21,7 +21,7 @@ from pathlib import Path
 
 SETTINGS = {  # of the environment; what the user has set is left alone
     "gtsa": {},
-    "OpenMP": {"GOMP_SPINCOUNT": "300000"},  # its own default
+    "OpenMP": {"GOMP_SPINCOUNT": "300000"},  # its own default, said so that gtsa leaves it alone
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 FIRST = 10  # steps that are not counted

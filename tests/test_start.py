@@ -1,7 +1,6 @@
 """A command begins without what it does not need: seen in sys.modules, not on a clock (benchmarks/start.py has that)."""
 
 import inspect
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import gtsa
-from gtsa import cli, config, evals, methods, plugins, threads
+from gtsa import cli, config, evals, methods, plugins
 from gtsa.plugins import REQUIRED, declared
 from gtsa.views import MultiCrop
 
@@ -88,16 +87,15 @@ def test_is_answered_without_anything_heavy(answers, command):
 
 def test_the_package_is_lazy_and_its_verbs_are_functions():
     script = (
-        "import os, sys, gtsa; assert 'torch' not in sys.modules; assert 'pretrain' in dir(gtsa)\n"
-        "from gtsa import preview; assert os.environ['GOMP_SPINCOUNT'] == '400'\n"
+        "import sys, gtsa; assert 'torch' not in sys.modules; assert 'pretrain' in dir(gtsa)\n"
+        "from gtsa import preview\n"
         "from gtsa.check import scan\n"  # a module of a verb's name is imported first
         "assert gtsa.check.__module__ == 'gtsa.check' and callable(gtsa.check), gtsa.check\n"
         "from gtsa import export; assert callable(export)\n"
         "try: gtsa.fly\n"
         "except AttributeError as error: assert 'fly' in str(error)\n"
     )
-    clean = {name: value for name, value in os.environ.items() if name not in threads.USERS}
-    subprocess.run([sys.executable, "-c", script], env=clean, check=True)
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(
@@ -143,26 +141,6 @@ def test_what_needs_an_import_is_not_worked_out(tmp_path):
     assert one.arguments["size"] == (int | None, None)
     assert one.arguments["sizes"] == (tuple[int, ...], (1, 2))
     assert declared(file, base="Other") is None
-
-
-@pytest.mark.parametrize(
-    ("users", "imported", "kept"),
-    [
-        ({}, False, {"GOMP_SPINCOUNT": threads.SPINS}),
-        ({}, True, {}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, False, {"OMP_WAIT_POLICY": "ACTIVE"}),
-        ({"GOMP_SPINCOUNT": "7"}, False, {"GOMP_SPINCOUNT": "7"}),
-    ],
-)
-def test_threads_are_left_as_the_user_has_set_them(monkeypatch, users, imported, kept):
-    for name in threads.USERS:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in users.items():
-        monkeypatch.setenv(name, value)
-    if not imported:
-        monkeypatch.delitem(sys.modules, "torch")
-    threads.settle()
-    assert {name: os.environ[name] for name in threads.USERS if name in os.environ} == kept
 
 
 def test_verbs_are_those_of_python():

@@ -11,7 +11,6 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gtsa import threads
 from gtsa.errors import Remedy
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ __all__ = ["Remedy", "check", "compare", "evaluate", "export", "pretrain", "prev
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        threads.settle()
         return getattr(importlib.import_module(f"gtsa.{name}"), name)
     if name == "__version__":
         from importlib.metadata import version

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import config, judging, plan, predictions, statistics, strict
+from gtsa import config, judging, plan, predictions, statistics, strict, threads
 from gtsa.core import Evidence, Remedy
 from gtsa.export import opened
 from gtsa.files import clear_drafts, store
@@ -28,6 +28,7 @@ from gtsa.terminal import say, table
 VERSIONS = ("gtsa", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "faster-coco-eval")
 
 
+@threads.considerate()
 def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> dict[str, Any]:
     """Asks one question or several of a backbone, on labelled images.
 

@@ -18,7 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa import augment, checkpoint, cost, files, methods, plan, pool, stops, strict, weights
+from gtsa import augment, checkpoint, cost, files, methods, plan, pool, stops, strict, threads, weights
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
@@ -50,6 +50,7 @@ class Trained:
     choice: str = ""  # empty where nothing was asked on the way
 
 
+@threads.considerate()
 def pretrain(data: Any = None, **settings: Any) -> Trained:
     """Learns a vision transformer from images without labels.
 
