@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from conftest import make_scenes, scene
-from gtsa import config, counting, pool, scan
+from gtsa import config, pool, scan, terminal
 from gtsa.check import check
 from gtsa.core import Draw, Remedy
 from gtsa.data import ViewSet
@@ -24,7 +25,6 @@ from gtsa.sources import open_source
 from gtsa.sources.dataset import Items
 from gtsa.sources.folder import Folder
 from gtsa.sources.listing import Listing
-from gtsa.terminal import console
 from gtsa.threaded import Room, each
 from gtsa.views import MultiCrop
 
@@ -190,26 +190,27 @@ def test_reasons_come_by_their_number():
 def test_what_takes_long_is_counted(monkeypatch):
     said = []
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr(counting.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(counting, "say", said.append)
-    with counting.Count("checked", 200) as count:
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(terminal, "say", said.append)
+    with terminal.Count("checked", 200) as count:
         for done in range(1, 21):
             count(done, "3 bad" if done > 10 else "")
     assert said[0] == "checked 5 of 200  ETA 22 min 45 s"
     assert 3 <= len(said) <= 6 and said[-1].endswith("3 bad")
-    assert counting.Count("listed").line(12000, 3) == "listed 12,000"
+    assert terminal.Count("listed").line(12000, 3) == "listed 12,000"
 
 
 def test_a_terminal_has_its_line_rewritten(monkeypatch):
-    monkeypatch.setattr(console, "_force_terminal", True)
     out = io.StringIO()
-    monkeypatch.setattr(console, "_file", out)
+    monkeypatch.setattr(terminal, "console", Console(file=out, force_terminal=True, width=120, highlight=False))
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr(counting.time, "perf_counter", lambda: next(clock))
-    with counting.Count("checked", 20) as count:
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: next(clock))
+    with terminal.Count("checked", 20) as count:
         count(1)
         count(2)
-    assert out.getvalue().count("\r") == 3 and out.getvalue().endswith("\r\x1b[K") and "\n" not in out.getvalue()
+    shown = out.getvalue()
+    assert "checked 1 of 20" in shown and "checked 2 of 20" in shown
+    assert shown.count("\n") <= 1 and shown.rindex("\x1b[2K") > shown.rindex("checked")  # and it goes at the end
 
 
 def test_listing_tells_how_far_it_is(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gtsa import checkpoint, config, files, strict
-from gtsa.errors import Remedy
+from gtsa.errors import Remedy, speaks
 from gtsa.terminal import say
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -56,18 +56,14 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
                 + "\nleave them out, or start another run with --init and another --out"
             )
         for line in changes:
-            if (
-                tell
-                and line.split(":")[0] not in ("out", "resume", "plan")
-                and os.environ.get("LOCAL_RANK", "0") == "0"
-            ):
+            if tell and speaks() and line.split(":")[0] not in ("out", "resume", "plan"):
                 say(f"changed: {line}")
         return new
     if given.get("resume") and given.get("data") is None:
         if out and (Path(out) / "images.jsonl").exists():
             told = f"--resume: {out}/config.yaml is gone; bring it back, or give the run's settings and --data again"
             raise Remedy(told, 4)
-        if tell and os.environ.get("LOCAL_RANK", "0") == "0":
+        if tell and speaks():
             say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
     if given.get("data") is None:
         base = strict.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}

@@ -10,12 +10,11 @@ from typing import Any
 
 from gtsa import holes
 from gtsa.core import Remedy
-from gtsa.counting import Count
 from gtsa.errors import escaped
 from gtsa.images import Range
 from gtsa.scan import Scan, enough, links, scan, summed
 from gtsa.sources import open_source
-from gtsa.terminal import say, table
+from gtsa.terminal import Count, say, table
 
 SHOWN = 50  # lines of files that cannot be used
 

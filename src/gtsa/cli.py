@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from cyclopts.exceptions import CycloptsError
 
 import gtsa
-from gtsa.errors import Alone, Remedy
+from gtsa.errors import Alone, Remedy, speaks
 from gtsa.stops import heard
 
 app = cyclopts.App(
@@ -82,14 +82,14 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
         return 2
     except Remedy as remedy:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(remedy, Alone):  # of several processes one tells
+        if speaks() or isinstance(remedy, Alone):
             print(f"gtsa: {remedy}", file=sys.stderr)
         return remedy.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
         return 0
     except KeyboardInterrupt as stop:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks():
             print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
         code: int = getattr(stop, "code", 130)
         return 75 if code != 130 and _verb(arguments) == "pretrain " else code  # what schedulers start again

@@ -1,6 +1,8 @@
-"""Errors that a user can mend, and the exit codes of the command line. Imports nothing."""
+"""Errors that a user can mend, the exit codes of the command line, and which process tells of them."""
 
 from __future__ import annotations
+
+import os
 
 
 class Remedy(ValueError):
@@ -34,3 +36,8 @@ EXIT_CODES = {
 def escaped(name: str) -> str:
     """A file name for the terminal and for reports: control characters and broken encodings are shown, not sent."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def speaks() -> bool:
+    """Whether this process tells the user what happens: of several on a machine it is the first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from gtsa.core import Remedy, Replaced
-from gtsa.counting import Count
 from gtsa.data import HELD_OUT, NoImageLeft, generator
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
@@ -21,7 +20,7 @@ from gtsa.pictures import squares
 from gtsa.run import IMAGES, Run
 from gtsa.scan import escaped, insist, links, scan, summed
 from gtsa.sources import open_source
-from gtsa.terminal import say
+from gtsa.terminal import Count, say
 
 MEND = "bring it back, or start another run"
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from gtsa import holes, images, remarks
 from gtsa.core import Remedy
-from gtsa.counting import Count
 from gtsa.errors import escaped as escaped
 from gtsa.sources import Source
+from gtsa.terminal import Count
 from gtsa.threaded import Room, each
 
 HEADERS = 100_000  # files whose headers are read; of more, an even sample of this many

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from gtsa.errors import speaks
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ALL = (*ENDING, signal.SIGUSR1)
 
@@ -118,7 +120,7 @@ def looking() -> Iterator[None]:
 def tell(text: str) -> None:
     """A line on standard error, from within a signal handler: nothing is buffered or locked. Of several processes one
     tells."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks():
         with suppress(OSError):
             os.write(2, f"{chr(10) if os.isatty(2) else ''}gtsa: {text}\n".encode())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -11,12 +10,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from gtsa.errors import speaks
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -47,7 +49,7 @@ class Line:
     def __init__(self) -> None:
         self.text = ""
         Line._open.append(self)
-        if _shown() and console.is_terminal and Line._live is None:
+        if speaks() and console.is_terminal and Line._live is None:
             Line._live = Live(console=console, refresh_per_second=4, transient=True)
             Line._live.start()
 
@@ -73,16 +75,52 @@ def doing(text: str, log: bool = True) -> Iterator[None]:
     line = Line()
     try:
         line.show(f"{text} ...", at_once=True)
-        if log and _shown() and not console.is_terminal:
+        if log and speaks() and not console.is_terminal:
             say(f"{text} ...")
         yield
     finally:
         line.close()
 
 
-def _shown() -> bool:
-    """Of several processes one tells."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+class Count:
+    """How far a count has come, for what takes long: on a terminal in one line, elsewhere a line every half minute.
+
+    Nothing is shown for what is done in a moment.
+
+    Args:
+        what: is done, e.g. "listed".
+        total: how many there are, where that is known.
+    """
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        self.what, self.total = what, total
+        self.began = time.perf_counter()
+        self.every, self.first = (0.5, 1.0) if console.is_terminal else (30.0, 5.0)
+        self.shown = 0.0
+
+    def __enter__(self) -> Count:
+        self._line = Line()
+        return self
+
+    def __call__(self, count: int, note: str = "") -> None:
+        """``note``: what else to say."""
+        now = time.perf_counter()
+        if now - self.began < self.first or now - self.shown < self.every:
+            return
+        self.shown = now
+        text = self.line(count, now - self.began) + (f"  {note}" if note else "")
+        self._line.show(text, at_once=True)
+        if speaks() and not console.is_terminal:
+            say(text)
+
+    def line(self, count: int, seconds: float) -> str:
+        if self.total is None:
+            return f"{self.what} {count:,}"
+        left = seconds * (self.total - count) / max(1, count)
+        return f"{self.what} {count:,} of {self.total:,}  ETA {lasting(left)}"
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._line.close()
 
 
 class Clock:
