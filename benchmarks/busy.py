@@ -3,7 +3,8 @@
     python benchmarks/busy.py --json runs/busy.json
 
 Each measurement is a run of its own (`gtsa pretrain` on the sample, median of its steps after the first ten), alone and
-beside one, two and four processes that only count. The settings take turns. ``of_alone`` is the time over that of
+beside one, two and four processes that only count; it is ended after a minute of steps, for beside others OpenMP's own
+setting can take more than ten seconds a step. The settings take turns. ``of_alone`` is the time over that of
 OpenMP's own setting alone; a fair share beside two busy processes on two cores is 2.
 """
 
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 SETTINGS = {  # of the environment; what the user has set is left alone
@@ -24,7 +26,9 @@ SETTINGS = {  # of the environment; what the user has set is left alone
     "OpenMP": {"GOMP_SPINCOUNT": "300000"},  # its own default, said so that gtsa leaves it alone
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-FIRST = 10  # steps that are not counted
+FIRST = 10  # steps that are not counted; of fewer than twice as many a half
+ALONE = 3  # times as many runs alone
+LONGEST, FEWEST = 60, 4  # seconds of a run after which it is ended, once it has so many steps
 
 
 def step_seconds(setting: dict[str, str], busy: int, steps: int) -> float:
@@ -35,9 +39,15 @@ def step_seconds(setting: dict[str, str], busy: int, steps: int) -> float:
             out = Path(folder) / "run"
             command = [sys.executable, "-m", "gtsa", "pretrain", "--out", str(out), "--steps", str(steps)]
             often = ["--log-every", "1", "--evaluate-every", str(2 * steps), "--checkpoint-every", str(2 * steps)]
-            subprocess.run([*command, *often], env=clean | setting, check=True, stdout=subprocess.DEVNULL)
-            lines = (out / "metrics.jsonl").read_text().splitlines()
-            return statistics.median(json.loads(line)["seconds"] for line in lines[FIRST:])
+            run = subprocess.Popen([*command, *often], env=clean | setting, stdout=subprocess.DEVNULL)
+            log, taken, ends = out / "metrics.jsonl", [], time.monotonic() + LONGEST
+            while run.poll() is None and len(taken) < steps and (len(taken) < FEWEST or time.monotonic() < ends):
+                time.sleep(1)
+                taken = [json.loads(line)["seconds"] for line in log.read_text().splitlines()] if log.exists() else []
+            run.kill()
+            if run.wait() > 0:
+                raise SystemExit("a run has failed")
+            return statistics.median(taken[min(FIRST, len(taken) // 2) :])
     finally:
         for neighbour in neighbours:
             neighbour.kill()
@@ -52,8 +62,8 @@ def main() -> None:
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1, 2, 4], help="neighbours; the first is 0")
     given = parser.parse_args()
     taken: dict[tuple[str, int], list[float]] = {}
-    for _ in range(given.repeats):
-        for busy in given.busy:
+    for busy in given.busy:
+        for _ in range(given.repeats if busy else ALONE * given.repeats):  # a few per cent are to be seen there
             for name, setting in SETTINGS.items():
                 taken.setdefault((name, busy), []).append(step_seconds(setting, busy, given.steps))
     median = {key: statistics.median(times) for key, times in taken.items()}
