@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gtsa
 from gtsa import augment, loop, losses
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Views
+from gtsa.core.types import Crops, Views
 from gtsa.data import collate
 from gtsa.loop import train_step
 from gtsa.methods.gtsa import GTSA

@@ -5,7 +5,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from gtsa.core import Tokens
+from gtsa.core.types import Tokens
 from gtsa.features import Lab
 from gtsa.images import BadImage
 from gtsa.labels import Labelled

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 import gtsa
 from conftest import TINY, run
-from gtsa import checkpoint, judging, losses, plan, strict, weights
+from gtsa import checkpoint, judging, losses, plan, weights
 from gtsa.adaptation import Adaptation
 from gtsa.backbone import Backbone
 from gtsa.config import Pretrain
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import read_yaml, validated
 from gtsa.export import opened, write
 from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
@@ -173,12 +174,12 @@ def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scene
     assert "0.75 of that a block below; anchor 1" in words
     assert "likenesses between patches agree to 1.00 with those of the start" in words
     assert "with --eval and labelled images start and result can be chosen from" in words
-    kept = strict.read_yaml(out / "config.yaml")
+    kept = read_yaml(out / "config.yaml")
     assert {k: kept[k] for k in plan.GENTLE} == plan.GENTLE
 
 
 def test_from_scratch_nothing_is_gentle():
-    ready = plan.Plan(strict.validated(Pretrain, {}), {})
+    ready = plan.Plan(validated(Pretrain, {}), {})
     plan.start(ready, None)
     assert {k: getattr(ready.settings, k) for k in plan.GENTLE} == plan.FROM_SCRATCH
     assert ready.settings.model == "vit_small_patch16_224"
@@ -195,7 +196,7 @@ def test_from_scratch_nothing_is_gentle():
 )
 def test_mistakes_are_told(given, words):
     with pytest.raises(Remedy, match=words):
-        strict.validated(Pretrain, given)
+        validated(Pretrain, given)
 
 
 @pytest.mark.parametrize("model", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])

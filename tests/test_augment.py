@@ -10,7 +10,7 @@ from PIL import ImageOps
 from torchvision.transforms.v2 import functional as vision
 
 from gtsa import augment
-from gtsa.core import Crops, Views
+from gtsa.core.types import Crops, Views
 
 few = settings(deadline=None, max_examples=30)
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtsa.backbone import Backbone, names, patch_of
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 MODELS = {  # name: (patch, prefix tokens)

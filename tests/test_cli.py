@@ -13,7 +13,7 @@ from PIL import Image
 from conftest import make_scenes
 from gtsa import pictures
 from gtsa.cli import run as in_process
-from gtsa.terminal import command, lasting
+from gtsa.core.terminal import command, lasting
 
 
 def told(capsys, *arguments):

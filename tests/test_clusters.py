@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix
 
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.data import generator
 from gtsa.evals.clusters import Clusters
 from gtsa.labels import IGNORE

@@ -19,11 +19,12 @@ from PIL import Image
 
 from conftest import shared
 from forking import fork
-from gtsa import cells, config, experiment, page, report, statistics, strict
+from gtsa import cells, config, experiment, page, report, statistics
 from gtsa.cells import ABLATIONS, Cell, rows_of
 from gtsa.cli import run
 from gtsa.compare import Devices, _apart, finals
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import plain_yaml, validated
 from gtsa.evals.segmentation import Segmentation
 from gtsa.export import opened
 from gtsa.statistics import Drawn
@@ -68,8 +69,8 @@ def settings(data, out, **more):
     return {**SMALL, "data": images, "train": (images, str(data / "masks")), "out": str(out), **more}
 
 
-def validated(*arguments, **more):
-    return strict.validated(config.Compare, settings(*arguments, **more))
+def checked(*arguments, **more):
+    return validated(config.Compare, settings(*arguments, **more))
 
 
 def here(monkeypatch):
@@ -224,7 +225,7 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 def test_results_of_other_settings_are_not_taken(whole, data):
     less = {**SMALL["pretrain"], "gtsa": {"projector_dim": 16, "out_dim": 16}}
     with pytest.raises(Remedy, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
-        list(map(lambda cell: cells.done(cell, s), finals(rows_of(s := validated(data, whole, pretrain=less)), s)))
+        list(map(lambda cell: cells.done(cell, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
     with pytest.raises(Remedy, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
@@ -273,7 +274,7 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, jobs, 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(compare.plan, "cores", lambda: 16)
     monkeypatch.setattr(compare.Processes, "run", run)
-    s = validated(data, tmp_path, device="auto", seeds=4, jobs=jobs, methods=("mae",), controls=())
+    s = checked(data, tmp_path, device="auto", seeds=4, jobs=jobs, methods=("mae",), controls=())
     compare._all(list(finals(rows_of(s), s)), s, "runs")
     devices = sorted(str(number % gpus) if gpus else "" for number in range(4))
     assert sorted(device or "" for device, *_ in given) == devices
@@ -316,7 +317,7 @@ def test_a_stop_leaves_a_report_and_no_process(data, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(compare, "_apart", apart)
     arguments = settings(data, tmp_path, methods=("mae",), seeds=1, controls=("position",))
-    (tmp_path / "c.yaml").write_text(strict.plain_yaml(arguments))
+    (tmp_path / "c.yaml").write_text(plain_yaml(arguments))
     assert run(["compare", "--config", str(tmp_path / "c.yaml")]) == 75
     assert codes == [-signal.SIGTERM]
     told = capsys.readouterr().err.splitlines()
@@ -356,7 +357,7 @@ def test_every_row_is_compared_with_the_untrained_network(whole):
 
 def test_one_value_for_several_is_taken_as_one(data, tmp_path, monkeypatch):
     """As the verbs take it: knn: {k: 3}. Refused or not, it is the same before and after training."""
-    s = validated(data, tmp_path, evaluate={"knn": {"k": 3}}, task=("knn",), primary="knn")
+    s = checked(data, tmp_path, evaluate={"knn": {"k": 3}}, task=("knn",), primary="knn")
     assert cells.evaluator_of("knn", s).k == (3,)
     assert cells.rows_of(s.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
 
@@ -366,7 +367,7 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path,
     more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 10}
     more["pretrain"] = SMALL["pretrain"] | {"log_every": 1, "checkpoint_every": 2}
     file, out = tmp_path / "c.yaml", tmp_path / "killed"
-    file.write_text(strict.plain_yaml(settings(data, out, **more)))
+    file.write_text(plain_yaml(settings(data, out, **more)))
     process = fork("compare", "--config", file)
     deadline = time.monotonic() + 200
     while not (out / "cells/gtsa/images-0/run/metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -384,7 +385,7 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path,
 
 
 def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, tmp_path):
-    s = validated(data, tmp_path, tune=40, methods=("gtsa", "dino", "mae"))
+    s = checked(data, tmp_path, tune=40, methods=("gtsa", "dino", "mae"))
     rows = rows_of(s)
     found = list(trials(rows, s))
     assert [sum(c.row.name == m for c in found) for m in ("gtsa", "dino", "mae")] == [40] * 3
@@ -415,7 +416,7 @@ def tried(cell, s, good, without=(), **more):
 
 
 def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
-    s = validated(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
+    s = checked(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
     rows = rows_of(s)
     for cell in trials(rows, s):
         tried(cell, s, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[cell.row.name][cell.number])
@@ -432,7 +433,7 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
 
 @pytest.mark.parametrize(("words", "best"), [(("learning", "collapsing"), 0), (("collapsing", "collapsing"), 1)])
 def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, words, best):
-    s = validated(data, tmp_path, tune=2, methods=("dino",))
+    s = checked(data, tmp_path, tune=2, methods=("dino",))
     rows = rows_of(s)
     for cell, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
         tried(cell, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
@@ -440,7 +441,7 @@ def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, word
 
 
 def test_what_most_folds_choose_is_taken(data, tmp_path):
-    s = validated(data, tmp_path, tune=3, folds=3)
+    s = checked(data, tmp_path, tune=3, folds=3)
     rows = rows_of(s)
     inner = {  # by fold, and last of all images; the best of all images is the first trial
         "gtsa": ([1.0, 9.0, 1.0, 9.0], [2.0, 3.0, 4.0, 3.0], [1.0, 1.0, 1.0, 1.0]),
@@ -466,7 +467,7 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
 
 @pytest.mark.parametrize("figures", [{}, {"mIoU": math.nan}, {"mAcc": 1.0}])
 def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_path, figures):
-    s = validated(data, tmp_path, tune=2, folds=3, methods=("mae",))
+    s = checked(data, tmp_path, tune=2, folds=3, methods=("mae",))
     found = []
     for cell, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
         tried(cell, s, good, without=[good] * 3)
@@ -510,7 +511,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
     assert sorted(sorted(judged) for _, judged in pairs) == sorted(
         sorted(one[1] | other[1]) for one, other in itertools.combinations(folds, 2)
     )
-    s = validated(data, tmp_path, **more, primary="segmentation:mIoU")
+    s = checked(data, tmp_path, **more, primary="segmentation:mIoU")
     found = [cells.done(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
     good = [[figures["mIoU"] for figures in result["without"]] for result in found]
     assert not list(tmp_path.glob("cells/mae/trial-*/evidence*")) and list(
@@ -523,7 +524,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
 
 
 def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
-    s = validated(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
+    s = checked(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
     row = next(row for row in rows_of(s) if row.name == "mine")
     tried = {"learning_rate": 1e-4, "gtsa": {"momentum": 0.9, "matches": 3}, "steps": 9}
     given = cells.training_of(Cell(row, "flops", 0, tried), s)
@@ -550,7 +551,7 @@ def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
 
 def test_trials_are_judged_within_the_training_images(data, tmp_path):
     images, masks = str(data / "images"), str(data / "masks")
-    s = validated(data, tmp_path, folds=None, val=(images, masks))
+    s = checked(data, tmp_path, folds=None, val=(images, masks))
     row = rows_of(s)[0]
     for stage, folds in (("trial", 5), ("images", None)):
         for _, asked, question in cells.questions_of(Cell(row, stage, 0), s):
@@ -565,7 +566,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     shutil.copy(images / "0.png", images / "without.png")
     monkeypatch.setattr("gtsa.labels.masks.say", seen.append)
     places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
-    s = validated(data, tmp_path, train=places, task=tasks)
+    s = checked(data, tmp_path, train=places, task=tasks)
     places = [len(question.val) for _, _, question in cells.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
     assert places == [10, 10, 10]
     assert seen[0] == "1 of 11 images have no mask and are left out"
@@ -573,7 +574,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
 
 
 def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
-    s = validated(data, tmp_path)
+    s = checked(data, tmp_path)
     parts = [
         {"task": t, "figures": {"mIoU": v, "aAcc": 90.0}} for t, v in (("segmentation", 10.0), ("in_context", 30.0))
     ]
@@ -587,9 +588,9 @@ def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_variants_are_valid(name, data, tmp_path):
-    s = validated(data, tmp_path, ablate=(name,))
+    s = checked(data, tmp_path, ablate=(name,))
     row = next(row for row in rows_of(s) if row.name == name)
-    strict.validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s))
+    validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s))
 
 
 @pytest.mark.parametrize(

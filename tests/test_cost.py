@@ -6,8 +6,9 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, cost, plan, strict
+from gtsa import augment, config, cost, plan
 from gtsa.backbone import Backbone
+from gtsa.core.settings import validated
 from gtsa.cost import Cost
 from gtsa.data import ViewSet
 from gtsa.methods.gtsa import GTSA
@@ -17,7 +18,7 @@ COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fi
 
 
 def resolved(**given):
-    ready = plan.engine(strict.validated(config.Pretrain, {"device": "cpu", "workers": 0, **given}))
+    ready = plan.engine(validated(config.Pretrain, {"device": "cpu", "workers": 0, **given}))
     plan.start(ready, None)
     plan.sizes(ready)
     plan.budget(ready, 331)
@@ -113,7 +114,7 @@ def test_flags_that_take_less_are_flags():
         for flag in flags.split("--")[1:]:
             name, value = flag.split()
             section, _, key = name.replace("-", "_").rpartition(".")
-            strict.validated(
+            validated(
                 config.Pretrain,
                 {section: {key: int(value)}} if section else {key: value if key == "model" else int(value)},
             )
@@ -124,7 +125,7 @@ def test_flags_that_take_less_are_flags():
 
 @pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
-    ready = plan.engine(strict.validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    ready = plan.engine(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
     with pytest.raises(plan.Remedy, match=f"there are {images} images .* take at most {images}") as remedy:
         plan.budget(ready, images)
     assert remedy.value.code == 2
@@ -132,6 +133,6 @@ def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch,
 
 @pytest.mark.parametrize(("batch", "images"), [(400, 331), (8, 3), ("auto", 3)])
 def test_a_batch_of_few_repeats_is_explained(batch, images):
-    ready = plan.engine(strict.validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    ready = plan.engine(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
     plan.budget(ready, images)
     assert ready.reasons["batch_size"] == f"more than the {images} images: a step repeats some; {images} would not"

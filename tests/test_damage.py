@@ -12,10 +12,12 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import checkpoint, config, files, strict, weights
+from gtsa import checkpoint, config, weights
 from gtsa.asked import settings_of
 from gtsa.cli import run as command
-from gtsa.core import Remedy
+from gtsa.core import files
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import plain_yaml, validated
 from gtsa.pool import Pool
 from gtsa.run import Run
 
@@ -283,7 +285,7 @@ def test_weights_of_a_state_without_its_encoder_are_refused(begun):
 
 def told(out):
     """Its settings but for its own place, which the command line gives."""
-    return strict.validated(config.Pretrain, settings_of(out)).model_dump(exclude={"out"})
+    return validated(config.Pretrain, settings_of(out)).model_dump(exclude={"out"})
 
 
 def test_every_damage_to_the_settings_is_found_or_harmless(begun):
@@ -405,7 +407,7 @@ def full_disk(patch):
 def test_a_disk_that_stays_full_ends_a_run_with_one_sentence(tmp_path, images, monkeypatch, capsys, at):
     """In mid-run, at the next line of the log; and after the last checkpoint, at the last look."""
     out, small = tmp_path / "run", tmp_path / "small.yaml"
-    small.write_text(strict.plain_yaml(SMALL))
+    small.write_text(plain_yaml(SMALL))
     after_checkpoint(monkeypatch, at, lambda: full_disk(monkeypatch))
     code = command(["pretrain", "--config", str(small), "--data", str(images), "--out", str(out)])
     monkeypatch.undo()

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa.core import Draw, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw
 from gtsa.data import HELD_OUT, ORDER, VIEWS, StepSampler, ViewSet, collate, epoch_order, generator, loader
 from gtsa.images import BadImage
 from gtsa.run import Run

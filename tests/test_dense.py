@@ -12,7 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from gtsa import dense, features
 from gtsa.backbone import IMAGENET
-from gtsa.core import Remedy, Tokens
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Tokens
 from gtsa.features import Lab
 from gtsa.labels import IGNORE, Labelled
 

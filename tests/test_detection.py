@@ -17,7 +17,8 @@ from torchvision.models.detection.image_list import ImageList
 
 from gtsa.backbone import Backbone
 from gtsa.coco import average_precision, corner, encoded, pasted
-from gtsa.core import Draw, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw
 from gtsa.detector import Anchors, Detector, View, _pool, around, draw, fitted, padded, seen
 from gtsa.evals.detection import Detection, Scenes, groups, truth
 from gtsa.features import Lab

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config, plan, strict
+from gtsa import config, plan
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Remedy, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import validated
+from gtsa.core.types import Crops, Views
 from gtsa.heads import PrototypeHead
 from gtsa.losses import cross_view
 from gtsa.methods.dino import DINO
@@ -111,7 +113,7 @@ def test_the_momentum_is_the_published_one():
 def test_the_preset_follows_the_number_of_images():
     for images, prototypes, temperatures in ((38, 1024, (0.02, 0.02)), (10_000, 2048, (0.02, 0.02)),
                                              (118_287, 65536, (0.04, 0.07))):  # fmt: skip
-        ready = plan.Plan(strict.validated(config.Pretrain, {"method": "dino"}), {})
+        ready = plan.Plan(validated(config.Pretrain, {"method": "dino"}), {})
         plan.method(ready, DINO.sized, images)
         assert (ready.settings.dino.prototypes, ready.settings.dino.teacher_temperature) == (prototypes, temperatures)
 
@@ -211,13 +213,13 @@ def test_images_that_look_alike_cannot_be_told_apart():
 
 
 def test_views_are_the_published_ones():
-    v = MultiCrop(**strict.validated(config.Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
+    v = MultiCrop(**validated(config.Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
     assert (v.global_crops, v.local_crops, v.global_share, v.local_share) == (2, 8, (0.4, 1.0), (0.05, 0.4))
     assert (v.brightness, v.contrast, v.saturation, v.hue, v.jitter, v.grey) == (0.4, 0.4, 0.2, 0.1, 0.8, 0.2)
     assert (v.flip, v.rotations, v.blur, v.solarise) == (0.5, False, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
-    given = strict.validated(config.Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
+    given = validated(config.Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
     assert (given.flip, given.rotations, given.solarise) == (0.0, True, (0.0, 0.2, 0.0))
-    assert strict.validated(config.Pretrain, {}).views.flip == 0
+    assert validated(config.Pretrain, {}).views.flip == 0
 
 
 @pytest.mark.parametrize(
@@ -241,9 +243,9 @@ def test_without_a_class_token_it_is_refused():
 
 def test_gtsa_refuses_views_that_it_cannot_compare():
     with pytest.raises(Remedy, match=r"views.flip: must be 0 for gtsa"):
-        strict.validated(config.Pretrain, {"views": {"flip": 0.5}})
+        validated(config.Pretrain, {"views": {"flip": 0.5}})
     with pytest.raises(Remedy, match=r"views.local_overlap: must be above 0 for gtsa"):
-        strict.validated(config.Pretrain, {"views": {"local_overlap": 0.0}})
+        validated(config.Pretrain, {"views": {"local_overlap": 0.0}})
 
 
 def test_an_untouched_centre_stays():

@@ -17,9 +17,10 @@ from PIL import Image
 import gtsa
 from conftest import TINY, run_apart
 from evaluating import coloured
-from gtsa import config, evals, strict
+from gtsa import config, evals
 from gtsa.cli import run
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import read_yaml, validated
 from gtsa.evals.finetune import Finetune
 from gtsa.features import Lab
 from gtsa.judging import Question, folds_of, joined
@@ -235,7 +236,7 @@ def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part)
     (own,) = gtsa.evaluate(str(finished / part), "health", device="cpu", workers=0, health=small)["results"]
     assert f"judged by {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
     assert own["images"] == {"judged": TINY["hold_out"]}
-    settings = strict.validated(config.Pretrain, strict.read_yaml(finished / "config.yaml"))
+    settings = validated(config.Pretrain, read_yaml(finished / "config.yaml"))
     pool = Pool(str(scenes), settings, print)
     for number in pool.held_out:
         shutil.copy(scenes / pool.source.name(number), tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import gtsa
 from conftest import SMALL_HEADS, TINY, final_weights, run, start
 from forking import fork
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.run import Run
 
 

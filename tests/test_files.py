@@ -7,7 +7,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gtsa import files
+from gtsa.core import files
 from gtsa.events import Events
 
 

@@ -10,7 +10,8 @@ import torch
 
 from evaluating import coloured, lab, labelled, noise
 from gtsa.backbone import Backbone
-from gtsa.core import Draw, Examples, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw, Examples
 from gtsa.data import StepSampler
 from gtsa.evals.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
 

@@ -14,7 +14,7 @@ from contract.test_methods import views
 from gtsa import augment, evals, methods
 from gtsa.augment import ORDERS
 from gtsa.backbone import Backbone
-from gtsa.core import Colour, Crops, Views
+from gtsa.core.types import Colour, Crops, Views
 from gtsa.features import Lab
 from gtsa.loop import train_step
 from gtsa.optim import ScheduledAdamW

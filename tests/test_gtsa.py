@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 
 from gtsa import augment
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Views
+from gtsa.core.types import Crops, Views
 from gtsa.geometry import places
 from gtsa.methods import found
 from gtsa.methods.gtsa import GTSA, regions

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config, strict
+from gtsa import config
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import validated
 from gtsa.methods.ibot import IBOT
 from test_dino import loss_by_hand, softmax, views
 
@@ -143,7 +144,7 @@ def test_half_of_the_crops_hide_a_tenth_to_a_half():
 
 
 def test_views_are_the_published_ones():
-    v = strict.validated(config.Pretrain, {"method": "ibot"}).views
+    v = validated(config.Pretrain, {"method": "ibot"}).views
     assert (v.global_share, v.local_share, v.local_crops, v.flip) == ((0.25, 1.0), (0.05, 0.25), 10, 0.5)
 
 

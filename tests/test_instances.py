@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, lab, labelled, noise
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.evals.instances import Instances, covered
 from gtsa.labels import Boxes
 

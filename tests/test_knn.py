@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
 from gtsa import features
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.evals import knn
 from gtsa.evals.knn import KNN
 from gtsa.features import nearest, votes_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, divided, formats, open_labelled
 
 COCO_SMALL = os.environ.get("GTSA_COCO_SMALL", "")  # a small real COCO set, where there is one; no test needs it

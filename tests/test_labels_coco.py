@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.labels import open_labelled
 from gtsa.labels._shapes import Fault, _unpacked, mask, shape
 from test_labels import COCO_SMALL, moved, put, refused, write

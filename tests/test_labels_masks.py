@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.images import decode
 from gtsa.labels import IGNORE, open_labelled
 from gtsa.labels._files import sizes

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import multiclass_accuracy, multilabel_average_precision
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.evals.linear import Heads, Linear, mean_average_precision, tenth
 
 SMALL = {"resize": 32, "crop": 32}

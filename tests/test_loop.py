@@ -9,7 +9,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
-from gtsa.core import Crops, Objective, Remedy, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Crops, Objective, Views
 from gtsa.loop import fit
 from gtsa.optim import ScheduledAdamW
 from gtsa.schedules import Constant

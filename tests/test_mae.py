@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config, masks, strict
+from gtsa import config, masks
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import validated
 from gtsa.methods.mae import MAE, Decoder, sines
 from test_dino import views
 
@@ -114,7 +115,7 @@ def test_the_diagnosis_is_0_by_chance_and_1_for_a_perfect_painter(monkeypatch):
 
 
 def test_settings_of_a_run_are_the_published_ones():
-    s = strict.validated(config.Pretrain, {"method": "mae"})
+    s = validated(config.Pretrain, {"method": "mae"})
     assert (s.weight_decay, s.final_weight_decay, s.beta2, s.warmup, s.clip, s.drop_path) == (
         0.05,
         0.05,
@@ -125,7 +126,7 @@ def test_settings_of_a_run_are_the_published_ones():
     )
     v = s.views
     assert (v.global_crops, v.local_crops, v.global_share, v.flip, v.jitter) == (1, 0, (0.2, 1.0), 0.5, 0.0)
-    assert strict.validated(config.Pretrain, {"method": "mae", "clip": 3.0}).clip == 3.0
+    assert validated(config.Pretrain, {"method": "mae", "clip": 3.0}).clip == 3.0
     assert MAE.rate == 1.5e-4
 
 

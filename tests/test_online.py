@@ -12,9 +12,11 @@ from PIL import Image
 
 import gtsa
 from conftest import TINY, final_weights
-from gtsa import checkpoint, judging, stops, strict
+from gtsa import checkpoint, judging
 from gtsa.config import Pretrain
-from gtsa.core import Remedy
+from gtsa.core import stops
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import validated
 from gtsa.online import Online
 
 pretraining = importlib.import_module("gtsa.pretrain")
@@ -103,7 +105,7 @@ def question(monkeypatch):
 
 def asking(start_counts=True, keep_best="knn"):
     given = {"eval": ("knn",), "eval_val": ("x",), "eval_train": ("x",), "keep_best": keep_best, "out": "x"}
-    return Online(strict.validated(Pretrain, {**given, "device": "cpu", "precision": "32", "workers": 0}), start_counts)
+    return Online(validated(Pretrain, {**given, "device": "cpu", "precision": "32", "workers": 0}), start_counts)
 
 
 def right(count):

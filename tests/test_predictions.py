@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evaluating import labelled, noise
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.labels import IGNORE, Boxes
 from gtsa.legend import legend
 from gtsa.predictions import Keeper, as_picture, drawn, names_of, palette

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
-from gtsa import checkpoint, config, plan, strict
+from gtsa import checkpoint, config, plan
 from gtsa.backbone import Backbone
+from gtsa.core.settings import read_yaml, validated
 
 
 def lines(path):
@@ -71,7 +72,7 @@ def test_export_of_a_run_by_its_verb(finished, tmp_path):
 
 
 def test_config_yaml_is_a_call_written_down(finished, tmp_path):
-    settings = strict.read_yaml(finished / "config.yaml") | {"out": str(tmp_path / "again")}
+    settings = read_yaml(finished / "config.yaml") | {"out": str(tmp_path / "again")}
     data = settings.pop("data")
     again = gtsa.pretrain(data, **settings)
     assert final_weights(again.folder) == final_weights(finished)
@@ -104,7 +105,7 @@ def test_any_torch_dataset(tmp_path):
     settings = {**TINY, "steps": 2, "checkpoint_every": 1}
     done = gtsa.pretrain(Photos(), out=str(tmp_path / "a"), **settings)
     assert done.export.is_dir()
-    assert strict.read_yaml(done.folder / "config.yaml")["data"] == "<Photos of 14 items>"
+    assert read_yaml(done.folder / "config.yaml")["data"] == "<Photos of 14 items>"
     shutil.rmtree(max((done.folder / "checkpoints").glob("step-*")))
     before = final_weights(done.folder)
     gtsa.pretrain(Photos(), out=str(tmp_path / "a"), resume=True)
@@ -202,6 +203,6 @@ def test_every_switch_trains(tmp_path, scenes, settings, monkeypatch):
 
 @pytest.mark.parametrize(("steps", "apart"), [(20, 50), (500, 50), (4000, 400)])
 def test_looks_are_ten_in_a_run_but_not_closer_than_fifty_steps(steps, apart):
-    ready = plan.engine(strict.validated(config.Pretrain, {"steps": steps, "device": "cpu"}))
+    ready = plan.engine(validated(config.Pretrain, {"steps": steps, "device": "cpu"}))
     plan.budget(ready, 100)
     assert ready.settings.evaluate_every == apart

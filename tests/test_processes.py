@@ -16,7 +16,7 @@ from conftest import run
 from forking import Forked, fork
 from gtsa import checkpoint
 from gtsa.cli import run as in_process
-from gtsa.core import Alone, Remedy
+from gtsa.core.errors import Alone, Remedy
 from gtsa.pretrain import _remedy
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gtsa import config, strict
+from gtsa import config
+from gtsa.core.settings import read_yaml, validated
 
 RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(RECIPES_FOLDER.rglob("*.yaml"))
@@ -23,9 +24,9 @@ def test_a_recipe_is_a_call(path):
     assert any(line.startswith("# Hardware:") for line in header)
     assert f"--config recipes/{path.relative_to(RECIPES_FOLDER).as_posix()}" in command
     model, given = MODELS[re.search(r"gtsa (\w+)", command)[1]]
-    settings = strict.read_yaml(path)
+    settings = read_yaml(path)
     if model is config.Evaluate and "folds" not in settings:
         given = {**given, "val": ("c", "d")}
     if "--eval-train" in command:
         given = {**given, "eval_train": ("a", "b"), "eval_folds": 5, "init": "c"}
-    strict.validated(model, {**settings, **given})
+    validated(model, {**settings, **given})

@@ -9,7 +9,8 @@ from torch import nn
 
 from evaluating import Stub, cells, lab, labelled, noise
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy, Tokens
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Tokens
 from gtsa.evals.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
 
 SMALL = {"resize": 64, "crop": 64, "size": 64}

@@ -8,7 +8,7 @@ import pytest
 import gtsa
 from conftest import TINY, make_scenes, run, shared
 from gtsa.asked import SAMPLE, asked
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.data import HELD_OUT, generator
 
 SHORT = {**TINY, "steps": 4, "checkpoint_every": 2, "evaluate_every": 2}

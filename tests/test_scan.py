@@ -13,9 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 from conftest import make_scenes, scene
-from gtsa import config, pool, scan, terminal
+from gtsa import config, pool, scan
 from gtsa.check import check
-from gtsa.core import Draw, Remedy
+from gtsa.core import terminal
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw
 from gtsa.data import ViewSet
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage

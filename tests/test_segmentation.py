@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import final_weights
 from gtsa import training
 from gtsa.backbone import Backbone
-from gtsa.core import Draw, Examples, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw, Examples
 from gtsa.data import StepSampler
 from gtsa.evals import segmentation
 from gtsa.evals.segmentation import Cuts, Pixels, Segmentation, SemanticFPN, groups

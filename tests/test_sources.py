@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.images import NEUTRAL, BadImage
 from gtsa.sources import open_source
 from gtsa.sources.dataset import Items

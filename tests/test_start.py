@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import gtsa
-from gtsa import cli, config, evals, methods, plugins
-from gtsa.plugins import REQUIRED, declared
+from gtsa import cli, config, evals, methods
+from gtsa.core import plugins
+from gtsa.core.plugins import REQUIRED, declared
 from gtsa.views import MultiCrop
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "scipy", "sklearn", "PIL", "lightning_fabric", "tensorboard")
@@ -178,6 +179,6 @@ def test_installed_completion_lies_where_the_shell_looks(tmp_path, monkeypatch, 
 
 
 def test_plugins_find_classes_and_nothing_else():
-    from gtsa.core import Method
+    from gtsa.core.types import Method
 
     assert plugins.classes(methods, Method) == methods.found()

@@ -9,8 +9,9 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import checkpoint, cost, loop, pool, stops
+from gtsa import checkpoint, cost, loop, pool
 from gtsa.cli import run
+from gtsa.core import stops
 from gtsa.evals.health import Health
 
 SETTINGS = """

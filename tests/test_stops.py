@@ -10,7 +10,7 @@ import pytest
 
 import gtsa
 from gtsa.cli import run
-from gtsa.stops import Processes, Stopped, heard
+from gtsa.core.stops import Processes, Stopped, heard
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as vision
 
-from gtsa.core import Colour
+from gtsa.core.types import Colour
 from gtsa.views import TRIES, MultiCrop, _legal
 
 few = settings(deadline=None, max_examples=60)

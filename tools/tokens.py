@@ -33,7 +33,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.evals.health import rank_me
 from gtsa.export import opened
 from gtsa.labels import IGNORE, Labelled, open_labelled

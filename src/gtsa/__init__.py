@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from gtsa.errors import Remedy
+from gtsa.core.errors import Remedy
 
 if TYPE_CHECKING:
     from gtsa.check import check

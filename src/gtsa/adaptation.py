@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gtsa import losses
 from gtsa.backbone import Backbone
-from gtsa.core import Method, Views
+from gtsa.core.types import Method, Views
 
 
 class Adaptation(Method):

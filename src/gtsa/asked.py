@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gtsa import checkpoint, config, files, strict
-from gtsa.errors import Remedy, speaks
-from gtsa.terminal import say
+from gtsa import checkpoint, config
+from gtsa.core import files
+from gtsa.core.errors import Remedy, speaks
+from gtsa.core.settings import differences, merged, read_yaml, validated
+from gtsa.core.terminal import say
 
 SAMPLE = Path(__file__).parent / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
@@ -46,9 +48,9 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
         own = settings_of(Path(out), tell) if given.get("resume") else None
     if own is not None:
         base, given = own, _settled(given)
-        new = strict.validated(config.Pretrain, strict.merged(base, given))
-        old = strict.validated(config.Pretrain, base)
-        changes = strict.differences(old, new)
+        new = validated(config.Pretrain, merged(base, given))
+        old = validated(config.Pretrain, base)
+        changes = differences(old, new)
         if differing := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
             raise Remedy(
                 "--resume goes on with the same settings; these differ:\n  "
@@ -66,8 +68,8 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
         if tell and speaks():
             say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
     if given.get("data") is None:
-        base = strict.read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
-    new = strict.validated(config.Pretrain, strict.merged(base, given))
+        base = read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
+    new = validated(config.Pretrain, merged(base, given))
     if new.out is None and new.plan:
         return new
     if new.out is None:
@@ -104,13 +106,13 @@ def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
     if kept is None and seal is None and not _unsealed_but_whole(out):
         raise Remedy(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
     try:
-        base = strict.read_yaml(where)
-        now = strict.validated(config.Pretrain, base) if kept else None
+        base = read_yaml(where)
+        now = validated(config.Pretrain, base) if kept else None
     except Remedy as remedy:
         if kept is None and seal is not False:
             raise
         raise _damaged(where, [str(remedy)], kept) from None
-    lines = strict.differences(kept, now) if kept and now else []
+    lines = differences(kept, now) if kept and now else []
     if seal:
         lines = [line for line in lines if line.split(":")[0] not in FREE_TO_CHANGE]
     lines = [line for line in lines if line.split(":")[0] not in ("out", "resume", "overwrite")]
@@ -123,7 +125,7 @@ def _kept(checkpoints: Path) -> Any:
     """The settings that the newest checkpoint keeps; None where there is none, or one of before they were kept."""
     found = checkpoint.newest_state(checkpoints).get("settings")
     try:
-        return None if found is None else strict.validated(config.Pretrain, found)
+        return None if found is None else validated(config.Pretrain, found)
     except (Remedy, TypeError):  # another version's
         return None
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtsa.core import Colour, Crops, Views
+from gtsa.core.types import Colour, Crops, Views
 
 ORDERS = torch.tensor(list(permutations(range(4))))  # [24, 4] of Colour.BRIGHTNESS ... Colour.HUE
 RADIUS = 6  # of the blur kernel, px: three standard deviations at the largest published sigma

@@ -15,7 +15,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gtsa.core import Remedy, Tokens
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Tokens
 
 GRIDS = 16  # sizes whose resampling of positions is kept
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]

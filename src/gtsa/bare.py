@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gtsa.backbone import names
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 
 NETWORKS = ("teacher", "student")
 CONTAINERS = ("state_dict", "model", "module", "backbone", "encoder", "vit", "_orig_mod")

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from gtsa import cells, config, judging, methods, plan, strict, tuning
+from gtsa import cells, config, judging, methods, plan, tuning
 from gtsa.backbone import Backbone
 from gtsa.cells import Cell, Row
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import validated
 from gtsa.export import opened
 from gtsa.sources import open_source
 
@@ -30,7 +31,7 @@ def check(rows: Sequence[Row], s: Any) -> None:
     _settled_elsewhere(s)
     if not (images := len(open_source(s.data))):
         raise Remedy(f"--data {s.data}: no images", 3)
-    plan.engine(strict.validated(config.Evaluate, cells.engine_of(s)))
+    plan.engine(validated(config.Evaluate, cells.engine_of(s)))
     for row in rows:
         if row.source is None:
             try:
@@ -44,7 +45,7 @@ def check(rows: Sequence[Row], s: Any) -> None:
     for task in s.task:
         cells.evaluator_of(task, s)
     if s.looks:
-        judging.questions(strict.validated(config.Evaluate, cells.looked(s), "looks"), labels)
+        judging.questions(validated(config.Evaluate, cells.looked(s), "looks"), labels)
     if s.tune:
         tuning.checked((question for *_, question in cells.questions_of(Cell(rows[0], "trial", 0), s, labels)), s)
 
@@ -59,7 +60,7 @@ def _settled_elsewhere(s: Any) -> None:
 
 
 def _trainable(row: Row, s: Any, images: int) -> None:
-    told = strict.validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s) | {"out": s.out})
+    told = validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s) | {"out": s.out})
     ready = plan.Plan(told, {})
     plan.start(ready, _model(told))
     plan.sizes(ready)

@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtsa import config, evals, judging, strict
+from gtsa import config, evals, judging
 from gtsa.config import ABLATIONS
-from gtsa.core import Evaluator, Evidence, Remedy
-from gtsa.files import store
+from gtsa.core.errors import Remedy
+from gtsa.core.files import store
+from gtsa.core.settings import flat, merged, validated
+from gtsa.core.types import Evaluator, Evidence
 from gtsa.sources import open_source
 from gtsa.training import digest_of
 
@@ -112,7 +114,7 @@ def training_of(cell: Cell, s: Any) -> dict[str, Any]:
     }  # fmt: skip
     steps = {"steps": cell.changes["steps"]} if "steps" in cell.changes else {}
     for more in (s.pretrain, cell.changes, cell.row.settings, steps):  # a row's own words count more than its trials
-        given = strict.merged(given, more)
+        given = merged(given, more)
     given |= {"data": s.data, "seed": cell.number if cell.stage != "trial" else TRIED}
     sections = {"views", given["method"]}
     return {k: v for k, v in given.items() if k not in config.METHODS or k in sections}
@@ -138,9 +140,7 @@ def questions_of(
         vector = task in ("knn", "linear", "finetune", "rotation")
         for tokens in s.tokens if vector and cell.stage != "trial" else s.tokens[:1]:  # of several the first decides
             more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
-            asked = strict.validated(
-                config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}"
-            )
+            asked = validated(config.Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}")
             for question in judging.questions(asked, opened):
                 pairs = cell.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
                 yield tokens if vector else "patches", asked, replace(question, pairs=pairs)
@@ -152,7 +152,7 @@ def told_of(task: str, s: Any) -> dict[str, Any]:
 
 
 def evaluator_of(task: str, s: Any) -> Evaluator:
-    given = strict.validated(config.EvaluatorSettings[task], told_of(task, s).get(task, {}), f"--task {task}")
+    given = validated(config.EvaluatorSettings[task], told_of(task, s).get(task, {}), f"--task {task}")
     return evals.found()[task](**dict(given))
 
 
@@ -234,7 +234,7 @@ def _other(result: Mapping[str, Any], cell: Cell, s: Any) -> str:
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of pretraining by their dotted names, as JSON has them, without places and looks."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return strict.flat({k: v for k, v in plain.items() if k not in (*FREE, "data", "out") and not k.startswith("eval")})
+    return flat({k: v for k, v in plain.items() if k not in (*FREE, "data", "out") and not k.startswith("eval")})
 
 
 def answered(cell: Cell, s: Any) -> dict[str, Any] | None:

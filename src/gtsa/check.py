@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from gtsa import holes
-from gtsa.core import Remedy
-from gtsa.errors import escaped
+from gtsa.core.errors import Remedy, escaped
+from gtsa.core.terminal import Count, say, table
 from gtsa.images import Range
 from gtsa.scan import Scan, enough, links, scan, summed
 from gtsa.sources import open_source
-from gtsa.terminal import Count, say, table
 
 SHOWN = 50  # lines of files that cannot be used
 

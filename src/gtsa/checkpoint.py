@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from gtsa import files
-from gtsa.errors import Remedy
+from gtsa.core import files
+from gtsa.core.errors import Remedy
 
 if TYPE_CHECKING:  # a command line that is wrong is answered without torch
     from torch import Tensor

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from cyclopts.exceptions import CycloptsError
 
 import gtsa
-from gtsa.errors import Alone, Remedy, speaks
-from gtsa.stops import heard
+from gtsa.core.errors import Alone, Remedy, speaks
+from gtsa.core.stops import heard
 
 app = cyclopts.App(
     name="gtsa",

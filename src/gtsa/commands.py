@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 import gtsa
-from gtsa import config, early, flags, strict
+from gtsa import config, early, flags
 from gtsa.config import OPENS, Format
-from gtsa.errors import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import read_yaml, validated
 
 Patterns = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
 
@@ -130,10 +131,10 @@ def preview(
     follow_links
         Follow symbolic links that lead out of the folder.
     """
-    settings = strict.read_yaml(config_file) if config_file else {}
+    settings = read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
-    strict.validated(config.Pretrain, settings)  # a file may hold anything, e.g. names of preview's own arguments
+    validated(config.Pretrain, settings)  # a file may hold anything, e.g. names of preview's own arguments
     flagged = {"model": model, "seed": seed, "range16": range16, "data_root": data_root, "include": include}
     flagged |= {"exclude": exclude, "follow_links": follow_links}
     given = {name: value for name, value in flagged.items() if value not in (None, (), False)}

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from gtsa import beforehand, cells, config, experiment, plan, report, strict, tuning
+from gtsa import beforehand, cells, config, experiment, plan, report, tuning
 from gtsa.cells import Cell, Row
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import validated
+from gtsa.core.stops import Processes, heard
+from gtsa.core.terminal import lasting, say
 from gtsa.evals.health import LONG
 from gtsa.sources import open_source
-from gtsa.stops import Processes, heard
-from gtsa.terminal import lasting, say
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
 STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # how a process ends on request
@@ -46,7 +47,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         Remedy: something is wrong that the user can mend, it was stopped (75), or the report is there but networks
             failed (7).
     """
-    s = strict.validated(config.Compare, {"methods": tuple(methods), **settings})
+    s = validated(config.Compare, {"methods": tuple(methods), **settings})
     rows = cells.rows_of(s)
     if HANDED in os.environ:
         _one(os.environ[HANDED], rows, s)

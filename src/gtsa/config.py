@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from gtsa import evals, methods
-from gtsa.errors import Remedy
-from gtsa.plugins import declared
-from gtsa.strict import Auto, Count, Documented, Natural, Positive, Strict, merged, settings_of, with_sections
+from gtsa.core.errors import Remedy
+from gtsa.core.plugins import declared
+from gtsa.core.settings import Auto, Count, Documented, Natural, Positive, Strict, merged, settings_of, with_sections
 
 MULTICROP = declared(Path(__file__).parent / "views.py", "MultiCrop")
 assert MULTICROP is not None

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtsa.backbone import IMAGENET
-from gtsa.core import Remedy, Tokens
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Tokens
 
 BINS = 9  # of unsigned edge orientations
 

@@ -14,11 +14,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from gtsa.backbone import patch_of
-from gtsa.core import Crops, Draw, Method, Views
+from gtsa.core.terminal import lasting, times
+from gtsa.core.types import Crops, Draw, Method, Views
 from gtsa.data import ViewSet, collate
 from gtsa.optim import ScheduledAdamW, clip_each
 from gtsa.schedules import Constant
-from gtsa.terminal import lasting, times
 from gtsa.views import MultiCrop
 
 QUICK = 0.5  # seconds that a measured pass may take

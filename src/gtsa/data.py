@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gtsa.core import Crops, Draw, Remedy, Replaced, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Crops, Draw, Replaced, Views
 from gtsa.images import SMALLEST, BadImage
 from gtsa.views import MultiCrop
 

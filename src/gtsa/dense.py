@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gtsa.backbone import Backbone
-from gtsa.core import Evidence, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Evidence
 from gtsa.data import generator
 from gtsa.features import ROWS, Lab, batches, nearest, normalised, read, resized
 from gtsa.labels import IGNORE, Labelled

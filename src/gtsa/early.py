@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gtsa import config, strict
+from gtsa import config
 from gtsa.asked import asked
-from gtsa.errors import Remedy, escaped
+from gtsa.core.errors import Remedy, escaped
+from gtsa.core.settings import validated
 from gtsa.sources import absent
 
 ELSEWHERE = ("timm:", "random:")  # weights that are no path
@@ -22,13 +23,13 @@ def pretrain(given: Mapping[str, Any]) -> None:
 
 
 def evaluate(given: Mapping[str, Any]) -> None:
-    settings = strict.validated(config.Evaluate, given)
+    settings = validated(config.Evaluate, given)
     weights(settings.weights)
     labelled(settings.train, settings.val)
 
 
 def compare(given: Mapping[str, Any]) -> None:
-    settings = strict.validated(config.Compare, given)
+    settings = validated(config.Compare, given)
     data(settings.data)
     labelled(settings.train, settings.val)
 

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import config, judging, plan, predictions, statistics, strict, threads
-from gtsa.core import Evidence, Remedy
+from gtsa import config, judging, plan, predictions, statistics, threads
+from gtsa.core.errors import Remedy
+from gtsa.core.files import clear_drafts, store
+from gtsa.core.settings import validated
+from gtsa.core.terminal import say, table
+from gtsa.core.types import Evidence
 from gtsa.export import opened
-from gtsa.files import clear_drafts, store
 from gtsa.labels import Labelled
-from gtsa.terminal import say, table
 
 VERSIONS = ("gtsa", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "faster-coco-eval")
 
@@ -45,7 +47,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
-    ready = plan.engine(strict.validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
+    ready = plan.engine(validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
     plan.workers(ready)
     s = ready.settings
     asked = json.loads(s.model_dump_json(exclude_unset=True))

@@ -14,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from gtsa.files import named
+from gtsa.core.files import named
 
 NAMES = "events.out.tfevents.*"
 VERSION = "brain.Event:2"

@@ -18,14 +18,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gtsa import cells, config, cost, methods, pictures, plan, strict
+from gtsa import cells, config, cost, methods, pictures, plan
 from gtsa.backbone import Backbone, patch_of
 from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, training_of
 from gtsa.controls import CONTROLS
-from gtsa.core import Evidence, Method, Remedy, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.files import store
+from gtsa.core.settings import plain_yaml, read_yaml, validated
+from gtsa.core.types import Evidence, Method, Views
 from gtsa.export import opened
 from gtsa.features import Lab
-from gtsa.files import store
 from gtsa.images import BadImage
 from gtsa.pretrain import pretrain
 from gtsa.sources import open_source
@@ -60,7 +62,7 @@ def run(cell: Cell, s: Any) -> None:
 def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
     began = time.perf_counter()
     backbone, costs = _trained(cell, s, place) if cell.row.source is None else (_untrained(cell, s), {})
-    ready = plan.engine(strict.validated(config.Evaluate, cells.engine_of(s)))
+    ready = plan.engine(validated(config.Evaluate, cells.engine_of(s)))
     plan.workers(ready)
     fabric = plan.fabric_of(ready.settings)
     backbone = backbone.to(fabric.device).eval()
@@ -90,7 +92,7 @@ def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
         given |= {"eval": cells.primary_tasks(s), "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
         given |= {"evaluate_every": max(1, given["steps"] // s.looks)}
         if s.evaluate:
-            store(place / "eval.yaml", strict.plain_yaml(s.evaluate).encode())
+            store(place / "eval.yaml", plain_yaml(s.evaluate).encode())
             given["eval_config"] = str(place / "eval.yaml")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -98,7 +100,7 @@ def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     backbone, _ = opened(str(folder))
-    used = strict.validated(config.Pretrain, strict.read_yaml(folder / "config.yaml"))
+    used = validated(config.Pretrain, read_yaml(folder / "config.yaml"))
     return backbone, {
         "settings": json.loads(json.dumps(given)),
         "steps": used.steps,
@@ -117,7 +119,7 @@ def _untrained(cell: Cell, s: Any) -> Any:
     if source in CONTROLS:
         return CONTROLS[source](patch_of(s.model))
     if source == "untrained":
-        views = strict.validated(config.Pretrain, {"model": s.model, **s.pretrain})
+        views = validated(config.Pretrain, {"model": s.model, **s.pretrain})
         ready = plan.Plan(views, {})
         plan.start(ready, None)
         plan.sizes(ready)

@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gtsa import files, hf, weights
+from gtsa import hf, weights
 from gtsa.backbone import Backbone
 from gtsa.config import Format
-from gtsa.core import Remedy
+from gtsa.core import files
+from gtsa.core.errors import Remedy
 
 
 def export(

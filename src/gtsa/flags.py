@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
-from gtsa import strict
+from gtsa.core.settings import merged, read_yaml, to_yaml, validated
 
 CONFIG = Parameter(name="--config", help="YAML file of settings; flags come on top.")
 PRINT = Parameter(negative=(), help="Print the settings as YAML and stop.")
@@ -28,9 +28,9 @@ def signature(model: Any, *first: inspect.Parameter, skip: tuple[str, ...] = ())
 def settings(flat: dict[str, Any], model: Any, **more: Any) -> dict[str, Any] | None:
     """The settings of a command line: flags on top of --config; None where --print-config has shown them."""
     file, stop = flat.pop("config_file", None), flat.pop("print_config", False)
-    given = strict.merged(strict.read_yaml(file) if file else {}, {**_nested(flat), **more})
+    given = merged(read_yaml(file) if file else {}, {**_nested(flat), **more})
     if stop:
-        print(strict.to_yaml(strict.validated(model, given)), end="")
+        print(to_yaml(validated(model, given)), end="")
         return None
     return given
 

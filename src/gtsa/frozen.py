@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gtsa.errors import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.images import BadImage
 from gtsa.sources import Detail, Source
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gtsa import bare
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, by its model_type
     "vit": {"patch_size": 16, "intermediate_size": 3072, "layer_norm_eps": 1e-12},

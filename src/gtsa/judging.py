@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import config, evals, labels, statistics, strict
+from gtsa import config, evals, labels, statistics
 from gtsa.backbone import Backbone
-from gtsa.core import Evaluator, Evidence, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import read_yaml, validated
+from gtsa.core.terminal import say
+from gtsa.core.types import Evaluator, Evidence
 from gtsa.features import Lab
 from gtsa.labels import Labelled
 from gtsa.labels.plain import unlabelled
@@ -24,7 +27,6 @@ from gtsa.pool import Pool
 from gtsa.predictions import Keeper
 from gtsa.run import IMAGES
 from gtsa.scan import scan
-from gtsa.terminal import say
 
 Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options
 
@@ -208,7 +210,7 @@ def _held_out(weights: str) -> Labelled:
             "--val is missing: give --val IMAGES, without labels (a run of gtsa has images of its own to be judged by, "
             f"and {weights} is none)"
         )
-    settings = strict.validated(config.Pretrain, strict.read_yaml(run / "config.yaml"), str(run / "config.yaml"))
+    settings = validated(config.Pretrain, read_yaml(run / "config.yaml"), str(run / "config.yaml"))
     try:
         pool = Pool(settings.data, settings.model_copy(update={"out": str(run)}), say)
     except (Remedy, OSError, ValueError) as error:

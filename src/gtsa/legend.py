@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gtsa.errors import escaped
+from gtsa.core.errors import escaped
 
 SIDE, ROW, GAP, SIZE = 12, 20, 14, 13  # px: squares of colour, rows, space between entries, letters
 LONGEST = 30  # letters of a name

@@ -13,7 +13,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa.core import Examples, Objective, Remedy, Replaced, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Examples, Objective, Replaced, Views
 from gtsa.optim import ScheduledAdamW, clip_each
 
 Batch = Views | Examples

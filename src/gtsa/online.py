@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gtsa import config, judging, plan, statistics, strict
+from gtsa import config, judging, plan, statistics
 from gtsa.backbone import Backbone
-from gtsa.core import Evidence, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.settings import read_yaml, validated
+from gtsa.core.types import Evidence
 
 
 class Online:
@@ -19,11 +21,11 @@ class Online:
 
     def __init__(self, settings: Any, start_counts: bool) -> None:
         s = settings
-        more = strict.read_yaml(s.eval_config) if s.eval_config else {}
+        more = read_yaml(s.eval_config) if s.eval_config else {}
         given = {"task": s.eval, "train": s.eval_train, "val": s.eval_val, "folds": s.eval_folds}
         shared = {"weights": s.out, "seed": s.seed, "workers": s.workers, "precision": s.precision, "device": s.device}
         asked = {**shared, **more, **{key: value for key, value in given.items() if value}}
-        self.settings = strict.validated(config.Evaluate, asked, "--eval")
+        self.settings = validated(config.Evaluate, asked, "--eval")
         self.questions = judging.questions(self.settings)
         self.named, self.start_counts = s.keep_best or "", start_counts
         self.best: tuple[int, float] | None = None  # step and figure

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gtsa import cells, config, statistics, strict
+from gtsa import cells, config, statistics
 from gtsa.cells import STAGES, Cell
+from gtsa.core.settings import flat
 
 COLOURS = ("#0b6e4f", "#c2410c", "#1d4ed8", "#7e22ce", "#a16207", "#be123c", "#0e7490", "#4d7c0f")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76em;margin:2em auto;padding:0 1em;color:#222}
@@ -238,7 +239,7 @@ def _words(settings: Mapping[str, Any]) -> str:
     """E.g. learning_rate 0.001, dino.momentum 0.996."""
     return ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-        for name, value in strict.flat(settings).items()
+        for name, value in flat(settings).items()
     )
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Views
+from gtsa.core.types import Crops, Views
 from gtsa.geometry import pool, rotate_maps
 from gtsa.methods.gtsa import regions
 

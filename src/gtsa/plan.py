@@ -16,9 +16,10 @@ from lightning_fabric import Fabric
 
 from gtsa import checkpoint, threads
 from gtsa.backbone import patch_of
-from gtsa.core import Method, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.terminal import lasting, say, table
+from gtsa.core.types import Method
 from gtsa.cost import LONG, Cost, cheaper
-from gtsa.terminal import lasting, say, table
 
 FEWEST_STEPS = 1_000
 SMALLEST_BATCH = 8  # that we choose

@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from gtsa.core import Remedy, Replaced
+from gtsa.core.errors import Remedy, escaped
+from gtsa.core.terminal import Count, say
+from gtsa.core.types import Replaced
 from gtsa.data import HELD_OUT, NoImageLeft, generator
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
 from gtsa.loop import Done
 from gtsa.pictures import squares
 from gtsa.run import IMAGES, Run
-from gtsa.scan import escaped, insist, links, scan, summed
+from gtsa.scan import insist, links, scan, summed
 from gtsa.sources import open_source
-from gtsa.terminal import Count, say
 
 MEND = "bring it back, or start another run"
 

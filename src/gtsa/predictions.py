@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from gtsa.core import Remedy
-from gtsa.files import store
+from gtsa.core.errors import Remedy, escaped
+from gtsa.core.files import store
 from gtsa.labels import IGNORE, Labelled
 from gtsa.legend import legend
-from gtsa.scan import escaped
 
 BEST = 5  # classes whose scores the table tells
 LIKELY = 0.5  # from this probability on an image is said to show a class, where it can show several

@@ -18,11 +18,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa import augment, checkpoint, cost, files, methods, plan, pool, stops, strict, threads, weights
+from gtsa import augment, checkpoint, cost, methods, plan, pool, threads, weights
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
-from gtsa.core import Alone, Method, Remedy, Views
+from gtsa.core import files, stops
+from gtsa.core.errors import Alone, Remedy
+from gtsa.core.settings import to_yaml
+from gtsa.core.terminal import command, doing, say
+from gtsa.core.types import Method, Views
 from gtsa.data import HELD_OUT, VIEWS, StepSampler, ViewSet, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
@@ -33,7 +37,6 @@ from gtsa.pool import Pool
 from gtsa.run import Run
 from gtsa.schedules import Cosine, Ramp, warmup_then
 from gtsa.teacher import copy_of
-from gtsa.terminal import command, doing, say
 from gtsa.training import Kept, Training
 from gtsa.views import MultiCrop
 
@@ -426,7 +429,7 @@ class _Pretraining:
 
     def _kept_settings(self) -> str:
         settled = {"resume": False, "overwrite": False, "plan": False}
-        return files.sealed(strict.to_yaml(self.settings.model_copy(update=settled)))
+        return files.sealed(to_yaml(self.settings.model_copy(update=settled)))
 
 
 def _free_memory(device: torch.device) -> int:

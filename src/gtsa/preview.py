@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from gtsa import augment, config, pictures, plan, strict, weights
+from gtsa import augment, config, pictures, plan, weights
 from gtsa.backbone import IMAGENET
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy, escaped
+from gtsa.core.settings import validated
+from gtsa.core.terminal import say
 from gtsa.data import VIEWS, generator
 from gtsa.images import BadImage
 from gtsa.pool import selection
-from gtsa.scan import escaped
 from gtsa.sources import open_source
-from gtsa.terminal import say
 from gtsa.views import MultiCrop
 
 
@@ -34,7 +34,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     Raises:
         Remedy: there is no such image, or it cannot be read (3).
     """
-    asked = strict.validated(config.Pretrain, settings)
+    asked = validated(config.Pretrain, settings)
     ready = plan.Plan(asked, {})
     plan.start(ready, weights.described(weights.find(asked.init))[0] if asked.init and asked.model == "auto" else None)
     plan.sizes(ready)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gtsa import images
-from gtsa.errors import escaped
+from gtsa.core.errors import escaped
 from gtsa.sources import Source
 
 SAMPLE = 16  # images of a kind that are looked into

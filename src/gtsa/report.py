@@ -20,8 +20,8 @@ import numpy as np
 
 from gtsa import cells, judging, page, statistics, tuning
 from gtsa.cells import STAGES, Cell, Row
-from gtsa.core import Evidence
-from gtsa.files import store
+from gtsa.core.files import store
+from gtsa.core.types import Evidence
 from gtsa.statistics import Drawn, Estimate
 
 Key = tuple[str, str]  # row and stage

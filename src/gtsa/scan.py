@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from gtsa import holes, images, remarks
-from gtsa.core import Remedy
-from gtsa.errors import escaped as escaped
+from gtsa.core.errors import Remedy, escaped
+from gtsa.core.terminal import Count
 from gtsa.sources import Source
-from gtsa.terminal import Count
 from gtsa.threaded import Room, each
 
 HEADERS = 100_000  # files whose headers are read; of more, an even sample of this many

@@ -10,7 +10,7 @@ import numpy as np
 
 from gtsa import cells, config, judging
 from gtsa.cells import Cell, Row
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 
 Result = Mapping[str, Any]
 

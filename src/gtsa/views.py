@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor
 
-from gtsa.core import Colour, Crops, Views
+from gtsa.core.types import Colour, Crops, Views
 
 Box = tuple[int, int, int, int]
 TRIES = 100  # per crop; then a crop is made that is legal by construction

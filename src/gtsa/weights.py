@@ -21,9 +21,10 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gtsa import bare, checkpoint, files, hf
+from gtsa import bare, checkpoint, hf
 from gtsa.backbone import Backbone
-from gtsa.core import Remedy
+from gtsa.core import files
+from gtsa.core.errors import Remedy
 from gtsa.early import no_weights
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm

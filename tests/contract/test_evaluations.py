@@ -11,9 +11,9 @@ from evaluating import lab, labelled, noise
 from gtsa import evals
 from gtsa.backbone import Backbone
 from gtsa.config import EvaluatorSettings
-from gtsa.core import Evaluator
+from gtsa.core.settings import read_yaml, to_yaml, validated
+from gtsa.core.types import Evaluator
 from gtsa.labels import IGNORE, Boxes
-from gtsa.strict import read_yaml, to_yaml, validated
 
 FOUND = evals.found()
 TRAIN, VAL, SIDE = 12, 6, 64

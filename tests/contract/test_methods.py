@@ -8,9 +8,9 @@ import torch
 from gtsa import methods
 from gtsa.backbone import Backbone
 from gtsa.config import MethodSettings
-from gtsa.core import Crops, Method, Views
+from gtsa.core.settings import validated
+from gtsa.core.types import Crops, Method, Views
 from gtsa.evals.health import SCORES
-from gtsa.strict import validated
 
 FOUND = methods.found()
 

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Views
+from gtsa.core.types import Crops, Views
 from gtsa.loop import train_step
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.optim import ScheduledAdamW

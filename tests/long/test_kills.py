@@ -10,7 +10,7 @@ import time
 import pytest
 
 from conftest import SMALL_HEADS, final_weights, run, start
-from gtsa import strict
+from gtsa.core.settings import plain_yaml
 from test_compare import data, results, settings
 from test_exact import ended_after, lines_of
 
@@ -47,7 +47,7 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path)
     file = tmp_path / "c.yaml"
 
     def started(out):
-        file.write_text(strict.plain_yaml(settings(data, out, **more)))
+        file.write_text(plain_yaml(settings(data, out, **more)))
         command = [sys.executable, "-m", "gtsa", "compare", "--config", str(file)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
 

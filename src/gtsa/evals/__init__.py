@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gtsa import plugins
+from gtsa.core import plugins
 
 if TYPE_CHECKING:
-    from gtsa.core import Evaluator
+    from gtsa.core.types import Evaluator
 
 
 def declared() -> dict[str, plugins.Declared]:
     """{name: how its source declares it} of every evaluator in this folder; imports none of them."""
     here = Path(__file__).parent
-    return plugins.all_declared(here, "Evaluator", here.parent / "core.py")
+    return plugins.all_declared(here, "Evaluator", here.parent / "core" / "types.py")
 
 
 def found() -> dict[str, type[Evaluator]]:
     """{name: class} of every evaluator in this folder; the name is the module's."""
-    from gtsa.core import Evaluator
+    from gtsa.core.types import Evaluator
 
     return plugins.classes(sys.modules[__name__], Evaluator)  # type: ignore[type-abstract]

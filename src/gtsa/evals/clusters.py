@@ -12,11 +12,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from gtsa import dense
-from gtsa.core import Evaluator, Evidence, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.terminal import say
+from gtsa.core.types import Evaluator, Evidence
 from gtsa.data import generator
 from gtsa.features import Lab, batches, normalised, whole_patches
 from gtsa.labels import IGNORE, Labelled
-from gtsa.terminal import say
 
 CLUSTERS = 5  # stream of random numbers, see data.generator
 FEWEST, MOST = 5, 256  # tokens a cluster that are needed, and that are looked at to find it (faiss's default)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gtsa.coco import average_precision, corner, encoded, pasted
-from gtsa.core import Draw, Evaluator, Evidence, Examples, Objective, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data import VIEWS, StepSampler, epoch_order, generator
 from gtsa.detector import LONGEST, Detector, Target, draw, fitted, seen
 from gtsa.features import Lab, batches, normalised, read, resized

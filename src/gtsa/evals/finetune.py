@@ -18,7 +18,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gtsa.core import Draw, Evaluator, Evidence, Examples, Objective, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data import StepSampler, epoch_order, generator
 from gtsa.features import Lab, Pooling, normalised, pooled, read, tokens_of, whole_patches
 from gtsa.optim import ScheduledAdamW

@@ -21,7 +21,8 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from gtsa import statistics
-from gtsa.core import Draw, Evaluator, Evidence, Method, Remedy, Replaced, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw, Evaluator, Evidence, Method, Replaced, Views
 from gtsa.data import ViewSet, collate, generator
 from gtsa.features import Lab, tokens_of, whole_patches
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa import dense
-from gtsa.core import Evaluator, Evidence, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Evaluator, Evidence
 from gtsa.features import Lab, whole_patches
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gtsa.core import Evaluator, Evidence, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.terminal import say
+from gtsa.core.types import Evaluator, Evidence
 from gtsa.features import Lab, image_features, nearest, votes_of
-from gtsa.terminal import say
 
 
 class KNN(Evaluator):

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.core import Evaluator, Evidence, Examples, Objective, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.terminal import say
+from gtsa.core.types import Evaluator, Evidence, Examples, Objective
 from gtsa.data import StepSampler, epoch_order, generator
 from gtsa.features import Lab, image_features
 from gtsa.optim import ScheduledAdamW
 from gtsa.schedules import Constant, Cosine
-from gtsa.terminal import say
 from gtsa.training import teach
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)

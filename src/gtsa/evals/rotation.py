@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa import dense
-from gtsa.core import Evaluator, Evidence, Remedy, Tokens
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Evaluator, Evidence, Tokens
 from gtsa.features import Lab, pooled, tokens_of, whole_patches
 
 STRENGTHS = 10.0 ** torch.arange(-8, 3, dtype=torch.float64)  # of the ridge penalty, times the mean eigenvalue

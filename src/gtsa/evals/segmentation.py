@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from gtsa import dense
-from gtsa.core import Draw, Evaluator, Evidence, Examples, Objective, Remedy
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data import StepSampler, epoch_order, generator
 from gtsa.features import Lab, normalised, read, resized, whole_patches
 from gtsa.images import NEUTRAL

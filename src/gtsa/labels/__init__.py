@@ -19,8 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from gtsa.core import Remedy
-from gtsa.scan import escaped
+from gtsa.core.errors import Remedy, escaped
 from gtsa.sources import Source
 
 Kind = Literal["none", "classes", "several", "masks", "boxes"]

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gtsa import images
+from gtsa.core.terminal import say
 from gtsa.labels import Problems
 from gtsa.labels._json import told
 from gtsa.sources import Source
-from gtsa.terminal import say
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 

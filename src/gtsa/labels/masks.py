@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from gtsa import images as pictures
-from gtsa.errors import escaped
+from gtsa.core.errors import escaped
+from gtsa.core.terminal import say
 from gtsa.labels import IGNORE, Kind, Labelled, Problems
 from gtsa.labels._classes import digest, listed, unique
 from gtsa.labels._files import sizes
 from gtsa.labels._json import parsed
 from gtsa.sources import Source, open_source
 from gtsa.sources.folder import Folder
-from gtsa.terminal import say
 
 LARGEST = 2**16  # values of 16 bits
 

@@ -10,20 +10,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gtsa import plugins
+from gtsa.core import plugins
 
 if TYPE_CHECKING:
-    from gtsa.core import Method
+    from gtsa.core.types import Method
 
 
 def declared() -> dict[str, plugins.Declared]:
     """{name: how its source declares it} of every method in this folder; imports none of them."""
     here = Path(__file__).parent
-    return plugins.all_declared(here, "Method", here.parent / "core.py")
+    return plugins.all_declared(here, "Method", here.parent / "core" / "types.py")
 
 
 def found() -> dict[str, type[Method]]:
     """{name: class} of every method in this folder."""
-    from gtsa.core import Method
+    from gtsa.core.types import Method
 
     return plugins.classes(sys.modules[__name__], Method)  # type: ignore[type-abstract]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gtsa import losses
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Method, Remedy, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Crops, Method, Views
 from gtsa.geometry import pairs_of
 from gtsa.heads import PrototypeHead, prototypes_for, temperatures_for
 from gtsa.schedules import Cosine, Ramp

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gtsa import losses
 from gtsa.backbone import Backbone
-from gtsa.core import Crops, Method, Remedy, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Crops, Method, Views
 from gtsa.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
 from gtsa.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.schedules import After, Cosine

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gtsa import masks
 from gtsa.backbone import Backbone
-from gtsa.core import Method, Remedy, Views
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Method, Views
 
 VIEWS = {
     "global_crops": 1, "local_crops": 0, "global_share": (0.2, 1.0), "rotations": False, "flip": 0.5, "jitter": 0.0,

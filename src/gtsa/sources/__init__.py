@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gtsa.errors import Remedy
+from gtsa.core.errors import Remedy
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.images import BadImage, Range, as_rgb
 from gtsa.sources import Detail
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gtsa import images
-from gtsa.core import Remedy
+from gtsa.core.errors import Remedy
 from gtsa.sources import Detail, chosen
 
 

@@ -11,10 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gtsa.errors import EXIT_CODES as EXIT_CODES
-from gtsa.errors import Alone as Alone
-from gtsa.errors import Remedy as Remedy
-
 
 class Draw(NamedTuple):
     """A place in the endless stream of images: the views made there are a pure function of (seed, epoch, image)."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from gtsa.errors import speaks
+from gtsa.core.errors import speaks
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ALL = (*ENDING, signal.SIGUSR1)

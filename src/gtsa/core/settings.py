@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from gtsa.errors import Remedy
-from gtsa.plugins import REQUIRED, Declared
+from gtsa.core.errors import Remedy
+from gtsa.core.plugins import REQUIRED, Declared
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gtsa.errors import speaks
+from gtsa.core.errors import speaks
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:

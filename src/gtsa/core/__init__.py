@@ -1,0 +1,1 @@
+"""What all wings share: types, errors, settings, files, the terminal. Imports nothing by itself."""
