@@ -15,7 +15,7 @@ from gtsa.adaptation import Adaptation
 from gtsa.backbone import Backbone
 from gtsa.config import Pretrain
 from gtsa.core.errors import Remedy
-from gtsa.core.settings import read_yaml, validated
+from gtsa.core.settings import Plan, read_yaml, validated
 from gtsa.export import opened, write
 from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
@@ -179,7 +179,7 @@ def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scene
 
 
 def test_from_scratch_nothing_is_gentle():
-    ready = plan.Plan(validated(Pretrain, {}), {})
+    ready = Plan(validated(Pretrain, {}), {})
     plan.start(ready, None)
     assert {k: getattr(ready.settings, k) for k in plan.GENTLE} == plan.FROM_SCRATCH
     assert ready.settings.model == "vit_small_patch16_224"

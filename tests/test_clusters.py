@@ -9,7 +9,7 @@ from sklearn.metrics import confusion_matrix
 
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
-from gtsa.data import generator
+from gtsa.core.seeds import generator
 from gtsa.evals.clusters import Clusters
 from gtsa.labels import IGNORE
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes

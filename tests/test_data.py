@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw
-from gtsa.data import HELD_OUT, ORDER, VIEWS, StepSampler, ViewSet, collate, epoch_order, generator, loader
+from gtsa.data import StepSampler, ViewSet, collate, loader
 from gtsa.images import BadImage
 from gtsa.run import Run
 from gtsa.views import MultiCrop
@@ -132,16 +133,21 @@ def test_only_the_images_that_take_part_are_shown():
 
 
 def test_random_numbers_are_a_pure_function_of_their_place():
-    places = [(seed, stream, *p) for seed in (0, 1) for stream in (ORDER, VIEWS, HELD_OUT) for p in np.ndindex(3, 3, 3)]
+    places = [
+        (seed, stream, *p)
+        for seed in (0, 1)
+        for stream in (Stream.ORDER, Stream.VIEWS, HELD_OUT)
+        for p in np.ndindex(3, 3, 3)
+    ]
     values = [tuple(generator(*place).random(2)) for place in places]
     assert len(set(values)) == len(places)
     assert values == [tuple(generator(*place).random(2)) for place in places]
 
 
 def test_streams_of_neighbours_do_not_overlap():
-    long = generator(0, VIEWS, 0, 1, 2).random(5000)
-    assert not set(long) & set(generator(0, VIEWS, 1, 1, 2).random(5000))
-    assert not set(long) & set(generator(0, VIEWS, 0, 2, 2).random(5000))
+    long = generator(0, Stream.VIEWS, 0, 1, 2).random(5000)
+    assert not set(long) & set(generator(0, Stream.VIEWS, 1, 1, 2).random(5000))
+    assert not set(long) & set(generator(0, Stream.VIEWS, 0, 2, 2).random(5000))
 
 
 def test_numbers_are_those_of_earlier_versions():
@@ -163,7 +169,7 @@ def test_views_of_a_draw_are_the_same_again_and_others_elsewhere():
     other = view_set(seed=6)
     place = list(epoch_order(6, 0, 10)).index(image)
     assert not equal(views[Draw(0, 3)], other[Draw(0, place)])
-    held = ViewSet(Numbers(), range(10), SMALL, 5, stream=HELD_OUT)
+    held = ViewSet(Numbers(), range(10), SMALL, 5, stream=Stream.HELD_OUT)
     assert not equal(views[Draw(0, 3)], held[Draw(0, 3)])
 
 

@@ -9,7 +9,7 @@ import torch
 from gtsa import config, plan
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
-from gtsa.core.settings import validated
+from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
 from gtsa.heads import PrototypeHead
 from gtsa.losses import cross_view
@@ -113,7 +113,7 @@ def test_the_momentum_is_the_published_one():
 def test_the_preset_follows_the_number_of_images():
     for images, prototypes, temperatures in ((38, 1024, (0.02, 0.02)), (10_000, 2048, (0.02, 0.02)),
                                              (118_287, 65536, (0.04, 0.07))):  # fmt: skip
-        ready = plan.Plan(validated(config.Pretrain, {"method": "dino"}), {})
+        ready = Plan(validated(config.Pretrain, {"method": "dino"}), {})
         plan.method(ready, DINO.sized, images)
         assert (ready.settings.dino.prototypes, ready.settings.dino.teacher_temperature) == (prototypes, temperatures)
 

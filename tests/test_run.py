@@ -9,7 +9,7 @@ import gtsa
 from conftest import TINY, make_scenes, run, shared
 from gtsa.asked import SAMPLE, asked
 from gtsa.core.errors import Remedy
-from gtsa.data import HELD_OUT, generator
+from gtsa.core.seeds import Stream, generator
 
 SHORT = {**TINY, "steps": 4, "checkpoint_every": 2, "evaluate_every": 2}
 
@@ -133,7 +133,7 @@ def test_a_held_out_image_that_goes_bad_is_named_and_left_out(tmp_path):
     out = tmp_path / "run"
     gtsa.pretrain(str(data), out=str(out), **SHORT)
     names = [json.loads(line)["name"] for line in (out / "images.jsonl").read_text().splitlines()]
-    held = generator(0, HELD_OUT).random(len(names)).argsort(kind="stable")[: TINY["hold_out"]]
+    held = generator(0, Stream.HELD_OUT).random(len(names)).argsort(kind="stable")[: TINY["hold_out"]]
     name = names[held[0]]
     (data / name).write_bytes((data / name).read_bytes()[:50])
     done = gtsa.pretrain(out=str(out), resume=True)

@@ -11,7 +11,7 @@ from gtsa import cells, config, judging, methods, plan, tuning
 from gtsa.backbone import Backbone
 from gtsa.cells import Cell, Row
 from gtsa.core.errors import Remedy
-from gtsa.core.settings import validated
+from gtsa.core.settings import Plan, validated
 from gtsa.export import opened
 from gtsa.sources import open_source
 
@@ -61,7 +61,7 @@ def _settled_elsewhere(s: Any) -> None:
 
 def _trainable(row: Row, s: Any, images: int) -> None:
     told = validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s) | {"out": s.out})
-    ready = plan.Plan(told, {})
+    ready = Plan(told, {})
     plan.start(ready, _model(told))
     plan.sizes(ready)
     method: Any = methods.found()[told.method]

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,25 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Crops, Draw, Replaced, Views
 from gtsa.images import SMALLEST, BadImage
 from gtsa.views import MultiCrop
 
-ORDER, VIEWS, HELD_OUT = 1, 2, 3  # streams of random numbers, one for each use
-
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-
-
-def generator(seed: int, stream: int, *place: int) -> np.random.Generator:
-    """Random numbers as a pure function of (seed, stream, place); place has at most three numbers."""
-    counter = [0, *place, *[0] * (3 - len(place))]
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=counter))
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
-    """The order in which an epoch shows its images: a permutation of range(images)."""
-    return np.argsort(generator(seed, ORDER, epoch).random(images), kind="stable")
 
 
 class StepSampler(Sampler[list[Draw]]):
@@ -85,7 +72,7 @@ class ViewSet(Dataset[Views]):
     """
 
     def __init__(
-        self, source: Readable, indices: Sequence[int], multicrop: MultiCrop, seed: int, stream: int = VIEWS
+        self, source: Readable, indices: Sequence[int], multicrop: MultiCrop, seed: int, stream: int = Stream.VIEWS
     ) -> None:
         self.source, self.indices, self.multicrop = source, np.asarray(indices), multicrop
         self.seed, self.stream = seed, stream

@@ -17,12 +17,10 @@ from torch.utils.data import Dataset
 
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Evidence
-from gtsa.data import generator
 from gtsa.features import ROWS, Lab, batches, nearest, normalised, read, resized
 from gtsa.labels import IGNORE, Labelled
-
-MEMORY = 4  # stream of random numbers, see data.generator
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
 
@@ -200,7 +198,7 @@ def remembered(backbone: Backbone, data: Labelled, lab: Lab, size: int, most: in
         Remedy: nobody labelled a pixel of these images (3).
     """
     grid, classes, images = size // backbone.patch, len(data.classes), len(data)
-    share = most // images + (generator(lab.seed, MEMORY).permutation(images) < most % images)
+    share = most // images + (generator(lab.seed, Stream.PATCH_MEMORY).permutation(images) < most % images)
     used = share.nonzero()[0].tolist()
     room = int(share.clip(max=grid**2).sum())
     tokens = torch.empty(room, backbone.width, device=lab.device)
@@ -212,7 +210,7 @@ def remembered(backbone: Backbone, data: Labelled, lab: Lab, size: int, most: in
             index = next(places)
             shares = shares_of(resized_mask(scene.truth, size, size), backbone.patch, classes)
             known = shares.any(1).nonzero()[:, 0]
-            order = generator(lab.seed, MEMORY, index + 1).permutation(len(known))[: share[index]]
+            order = generator(lab.seed, Stream.PATCH_MEMORY, index + 1).permutation(len(known))[: share[index]]
             chosen = known[torch.from_numpy(order)]
             tokens[row : row + len(chosen)] = F.normalize(each[chosen.to(lab.device)], dim=-1)
             labels[row : row + len(chosen)] = shares[chosen].to(lab.device)

@@ -24,7 +24,7 @@ from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, traini
 from gtsa.controls import CONTROLS
 from gtsa.core.errors import Remedy
 from gtsa.core.files import store
-from gtsa.core.settings import plain_yaml, read_yaml, validated
+from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
 from gtsa.core.types import Evidence, Method, Views
 from gtsa.export import opened
 from gtsa.features import Lab
@@ -120,7 +120,7 @@ def _untrained(cell: Cell, s: Any) -> Any:
         return CONTROLS[source](patch_of(s.model))
     if source == "untrained":
         views = validated(config.Pretrain, {"model": s.model, **s.pretrain})
-        ready = plan.Plan(views, {})
+        ready = Plan(views, {})
         plan.start(ready, None)
         plan.sizes(ready)
         torch.manual_seed(cell.number)  # as pretraining starts

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import colorsys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gtsa.backbone import Backbone
+from gtsa.core.drawing import Hue, label, new_sheet, to_image, write
 from gtsa.core.types import Crops, Views
 from gtsa.geometry import pool, rotate_maps
 from gtsa.methods.gtsa import regions
 
-Hue = tuple[int, int, int]
-INK, PAPER, GAP = (40, 40, 40), (255, 255, 255), 12
+GAP = 12
 EDGE = 3  # px of a box's line
 
 
@@ -70,11 +69,11 @@ def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 192
         (f"step {step}", feature_colours(now, images), Image.Resampling.NEAREST),
     ]
     left = 80
-    sheet = _sheet(left + len(images) * (size + GAP), len(rows) * (size + GAP) + GAP)
+    sheet = new_sheet(left + len(images) * (size + GAP), len(rows) * (size + GAP) + GAP)
     for r, (title, pictures, resample) in enumerate(rows):
-        _write(sheet, (GAP, GAP + r * (size + GAP) + size // 2), title)
+        write(sheet, (GAP, GAP + r * (size + GAP) + size // 2), title)
         for c, picture in enumerate(pictures):
-            tile = _image(picture).resize((size, size), resample)
+            tile = to_image(picture).resize((size, size), resample)
             sheet.paste(tile, (left + c * (size + GAP), GAP + r * (size + GAP)))
     return sheet
 
@@ -88,10 +87,10 @@ def maps_strip(images: Tensor, maps: Tensor, size: int = 128) -> Image.Image:
         (images.permute(0, 2, 3, 1), Image.Resampling.BILINEAR),
         (feature_colours(maps, images), Image.Resampling.NEAREST),
     ]
-    sheet = _sheet(len(images) * (size + 4), 2 * (size + 4))
+    sheet = new_sheet(len(images) * (size + 4), 2 * (size + 4))
     for r, (drawn, resample) in enumerate(rows):
         for c, picture in enumerate(drawn):
-            sheet.paste(_image(picture).resize((size, size), resample), (c * (size + 4), r * (size + 4)))
+            sheet.paste(to_image(picture).resize((size, size), resample), (c * (size + 4), r * (size + 4)))
     return sheet
 
 
@@ -111,7 +110,7 @@ def preview(image: Tensor, views: Views, finished: Views, mean: tuple, std: tupl
         _as_seen(seen, views, hues),
         *(_target(views, size, hues, cells if size == 0 else max(3, cells - 2)) for size in range(len(views.groups))),
     ]
-    sheet = _sheet(max(p.width for p in parts) + 2 * GAP, sum(p.height + GAP for p in parts) + GAP)
+    sheet = new_sheet(max(p.width for p in parts) + 2 * GAP, sum(p.height + GAP for p in parts) + GAP)
     y = GAP
     for part in parts:
         sheet.paste(part, (GAP, y))
@@ -120,11 +119,11 @@ def preview(image: Tensor, views: Views, finished: Views, mean: tuple, std: tupl
 
 
 def _scene(image: Tensor, views: Views, hues: list[Hue]) -> Image.Image:
-    picture = _image(image.permute(1, 2, 0))
+    picture = to_image(image.permute(1, 2, 0))
     zoom = min(1.6, 900 / picture.width, 620 / picture.height)
     picture = picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))))
-    sheet = _sheet(max(picture.width, 900), picture.height + 26)
-    _write(sheet, (0, 2), "the image, and where its crops were cut (G global, L local)")
+    sheet = new_sheet(max(picture.width, 900), picture.height + 26)
+    write(sheet, (0, 2), "the image, and where its crops were cut (G global, L local)")
     sheet.paste(picture, (0, 26))
     draw = ImageDraw.Draw(sheet)
     for _, box, hue, size in _crops(views, hues):
@@ -132,7 +131,7 @@ def _scene(image: Tensor, views: Views, hues: list[Hue]) -> Image.Image:
         draw.rectangle((x1, y1 + 26, x2 - 1, y2 + 25), outline=hue, width=4 if size == 0 else 2)
     for name, box, hue, size in _crops(views, hues):  # over all boxes; global ones on the right, out of the others' way
         x1, y1, x2, _ = (value * zoom for value in box)
-        _label(draw, (x2 - 26 if size == 0 else x1 + 4, y1 + 30), name, hue)
+        label(draw, (x2 - 26 if size == 0 else x1 + 4, y1 + 30), name, hue)
     return sheet
 
 
@@ -147,13 +146,13 @@ def _as_seen(seen: list[Tensor], views: Views, hues: list[Hue]) -> Image.Image:
             rows.append((tile, side, place, f"{names[i]} turned {90 * int(crops.turns[0, n])}°", hues[i]))
             i += 1
         y += -(-len(tiles) // across) * (side + 30)
-    sheet = _sheet(900, y)
-    _write(sheet, (0, 2), "the views as the student sees them: coloured, and turned counter-clockwise")
+    sheet = new_sheet(900, y)
+    write(sheet, (0, 2), "the views as the student sees them: coloured, and turned counter-clockwise")
     draw = ImageDraw.Draw(sheet)
     for tile, side, (x, y), name, hue in rows:
-        sheet.paste(_image(tile.permute(1, 2, 0)).resize((side, side)), (x, y))
+        sheet.paste(to_image(tile.permute(1, 2, 0)).resize((side, side)), (x, y))
         draw.rectangle((x, y, x + side - 1, y + side - 1), outline=hue, width=3)
-        _write(sheet, (x, y + side + 4), name)
+        write(sheet, (x, y + side + 4), name)
     return sheet
 
 
@@ -166,7 +165,7 @@ def _target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.Image
     offset = 0 if size == 0 else seen.count
     others = [v for v in range(view.count) if size == 1 or v != 0]
     if not others:
-        return _sheet(900, 1)
+        return new_sheet(900, 1)
     v, g = next((v for v in others if view.turns[0, v] != seen.turns[0, 0]), others[0]), 0
     mine, theirs = regions(view, seen)
     upright = _turned(seen)[0, g], _turned(view)[0, v]  # [S, S, 3] as each network gets it, colours left out
@@ -183,15 +182,15 @@ def _target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.Image
         ("student's cells", _cells(student)),
         (f"student sees {names[1]}", _boxed(upright[1], box_v, hues[offset + v], cells)),
     ]
-    sheet = _sheet(900, 170 + 50)
-    _write(sheet, (0, 2), f"{names[1]} against {names[0]}: the target is the same region, in the student's orientation")
+    sheet = new_sheet(900, 170 + 50)
+    write(sheet, (0, 2), f"{names[1]} against {names[0]}: the target is the same region, in the student's orientation")
     for i, (title, tile) in enumerate(tiles):
         x = i * 180 + EDGE
         if tile.size == (168 + 2 * EDGE, 168 + 2 * EDGE):  # with a box, which may go all around
             sheet.paste(tile, (x - EDGE, 26 - EDGE))
         else:
             sheet.paste(tile.resize((168, 168), Image.Resampling.NEAREST), (x, 26))
-        _write(sheet, (x, 198), title)
+        write(sheet, (x, 198), title)
     return sheet
 
 
@@ -202,8 +201,8 @@ def _turned(crops: Crops) -> Tensor:
 
 def _boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:
     """A crop with a border, so that the box lies around its region even at the edges."""
-    picture = _sheet(168 + 2 * EDGE, 168 + 2 * EDGE)
-    picture.paste(_image(pixels).resize((168, 168)), (EDGE, EDGE))
+    picture = new_sheet(168 + 2 * EDGE, 168 + 2 * EDGE)
+    picture.paste(to_image(pixels).resize((168, 168)), (EDGE, EDGE))
     zoom = 168 / pixels.shape[0]
     x1, y1, x2, y2 = (EDGE + round(float(v) * zoom) for v in box)
     draw = ImageDraw.Draw(picture)
@@ -216,7 +215,7 @@ def _boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:
 
 
 def _cells(cells: Tensor) -> Image.Image:
-    return _image(cells.float())
+    return to_image(cells.float())
 
 
 def _crops(views: Views, hues: list[Hue]):  # type: ignore[no-untyped-def]
@@ -231,24 +230,3 @@ def _crops(views: Views, hues: list[Hue]):  # type: ignore[no-untyped-def]
 def _hues(count: int) -> list[Hue]:
     colours = [colorsys.hsv_to_rgb(i / count, 0.9, 0.95) for i in range(count)]
     return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in colours]
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    """[H, W, 3], uint8 or in [0, 1]."""
-    array = pixels.numpy() if pixels.dtype == torch.uint8 else np.rint(pixels.numpy() * 255).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _sheet(width: int, height: int) -> Image.Image:
-    return Image.new("RGB", (width, height), PAPER)
-
-
-def _write(sheet: Image.Image, place: tuple[float, float], text: str) -> None:
-    ImageDraw.Draw(sheet).text(place, text, fill=INK, font=ImageFont.load_default(14))
-
-
-def _label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, hue: Hue) -> None:
-    font = ImageFont.load_default(14)
-    x1, y1, x2, y2 = draw.textbbox(place, text, font=font)
-    draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), fill=hue)
-    draw.text(place, text, fill=INK if sum(hue) > 330 else PAPER, font=font)

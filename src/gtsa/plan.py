@@ -7,7 +7,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from lightning_fabric import Fabric
 from gtsa import checkpoint, threads
 from gtsa.backbone import patch_of
 from gtsa.core.errors import Remedy
-from gtsa.core.terminal import lasting, say, table
+from gtsa.core.settings import Plan
+from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
 from gtsa.cost import LONG, Cost, cheaper
 
@@ -28,18 +28,6 @@ MODEL = "vit_small_patch16_224"
 GENTLE = {"head_start": 0.1, "encoder_rate": 0.1, "layer_decay": 0.75, "anchor": 1.0}  # see LOG.md
 FROM_SCRATCH = {"head_start": 0.0, "encoder_rate": 1.0, "layer_decay": 1.0, "anchor": 0.0}
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
-
-
-@dataclass
-class Plan:
-    """Resolved settings, and a reason for each that was left to us."""
-
-    settings: Any
-    reasons: dict[str, str]
-
-    def settle(self, reasons: dict[str, str], **values: Any) -> None:
-        self.settings = self.settings.model_copy(update=values)
-        self.reasons |= reasons
 
 
 def engine(settings: Any) -> Plan:
@@ -305,7 +293,3 @@ def _gently(s: Any) -> str:
     """How weights to start from are gone on with."""
     told = f"encoder rests for {round(s.head_start * s.steps):,} steps, then learns at {s.encoder_rate:g} of the rate"
     return f"{told}, {s.layer_decay:g} of that a block below; anchor {s.anchor:g}; best by {s.keep_best or 'nothing'}"
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from gtsa.core.errors import Remedy, escaped
+from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import Count, say
 from gtsa.core.types import Replaced
-from gtsa.data import HELD_OUT, NoImageLeft, generator
+from gtsa.data import NoImageLeft
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
 from gtsa.loop import Done
@@ -93,7 +94,7 @@ class Pool:
     def __init__(self, data: Any, settings: Any, note: Callable[[str], None]) -> None:
         s = settings
         raw, names = image_list(s.out)
-        order = generator(s.seed, HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
+        order = generator(s.seed, Stream.HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
         self.source = Frozen(open_source(data, files=names, range16=s.range16, data_root=s.data_root), raw)
         self.train, self.held_out = sorted(order[s.hold_out :]), sorted(order[: s.hold_out])
         self.looked_at = self.held_out or self.train[:64]

@@ -24,10 +24,11 @@ from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
 from gtsa.core import files, stops
 from gtsa.core.errors import Alone, Remedy
-from gtsa.core.settings import to_yaml
+from gtsa.core.seeds import Stream
+from gtsa.core.settings import Plan, to_yaml
 from gtsa.core.terminal import command, doing, say
 from gtsa.core.types import Method, Views
-from gtsa.data import HELD_OUT, VIEWS, StepSampler, ViewSet, loader
+from gtsa.data import StepSampler, ViewSet, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.online import Online
@@ -98,7 +99,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
             run.close()
 
 
-def _planned_alone(data: Any, found: weights.Weights | None, ready: plan.Plan, fabric: Fabric) -> Trained:
+def _planned_alone(data: Any, found: weights.Weights | None, ready: Plan, fabric: Fabric) -> Trained:
     """Shows the plan of a run in a folder that goes again."""
     asked_for = Path(ready.settings.out or ".").absolute()
     disk = next(place for place in (asked_for, *asked_for.parents) if place.is_dir())
@@ -155,9 +156,7 @@ def _of_disk(error: OSError, out: str) -> Remedy:
 class _Pretraining:
     """One run, from top to bottom: data, plan, networks, training, verdict. Called once."""
 
-    def __init__(
-        self, data: Any, found: weights.Weights | None, ready: plan.Plan, fabric: Fabric, run: Run | None
-    ) -> None:
+    def __init__(self, data: Any, found: weights.Weights | None, ready: Plan, fabric: Fabric, run: Run | None) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
         self.start: Figures | None = None  # the network at step 0, and its maps of the gallery: of the first process
         self.start_maps: Tensor | None = None
@@ -196,7 +195,7 @@ class _Pretraining:
         )
         again = f"{command()} pretrain --out {shlex.quote(s.out)} --resume"
         training = self.training = Training(self.method, optimizer, s, fabric, self.run, again, expected)
-        self.health = Health(self._views(self.pool.looked_at, HELD_OUT), self._prepare)
+        self.health = Health(self._views(self.pool.looked_at, Stream.HELD_OUT), self._prepare)
         other = f"{s.out}/images.jsonl is not the one that the run was started with"
         if s.resume and (before := training.restore("images", self.pool.digest, other)):
             self._go_on(before)
@@ -235,7 +234,7 @@ class _Pretraining:
         self.plan.settle({}, accumulate=accumulate)
         return step, look
 
-    def _views(self, images: list[int], stream: int = VIEWS) -> ViewSet:
+    def _views(self, images: list[int], stream: int = Stream.VIEWS) -> ViewSet:
         return ViewSet(self.pool.source, images, self.multicrop, self.settings.seed, stream)
 
     def _prepare(self, views: Views) -> Views:

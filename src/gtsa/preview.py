@@ -10,9 +10,9 @@ import torch
 from gtsa import augment, config, pictures, plan, weights
 from gtsa.backbone import IMAGENET
 from gtsa.core.errors import Remedy, escaped
-from gtsa.core.settings import validated
+from gtsa.core.seeds import Stream, generator
+from gtsa.core.settings import Plan, validated
 from gtsa.core.terminal import say
-from gtsa.data import VIEWS, generator
 from gtsa.images import BadImage
 from gtsa.pool import selection
 from gtsa.sources import open_source
@@ -35,7 +35,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
         Remedy: there is no such image, or it cannot be read (3).
     """
     asked = validated(config.Pretrain, settings)
-    ready = plan.Plan(asked, {})
+    ready = Plan(asked, {})
     plan.start(ready, weights.described(weights.find(asked.init))[0] if asked.init and asked.model == "auto" else None)
     plan.sizes(ready)
     multicrop = MultiCrop(**ready.settings.views.model_dump())
@@ -48,7 +48,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
         pixels = source.read(image, multicrop.detail)
     except BadImage as reason:
         raise Remedy(f"{escaped(source.name(image))}: {reason}; choose another with --image", 3) from None
-    views = multicrop(pixels, generator(asked.seed, VIEWS, 0, image, epoch))
+    views = multicrop(pixels, generator(asked.seed, Stream.VIEWS, 0, image, epoch))
     finished = augment.apply(views, torch.device("cpu"), *IMAGENET)
     place = Path(out)
     try:

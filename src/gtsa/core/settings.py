@@ -7,6 +7,7 @@ import io
 import os
 import reprlib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -233,3 +234,15 @@ def differences(old: Strict, new: Strict, prefix: str = "") -> list[str]:
         elif before != after:
             lines.append(f"{prefix}{name}: {before}, now {after}")
     return lines
+
+
+@dataclass
+class Plan:
+    """Resolved settings, and a reason for each that was left to us."""
+
+    settings: Any
+    reasons: dict[str, str]
+
+    def settle(self, reasons: dict[str, str], **values: Any) -> None:
+        self.settings = self.settings.model_copy(update=values)
+        self.reasons |= reasons

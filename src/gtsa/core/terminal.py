@@ -220,3 +220,7 @@ def command() -> str:
         return "gtsa"
     called = Path(sys.argv[0])
     return shlex.join([str(called)] if called.name == "gtsa" else [sys.executable, "-m", "gtsa"])
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from gtsa import dense
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence
-from gtsa.data import generator
 from gtsa.features import Lab, batches, normalised, whole_patches
 from gtsa.labels import IGNORE, Labelled
 
-CLUSTERS = 5  # stream of random numbers, see data.generator
 FEWEST, MOST = 5, 256  # tokens a cluster that are needed, and that are looked at to find it (faiss's default)
 
 
@@ -78,12 +77,13 @@ class Clusters(Evaluator):
         """The cluster of every patch in every repeat: [images, repeats, h, w]."""
         grid = size // backbone.patch
         looked_at = np.zeros(len(val) * grid**2, bool)
-        looked_at[generator(lab.seed, CLUSTERS).permutation(len(looked_at))[: MOST * k]] = True
+        looked_at[generator(lab.seed, Stream.CLUSTERS).permutation(len(looked_at))[: MOST * k]] = True
         sample, at = [], 0
         for tokens in _tokens(backbone, val, lab, size):
             sample.append(tokens[looked_at[at : at + len(tokens)]])
             at += len(tokens)
-        starts = [int(generator(lab.seed, CLUSTERS, repeat + 1).integers(2**31)) for repeat in range(self.repeats)]
+        draws = (generator(lab.seed, Stream.CLUSTERS, repeat + 1) for repeat in range(self.repeats))
+        starts = [int(draw.integers(2**31)) for draw in draws]
         simple, found = _clustered(np.concatenate(sample), self.dimensions, k, starts)
         maps = []
         for tokens in _tokens(backbone, val, lab, size):

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from gtsa.coco import average_precision, corner, encoded, pasted
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data import VIEWS, StepSampler, epoch_order, generator
+from gtsa.data import StepSampler
 from gtsa.detector import LONGEST, Detector, Target, draw, fitted, seen
 from gtsa.features import Lab, batches, normalised, read, resized
 from gtsa.labels import Boxes, Labelled
@@ -172,7 +173,7 @@ class Scenes(Dataset[tuple[int, Tensor, Target]]):
 
     def __getitem__(self, place: Draw) -> tuple[int, Tensor, Target]:
         index = int(epoch_order(self.seed, place.epoch, len(self.data))[place.place])
-        pixels, rng = read(self.data, index), generator(self.seed, VIEWS, index, place.epoch)
+        pixels, rng = read(self.data, index), generator(self.seed, Stream.VIEWS, index, place.epoch)
         view = draw(pixels.shape[-2], pixels.shape[-1], self.scale, rng)
         return index, *seen(pixels, self.data.target(index), view)
 

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler, epoch_order, generator
+from gtsa.data import StepSampler
 from gtsa.features import Lab, Pooling, normalised, pooled, read, tokens_of, whole_patches
 from gtsa.optim import ScheduledAdamW
 from gtsa.schedules import Constant, Cosine, warmup_then
 from gtsa.training import teach
-
-CUT, MIXED = 31, 32  # streams of random numbers: what is done to an image, and to a batch
 
 
 class Finetune(Evaluator):
@@ -141,7 +140,7 @@ class Finetune(Evaluator):
         def prepare(batch: Examples) -> Examples:
             truth, micro = batch.targets
             pixels = normalised(batch.pixels, network.backbone, lab.device)
-            with seeded(generator(lab.seed, MIXED, micro), lab.device):
+            with seeded(generator(lab.seed, Stream.FINETUNE_MIXUP, micro), lab.device):
                 pixels, targets = mix(erase(pixels), truth.to(lab.device))
             return Examples(pixels, targets, batch.images)
 
@@ -191,7 +190,7 @@ class Augmented(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
         image = Image.fromarray(read(self.data, index).permute(1, 2, 0).numpy())
-        with seeded(generator(self.seed, CUT, draw.epoch, index), torch.device("cpu")):
+        with seeded(generator(self.seed, Stream.FINETUNE_CROPS, draw.epoch, index), torch.device("cpu")):
             return self.change(image), self.data.target(index), index
 
 

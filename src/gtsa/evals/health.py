@@ -22,13 +22,13 @@ from torch import Tensor
 
 from gtsa import statistics
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Method, Replaced, Views
-from gtsa.data import ViewSet, collate, generator
+from gtsa.data import ViewSet, collate
 from gtsa.features import Lab, tokens_of, whole_patches
 
 TOKENS = 4096  # rows of the matrix whose rank is taken
 CHANCE = 0.25  # of four rotations
-CHOSEN = 41  # stream of random numbers: which patches of an image are looked at
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 SCORES = {  # figures of Method.diagnose whose gain over step 0 counts, and what it says
     "region_score": "true regions are predicted {} than other images' regions (cosine)",
@@ -125,7 +125,8 @@ class FeatureHealth(Evaluator):
         found: list[Tensor] = []
         for (tokens,) in tokens_of(backbone, val, lab, max(self.resize, crop), crop):
             for patches in tokens.patches.flatten(1, 2).cpu():
-                draw = generator(lab.seed, CHOSEN, val.places[len(found)])  # goes with the image, not with its place
+                image = val.places[len(found)]  # the draw goes with the image, not with its place
+                draw = generator(lab.seed, Stream.HEALTH_PATCHES, image)
                 order = torch.from_numpy(draw.permutation(len(patches)))
                 found.append(patches[order[: max(1, -(-TOKENS // len(val)))]].clone())
         return {"patches": found}

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler, epoch_order, generator
+from gtsa.data import StepSampler
 from gtsa.features import Lab, image_features
 from gtsa.optim import ScheduledAdamW
 from gtsa.schedules import Constant, Cosine
@@ -23,7 +24,6 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 MOMENTUM = 0.9
 FLAT = 1e8  # AdamW's epsilon, beside which its second moment vanishes: what is left is gradient descent with momentum
 FEWEST, MOST, EPOCHS = 1_000, 12_500, 100
-HELD_OUT = 21  # stream of random numbers
 
 
 class Linear(Evaluator):
@@ -200,7 +200,7 @@ def tenth(targets: Tensor, seed: int) -> Tensor:
         classes = torch.where(targets, rarity, len(targets) + 1).numpy().argmin(1)
     else:
         classes = targets.numpy()
-    draw = generator(seed, HELD_OUT)
+    draw = generator(seed, Stream.LINEAR_HELD_OUT)
     order = np.lexsort((draw.random(len(classes)), classes))  # by class, at random within it
     count = max(1, round(len(order) / 10))
     first = draw.random()

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from gtsa import dense
 from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler, epoch_order, generator
+from gtsa.data import StepSampler
 from gtsa.features import Lab, normalised, read, resized, whole_patches
 from gtsa.images import NEUTRAL
 from gtsa.labels import IGNORE, Labelled
@@ -24,7 +25,6 @@ from gtsa.pyramid import Pyramid
 from gtsa.schedules import Constant, Polynomial, warmup_then
 from gtsa.training import teach
 
-CUTS = 6  # stream of random numbers, see data.generator
 PUBLISHED: dict[str, dict[str, float]] = {
     "linear": {"size": 448, "learning_rate": 1e-3, "weight_decay": 1e-4},
     "fpn": {"size": 0, "learning_rate": 6e-5, "weight_decay": 0.01},
@@ -173,7 +173,7 @@ class Cuts(Dataset[tuple[Tensor, Tensor, int]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, int]:
         image = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
-        rng = generator(self.seed, CUTS, image, draw.epoch)
+        rng = generator(self.seed, Stream.SEGMENTATION_CROPS, image, draw.epoch)
         pixels, truth = read(self.data, image), self.data.target(image)
         scale = rng.uniform(*self.scales)
         height, width = (max(1, round((self.size or side) * scale)) for side in truth.shape)
