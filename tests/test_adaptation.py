@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gtsa
 from conftest import TINY, run
-from gtsa import checkpoint, judging, losses, plan, weights
+from gtsa import judging, losses, plan, weights
 from gtsa.adaptation import Adaptation
 from gtsa.backbone import Backbone
 from gtsa.config import Pretrain
@@ -20,6 +20,7 @@ from gtsa.export import opened, write
 from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
 from gtsa.teacher import copy_of
+from gtsa.training import checkpoint
 from test_dino import views
 from test_exact import stopped_and_resumed
 from test_online import Asked as Answers

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from gtsa import checkpoint
 from gtsa.core.errors import Remedy
+from gtsa.training import checkpoint
 
 TENSORS = {
     "method": {"a": torch.arange(50.0), "b": torch.ones(3, 4, dtype=torch.bfloat16)},

@@ -12,13 +12,14 @@ from gtsa.core.settings import validated
 from gtsa.cost import Cost
 from gtsa.data import ViewSet
 from gtsa.methods.gtsa import GTSA
+from gtsa.training.devices import resolve_device
 from gtsa.views import MultiCrop
 
 COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fixed=10**7)
 
 
 def resolved(**given):
-    ready = plan.engine(validated(config.Pretrain, {"device": "cpu", "workers": 0, **given}))
+    ready = resolve_device(validated(config.Pretrain, {"device": "cpu", "workers": 0, **given}))
     plan.start(ready, None)
     plan.sizes(ready)
     plan.budget(ready, 331)
@@ -125,7 +126,7 @@ def test_flags_that_take_less_are_flags():
 
 @pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
-    ready = plan.engine(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    ready = resolve_device(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
     with pytest.raises(plan.Remedy, match=f"there are {images} images .* take at most {images}") as remedy:
         plan.budget(ready, images)
     assert remedy.value.code == 2
@@ -133,6 +134,6 @@ def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch,
 
 @pytest.mark.parametrize(("batch", "images"), [(400, 331), (8, 3), ("auto", 3)])
 def test_a_batch_of_few_repeats_is_explained(batch, images):
-    ready = plan.engine(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    ready = resolve_device(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
     plan.budget(ready, images)
     assert ready.reasons["batch_size"] == f"more than the {images} images: a step repeats some; {images} would not"

@@ -12,14 +12,15 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import checkpoint, config, weights
+from gtsa import config, weights
 from gtsa.asked import settings_of
 from gtsa.cli import run as command
 from gtsa.core import files
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import plain_yaml, validated
 from gtsa.pool import Pool
-from gtsa.run import Run
+from gtsa.training import checkpoint
+from gtsa.training.run_folder import Run
 
 SMALL = {
     "model": "test_vit",
@@ -158,7 +159,7 @@ def test_overwrite_leaves_and_names_what_no_run_wrote(copied, tmp_path, images, 
 def test_what_is_in_the_place_of_a_checkpoint_to_come_is_told_before_the_first_step(begun, monkeypatch, capsys):
     (begun / "checkpoints" / "step-00000099").touch()
     (begun / "checkpoints" / "step-00000007").touch()
-    monkeypatch.setattr("gtsa.training.fit", lambda *_, **__: pytest.fail("it has started"))
+    monkeypatch.setattr("gtsa.training.trainer.fit", lambda *_, **__: pytest.fail("it has started"))
     refused(8, "step-00000007 is no checkpoint of gtsa.*move it away", begun)
     (begun / "checkpoints" / "step-00000007").unlink()
     with pytest.raises(pytest.fail.Exception):

@@ -16,7 +16,7 @@ from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw
 from gtsa.data import StepSampler, ViewSet, collate, loader
 from gtsa.images import BadImage
-from gtsa.run import Run
+from gtsa.training.run_folder import Run
 from gtsa.views import MultiCrop
 
 few = settings(deadline=None, max_examples=50)
@@ -136,7 +136,7 @@ def test_random_numbers_are_a_pure_function_of_their_place():
     places = [
         (seed, stream, *p)
         for seed in (0, 1)
-        for stream in (Stream.ORDER, Stream.VIEWS, HELD_OUT)
+        for stream in (Stream.ORDER, Stream.VIEWS, Stream.HELD_OUT)
         for p in np.ndindex(3, 3, 3)
     ]
     values = [tuple(generator(*place).random(2)) for place in places]

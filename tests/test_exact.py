@@ -16,7 +16,7 @@ import gtsa
 from conftest import SMALL_HEADS, TINY, final_weights, run, start
 from forking import fork
 from gtsa.core.errors import Remedy
-from gtsa.run import Run
+from gtsa.training.run_folder import Run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gtsa.core import files
-from gtsa.events import Events
+from gtsa.training.events import Events
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from gtsa.augment import ORDERS
 from gtsa.backbone import Backbone
 from gtsa.core.types import Colour, Crops, Views
 from gtsa.features import Lab
-from gtsa.loop import train_step
-from gtsa.optim import ScheduledAdamW
-from gtsa.plan import PRECISIONS
 from gtsa.pretrain import pretrain
-from gtsa.schedules import Constant
+from gtsa.training.devices import PRECISIONS
+from gtsa.training.loop import train_step
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATE = 1e-3

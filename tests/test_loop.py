@@ -11,9 +11,9 @@ from torch import nn
 
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Crops, Objective, Views
-from gtsa.loop import fit
-from gtsa.optim import ScheduledAdamW
-from gtsa.schedules import Constant
+from gtsa.training.loop import fit
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant
 
 
 class Regression(Objective):

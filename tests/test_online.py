@@ -12,12 +12,13 @@ from PIL import Image
 
 import gtsa
 from conftest import TINY, final_weights
-from gtsa import checkpoint, judging
+from gtsa import judging
 from gtsa.config import Pretrain
 from gtsa.core import stops
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.online import Online
+from gtsa.training import checkpoint
 
 pretraining = importlib.import_module("gtsa.pretrain")
 

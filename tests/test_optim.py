@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gtsa.optim import ScheduledAdamW, clip_each
-from gtsa.schedules import Constant, Cosine
+from gtsa.training.optim import ScheduledAdamW, clip_each
+from gtsa.training.schedules import Constant, Cosine
 
 few = settings(deadline=None, max_examples=40)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import make_scenes
-from gtsa import checkpoint, cost, plan
+from gtsa import cost, plan
 from gtsa.cli import run
+from gtsa.training import checkpoint
 
 SMALL = ["--model", "test_vit", "--views.global-size", "48", "--views.local-size", "32", "--device", "cpu"]
 SMALL += ["--views.local-crops", "1", "--gtsa.projector-dim", "16", "--gtsa.out-dim", "16"]

@@ -14,10 +14,10 @@ import torch
 import gtsa
 from conftest import run
 from forking import Forked, fork
-from gtsa import checkpoint
 from gtsa.cli import run as in_process
 from gtsa.core.errors import Alone, Remedy
 from gtsa.pretrain import _remedy
+from gtsa.training import checkpoint
 
 
 def draw_views(data, folder, rank, ranks):

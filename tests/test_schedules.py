@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa.schedules import After, Constant, Cosine, Ramp, Warmup, warmup_then
+from gtsa.training.schedules import After, Constant, Cosine, Ramp, Warmup, warmup_then
 
 few = settings(deadline=None, max_examples=100)
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from conftest import final_weights
-from gtsa import training
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw, Examples
@@ -17,7 +16,8 @@ from gtsa.data import StepSampler
 from gtsa.evals import segmentation
 from gtsa.evals.segmentation import Cuts, Pixels, Segmentation, SemanticFPN, groups
 from gtsa.labels import IGNORE
-from gtsa.schedules import Polynomial
+from gtsa.training import trainer
+from gtsa.training.schedules import Polynomial
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 QUICK = {"size": 128, "scales": (1.0, 1.0), "steps": 30, "batch_size": 4, "learning_rate": 0.2}
@@ -244,7 +244,7 @@ def _asked_to_stop():
 @pytest.mark.parametrize("head", ["fpn", "linear"])
 @pytest.mark.parametrize("stop", [_power_cut, _asked_to_stop])
 def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
-    monkeypatch.setattr(segmentation, "teach", functools.partial(training.teach, checkpoint_every=2))
+    monkeypatch.setattr(segmentation, "teach", functools.partial(trainer.teach, checkpoint_every=2))
     masks = [m[:h] for m, h in zip(stripes(5, 48, 40), (48, 20, 33, 48, 33), strict=True)]
     data = labelled(painted(masks), masks)
     settings = {**TUNED, "crop": 32, "head": head, "size": 0, "learning_rate": 1e-2}

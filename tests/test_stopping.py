@@ -9,10 +9,11 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import checkpoint, cost, loop, pool
+from gtsa import cost, pool
 from gtsa.cli import run
 from gtsa.core import stops
 from gtsa.evals.health import Health
+from gtsa.training import checkpoint, loop
 
 SETTINGS = """
 model: test_vit

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from gtsa import threads
+from gtsa.training import threads
 
 GNU = pytest.mark.skipif(not threads.times(), reason="needs Linux's schedstat")
 

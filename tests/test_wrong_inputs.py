@@ -14,7 +14,7 @@ W = "random:test_vit"
 
 @pytest.fixture(autouse=True)
 def _nothing_is_trained(monkeypatch):
-    for name in ("gtsa.training.fit", "gtsa.core.stops.Processes.run"):
+    for name in ("gtsa.training.trainer.fit", "gtsa.core.stops.Processes.run"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something is trained"))
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gtsa import checkpoint, config
+from gtsa import config
 from gtsa.core import files
 from gtsa.core.errors import Remedy, speaks
 from gtsa.core.settings import differences, merged, read_yaml, validated
 from gtsa.core.terminal import say
+from gtsa.training import checkpoint
 
 SAMPLE = Path(__file__).parent / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt

@@ -14,6 +14,7 @@ from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, validated
 from gtsa.export import opened
 from gtsa.sources import open_source
+from gtsa.training.devices import resolve_device
 
 OURS = ("data", "out", "seed", "resume", "overwrite")  # settings of gtsa pretrain that a comparison makes itself
 ASKED = (  # and of gtsa evaluate
@@ -31,7 +32,7 @@ def check(rows: Sequence[Row], s: Any) -> None:
     _settled_elsewhere(s)
     if not (images := len(open_source(s.data))):
         raise Remedy(f"--data {s.data}: no images", 3)
-    plan.engine(validated(config.Evaluate, cells.engine_of(s)))
+    resolve_device(validated(config.Evaluate, cells.engine_of(s)))
     for row in rows:
         if row.source is None:
             try:

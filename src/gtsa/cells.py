@@ -29,7 +29,7 @@ from gtsa.core.files import store
 from gtsa.core.settings import flat, merged, validated
 from gtsa.core.types import Evaluator, Evidence
 from gtsa.sources import open_source
-from gtsa.training import digest_of
+from gtsa.training.trainer import digest_of
 
 STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
 TRIED = 1_000  # seed of all trials: the same start and images for all settings, and those of no run

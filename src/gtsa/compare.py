@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gtsa import beforehand, cells, config, experiment, plan, report, tuning
+from gtsa import beforehand, cells, config, experiment, report, tuning
 from gtsa.cells import Cell, Row
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
@@ -25,6 +25,7 @@ from gtsa.core.stops import Processes, heard
 from gtsa.core.terminal import lasting, say
 from gtsa.evals.health import LONG
 from gtsa.sources import open_source
+from gtsa.training.devices import cores, readers
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell
 STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # how a process ends on request
@@ -195,7 +196,7 @@ def _all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = l
     gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
     free = Devices([str(device) if gpus else "" for device in list(range(max(1, gpus))) * s.jobs])
     if gpus and s.workers == "auto":
-        s = s.model_copy(update={"workers": plan.readers(free.maxsize)})
+        s = s.model_copy(update={"workers": readers(free.maxsize)})
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU"
     say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.maxsize} at a time")
     began = time.monotonic()
@@ -237,7 +238,7 @@ def _apart(cell: Cell, s: Any, free: Devices) -> str:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
         if free.maxsize > 1:  # threads that wait for one another must not outnumber the cores
-            share = plan.cores() // free.maxsize // (2 if device else 1)  # on a GPU the other half reads images
+            share = cores() // free.maxsize // (2 if device else 1)  # on a GPU the other half reads images
             environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
         with open(place / "log.txt", "a") as log:
             command = [sys.executable, "-c", "from gtsa.compare import handed; handed()"]

@@ -17,8 +17,8 @@ from gtsa.backbone import patch_of
 from gtsa.core.terminal import lasting, times
 from gtsa.core.types import Crops, Draw, Method, Views
 from gtsa.data import ViewSet, collate
-from gtsa.optim import ScheduledAdamW, clip_each
-from gtsa.schedules import Constant
+from gtsa.training.optim import ScheduledAdamW, clip_each
+from gtsa.training.schedules import Constant
 from gtsa.views import MultiCrop
 
 QUICK = 0.5  # seconds that a measured pass may take

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import config, judging, plan, predictions, statistics, threads
+from gtsa import config, judging, predictions, statistics
 from gtsa.core.errors import Remedy
 from gtsa.core.files import clear_drafts, store
 from gtsa.core.settings import validated
@@ -26,6 +26,8 @@ from gtsa.core.terminal import say, table
 from gtsa.core.types import Evidence
 from gtsa.export import opened
 from gtsa.labels import Labelled
+from gtsa.training import threads
+from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 
 VERSIONS = ("gtsa", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "faster-coco-eval")
 
@@ -47,8 +49,8 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
     """
     tasks = (task,) if isinstance(task, str) else tuple(task)
-    ready = plan.engine(validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
-    plan.workers(ready)
+    ready = resolve_device(validated(config.Evaluate, {"weights": weights, "task": tasks, **settings}))
+    resolve_workers(ready)
     s = ready.settings
     asked = json.loads(s.model_dump_json(exclude_unset=True))
     if s.out:
@@ -60,7 +62,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     questions = judging.questions(s)
     backbone, told = opened(s.weights, s.network, s.model)
     say(told)
-    fabric = plan.fabric_of(s)
+    fabric = launch_fabric(s)
     backbone = backbone.to(fabric.device).eval()
     report: dict[str, Any] = {
         "weights": {

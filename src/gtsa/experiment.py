@@ -31,6 +31,7 @@ from gtsa.features import Lab
 from gtsa.images import BadImage
 from gtsa.pretrain import pretrain
 from gtsa.sources import open_source
+from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 from gtsa.views import MultiCrop
 
 
@@ -62,9 +63,9 @@ def run(cell: Cell, s: Any) -> None:
 def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
     began = time.perf_counter()
     backbone, costs = _trained(cell, s, place) if cell.row.source is None else (_untrained(cell, s), {})
-    ready = plan.engine(validated(config.Evaluate, cells.engine_of(s)))
-    plan.workers(ready)
-    fabric = plan.fabric_of(ready.settings)
+    ready = resolve_device(validated(config.Evaluate, cells.engine_of(s)))
+    resolve_workers(ready)
+    fabric = launch_fabric(ready.settings)
     backbone = backbone.to(fabric.device).eval()
     results = []
     evidence: dict[tuple[str, str], Evidence] = {}

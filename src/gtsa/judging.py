@@ -25,8 +25,8 @@ from gtsa.labels import Labelled
 from gtsa.labels.plain import unlabelled
 from gtsa.pool import Pool
 from gtsa.predictions import Keeper
-from gtsa.run import IMAGES
 from gtsa.scan import scan
+from gtsa.training.run_folder import IMAGES
 
 Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options
 

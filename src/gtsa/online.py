@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from gtsa import config, judging, plan, statistics
+from gtsa import config, judging, statistics
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import read_yaml, validated
 from gtsa.core.types import Evidence
+from gtsa.training.devices import launch_fabric
 
 
 class Online:
@@ -36,7 +37,7 @@ class Online:
         found: dict[str, float] = {}
         better = False
         for question in self.questions:
-            evidence = question(backbone, plan.fabric_of(self.settings), self.settings)
+            evidence = question(backbone, launch_fabric(self.settings), self.settings)
             figures = question.evaluator.figures(evidence)
             found |= {f"{question.name}: {name}": value for name, value in figures.items()}
             if question.name == self._task:
@@ -65,7 +66,7 @@ class Online:
         both = []
         for at, network in ((step, best), (0, start)):
             if at not in self.evidence:
-                self.evidence[at] = question(network, plan.fabric_of(self.settings), self.settings)
+                self.evidence[at] = question(network, launch_fabric(self.settings), self.settings)
             both.append(self.evidence[at])
         names = [self._figure(question.evaluator.figures(both[0]))]
         before = question.evaluator.figures(both[1])[names[0]]

@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
-from gtsa import checkpoint, threads
 from gtsa.backbone import patch_of
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan
 from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
 from gtsa.cost import LONG, Cost, cheaper
+from gtsa.training import checkpoint, threads
+from gtsa.training.devices import resolve_workers
 
 FEWEST_STEPS = 1_000
 SMALLEST_BATCH = 8  # that we choose
-PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 MODEL = "vit_small_patch16_224"
 GENTLE = {"head_start": 0.1, "encoder_rate": 0.1, "layer_decay": 0.75, "anchor": 1.0}  # see LOG.md
 FROM_SCRATCH = {"head_start": 0.0, "encoder_rate": 1.0, "layer_decay": 1.0, "anchor": 0.0}
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
-
-
-def engine(settings: Any) -> Plan:
-    """Resolves device, processes and precision."""
-    plan = Plan(settings, {})
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if settings.device == "cuda" and not gpus:
-        raise Remedy("--device cuda: no GPU is visible to PyTorch; leave it at auto, or mend the driver", 6)
-    if settings.device == "auto":
-        plan.settle({"device": f"{gpus} GPU(s) found" if gpus else "no GPU found"}, device="cuda" if gpus else "cpu")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-        plan.settle({"devices": "as torchrun started them"}, devices=local, nodes=world // local)
-    elif settings.nodes > 1:
-        raise Remedy(
-            f"--nodes {settings.nodes}: start every machine with torchrun --nnodes={settings.nodes} "
-            "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m gtsa pretrain ..."
-        )
-    elif settings.devices == "auto":
-        plan.settle({"devices": "all GPUs" if gpus else "one process uses all cores"}, devices=max(1, gpus))
-    on = plan.settings.device
-    if settings.precision == "auto":
-        half = on == "cuda" and torch.cuda.is_bf16_supported()
-        plan.settle({"precision": "the GPU has it" if half else "exact and safe"}, precision="bf16" if half else "32")
-    if on == "cpu" and settings.precision == "fp16":
-        raise Remedy("--precision fp16 needs a GPU; on CPU take bf16 or 32")
-    return plan
-
-
-def fabric_of(settings: Any) -> Fabric:
-    """The engine that the settings ask for, launched."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells what the plan tells
-    world = settings.devices * settings.nodes
-    if world > 1:
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # costs a copy, no accuracy
-    fabric = Fabric(
-        accelerator="cuda" if settings.device == "cuda" else "cpu",
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy="ddp" if world > 1 else "auto",
-        precision=PRECISIONS[settings.precision],
-    )
-    if world > 1:
-        fabric.launch()
-    return fabric
 
 
 def start(plan: Plan, loaded: str | None) -> None:
@@ -178,7 +129,7 @@ def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
     if s.evaluate_every == "auto":
         told = "ten in the run, at least 50 steps apart"
         plan.settle({"evaluate_every": told}, evaluate_every=max(50, steps // 10))
-    workers(plan)
+    resolve_workers(plan)
 
 
 def _repeated(plan: Plan, batch: int, images: int, ranks: int) -> None:
@@ -190,27 +141,6 @@ def _repeated(plan: Plan, batch: int, images: int, ranks: int) -> None:
             f"{batch / images:.1f} times; take at most {largest}, or leave it to us"
         )
     plan.settle({"batch_size": f"more than the {images:,} images: a step repeats some; {largest} would not"})
-
-
-def workers(plan: Plan) -> None:
-    """Resolves the processes that read images."""
-    s = plan.settings
-    if s.workers == "auto":
-        if s.device == "cuda":
-            count, why = readers(s.devices), f"{cores()} cores, one left for each device"
-        else:
-            count, why = (0, "the cores are busy with training") if cores() <= 4 else (2, f"{cores()} cores")
-        plan.settle({"workers": why}, workers=count)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def readers(runs: int) -> int:
-    """Processes that read images for each of ``runs`` on GPUs of this machine, at the same time."""
-    return max(1, min(16, cores() // runs - 1))
 
 
 def memory(plan: Plan, cost: Cost, free: int) -> None:

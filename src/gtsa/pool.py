@@ -18,11 +18,11 @@ from gtsa.core.types import Replaced
 from gtsa.data import NoImageLeft
 from gtsa.frozen import Frozen, frozen
 from gtsa.images import BadImage
-from gtsa.loop import Done
 from gtsa.pictures import squares
-from gtsa.run import IMAGES, Run
 from gtsa.scan import insist, links, scan, summed
 from gtsa.sources import open_source
+from gtsa.training.loop import Done
+from gtsa.training.run_folder import IMAGES, Run
 
 MEND = "bring it back, or start another run"
 

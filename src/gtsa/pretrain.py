@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa import augment, checkpoint, cost, methods, plan, pool, threads, weights
+from gtsa import augment, cost, methods, plan, pool, weights
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
@@ -32,16 +31,16 @@ from gtsa.data import StepSampler, ViewSet, loader
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.online import Online
-from gtsa.optim import ScheduledAdamW, by_dimension
 from gtsa.pictures import patch_maps, strip
 from gtsa.pool import Pool
-from gtsa.run import Run
-from gtsa.schedules import Cosine, Ramp, warmup_then
 from gtsa.teacher import copy_of
-from gtsa.training import Kept, Training
+from gtsa.training import checkpoint, threads
+from gtsa.training.devices import disk_error, launch_fabric, on_rank_zero, resolve_device, resolve_workers
+from gtsa.training.optim import ScheduledAdamW, by_dimension
+from gtsa.training.run_folder import Run
+from gtsa.training.schedules import Cosine, Ramp, warmup_then
+from gtsa.training.trainer import Kept, Training
 from gtsa.views import MultiCrop
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -67,11 +66,11 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
     """
     s = asked(dict(settings) if data is None else {"data": described(data), **settings})
-    ready = plan.engine(s)
+    ready = resolve_device(s)
     found = weights.find(s.init) if s.init else None
     plan.start(ready, weights.described(found, None if s.model == "auto" else s.model)[0] if found else None)
     plan.sizes(ready)
-    fabric = plan.fabric_of(ready.settings)
+    fabric = launch_fabric(ready.settings)
     if s.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -79,7 +78,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     try:
         if s.plan:
             return _planned_alone(s.data if data is None else data, found, ready, fabric)
-        run = first(fabric, lambda: Run(s.out, s.resume, s.overwrite))
+        run = on_rank_zero(fabric, lambda: Run(s.out, s.resume, s.overwrite))
         return _Pretraining(s.data if data is None else data, found, ready, fabric, run)()
     except (Remedy, OSError, RuntimeError) as error:
         remedy = _remedy(error, s.out)
@@ -106,7 +105,7 @@ def _planned_alone(data: Any, found: weights.Weights | None, ready: Plan, fabric
     with tempfile.TemporaryDirectory(prefix="gtsa-plan-") as own:
         out = fabric.broadcast(own)
         ready.settle({}, out=out, resume=False, overwrite=False)
-        run = first(fabric, lambda: Run(out))
+        run = on_rank_zero(fabric, lambda: Run(out))
         try:
             _Pretraining(data, found, ready, fabric, run).show_plan(disk)
         finally:
@@ -115,27 +114,12 @@ def _planned_alone(data: Any, found: weights.Weights | None, ready: Plan, fabric
     return Trained(asked_for, asked_for / "exports" / "timm", Verdict("planned", [], {}))
 
 
-def first(fabric: Fabric, work: Callable[[], T]) -> T | None:
-    """``work`` done by the first process alone; a Remedy there ends all of them, and so does a disk that refuses."""
-    done, told = None, None
-    if fabric.global_rank == 0:
-        try:
-            done = work()
-        except (Remedy, OSError) as error:
-            remedy = error if isinstance(error, Remedy) else _of_disk(error, "the disk")
-            told = str(remedy), remedy.code
-    told = fabric.broadcast(told)
-    if told is not None:
-        raise Remedy(*told)
-    return done
-
-
 def _remedy(error: Exception, out: str) -> Remedy | None:
     """What the user can do about an error of the machine; None where it is a fault of ours."""
     if isinstance(error, Remedy):
         return error
     if isinstance(error, OSError):
-        return _of_disk(error, out)
+        return disk_error(error, out)
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
         return Alone(
             "another process of this run ended, or its machine cannot be reached any more; what it printed last says "
@@ -145,12 +129,6 @@ def _remedy(error: Exception, out: str) -> Remedy | None:
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return Remedy("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
     return None
-
-
-def _of_disk(error: OSError, out: str) -> Remedy:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    way = "make room" if full else "bring it back" if error.errno == errno.ENOENT else "mend it"
-    return Remedy(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)
 
 
 class _Pretraining:
@@ -163,16 +141,16 @@ class _Pretraining:
         self.gallery: Tensor | None = None
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
         # Everything that can be refused is opened before anything is written, and before a run that was here goes.
-        files = first(fabric, lambda: pool.scanned(data, self.settings, run) if run else {}) or {}
-        images = fabric.broadcast(first(fabric, lambda: pool.count(files, self.settings.out)) or 0)
+        files = on_rank_zero(fabric, lambda: pool.scanned(data, self.settings, run) if run else {}) or {}
+        images = fabric.broadcast(on_rank_zero(fabric, lambda: pool.count(files, self.settings.out)) or 0)
         kind = methods.found()[self.settings.method]
         plan.method(ready, kind.sized, images)
         plan.hold_out(ready, images)
         plan.budget(ready, images - self.settings.hold_out, kind.rate)
         self.method, self.loaded = self._networks(found)
         self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
-        plan.workers(ready)
-        self.online = first(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval else None)
+        resolve_workers(ready)
+        self.online = on_rank_zero(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval else None)
         if run:
             with stops.saving():
                 run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
@@ -230,7 +208,7 @@ class _Pretraining:
             s = self.settings
             return s.accumulate, found.step(s), found.look(s, len(pool.looked_at))
 
-        accumulate, step, look = self.fabric.broadcast(first(self.fabric, work) or (0, 0.0, 0.0))
+        accumulate, step, look = self.fabric.broadcast(on_rank_zero(self.fabric, work) or (0, 0.0, 0.0))
         self.plan.settle({}, accumulate=accumulate)
         return step, look
 
@@ -337,7 +315,7 @@ class _Pretraining:
 
         On the way a request to stop breaks it off.
         """
-        return first(self.fabric, lambda: self._unless_stopped(step))
+        return on_rank_zero(self.fabric, lambda: self._unless_stopped(step))
 
     def _unless_stopped(self, step: int) -> Verdict | None:
         before = (self.online.best, self.online.evidence) if self.online else None

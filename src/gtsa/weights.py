@@ -21,11 +21,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gtsa import bare, checkpoint, hf
+from gtsa import bare, hf
 from gtsa.backbone import Backbone
 from gtsa.core import files
 from gtsa.core.errors import Remedy
 from gtsa.early import no_weights
+from gtsa.training import checkpoint
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
 EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")  # arguments of an export that a Backbone sets itself

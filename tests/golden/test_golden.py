@@ -11,10 +11,10 @@ from lightning_fabric import Fabric
 
 from gtsa.backbone import Backbone
 from gtsa.core.types import Crops, Views
-from gtsa.loop import train_step
 from gtsa.methods.gtsa import GTSA, regions
-from gtsa.optim import ScheduledAdamW
-from gtsa.schedules import Cosine, warmup_then
+from gtsa.training.loop import train_step
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Cosine, warmup_then
 
 FOLDER = Path(os.environ.get("GTSA_GOLDEN", Path(__file__).parent))
 CASES = sorted(FOLDER.glob("*.json"))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import gtsa
-from gtsa import checkpoint
 from gtsa.backbone import Backbone
 from gtsa.export import opened, write
+from gtsa.training import checkpoint
 
 pytestmark = pytest.mark.long
 

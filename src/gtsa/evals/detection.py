@@ -17,9 +17,9 @@ from gtsa.data import StepSampler
 from gtsa.detector import LONGEST, Detector, Target, draw, fitted, seen
 from gtsa.features import Lab, batches, normalised, read, resized
 from gtsa.labels import Boxes, Labelled
-from gtsa.optim import ScheduledAdamW
-from gtsa.schedules import Constant, Steps, warmup_then
-from gtsa.training import teach
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant, Steps, warmup_then
+from gtsa.training.trainer import teach
 
 
 class Detection(Evaluator):

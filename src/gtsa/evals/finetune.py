@@ -23,9 +23,9 @@ from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data import StepSampler
 from gtsa.features import Lab, Pooling, normalised, pooled, read, tokens_of, whole_patches
-from gtsa.optim import ScheduledAdamW
-from gtsa.schedules import Constant, Cosine, warmup_then
-from gtsa.training import teach
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant, Cosine, warmup_then
+from gtsa.training.trainer import teach
 
 
 class Finetune(Evaluator):

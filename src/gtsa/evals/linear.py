@@ -16,9 +16,9 @@ from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence, Examples, Objective
 from gtsa.data import StepSampler
 from gtsa.features import Lab, image_features
-from gtsa.optim import ScheduledAdamW
-from gtsa.schedules import Constant, Cosine
-from gtsa.training import teach
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant, Cosine
+from gtsa.training.trainer import teach
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 MOMENTUM = 0.9

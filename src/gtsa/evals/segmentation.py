@@ -20,10 +20,10 @@ from gtsa.data import StepSampler
 from gtsa.features import Lab, normalised, read, resized, whole_patches
 from gtsa.images import NEUTRAL
 from gtsa.labels import IGNORE, Labelled
-from gtsa.optim import ScheduledAdamW
 from gtsa.pyramid import Pyramid
-from gtsa.schedules import Constant, Polynomial, warmup_then
-from gtsa.training import teach
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant, Polynomial, warmup_then
+from gtsa.training.trainer import teach
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "linear": {"size": 448, "learning_rate": 1e-3, "weight_decay": 1e-4},

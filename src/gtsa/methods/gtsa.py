@@ -18,8 +18,8 @@ from gtsa.core.errors import Remedy
 from gtsa.core.types import Crops, Method, Views
 from gtsa.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
 from gtsa.heads import GridPredictor, GridProjector, RotationHead
-from gtsa.schedules import After, Cosine
 from gtsa.teacher import copy_of, follow
+from gtsa.training.schedules import After, Cosine
 
 
 class Branch(nn.Module):

@@ -17,8 +17,8 @@ from gtsa.core.errors import Remedy
 from gtsa.core.types import Crops, Method, Tokens, Views
 from gtsa.geometry import pairs_of
 from gtsa.heads import PrototypeHead, prototypes_for, temperatures_for
-from gtsa.schedules import Cosine, Ramp
 from gtsa.teacher import Centre, copy_of, follow
+from gtsa.training.schedules import Cosine, Ramp
 
 VIEWS = {
     "rotations": False, "flip": 0.5, "global_share": (0.25, 1.0), "local_share": (0.05, 0.25), "local_crops": 10,

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from gtsa import checkpoint
 from gtsa.core import files
 from gtsa.core.errors import Remedy
 from gtsa.core.terminal import say
-from gtsa.events import NAMES, Events
+from gtsa.training import checkpoint
+from gtsa.training.events import NAMES, Events
 
 IMAGES = "images.jsonl"  # one line for each usable image: its numbers mean these for ever
 LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtsa.schedules import Constant, Schedule
+from gtsa.training.schedules import Constant, Schedule
 
 
 class ScheduledAdamW(torch.optim.AdamW):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Examples, Objective, Replaced, Views
-from gtsa.optim import ScheduledAdamW, clip_each
+from gtsa.training.optim import ScheduledAdamW, clip_each
 
 Batch = Views | Examples
 PATIENCE = 3  # skipped steps among the last hundred that end the run

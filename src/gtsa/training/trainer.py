@@ -14,14 +14,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from gtsa import checkpoint
 from gtsa.core import stops
 from gtsa.core.errors import Remedy
 from gtsa.core.terminal import Clock, Progress, doing, lasting, say
 from gtsa.core.types import Objective
-from gtsa.loop import Batch, Done, fit
-from gtsa.optim import ScheduledAdamW
-from gtsa.run import Run
+from gtsa.training import checkpoint
+from gtsa.training.loop import Batch, Done, fit
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.run_folder import Run
 
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 

@@ -1,0 +1,1 @@
+"""The one training loop, whatever it trains; knows no method."""
