@@ -27,10 +27,10 @@ from lightning_fabric import Fabric
 
 import gtsa
 from gtsa.backbone import Backbone
+from gtsa.data.labels import Labelled
+from gtsa.data.sources import open_source
 from gtsa.dense import Memory
 from gtsa.features import Lab, image_features, nearest, votes_of
-from gtsa.labels import Labelled
-from gtsa.sources import open_source
 
 WIDTH, CLASSES, QUERIES = 384, 150, 1024
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,17 +31,18 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtsa
-from gtsa import augment, losses
+from gtsa import losses
 from gtsa.backbone import Backbone
 from gtsa.core.types import Crops, Views
-from gtsa.data import collate
+from gtsa.data import augment
+from gtsa.data.loader import collate
+from gtsa.data.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.training import loop
 from gtsa.training.devices import PRECISIONS
 from gtsa.training.loop import train_step
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant
-from gtsa.views import MultiCrop
 
 KINDS = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,9 +6,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from gtsa.core.types import Tokens
+from gtsa.data.decoding import BadImage
+from gtsa.data.labels import Labelled
 from gtsa.features import Lab
-from gtsa.images import BadImage
-from gtsa.labels import Labelled
 
 
 class Pictures:

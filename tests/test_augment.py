@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import ImageOps
 from torchvision.transforms.v2 import functional as vision
 
-from gtsa import augment
 from gtsa.core.types import Crops, Views
+from gtsa.data import augment
 
 few = settings(deadline=None, max_examples=30)
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from sklearn.metrics import confusion_matrix
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import generator
+from gtsa.data.labels import IGNORE
 from gtsa.evals.clusters import Clusters
-from gtsa.labels import IGNORE
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 

@@ -564,7 +564,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     images, seen = tmp_path / "images", []
     shutil.copytree(data / "images", images)
     shutil.copy(images / "0.png", images / "without.png")
-    monkeypatch.setattr("gtsa.labels.masks.say", seen.append)
+    monkeypatch.setattr("gtsa.data.labels.masks.say", seen.append)
     places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
     s = checked(data, tmp_path, train=places, task=tasks)
     places = [len(question.val) for _, _, question in cells.questions_of(Cell(rows_of(s)[0], "images", 0), s)]

@@ -6,14 +6,15 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import augment, config, cost, plan
+from gtsa import config, cost, plan
 from gtsa.backbone import Backbone
 from gtsa.core.settings import validated
 from gtsa.cost import Cost
-from gtsa.data import ViewSet
+from gtsa.data import augment
+from gtsa.data.loader import ViewSet
+from gtsa.data.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.training.devices import resolve_device
-from gtsa.views import MultiCrop
 
 COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fixed=10**7)
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw
-from gtsa.data import StepSampler, ViewSet, collate, loader
-from gtsa.images import BadImage
+from gtsa.data.decoding import BadImage
+from gtsa.data.loader import StepSampler, ViewSet, collate, loader
+from gtsa.data.multicrop import MultiCrop
 from gtsa.training.run_folder import Run
-from gtsa.views import MultiCrop
 
 few = settings(deadline=None, max_examples=50)
 SMALL = MultiCrop(global_size=16, local_size=8, local_crops=2)

@@ -14,8 +14,8 @@ from gtsa import dense, features
 from gtsa.backbone import IMAGENET
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
+from gtsa.data.labels import IGNORE, Labelled
 from gtsa.features import Lab
-from gtsa.labels import IGNORE, Labelled
 
 PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
 

@@ -19,10 +19,10 @@ from gtsa.backbone import Backbone
 from gtsa.coco import average_precision, corner, encoded, pasted
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw
+from gtsa.data.labels import Boxes, Labelled
 from gtsa.detector import Anchors, Detector, View, _pool, around, draw, fitted, padded, seen
 from gtsa.evals.detection import Detection, Scenes, groups, truth
 from gtsa.features import Lab
-from gtsa.labels import Boxes, Labelled
 
 
 def things(boxes, classes, masks=None, crowd=None):

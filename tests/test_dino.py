@@ -11,11 +11,11 @@ from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
+from gtsa.data.multicrop import MultiCrop
 from gtsa.heads import PrototypeHead
 from gtsa.losses import cross_view
 from gtsa.methods.dino import DINO
 from gtsa.teacher import Centre
-from gtsa.views import MultiCrop
 
 SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
 

@@ -11,10 +11,11 @@ from lightning_fabric import Fabric
 from conftest import TINY
 from contract.test_evaluations import SMALL, backbone, kinds, sets
 from contract.test_methods import views
-from gtsa import augment, evals, methods
-from gtsa.augment import ORDERS
+from gtsa import evals, methods
 from gtsa.backbone import Backbone
 from gtsa.core.types import Colour, Crops, Views
+from gtsa.data import augment
+from gtsa.data.augment import ORDERS
 from gtsa.features import Lab
 from gtsa.pretrain import pretrain
 from gtsa.training.devices import PRECISIONS

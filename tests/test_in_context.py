@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
+from gtsa.data.labels import IGNORE
 from gtsa.evals.in_context import InContext
-from gtsa.labels import IGNORE
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gtsa.core.errors import Remedy
-from gtsa.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, divided, formats, open_labelled
+from gtsa.data.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, divided, formats, open_labelled
 
 COCO_SMALL = os.environ.get("GTSA_COCO_SMALL", "")  # a small real COCO set, where there is one; no test needs it
 

@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from gtsa.core.errors import Remedy
-from gtsa.labels import open_labelled
-from gtsa.labels._shapes import Fault, _unpacked, mask, shape
+from gtsa.data.labels import open_labelled
+from gtsa.data.labels._shapes import Fault, _unpacked, mask, shape
 from test_labels import COCO_SMALL, moved, put, refused, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
@@ -565,6 +565,6 @@ def test_no_false_alarm_on_coco_small(name, images, boxes, masks):
 def test_the_sample_is_clean():
     import gtsa
 
-    folder = os.path.join(os.path.dirname(gtsa.__file__), "sample")
+    folder = os.path.join(os.path.dirname(gtsa.__file__), "data", "sample")
     data = open_labelled(f"{folder}/images", f"{folder}/instances.json", "boxes")
     assert data.classes == ("tree",) and not data.has_masks

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from gtsa.core.errors import Remedy
-from gtsa.images import decode
-from gtsa.labels import IGNORE, open_labelled
-from gtsa.labels._files import sizes
+from gtsa.data.decoding import decode
+from gtsa.data.labels import IGNORE, open_labelled
+from gtsa.data.labels._files import sizes
 from test_labels import COCO_SMALL, moved, put, refused, write
 
 WIDTH, HEIGHT = 20, 18

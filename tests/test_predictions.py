@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluating import labelled, noise
 from gtsa.core.errors import Remedy
-from gtsa.labels import IGNORE, Boxes
+from gtsa.data.labels import IGNORE, Boxes
 from gtsa.legend import legend
 from gtsa.predictions import Keeper, as_picture, drawn, names_of, palette
 

@@ -22,9 +22,9 @@ from gtsa.training import checkpoint
 
 def draw_views(data, folder, rank, ranks):
     """What one of several processes does: digests of all views that it draws in five steps."""
-    from gtsa.data import StepSampler, ViewSet, loader
-    from gtsa.sources import open_source
-    from gtsa.views import MultiCrop
+    from gtsa.data.loader import StepSampler, ViewSet, loader
+    from gtsa.data.multicrop import MultiCrop
+    from gtsa.data.sources import open_source
 
     source = open_source(data)
     views = ViewSet(source, range(len(source)), MultiCrop(global_size=64, local_size=32, local_crops=2), seed=3)

@@ -13,22 +13,23 @@ from PIL import Image
 from rich.console import Console
 
 from conftest import make_scenes, scene
-from gtsa import config, pool, scan
+from gtsa import config, pool
 from gtsa.check import check
 from gtsa.core import terminal
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw
-from gtsa.data import ViewSet
-from gtsa.frozen import Frozen, frozen
-from gtsa.images import BadImage
-from gtsa.remarks import Noted
-from gtsa.scan import links, summed
-from gtsa.sources import open_source
-from gtsa.sources.dataset import Items
-from gtsa.sources.folder import Folder
-from gtsa.sources.listing import Listing
-from gtsa.threaded import Room, each
-from gtsa.views import MultiCrop
+from gtsa.data import scan
+from gtsa.data.decoding import BadImage
+from gtsa.data.frozen import Frozen, frozen
+from gtsa.data.loader import ViewSet
+from gtsa.data.multicrop import MultiCrop
+from gtsa.data.remarks import Noted
+from gtsa.data.scan import links, summed
+from gtsa.data.sources import open_source
+from gtsa.data.sources.folder import Folder
+from gtsa.data.sources.list_file import Listing
+from gtsa.data.sources.torch_dataset import Items
+from gtsa.data.threaded import Room, each
 
 
 def names(source):
@@ -216,7 +217,7 @@ def test_a_terminal_has_its_line_rewritten(monkeypatch):
 
 
 def test_listing_tells_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("gtsa.sources.folder.EVERY", 2)
+    monkeypatch.setattr("gtsa.data.sources.folder.EVERY", 2)
     put(tmp_path, *(f"{i}.png" for i in range(5)))
     told = []
     Folder(str(tmp_path), progress=told.append)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gtsa.core.errors import Remedy
-from gtsa.images import NEUTRAL, BadImage
-from gtsa.sources import open_source
-from gtsa.sources.dataset import Items
-from gtsa.sources.folder import Folder
-from gtsa.sources.listing import Listing
+from gtsa.data.decoding import NEUTRAL, BadImage
+from gtsa.data.sources import open_source
+from gtsa.data.sources.folder import Folder
+from gtsa.data.sources.list_file import Listing
+from gtsa.data.sources.torch_dataset import Items
 
 ODD = [
     "new\nline.png",

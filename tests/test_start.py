@@ -12,7 +12,7 @@ import gtsa
 from gtsa import cli, config, evals, methods
 from gtsa.core import plugins
 from gtsa.core.plugins import REQUIRED, declared
-from gtsa.views import MultiCrop
+from gtsa.data.multicrop import MultiCrop
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "scipy", "sklearn", "PIL", "lightning_fabric", "tensorboard")
 QUICK = {  # command line: exit code, and words that it answers with

@@ -1,10 +1,10 @@
-"""Rebuild the sample data set that ships inside the package, ``src/gtsa/sample/``.
+"""Rebuild the sample data set that ships inside the package, ``src/gtsa/data/sample/``.
 
 What: four aerial images of forest (NEON, 10 cm a pixel) with tree crowns boxed by hand, as 40 m tiles and COCO JSON.
 Why: the tests, the quick start and the smoke runs need real images with real labels, and no network.
 From: the PyPI package deepforest 2.1.0, which carries the images and the labels. It is read, never imported.
 Licence: the images are NEON data (CC0 1.0), the labels are part of deepforest (MIT, (c) 2019 Ben Weinstein);
-``src/gtsa/sample/NOTICE.md`` says more. That file is written by hand: this script leaves it alone.
+``src/gtsa/data/sample/NOTICE.md`` says more. That file is written by hand: this script leaves it alone.
 
 How, with Pillow as the only dependency::
 
@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 from PIL import Image
 
-SAMPLE = Path(__file__).resolve().parents[1] / "src" / "gtsa" / "sample"
+SAMPLE = Path(__file__).resolve().parents[1] / "src" / "gtsa" / "data" / "sample"
 SOURCES = ("2019_YELL_2_528000_4978000_image_crop2", "2019_YELL_2_541000_4977000_image_crop", "OSBS_029", "SOAP_061")
 LABELS = {"Tree", "Alive", "Dead"}  # SOAP_061 tells living from dead trees: both are trees here
 CUT, STORED = 400, 256  # side of a tile in px: as cut from the source, and as stored

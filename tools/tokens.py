@@ -34,9 +34,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
+from gtsa.data.labels import IGNORE, Labelled, open_labelled
 from gtsa.evals.health import rank_me
 from gtsa.export import opened
-from gtsa.labels import IGNORE, Labelled, open_labelled
 
 SIDE, FOLDS = 224, 6
 STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2)

@@ -15,7 +15,7 @@ from gtsa.core.settings import differences, merged, read_yaml, validated
 from gtsa.core.terminal import say
 from gtsa.training import checkpoint
 
-SAMPLE = Path(__file__).parent / "sample"
+SAMPLE = Path(__file__).parent / "data" / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
     "checkpoint_every", "evaluate_every", "keep", "eval", "eval_train", "eval_val", "eval_folds", "eval_config",

@@ -12,8 +12,8 @@ from gtsa.backbone import Backbone
 from gtsa.cells import Cell, Row
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, validated
+from gtsa.data.sources import open_source
 from gtsa.export import opened
-from gtsa.sources import open_source
 from gtsa.training.devices import resolve_device
 
 OURS = ("data", "out", "seed", "resume", "overwrite")  # settings of gtsa pretrain that a comparison makes itself

@@ -28,7 +28,7 @@ from gtsa.core.errors import Remedy
 from gtsa.core.files import store
 from gtsa.core.settings import flat, merged, validated
 from gtsa.core.types import Evaluator, Evidence
-from gtsa.sources import open_source
+from gtsa.data.sources import open_source
 from gtsa.training.trainer import digest_of
 
 STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gtsa import holes
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.terminal import Count, say, table
-from gtsa.images import Range
-from gtsa.scan import Scan, enough, links, scan, summed
-from gtsa.sources import open_source
+from gtsa.data import damage
+from gtsa.data.decoding import Range
+from gtsa.data.scan import Scan, enough, links, scan, summed
+from gtsa.data.sources import open_source
 
 SHOWN = 50  # lines of files that cannot be used
 
@@ -78,7 +78,7 @@ def check(
         say(f"  and {len(lines) - SHOWN} more: all of them are in the file that --json names")
     for line in [*([f"left out: {links(found)}"] if found.outside else []), *found.remarks]:
         say(line)
-    if not holes.warned() and any(kind.startswith("JPEG") for kind in found.formats):
+    if not damage.warned() and any(kind.startswith("JPEG") for kind in found.formats):
         say("holes in JPEGs: most are found; nearly all of them with pip install 'gtsa[jpeg]'")
     if found.bad or found.unreadable or not found.total:
         many = f"{len(found.bad)} of {found.total} images cannot be used"

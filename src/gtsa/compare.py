@@ -23,8 +23,8 @@ from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.core.stops import Processes, heard
 from gtsa.core.terminal import lasting, say
+from gtsa.data.sources import open_source
 from gtsa.evals.health import LONG
-from gtsa.sources import open_source
 from gtsa.training.devices import cores, readers
 
 HANDED = "GTSA_CELL"  # environment of a process that is to do one cell

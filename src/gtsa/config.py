@@ -14,7 +14,7 @@ from gtsa.core.errors import Remedy
 from gtsa.core.plugins import declared
 from gtsa.core.settings import Auto, Count, Documented, Natural, Positive, Strict, merged, settings_of, with_sections
 
-MULTICROP = declared(Path(__file__).parent / "views.py", "MultiCrop")
+MULTICROP = declared(Path(__file__).parent / "data" / "multicrop.py", "MultiCrop")
 assert MULTICROP is not None
 ViewSettings = settings_of(MULTICROP, "views", auto=("global_size", "local_size"))
 METHODS = methods.declared()

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from gtsa.backbone import patch_of
 from gtsa.core.terminal import lasting, times
 from gtsa.core.types import Crops, Draw, Method, Views
-from gtsa.data import ViewSet, collate
+from gtsa.data.loader import ViewSet, collate
+from gtsa.data.multicrop import MultiCrop
 from gtsa.training.optim import ScheduledAdamW, clip_each
 from gtsa.training.schedules import Constant
-from gtsa.views import MultiCrop
 
 QUICK = 0.5  # seconds that a measured pass may take
 MANY = 16  # images of a measured pass, at most

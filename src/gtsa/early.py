@@ -10,7 +10,7 @@ from gtsa import config
 from gtsa.asked import asked
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.settings import validated
-from gtsa.sources import absent
+from gtsa.data.sources import absent
 
 ELSEWHERE = ("timm:", "random:")  # weights that are no path
 

@@ -24,8 +24,8 @@ from gtsa.core.files import clear_drafts, store
 from gtsa.core.settings import validated
 from gtsa.core.terminal import say, table
 from gtsa.core.types import Evidence
+from gtsa.data.labels import Labelled
 from gtsa.export import opened
-from gtsa.labels import Labelled
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 

@@ -26,13 +26,13 @@ from gtsa.core.errors import Remedy
 from gtsa.core.files import store
 from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
 from gtsa.core.types import Evidence, Method, Views
+from gtsa.data.decoding import BadImage
+from gtsa.data.multicrop import MultiCrop
+from gtsa.data.sources import open_source
 from gtsa.export import opened
 from gtsa.features import Lab
-from gtsa.images import BadImage
 from gtsa.pretrain import pretrain
-from gtsa.sources import open_source
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
-from gtsa.views import MultiCrop
 
 
 def run(cell: Cell, s: Any) -> None:

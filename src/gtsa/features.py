@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.types import Tokens
-from gtsa.images import BadImage
-from gtsa.labels import Labelled
+from gtsa.data.decoding import BadImage
+from gtsa.data.labels import Labelled
 
 Pooling = Literal["mean", "cls", "both"]
 ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once

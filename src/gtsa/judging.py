@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import config, evals, labels, statistics
+from gtsa import config, evals, statistics
 from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import read_yaml, validated
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence
+from gtsa.data import labels
+from gtsa.data.labels import Labelled
+from gtsa.data.labels.unlabelled import unlabelled
+from gtsa.data.scan import scan
 from gtsa.features import Lab
-from gtsa.labels import Labelled
-from gtsa.labels.plain import unlabelled
 from gtsa.pool import Pool
 from gtsa.predictions import Keeper
-from gtsa.scan import scan
 from gtsa.training.run_folder import IMAGES
 
 Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options

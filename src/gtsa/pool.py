@@ -15,12 +15,12 @@ from gtsa.core.errors import Remedy, escaped
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import Count, say
 from gtsa.core.types import Replaced
-from gtsa.data import NoImageLeft
-from gtsa.frozen import Frozen, frozen
-from gtsa.images import BadImage
+from gtsa.data.decoding import BadImage
+from gtsa.data.frozen import Frozen, frozen
+from gtsa.data.loader import NoImageLeft
+from gtsa.data.scan import insist, links, scan, summed
+from gtsa.data.sources import open_source
 from gtsa.pictures import squares
-from gtsa.scan import insist, links, scan, summed
-from gtsa.sources import open_source
 from gtsa.training.loop import Done
 from gtsa.training.run_folder import IMAGES, Run
 

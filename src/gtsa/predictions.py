@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.files import store
-from gtsa.labels import IGNORE, Labelled
+from gtsa.data.labels import IGNORE, Labelled
 from gtsa.legend import legend
 
 BEST = 5  # classes whose scores the table tells

@@ -17,7 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa import augment, cost, methods, plan, pool, weights
+from gtsa import cost, methods, plan, pool, weights
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described, written
 from gtsa.backbone import Backbone
@@ -27,7 +27,9 @@ from gtsa.core.seeds import Stream
 from gtsa.core.settings import Plan, to_yaml
 from gtsa.core.terminal import command, doing, say
 from gtsa.core.types import Method, Views
-from gtsa.data import StepSampler, ViewSet, loader
+from gtsa.data import augment
+from gtsa.data.loader import StepSampler, ViewSet, loader
+from gtsa.data.multicrop import MultiCrop
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
 from gtsa.export import write as write_export
 from gtsa.online import Online
@@ -40,7 +42,6 @@ from gtsa.training.optim import ScheduledAdamW, by_dimension
 from gtsa.training.run_folder import Run
 from gtsa.training.schedules import Cosine, Ramp, warmup_then
 from gtsa.training.trainer import Kept, Training
-from gtsa.views import MultiCrop
 
 
 @dataclass

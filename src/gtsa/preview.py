@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from gtsa import augment, config, pictures, plan, weights
+from gtsa import config, pictures, plan, weights
 from gtsa.backbone import IMAGENET
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings import Plan, validated
 from gtsa.core.terminal import say
-from gtsa.images import BadImage
+from gtsa.data import augment
+from gtsa.data.decoding import BadImage
+from gtsa.data.multicrop import MultiCrop
+from gtsa.data.sources import open_source
 from gtsa.pool import selection
-from gtsa.sources import open_source
-from gtsa.views import MultiCrop
 
 
 def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0, **settings: Any) -> Path:

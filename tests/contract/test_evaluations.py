@@ -13,7 +13,7 @@ from gtsa.backbone import Backbone
 from gtsa.config import EvaluatorSettings
 from gtsa.core.settings import read_yaml, to_yaml, validated
 from gtsa.core.types import Evaluator
-from gtsa.labels import IGNORE, Boxes
+from gtsa.data.labels import IGNORE, Boxes
 
 FOUND = evals.found()
 TRAIN, VAL, SIDE = 12, 6, 64

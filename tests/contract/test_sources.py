@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.images import BadImage
-from gtsa.sources import kinds, open_source
+from gtsa.data.decoding import BadImage
+from gtsa.data.sources import kinds, open_source
 
 GOOD, BAD = 4, 2
 

@@ -16,8 +16,8 @@ from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence
+from gtsa.data.labels import IGNORE, Labelled
 from gtsa.features import Lab, batches, normalised, whole_patches
-from gtsa.labels import IGNORE, Labelled
 
 FEWEST, MOST = 5, 256  # tokens a cluster that are needed, and that are looked at to find it (faiss's default)
 

@@ -13,10 +13,10 @@ from gtsa.coco import average_precision, corner, encoded, pasted
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler
+from gtsa.data.labels import Boxes, Labelled
+from gtsa.data.loader import StepSampler
 from gtsa.detector import LONGEST, Detector, Target, draw, fitted, seen
 from gtsa.features import Lab, batches, normalised, read, resized
-from gtsa.labels import Boxes, Labelled
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Steps, warmup_then
 from gtsa.training.trainer import teach

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler
+from gtsa.data.loader import StepSampler
 from gtsa.features import Lab, Pooling, normalised, pooled, read, tokens_of, whole_patches
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine, warmup_then

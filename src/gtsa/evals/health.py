@@ -24,7 +24,7 @@ from gtsa import statistics
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Method, Replaced, Views
-from gtsa.data import ViewSet, collate
+from gtsa.data.loader import ViewSet, collate
 from gtsa.features import Lab, tokens_of, whole_patches
 
 TOKENS = 4096  # rows of the matrix whose rank is taken

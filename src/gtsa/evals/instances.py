@@ -11,8 +11,8 @@ from torch import Tensor
 from gtsa import dense
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Evaluator, Evidence
+from gtsa.data.labels import Boxes, Labelled
 from gtsa.features import Lab, batches, nearest, normalised, votes_of, whole_patches
-from gtsa.labels import Boxes, Labelled
 
 
 class Instances(Evaluator):

@@ -14,7 +14,7 @@ from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler
+from gtsa.data.loader import StepSampler
 from gtsa.features import Lab, image_features
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine

@@ -16,10 +16,10 @@ from gtsa import dense
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data import StepSampler
+from gtsa.data.decoding import NEUTRAL
+from gtsa.data.labels import IGNORE, Labelled
+from gtsa.data.loader import StepSampler
 from gtsa.features import Lab, normalised, read, resized, whole_patches
-from gtsa.images import NEUTRAL
-from gtsa.labels import IGNORE, Labelled
 from gtsa.pyramid import Pyramid
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Polynomial, warmup_then

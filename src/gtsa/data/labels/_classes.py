@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gtsa.labels import Kind, Labelled, Problems
-from gtsa.sources import Source
+from gtsa.data.labels import Kind, Labelled, Problems
+from gtsa.data.sources import Source
 
 
 def listed(file: str | None) -> tuple[str, ...] | None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gtsa import images
 from gtsa.core.errors import escaped
-from gtsa.sources import Source
+from gtsa.data import decoding
+from gtsa.data.sources import Source
 
 SAMPLE = 16  # images of a kind that are looked into
 SOME = 0.1  # share of images that is worth a word
@@ -23,13 +23,13 @@ FULL = 65535
 class Noted:
     """Told of every usable image; finds what to remark on."""
 
-    def __init__(self, source: Source, range16: images.Range) -> None:
+    def __init__(self, source: Source, range16: decoding.Range) -> None:
         self.source, self.range16 = source, range16
         self.single: list[int] = []
         self.deep: list[int] = []
         self.count = 0
 
-    def add(self, index: int, found: images.Header) -> None:
+    def add(self, index: int, found: decoding.Header) -> None:
         self.count += 1
         if found.format in EXACT and found.mode in SINGLE:
             self.single.append(index)
@@ -96,7 +96,7 @@ class Noted:
             path = self.source.path(indices[place])
             try:
                 if path is not None:
-                    found.append(images.values(path))
-            except images.BadImage:  # of a scan that decodes nothing
+                    found.append(decoding.values(path))
+            except decoding.BadImage:  # of a scan that decodes nothing
                 continue
         return found

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtsa.labels import Kind, Labelled, Problems, divided
-from gtsa.labels._classes import digest, listed, unique
-from gtsa.labels._files import located
-from gtsa.labels._json import parsed, told
-from gtsa.sources.folder import Folder
+from gtsa.data.labels import Kind, Labelled, Problems, divided
+from gtsa.data.labels._classes import digest, listed, unique
+from gtsa.data.labels._files import located
+from gtsa.data.labels._json import parsed, told
+from gtsa.data.sources.folder import Folder
 
 
 @dataclass(frozen=True)

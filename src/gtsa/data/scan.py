@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from gtsa import holes, images, remarks
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.terminal import Count
-from gtsa.sources import Source
-from gtsa.threaded import Room, each
+from gtsa.data import damage, decoding, remarks
+from gtsa.data.sources import Source
+from gtsa.data.threaded import Room, each
 
 HEADERS = 100_000  # files whose headers are read; of more, an even sample of this many
 DECODED = 1_000  # so few files are decoded whole: it takes seconds
@@ -66,7 +66,7 @@ class Scan:
         }
 
 
-def scan(source: Source, decode: bool = False, range16: images.Range = (0, 65535)) -> Scan:
+def scan(source: Source, decode: bool = False, range16: decoding.Range = (0, 65535)) -> Scan:
     """Reads names, sizes and headers; decodes every file if asked, or if there are no more than a thousand.
 
     Files that were decoded before and have not changed since (path, size, time) are not decoded again.
@@ -108,30 +108,30 @@ class _Look:
     def __init__(self, source: Source, memory: _Memory | None) -> None:
         self.source, self.memory, self.room = source, memory, Room(AT_ONCE)
 
-    def __call__(self, index: int) -> tuple[int, images.Header | None, str | None]:
+    def __call__(self, index: int) -> tuple[int, decoding.Header | None, str | None]:
         path = self.source.path(index)
         try:
-            found = None if path is None else images.header(path)
+            found = None if path is None else decoding.header(path)
             if self.memory and not (path and self.memory.knows(path)):
                 with self.room.of(found.width * found.height if found else 0):
                     pixels = self.source.read(index, _draft)
-                    found = found or images.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
+                    found = found or decoding.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
                     del pixels
                 if path:
                     _insist_whole(path, found)
                     self.memory.add(path)
             return index, found, None
-        except images.BadImage as reason:
+        except decoding.BadImage as reason:
             return index, None, str(reason)
 
 
-def _insist_whole(path: str, found: images.Header) -> None:
+def _insist_whole(path: str, found: decoding.Header) -> None:
     try:
-        reason = holes.hole(path, found.format, found.width, found.height)
+        reason = damage.hole(path, found.format, found.width, found.height)
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
-        raise images.BadImage(reason)
+        raise decoding.BadImage(reason)
 
 
 def _draft(width: int, height: int) -> float:
@@ -145,7 +145,8 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
         there = f"it holds {others}" if others else "it is empty"
         there = f"{links(result)}" if result.outside else there
         raise Remedy(
-            f"--data {data}: no images ({there}); put {', '.join(sorted(images.SUFFIXES))} files there, nested or not",
+            f"--data {data}: no images ({there}); put {', '.join(sorted(decoding.SUFFIXES))} files there, "
+            "nested or not",
             3,
         )
     if len(result.bad) > max(1, max_bad * result.looked_at) or not result.used:
@@ -191,9 +192,9 @@ def enough(result: Scan) -> float:
 class _Memory:
     """Which files decoded well, by path, size and time; kept in the user's cache folder, never in the data."""
 
-    def __init__(self, source: Source, range16: images.Range) -> None:
+    def __init__(self, source: Source, range16: decoding.Range) -> None:
         root = os.path.abspath(os.fspath(getattr(source, "root", "")))
-        told = f"{root} {range16} whole 1 {holes.warned()}"  # other checks than these remember for themselves
+        told = f"{root} {range16} whole 1 {damage.warned()}"  # other checks than these remember for themselves
         key = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.file = Path(cache) / "gtsa" / "decoded" / f"{key}.json"

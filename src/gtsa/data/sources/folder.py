@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gtsa import images
-from gtsa.sources import OUTSIDE, Detail, chosen
+from gtsa.data import decoding
+from gtsa.data.sources import OUTSIDE, Detail, chosen
 
 EVERY = 1_000  # files between two words to ``progress``
 
@@ -27,7 +27,7 @@ class Folder:
     def __init__(
         self,
         root: str,
-        range16: images.Range = (0, 65535),
+        range16: decoding.Range = (0, 65535),
         data_root: str | None = None,
         files: Sequence[str] | None = None,
         include: Sequence[str] = (),
@@ -73,7 +73,7 @@ class Folder:
         return os.path.join(self.root, self.files[index])
 
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
-        return images.decode(self.path(index), detail, self.range16)
+        return decoding.decode(self.path(index), detail, self.range16)
 
     def _walk(self) -> Iterator[tuple[str, int]]:
         """Name below the root and bytes of every image file."""
@@ -98,7 +98,7 @@ class Folder:
                     continue
                 elif _is_folder(entry):  # links last, so that what they lead to goes by its own name
                     (folders.append if entry.is_symlink() else folders.appendleft)(name)
-                elif (suffix := os.path.splitext(entry.name)[1].lower()) in images.SUFFIXES:
+                elif (suffix := os.path.splitext(entry.name)[1].lower()) in decoding.SUFFIXES:
                     yield name, _bytes(entry)
                 else:
                     self.ignored[suffix or "no suffix"] += 1
@@ -110,7 +110,7 @@ class Folder:
         target = os.path.realpath(entry.path)
         if os.path.join(target, "").startswith(self._inside):
             return False
-        if os.path.isdir(target) or os.path.splitext(name)[1].lower() in images.SUFFIXES:
+        if os.path.isdir(target) or os.path.splitext(name)[1].lower() in decoding.SUFFIXES:
             self.outside.append((name, f"{OUTSIDE} {target}"))
         else:
             self.ignored["links out of the folder"] += 1

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gtsa import images
 from gtsa.core.terminal import say
-from gtsa.labels import Problems
-from gtsa.labels._json import told
-from gtsa.sources import Source
+from gtsa.data import decoding
+from gtsa.data.labels import Problems
+from gtsa.data.labels._json import told
+from gtsa.data.sources import Source
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -63,13 +63,13 @@ def sizes(paths: Sequence[str]) -> list[tuple[int, int] | str]:
 
 def _size(path: str) -> tuple[int, int] | str:
     try:
-        found = images.header(path)
-        with images._opened(path) as image:
+        found = decoding.header(path)
+        with decoding._opened(path) as image:
             try:
                 turn = 1 if found.format == "TIFF" else image.getexif().get(0x0112, 1)  # Pillow has turned TIFFs
             except Exception:  # damaged EXIF turns nothing
                 turn = 1
-    except images.BadImage as reason:
+    except decoding.BadImage as reason:
         return str(reason)
     return (found.height, found.width) if turn in SIDEWAYS else (found.width, found.height)
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gtsa.core.terminal import say
-from gtsa.labels import Boxes, Kind, Labelled, Problems
-from gtsa.labels._classes import digest, unique
-from gtsa.labels._files import located, sizes
-from gtsa.labels._json import lists, parsed, records, told
-from gtsa.labels._shapes import Fault, Shape, box, mask, number, shape
-from gtsa.sources.folder import Folder
+from gtsa.data.labels import Boxes, Kind, Labelled, Problems
+from gtsa.data.labels._classes import digest, unique
+from gtsa.data.labels._files import located, sizes
+from gtsa.data.labels._json import lists, parsed, records, told
+from gtsa.data.labels._shapes import Fault, Shape, box, mask, number, shape
+from gtsa.data.sources.folder import Folder
 
 
 class _Thing(NamedTuple):

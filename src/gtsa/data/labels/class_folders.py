@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from gtsa.labels import Kind, Labelled, Problems
-from gtsa.labels._classes import listed, one_each
-from gtsa.labels._files import passed_over
-from gtsa.sources.folder import Folder
+from gtsa.data.labels import Kind, Labelled, Problems
+from gtsa.data.labels._classes import listed, one_each
+from gtsa.data.labels._files import passed_over
+from gtsa.data.sources.folder import Folder
 
 
 class ClassFolders:

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gtsa.labels import Kind, Labelled, Problems
-from gtsa.labels._classes import listed, one_each
-from gtsa.labels._files import located
-from gtsa.sources.folder import Folder
+from gtsa.data.labels import Kind, Labelled, Problems
+from gtsa.data.labels._classes import listed, one_each
+from gtsa.data.labels._files import located
+from gtsa.data.sources.folder import Folder
 
 PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "name")  # of columns, the usual one first
 LABELS = ("label", "class", "category", "target", "species")

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gtsa.core.errors import Remedy
-from gtsa.images import BadImage, Range, as_rgb
-from gtsa.sources import Detail
+from gtsa.data.decoding import BadImage, Range, as_rgb
+from gtsa.data.sources import Detail
 
 
 class Items:

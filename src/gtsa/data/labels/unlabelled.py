@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from gtsa.labels import Kind, Labelled, Problems
-from gtsa.labels._classes import digest
-from gtsa.labels._files import passed_over
-from gtsa.sources import Source, open_source
-from gtsa.sources.folder import Folder
-from gtsa.sources.listing import Listing
+from gtsa.data.labels import Kind, Labelled, Problems
+from gtsa.data.labels._classes import digest
+from gtsa.data.labels._files import passed_over
+from gtsa.data.sources import Source, open_source
+from gtsa.data.sources.folder import Folder
+from gtsa.data.sources.list_file import Listing
 
 
 class Plain:

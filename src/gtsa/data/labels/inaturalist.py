@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gtsa.labels import Kind, Labelled, Problems
-from gtsa.labels._classes import listed, one_each, unique
-from gtsa.labels._files import located
-from gtsa.labels._json import lists, parsed, records
-from gtsa.sources.folder import Folder
+from gtsa.data.labels import Kind, Labelled, Problems
+from gtsa.data.labels._classes import listed, one_each, unique
+from gtsa.data.labels._files import located
+from gtsa.data.labels._json import lists, parsed, records
+from gtsa.data.sources.folder import Folder
 
 OURS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[\s*\{')  # lists of classes by image have none of these
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from gtsa import images
 from gtsa.core.errors import Remedy
-from gtsa.sources import Detail, chosen
+from gtsa.data import decoding
+from gtsa.data.sources import Detail, chosen
 
 
 class Listing:
@@ -25,7 +25,7 @@ class Listing:
     def __init__(
         self,
         file: str,
-        range16: images.Range = (0, 65535),
+        range16: decoding.Range = (0, 65535),
         data_root: str | None = None,
         files: Sequence[str] | None = None,
         include: Sequence[str] = (),
@@ -81,4 +81,4 @@ class Listing:
         return os.path.join(self.root, self.files[index])
 
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
-        return images.decode(self.path(index), detail, self.range16)
+        return decoding.decode(self.path(index), detail, self.range16)

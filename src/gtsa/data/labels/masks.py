@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtsa import images as pictures
 from gtsa.core.errors import escaped
 from gtsa.core.terminal import say
-from gtsa.labels import IGNORE, Kind, Labelled, Problems
-from gtsa.labels._classes import digest, listed, unique
-from gtsa.labels._files import sizes
-from gtsa.labels._json import parsed
-from gtsa.sources import Source, open_source
-from gtsa.sources.folder import Folder
+from gtsa.data import decoding as pictures
+from gtsa.data.labels import IGNORE, Kind, Labelled, Problems
+from gtsa.data.labels._classes import digest, listed, unique
+from gtsa.data.labels._files import sizes
+from gtsa.data.labels._json import parsed
+from gtsa.data.sources import Source, open_source
+from gtsa.data.sources.folder import Folder
 
 LARGEST = 2**16  # values of 16 bits
 

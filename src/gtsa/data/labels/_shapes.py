@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, from_numpy
 
-from gtsa.labels._json import told
+from gtsa.data.labels._json import told
 
 Shape = list[np.ndarray] | np.ndarray  # polygons [2 n] of x and y, px; or run lengths, of background first
 SLACK = 1.0  # px that a shape may reach over the edge of its image

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gtsa.core.errors import Remedy, escaped
-from gtsa.sources import Source
+from gtsa.data.sources import Source
 
 Kind = Literal["none", "classes", "several", "masks", "boxes"]
 IGNORE = -1  # of a mask: pixels that nobody labelled

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gtsa.labels import Problems
+from gtsa.data.labels import Problems
 
 ONE = {"images": "image", "annotations": "annotation", "categories": "category"}
 

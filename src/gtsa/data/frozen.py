@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from gtsa.core.errors import Remedy
-from gtsa.images import BadImage
-from gtsa.sources import Detail, Source
+from gtsa.data.decoding import BadImage
+from gtsa.data.sources import Detail, Source
 
 SCALES = (1, 2, 4, 8)  # at which large JPEGs are decoded
 
