@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 
 import gtsa
-from gtsa.backbone import Backbone
 from gtsa.data.labels import Labelled
 from gtsa.data.sources import open_source
 from gtsa.dense import Memory
 from gtsa.features import Lab, image_features, nearest, votes_of
+from gtsa.models.backbone import Backbone
 
 WIDTH, CLASSES, QUERIES = 384, 150, 1024
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,13 +31,13 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtsa
-from gtsa import losses
-from gtsa.backbone import Backbone
 from gtsa.core.types import Crops, Views
 from gtsa.data import augment
 from gtsa.data.loader import collate
 from gtsa.data.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
+from gtsa.methods.parts import losses
+from gtsa.models.backbone import Backbone
 from gtsa.training import loop
 from gtsa.training.devices import PRECISIONS
 from gtsa.training.loop import train_step

@@ -10,16 +10,19 @@ from hypothesis import strategies as st
 
 import gtsa
 from conftest import TINY, run
-from gtsa import judging, losses, plan, weights
+from gtsa import judging, plan
 from gtsa.adaptation import Adaptation
-from gtsa.backbone import Backbone
 from gtsa.config import Pretrain
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, read_yaml, validated
-from gtsa.export import opened, write
 from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
-from gtsa.teacher import copy_of
+from gtsa.methods.parts import losses
+from gtsa.methods.parts.teacher import copy_of
+from gtsa.models import weights
+from gtsa.models.backbone import Backbone
+from gtsa.models.export import write
+from gtsa.models.weights import load_backbone
 from gtsa.training import checkpoint
 from test_dino import views
 from test_exact import stopped_and_resumed
@@ -120,7 +123,7 @@ def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
     monkeypatch.setattr(module, "ScheduledAdamW", Seen)
     gentle = {"head_start": rests, "encoder_rate": 0.3, "layer_decay": 0.5}
     run_ = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(start), **gentle, **{**QUICK, "steps": 2})
-    encoder = opened(str(run_.export))[0].vit
+    encoder = load_backbone(str(run_.export))[0].vit
     depth = len(encoder.blocks)
     shapes = {}
     for name, p in encoder.named_parameters():
@@ -142,13 +145,13 @@ def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
 
 def run_method(start):
     """The method of QUICK, for its number of parameters."""
-    return GTSA(opened(str(start))[0], **QUICK["gtsa"])
+    return GTSA(load_backbone(str(start))[0], **QUICK["gtsa"])
 
 
 def test_the_encoder_rests_while_heads_learn(start, scenes, tmp_path):
     out = tmp_path / "run"
     gtsa.pretrain(str(scenes), out=str(out), init=str(start), head_start=0.99, **QUICK)
-    begun = opened(str(start))[0].vit.state_dict()
+    begun = load_backbone(str(start))[0].vit.state_dict()
     tensors, _ = checkpoint.read(checkpoint.newest(out / "checkpoints")[0])
     for network in ("student", "teacher"):
         now = {k.removeprefix(f"{network}.encoder.vit."): v for k, v in tensors["objective"].items() if network in k}
@@ -167,7 +170,7 @@ def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scene
     code, printed, err = run("pretrain", "--config", config, "--data", scenes, "--out", out, "--init", start)
     assert code == 0, err
     words = " ".join(printed.split())
-    encoder = opened(str(start))[0].vit
+    encoder = load_backbone(str(start))[0].vit
     millions, tensors = sum(p.numel() for p in encoder.parameters()) / 1e6, len(encoder.state_dict())
     assert f"test_vit, {millions:.1f} M parameters weights as above" in words
     assert f"{tensors} of {tensors} tensors loaded" in words
@@ -208,7 +211,7 @@ def test_architectures_of_published_weights_are_adapted(model, scenes, tmp_path)
     sizes = {"views": {"global_size": 4 * patch, "local_size": 2 * patch, "local_crops": 2}}
     settings_ = {k: v for k, v in QUICK.items() if k != "model"} | sizes | {"steps": 2}
     run_ = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(tmp_path / "weights"), **settings_)
-    assert opened(str(run_.export))[0].model == model
+    assert load_backbone(str(run_.export))[0].model == model
 
 
 # Stopped, and gone on with
@@ -260,6 +263,6 @@ def test_the_best_is_exported_and_it_may_be_the_start(start, scenes, tmp_path, m
     done = gtsa.pretrain(str(scenes), out=str(out), init=str(start), **{**QUICK, **asked, "steps": 4})
     assert done.choice.startswith(words)
     assert checkpoint.newest(out / "best" / "checkpoints")[0].name == f"step-{best:08d}"
-    chosen, before = (opened(str(place))[0].fingerprint for place in (done.export, start))
+    chosen, before = (load_backbone(str(place))[0].fingerprint for place in (done.export, start))
     assert (chosen == before) is (best == 0)
-    assert chosen == opened(str(out / "best"))[0].fingerprint
+    assert chosen == load_backbone(str(out / "best"))[0].fingerprint

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa.backbone import Backbone, names, patch_of
 from gtsa.core.errors import Remedy
+from gtsa.models.backbone import Backbone, names, patch_of
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 MODELS = {  # name: (patch, prefix tokens)

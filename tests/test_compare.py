@@ -26,7 +26,7 @@ from gtsa.compare import Devices, _apart, finals
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import plain_yaml, validated
 from gtsa.evals.segmentation import Segmentation
-from gtsa.export import opened
+from gtsa.models.weights import load_backbone
 from gtsa.statistics import Drawn
 from gtsa.tuning import choices, chosen, drawn, primary_of, trials
 
@@ -162,10 +162,10 @@ def test_a_cell_that_fails_is_told_with_its_reason_and_stops_no_other(whole):
 
 def test_what_a_comparison_trained_can_be_opened(whole):
     place = whole / "cells/gtsa/images-0"
-    backbone, _ = opened(str(place / "run"))
+    backbone, _ = load_backbone(str(place / "run"))
     assert backbone.fingerprint == json.loads((place / "result.json").read_text())["weights"]
     with pytest.raises(Remedy, match="no weights there"):
-        opened(str(place / "run"), network="student")
+        load_backbone(str(place / "run"), network="student")
 
 
 def test_the_page_needs_nothing_else(whole):

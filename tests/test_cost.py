@@ -7,13 +7,13 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa import config, cost, plan
-from gtsa.backbone import Backbone
 from gtsa.core.settings import validated
 from gtsa.cost import Cost
 from gtsa.data import augment
 from gtsa.data.loader import ViewSet
 from gtsa.data.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
+from gtsa.models.backbone import Backbone
 from gtsa.training.devices import resolve_device
 
 COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fixed=10**7)

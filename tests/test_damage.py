@@ -12,12 +12,13 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import config, weights
+from gtsa import config
 from gtsa.asked import settings_of
 from gtsa.cli import run as command
 from gtsa.core import files
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import plain_yaml, validated
+from gtsa.models import weights
 from gtsa.pool import Pool
 from gtsa.training import checkpoint
 from gtsa.training.run_folder import Run

@@ -11,11 +11,11 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MulticlassRecall
 
 from gtsa import dense, features
-from gtsa.backbone import IMAGENET
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.features import Lab
+from gtsa.models.backbone import IMAGENET
 
 PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
 

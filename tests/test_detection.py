@@ -15,7 +15,6 @@ from lightning_fabric import Fabric
 from torchvision.models.detection.faster_rcnn import _default_anchorgen
 from torchvision.models.detection.image_list import ImageList
 
-from gtsa.backbone import Backbone
 from gtsa.coco import average_precision, corner, encoded, pasted
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw
@@ -23,6 +22,7 @@ from gtsa.data.labels import Boxes, Labelled
 from gtsa.detector import Anchors, Detector, View, _pool, around, draw, fitted, padded, seen
 from gtsa.evals.detection import Detection, Scenes, groups, truth
 from gtsa.features import Lab
+from gtsa.models.backbone import Backbone
 
 
 def things(boxes, classes, masks=None, crowd=None):

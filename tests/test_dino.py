@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from gtsa import config, plan
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
 from gtsa.data.multicrop import MultiCrop
-from gtsa.heads import PrototypeHead
-from gtsa.losses import cross_view
 from gtsa.methods.dino import DINO
-from gtsa.teacher import Centre
+from gtsa.methods.parts.losses import cross_view
+from gtsa.methods.parts.prototypes import Centre, PrototypeHead
+from gtsa.models.backbone import Backbone
 
 SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
 

@@ -10,11 +10,13 @@ import timm
 import torch
 import transformers
 
-from gtsa import Remedy, export, weights
-from gtsa.backbone import IMAGENET, Backbone
+from gtsa import Remedy
 from gtsa.cli import run as command
-from gtsa.config import OPENS
-from gtsa.export import opened, write
+from gtsa.models import export, weights
+from gtsa.models.backbone import IMAGENET, Backbone
+from gtsa.models.export import write
+from gtsa.models.formats import OPENS
+from gtsa.models.weights import load_backbone
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"]
 
@@ -48,7 +50,7 @@ def test_timm_opens_it_and_agrees(tmp_path, model):
 def test_an_export_is_weights_again(tmp_path):
     backbone = encoder("vit_tiny_patch16_224")
     place = write(backbone, tmp_path / "timm")
-    again, _ = opened(str(place))
+    again, _ = load_backbone(str(place))
     for a, b in zip(backbone.vit.state_dict().values(), again.vit.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     export(str(place), str(tmp_path / "second"))
@@ -108,7 +110,7 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path, model, arguments, to):
     there = export(str(place), str(tmp_path / "there"), to)
     back = export(str(there), str(tmp_path / "back"))
     assert (back / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
-    assert opened(str(back))[0].normalisation == normalisation
+    assert load_backbone(str(back))[0].normalisation == normalisation
     assert timm.create_model(f"local-dir:{back}", pretrained=True).patch_embed.img_size == (112, 112)
 
 
@@ -119,7 +121,7 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
     assert list(state) == ["teacher", "mean", "std"]
     assert state["teacher"].keys() == {f"backbone.{k}" for k in backbone.vit.state_dict()}
     assert {p.name for p in place.parent.iterdir()} == {"w.pth", "w.pth.sha256"}
-    told = opened(str(place))[1]
+    told = load_backbone(str(place))[1]
     assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in told
     with pytest.raises(Remedy, match="is there already"):
         export(str(tmp_path / "timm"), str(place), "dino")
@@ -155,7 +157,7 @@ def test_an_eps_that_timm_cannot_say(tmp_path):
             export(str(tmp_path / "w"), str(tmp_path / "out"), to)
         assert remedy.value.code == 4
     again = export(str(tmp_path / "w"), str(tmp_path / "hf"), "hf")
-    assert weights.eps_of(opened(str(again))[0]) == 1e-12
+    assert weights.eps_of(load_backbone(str(again))[0]) == 1e-12
 
 
 def test_how_to_open_is_true(tmp_path):
@@ -222,7 +224,7 @@ def test_an_export_of_before_there_were_checksums_opens(exported, tmp_path, to):
     for file in files:
         if file.suffix == ".sha256":
             file.unlink()
-    opened(str(place))
+    load_backbone(str(place))
 
 
 def test_sha256sum_can_check_an_export(exported):
@@ -268,5 +270,5 @@ def test_a_new_export_leaves_files_of_others_in_its_folder(exported, tmp_path):
     (place / "config.json").write_text("{}")
     write(encoder("vit_tiny_patch16_224", depth=2), place)
     assert (place / "README.md").read_text() == "mine"
-    assert opened(str(place))[0].arguments["depth"] == 2
+    assert load_backbone(str(place))[0].arguments["depth"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["timm"]

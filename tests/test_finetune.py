@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from evaluating import coloured, lab, labelled, noise
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw, Examples
 from gtsa.data.loader import StepSampler
 from gtsa.evals.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
+from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 32, "crop": 32, "batch_size": 16}
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "magnitude": 0, "smoothing": 0.0, "drop_path": 0.0}

@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from gtsa.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
+from gtsa.methods.parts.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
 
 few = settings(deadline=None, max_examples=100)
 turns = st.integers(0, 3)

@@ -12,11 +12,11 @@ from conftest import TINY
 from contract.test_evaluations import SMALL, backbone, kinds, sets
 from contract.test_methods import views
 from gtsa import evals, methods
-from gtsa.backbone import Backbone
 from gtsa.core.types import Colour, Crops, Views
 from gtsa.data import augment
 from gtsa.data.augment import ORDERS
 from gtsa.features import Lab
+from gtsa.models.backbone import Backbone
 from gtsa.pretrain import pretrain
 from gtsa.training.devices import PRECISIONS
 from gtsa.training.loop import train_step

@@ -10,13 +10,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from gtsa.backbone import Backbone
 from gtsa.core.types import Crops, Views
 from gtsa.data import augment
 from gtsa.data.multicrop import MultiCrop
-from gtsa.geometry import places
 from gtsa.methods import found
 from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.parts.geometry import places
+from gtsa.models.backbone import Backbone
 
 SIZES = (48, 24)  # px of global and local crops: 6 x 6 and 3 x 3 tokens
 CELLS, MATCHES = (4, 2), (18, 4)  # round(0.7 g), floor(g g / 2)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gtsa.heads import GridPredictor, GridProjector, RotationHead
+from gtsa.methods.parts.heads import GridPredictor, GridProjector, RotationHead
 
 
 def maps(width, h=5, w=7):

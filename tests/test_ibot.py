@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from gtsa import config
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.methods.ibot import IBOT
+from gtsa.models.backbone import Backbone
 from test_dino import loss_by_hand, softmax, views
 
 SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa import losses
+from gtsa.methods.parts import losses
 
 few = settings(deadline=None, max_examples=40)
 small = st.integers(1, 6)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config, masks
-from gtsa.backbone import Backbone
+from gtsa import config
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.methods.mae import MAE, Decoder, sines
+from gtsa.methods.parts import masking
+from gtsa.models.backbone import Backbone
 from test_dino import views
 
 SMALL = {"decoder_dim": 32, "decoder_depth": 2}
@@ -53,7 +54,7 @@ def test_targets_are_pixels_of_patches_each_with_its_own_mean_and_deviation():
 def test_the_loss_is_the_mean_over_hidden_patches(monkeypatch):
     mae, views_ = method().eval(), seen()
     order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(n)) for n in range(3)])
-    monkeypatch.setattr(masks, "random_order", lambda count, patches: order)
+    monkeypatch.setattr(masking, "random_order", lambda count, patches: order)
     pixels = views_.global_crops.pixels[:, 0]
     with torch.no_grad():
         painted, hidden = mae.paint(pixels, order)

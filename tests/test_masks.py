@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa import masks
-from gtsa.masks import blocks, random_order
+from gtsa.methods.parts import masking
+from gtsa.methods.parts.masking import blocks, random_order
 
 
 @settings(deadline=None, max_examples=60)
@@ -30,10 +30,10 @@ def test_most_of_what_is_asked_for_is_hidden_everywhere_alike():
 
 
 def test_a_round_draws_a_rectangle(monkeypatch):
-    monkeypatch.setattr(masks, "ROUNDS", 1)
+    monkeypatch.setattr(masking, "ROUNDS", 1)
     torch.manual_seed(1)
     areas = []
-    for each in masks.blocks(torch.full((200,), 0.4), 9):
+    for each in masking.blocks(torch.full((200,), 0.4), 9):
         rows, columns = each.any(1).nonzero()[:, 0], each.any(0).nonzero()[:, 0]
         if len(rows):
             assert each.sum() == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
 from gtsa import config, plan
-from gtsa.backbone import Backbone
 from gtsa.core.settings import read_yaml, validated
+from gtsa.models.backbone import Backbone
 from gtsa.training import checkpoint
 from gtsa.training.devices import resolve_device
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gtsa.backbone import Backbone
+from gtsa.models.backbone import Backbone
 from gtsa.pyramid import ChannelNorm, Pyramid
 
 

@@ -8,10 +8,10 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from evaluating import Stub, cells, lab, labelled, noise
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
 from gtsa.evals.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
+from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 64, "crop": 64, "size": 64}
 

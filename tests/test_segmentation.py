@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from conftest import final_weights
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw, Examples
 from gtsa.data.labels import IGNORE
 from gtsa.data.loader import StepSampler
 from gtsa.evals import segmentation
 from gtsa.evals.segmentation import Cuts, Pixels, Segmentation, SemanticFPN, groups
+from gtsa.models.backbone import Backbone
 from gtsa.training import trainer
 from gtsa.training.schedules import Polynomial
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes

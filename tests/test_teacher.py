@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gtsa.teacher import copy_of, follow
+from gtsa.methods.parts.teacher import copy_of, follow
 
 
 def network(seed, dtype=torch.float64):

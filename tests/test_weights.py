@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from gtsa import Remedy, bare, weights
-from gtsa.backbone import Backbone
-from gtsa.export import opened
+from gtsa import Remedy
 from gtsa.features import nearest, votes_of
+from gtsa.models import state_dict, weights
+from gtsa.models.backbone import Backbone
+from gtsa.models.weights import load_backbone
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -142,7 +143,7 @@ def test_one_network_in_any_guise(tmp_path, vit, guise):
     place = GUISES[guise](vit, tmp_path / "w") or tmp_path / "w"
     if guise == "shards":
         assert len(list(place.glob("*.safetensors"))) > 2
-    backbone, told = opened(str(place))
+    backbone, told = load_backbone(str(place))
     whose = " (teacher)" if guise == "dino" else ""
     assert told == f"30 of 30 tensors loaded from {place}{whose}{LEFT[guise]}"
     pixels = images(64)
@@ -190,7 +191,7 @@ def test_what_transformers_computes(tmp_path, kind, layout):
             inner.embeddings.patch_embeddings.projection.bias.mul_(1e-2)
     whole.save_pretrained(tmp_path, save_original_format=layout)
     side = {**SMALL, **options}["image_size"]
-    backbone, told = opened(str(tmp_path))
+    backbone, told = load_backbone(str(tmp_path))
     with torch.no_grad():
         wanted = inner(images(side=side)).last_hidden_state
     found = features(backbone, images(side=side))
@@ -209,7 +210,7 @@ def test_a_config_may_leave_out_what_transformers_knows(tmp_path, vit):
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.testing.assert_close(
-        features(opened(str(tmp_path))[0], images()), vit.forward_features(images()), atol=1e-5, rtol=0
+        features(load_backbone(str(tmp_path))[0], images()), vit.forward_features(images()), atol=1e-5, rtol=0
     )
 
 
@@ -218,7 +219,7 @@ def test_half_precision_is_read_as_it_is(tmp_path):
     whole.bfloat16().save_pretrained(tmp_path)
     with torch.no_grad():
         wanted = whole.float()(images(side=48)).last_hidden_state
-    torch.testing.assert_close(features(opened(str(tmp_path))[0], images(side=48)), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features(load_backbone(str(tmp_path))[0], images(side=48)), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_preprocessors(tmp_path, vit, change, wanted):
     if isinstance(wanted, str):
         refused(tmp_path, wanted)
     else:
-        assert opened(str(tmp_path))[0].normalisation == wanted
+        assert load_backbone(str(tmp_path))[0].normalisation == wanted
 
 
 def test_timm_by_name(monkeypatch):
@@ -286,7 +287,7 @@ def test_teacher_or_student(tmp_path, vit):
     with pytest.raises(Remedy, match="holds a teacher and no student"):
         weights.find(str(tmp_path / "teacher.pth"), "student")
     torch.save({"student": vit.state_dict()}, tmp_path / "student.pth")
-    assert "student.pth (student)" in opened(str(tmp_path / "student.pth"))[1]
+    assert "student.pth (student)" in load_backbone(str(tmp_path / "student.pth"))[1]
 
 
 @given(prefix=st.lists(st.sampled_from(["module.", "backbone.", "teacher.", "encoder.", "vit.", "_orig_mod."]), max_size=4),
@@ -325,13 +326,13 @@ def test_plain_vits_are_told_by_their_tensors(tmp_path, name, options):
     model = shaken(timm.create_model(name, num_classes=0, **arguments))
     place = as_tensors(model, tmp_path / "w")
     pixels = images(1, arguments["img_size"])
-    found = features(opened(str(place))[0], pixels)
+    found = features(load_backbone(str(place))[0], pixels)
     with torch.no_grad():
         torch.testing.assert_close(found, model.forward_features(pixels), rtol=0, atol=1e-5)
 
 
 def test_any_width_of_an_mlp_can_be_said():
-    assert all(int(w * bare.ratio(h, w)) == h for w in (98, 192, 500, 768, 1024) for h in range(1, 5 * w))
+    assert all(int(w * state_dict.ratio(h, w)) == h for w in (98, 192, 500, 768, 1024) for h in range(1, 5 * w))
 
 
 @pytest.mark.parametrize(
@@ -350,20 +351,20 @@ def test_others_are_asked_for(tmp_path, name, options, words):
     arguments = {"depth": DEPTH, "img_size": SIDE, **options}
     place = as_tensors(timm.create_model(name, num_classes=0, **arguments), tmp_path / "w")
     with pytest.raises(Remedy, match=f"does not say which model it is .*{words}.*--model") as remedy:
-        opened(str(place))
+        load_backbone(str(place))
     assert remedy.value.code == 4
 
 
 def test_the_model_by_its_name(tmp_path):
     model = shaken(timm.create_model("vit_small_patch16_dinov3", num_classes=0), seed=3)
     place = as_tensors(model, tmp_path / "w")
-    backbone, told = opened(str(place), model="vit_small_patch16_dinov3")
+    backbone, told = load_backbone(str(place), model="vit_small_patch16_dinov3")
     with torch.no_grad():
         torch.testing.assert_close(features(backbone, images(1)), model.forward_features(images(1)), rtol=0, atol=1e-5)
     assert "taken for" not in told
     part = as_tensors(timm_vit(), tmp_path / "part")
     with pytest.raises(Remedy, match=r"30 of 150 tensors fit; blocks.2.norm1.weight is missing.* and 117 more"):
-        opened(str(part), model="vit_tiny_patch16_224")  # half a network, by its full name
+        load_backbone(str(part), model="vit_tiny_patch16_224")  # half a network, by its full name
 
 
 def test_dinov2_as_its_authors_write_it(tmp_path):
@@ -379,7 +380,7 @@ def test_dinov2_as_its_authors_write_it(tmp_path):
     chunked = {k.replace("blocks.0.", "blocks.0.0.").replace("blocks.1.", "blocks.1.1."): v for k, v in state.items()}
     for content in (state, chunked):
         torch.save({"teacher": {f"backbone.{k}": v for k, v in content.items()}}, tmp_path / "w.pth")
-        backbone, told = opened(str(tmp_path / "w.pth"))
+        backbone, told = load_backbone(str(tmp_path / "w.pth"))
         assert "left out: 1 of mask_token" in told
         with torch.no_grad():
             torch.testing.assert_close(
@@ -394,7 +395,7 @@ def test_a_masked_autoencoder(tmp_path, vit):
         "mask_token": torch.zeros(1, 1, 2),
     }
     torch.save({"model": {**vit.state_dict(), **parts}, "epoch": 3}, tmp_path / "w.pth")
-    assert "30 of 30" in (told := opened(str(tmp_path / "w.pth"))[1])
+    assert "30 of 30" in (told := load_backbone(str(tmp_path / "w.pth"))[1])
     assert "left out: 2 of decoder, 1 of mask_token" in told
 
 
@@ -405,7 +406,7 @@ def test_other_sizes_are_resampled_by_timm(tmp_path, vit):
     place = as_tensors(vit, tmp_path / "w")
     other = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=DEPTH, num_classes=0).eval()
     other.load_state_dict(checkpoint_filter_fn(vit.state_dict(), other))
-    backbone = opened(str(place))[0]
+    backbone = load_backbone(str(place))[0]
     assert backbone.arguments["img_size"] == SIDE
     with torch.no_grad():
         torch.testing.assert_close(
@@ -435,7 +436,7 @@ def test_another_eps_is_told(tmp_path, vit):
 
 def refused(path, words, code=4, model=None):
     with pytest.raises(Remedy, match=words) as remedy:
-        opened(str(path), model=model)
+        load_backbone(str(path), model=model)
     assert remedy.value.code == code
 
 
@@ -588,7 +589,7 @@ def test_timm_folders_that_reach_further(tmp_path, vit, change, words):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(Remedy, match=words) as remedy:
-        opened(str(tmp_path))
+        load_backbone(str(tmp_path))
     assert remedy.value.code in (2, 4)
 
 
@@ -599,7 +600,7 @@ def test_folders_that_are_none(tmp_path, vit, content):
     as_timm(vit, tmp_path)
     (tmp_path / "config.json").write_text(content, "latin-1")
     with pytest.raises(Remedy) as remedy:
-        opened(str(tmp_path))
+        load_backbone(str(tmp_path))
     assert remedy.value.code in (2, 4)
 
 
@@ -616,6 +617,6 @@ def test_tensors_of_hugging_face_without_their_config(tmp_path, vit):
 
 
 def test_random_is_a_control():
-    backbone, told = opened("random:vit_tiny_patch16_224")
+    backbone, told = load_backbone("random:vit_tiny_patch16_224")
     assert told == "150 of 150 tensors loaded from random:vit_tiny_patch16_224"
     assert backbone.model == "vit_tiny_patch16_224"

@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import IGNORE, Labelled, open_labelled
 from gtsa.evals.health import rank_me
-from gtsa.export import opened
+from gtsa.models.backbone import Backbone
+from gtsa.models.weights import load_backbone
 
 SIDE, FOLDS = 224, 6
 STRENGTHS = (1e-6, 1e-4, 1e-3, 1e-2)
@@ -201,7 +201,7 @@ def network(name: str) -> Backbone:
             raise Remedy(f"{name}: write untrained:MODEL:SEED, e.g. untrained:test_vit:0")
         torch.manual_seed(int(seed))
         return Backbone(model, SIDE).eval()
-    return opened(name)[0].eval()
+    return load_backbone(name)[0].eval()
 
 
 def tokens_of(backbone: Backbone, pixels: Tensor) -> Tensor:

@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from gtsa.check import check
     from gtsa.compare import compare
     from gtsa.evaluate import evaluate
-    from gtsa.export import export
+    from gtsa.models.export import export
     from gtsa.pretrain import pretrain
     from gtsa.preview import preview
 
     __version__: str
 
+PLACES = {"export": "gtsa.models.export"}
 __all__ = ["Remedy", "check", "compare", "evaluate", "export", "pretrain", "preview"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module(f"gtsa.{name}"), name)
+        return getattr(importlib.import_module(PLACES.get(name, f"gtsa.{name}")), name)
     if name == "__version__":
         from importlib.metadata import version
 

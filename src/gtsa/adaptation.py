@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtsa import losses
-from gtsa.backbone import Backbone
 from gtsa.core.types import Method, Views
+from gtsa.methods.parts import losses
+from gtsa.models.backbone import Backbone
 
 
 class Adaptation(Method):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from gtsa import cells, config, judging, methods, plan, tuning
-from gtsa.backbone import Backbone
 from gtsa.cells import Cell, Row
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, validated
 from gtsa.data.sources import open_source
-from gtsa.export import opened
+from gtsa.models.backbone import Backbone
+from gtsa.models.weights import load_backbone
 from gtsa.training.devices import resolve_device
 
 OURS = ("data", "out", "seed", "resume", "overwrite")  # settings of gtsa pretrain that a comparison makes itself
@@ -40,7 +40,7 @@ def check(rows: Sequence[Row], s: Any) -> None:
             except Remedy as remedy:
                 raise Remedy(f"row {row.name}: {remedy}", remedy.code) from None
         elif row.source not in config.CONTROLS:
-            opened(row.source)
+            load_backbone(row.source)
     labels: judging.Opened = {}
     list(cells.questions_of(Cell(rows[0], "images", 0), s, labels))
     for task in s.task:
@@ -78,4 +78,4 @@ def _trainable(row: Row, s: Any, images: int) -> None:
 
 def _model(told: Any) -> str | None:
     """The model of the weights that a row starts from. Raises Remedy where they are not of the row's own (4)."""
-    return opened(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None
+    return load_backbone(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None

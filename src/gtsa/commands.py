@@ -13,9 +13,9 @@ from cyclopts import Parameter
 
 import gtsa
 from gtsa import config, early, flags
-from gtsa.config import OPENS, Format
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import read_yaml, validated
+from gtsa.models.formats import OPENS, Format
 
 Patterns = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
 
@@ -183,7 +183,7 @@ def models(pattern: str = "*", /) -> None:
     pattern
         A part of the name, e.g. vit_small; or a pattern with * and ?.
     """
-    from gtsa.backbone import names
+    from gtsa.models.backbone import names
 
     found = names(pattern if set(pattern) & set("*?[") else f"*{pattern}*")
     if not found:

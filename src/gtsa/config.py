@@ -298,13 +298,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "dino-rotations": {"method": "dino", "views": {"rotations": True}},
 }  # fmt: skip
 """Variants of methods: what ``gtsa compare --ablate`` takes."""
-Format = Literal["timm", "hf", "dino"]
-OPENS = {
-    "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
-    "hf": 'transformers.ViTModel.from_pretrained("{}")',
-    "dino": 'torch.load("{}", weights_only=True)["teacher"]',
-}
-"""How others open what ``gtsa export`` wrote."""
 
 
 class Compare(Documented):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.backbone import IMAGENET
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
+from gtsa.models.backbone import IMAGENET
 
 BINS = 9  # of unsigned edge orientations
 

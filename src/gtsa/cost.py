@@ -13,11 +13,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from gtsa.backbone import patch_of
 from gtsa.core.terminal import lasting, times
 from gtsa.core.types import Crops, Draw, Method, Views
 from gtsa.data.loader import ViewSet, collate
 from gtsa.data.multicrop import MultiCrop
+from gtsa.models.backbone import patch_of
 from gtsa.training.optim import ScheduledAdamW, clip_each
 from gtsa.training.schedules import Constant
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Evidence
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.features import ROWS, Lab, batches, nearest, normalised, read, resized
+from gtsa.models.backbone import Backbone
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
 

@@ -17,9 +17,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign, masks_to_boxes
 from torchvision.ops.poolers import initLevelMapper
 
-from gtsa.backbone import Backbone
 from gtsa.data.labels import Boxes
 from gtsa.features import resized
+from gtsa.models.backbone import Backbone
 from gtsa.pyramid import Pyramid
 
 Target = dict[str, Tensor]  # boxes [n, 4] px, labels [n] from 1 on, masks [n, H, W] uint8 where they are learnt

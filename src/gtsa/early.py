@@ -11,8 +11,7 @@ from gtsa.asked import asked
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.settings import validated
 from gtsa.data.sources import absent
-
-ELSEWHERE = ("timm:", "random:")  # weights that are no path
+from gtsa.models.formats import ELSEWHERE, no_weights
 
 
 def pretrain(given: Mapping[str, Any]) -> None:
@@ -44,14 +43,6 @@ def weights(spec: str) -> None:
     """Raises Remedy (4) where there is nothing."""
     if not spec.startswith(ELSEWHERE) and not os.path.exists(spec):
         raise no_weights(spec)
-
-
-def no_weights(spec: str) -> Remedy:
-    return Remedy(
-        f"{spec}: no weights there; give a run, an export, a timm or Hugging Face folder (config.json and "
-        "model.safetensors), a .safetensors or .pth file, or timm:NAME",
-        4,
-    )
 
 
 def labelled(*sets: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from gtsa.core.settings import validated
 from gtsa.core.terminal import say, table
 from gtsa.core.types import Evidence
 from gtsa.data.labels import Labelled
-from gtsa.export import opened
+from gtsa.models.weights import load_backbone
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 
@@ -60,7 +60,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     if s.predictions:
         predictions.insist_on_place(s.predictions, asked)
     questions = judging.questions(s)
-    backbone, told = opened(s.weights, s.network, s.model)
+    backbone, told = load_backbone(s.weights, s.network, s.model)
     say(told)
     fabric = launch_fabric(s)
     backbone = backbone.to(fabric.device).eval()

@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gtsa import cells, config, cost, methods, pictures, plan
-from gtsa.backbone import Backbone, patch_of
 from gtsa.cells import SEED, Cell, commit, done, folder_of, questions_of, training_of
 from gtsa.controls import CONTROLS
 from gtsa.core.errors import Remedy
@@ -29,8 +28,9 @@ from gtsa.core.types import Evidence, Method, Views
 from gtsa.data.decoding import BadImage
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.sources import open_source
-from gtsa.export import opened
 from gtsa.features import Lab
+from gtsa.models.backbone import Backbone, patch_of
+from gtsa.models.weights import load_backbone
 from gtsa.pretrain import pretrain
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 
@@ -100,7 +100,7 @@ def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
     pretrain(**given, out=str(folder), resume=True)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    backbone, _ = opened(str(folder))
+    backbone, _ = load_backbone(str(folder))
     used = validated(config.Pretrain, read_yaml(folder / "config.yaml"))
     return backbone, {
         "settings": json.loads(json.dumps(given)),
@@ -126,7 +126,7 @@ def _untrained(cell: Cell, s: Any) -> Any:
         plan.sizes(ready)
         torch.manual_seed(cell.number)  # as pretraining starts
         return Backbone(s.model, ready.settings.views.global_size)
-    return opened(source)[0]
+    return load_backbone(source)[0]
 
 
 def flops_per_image(settings: Any) -> float:

@@ -13,11 +13,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.types import Tokens
 from gtsa.data.decoding import BadImage
 from gtsa.data.labels import Labelled
+from gtsa.models.backbone import Backbone
 
 Pooling = Literal["mean", "cls", "both"]
 ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once

@@ -15,7 +15,6 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa import config, evals, statistics
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import read_yaml, validated
 from gtsa.core.terminal import say
@@ -25,6 +24,7 @@ from gtsa.data.labels import Labelled
 from gtsa.data.labels.unlabelled import unlabelled
 from gtsa.data.scan import scan
 from gtsa.features import Lab
+from gtsa.models.backbone import Backbone
 from gtsa.pool import Pool
 from gtsa.predictions import Keeper
 from gtsa.training.run_folder import IMAGES

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gtsa import config, judging, statistics
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import read_yaml, validated
 from gtsa.core.types import Evidence
+from gtsa.models.backbone import Backbone
 from gtsa.training.devices import launch_fabric
 
 

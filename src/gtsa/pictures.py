@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from gtsa.backbone import Backbone
 from gtsa.core.drawing import Hue, label, new_sheet, to_image, write
 from gtsa.core.types import Crops, Views
-from gtsa.geometry import pool, rotate_maps
 from gtsa.methods.gtsa import regions
+from gtsa.methods.parts.geometry import pool, rotate_maps
+from gtsa.models.backbone import Backbone
 
 GAP = 12
 EDGE = 3  # px of a box's line

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from gtsa.backbone import patch_of
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan
 from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
 from gtsa.cost import LONG, Cost, cheaper
+from gtsa.models.backbone import patch_of
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import resolve_workers
 

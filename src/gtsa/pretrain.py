@@ -17,10 +17,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa import cost, methods, plan, pool, weights
+from gtsa import cost, methods, plan, pool
 from gtsa.adaptation import Adaptation
 from gtsa.asked import asked, described, written
-from gtsa.backbone import Backbone
 from gtsa.core import files, stops
 from gtsa.core.errors import Alone, Remedy
 from gtsa.core.seeds import Stream
@@ -31,11 +30,13 @@ from gtsa.data import augment
 from gtsa.data.loader import StepSampler, ViewSet, loader
 from gtsa.data.multicrop import MultiCrop
 from gtsa.evals.health import Figures, Health, Verdict, advice, verdict
-from gtsa.export import write as write_export
+from gtsa.methods.parts.teacher import copy_of
+from gtsa.models import weights
+from gtsa.models.backbone import Backbone
+from gtsa.models.export import write as write_export
 from gtsa.online import Online
 from gtsa.pictures import patch_maps, strip
 from gtsa.pool import Pool
-from gtsa.teacher import copy_of
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import disk_error, launch_fabric, on_rank_zero, resolve_device, resolve_workers
 from gtsa.training.optim import ScheduledAdamW, by_dimension

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from gtsa import config, pictures, plan, weights
-from gtsa.backbone import IMAGENET
+from gtsa import config, pictures, plan
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings import Plan, validated
@@ -17,6 +16,8 @@ from gtsa.data import augment
 from gtsa.data.decoding import BadImage
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.sources import open_source
+from gtsa.models import weights
+from gtsa.models.backbone import IMAGENET
 from gtsa.pool import selection
 
 

@@ -9,11 +9,11 @@ import torch
 
 from evaluating import lab, labelled, noise
 from gtsa import evals
-from gtsa.backbone import Backbone
 from gtsa.config import EvaluatorSettings
 from gtsa.core.settings import read_yaml, to_yaml, validated
 from gtsa.core.types import Evaluator
 from gtsa.data.labels import IGNORE, Boxes
+from gtsa.models.backbone import Backbone
 
 FOUND = evals.found()
 TRAIN, VAL, SIDE = 12, 6, 64

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gtsa import methods
-from gtsa.backbone import Backbone
 from gtsa.config import MethodSettings
 from gtsa.core.settings import validated
 from gtsa.core.types import Crops, Method, Views
 from gtsa.evals.health import SCORES
+from gtsa.models.backbone import Backbone
 
 FOUND = methods.found()
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from gtsa.backbone import Backbone
 from gtsa.core.types import Crops, Views
 from gtsa.methods.gtsa import GTSA, regions
+from gtsa.models.backbone import Backbone
 from gtsa.training.loop import train_step
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Cosine, warmup_then

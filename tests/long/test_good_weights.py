@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import gtsa
-from gtsa.backbone import Backbone
-from gtsa.export import opened, write
+from gtsa.models.backbone import Backbone
+from gtsa.models.export import write
+from gtsa.models.weights import load_backbone
 from gtsa.training import checkpoint
 
 pytestmark = pytest.mark.long
@@ -80,7 +81,7 @@ def test_the_preset_keeps_what_going_on_as_from_scratch_destroys(good, scenes, t
 
     # The choice: the start, where all looks were worse; and the export is that
     assert lost.choice.startswith("KEEP THE START: knn")
-    assert opened(str(lost.export))[0].fingerprint == opened(str(good / "weights"))[0].fingerprint
+    assert load_backbone(str(lost.export))[0].fingerprint == load_backbone(str(good / "weights"))[0].fingerprint
     best = max(range(3), key=lambda i: (with_preset[i], -i))
     assert kept.choice.startswith("KEEP THE START" if best == 0 else f"take step {100 * best}: knn")
     kept_run = checkpoint.newest(tmp_path / "preset" / "best" / "checkpoints")[0]

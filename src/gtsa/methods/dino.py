@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa import losses
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Crops, Method, Views
-from gtsa.geometry import pairs_of
-from gtsa.heads import PrototypeHead, prototypes_for, temperatures_for
-from gtsa.teacher import Centre, copy_of, follow
+from gtsa.methods.parts import losses
+from gtsa.methods.parts.geometry import pairs_of
+from gtsa.methods.parts.prototypes import Centre, PrototypeHead, prototypes_for, temperatures_for
+from gtsa.methods.parts.teacher import copy_of, follow
+from gtsa.models.backbone import Backbone
 from gtsa.training.schedules import Cosine, Ramp
 
 VIEWS = {

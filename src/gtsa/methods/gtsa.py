@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa import losses
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Crops, Method, Views
-from gtsa.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
-from gtsa.heads import GridPredictor, GridProjector, RotationHead
-from gtsa.teacher import copy_of, follow
+from gtsa.methods.parts import losses
+from gtsa.methods.parts.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
+from gtsa.methods.parts.heads import GridPredictor, GridProjector, RotationHead
+from gtsa.methods.parts.teacher import copy_of, follow
+from gtsa.models.backbone import Backbone
 from gtsa.training.schedules import After, Cosine
 
 

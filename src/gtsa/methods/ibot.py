@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa import losses, masks
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Crops, Method, Tokens, Views
-from gtsa.geometry import pairs_of
-from gtsa.heads import PrototypeHead, prototypes_for, temperatures_for
-from gtsa.teacher import Centre, copy_of, follow
+from gtsa.methods.parts import losses, masking
+from gtsa.methods.parts.geometry import pairs_of
+from gtsa.methods.parts.prototypes import Centre, PrototypeHead, prototypes_for, temperatures_for
+from gtsa.methods.parts.teacher import copy_of, follow
+from gtsa.models.backbone import Backbone
 from gtsa.training.schedules import Cosine, Ramp
 
 VIEWS = {
@@ -140,7 +140,7 @@ class IBOT(Method):
         count = crops.turns.numel()
         draws = torch.rand(2, count)
         low, high = self.mask_share
-        return masks.blocks((low + (high - low) * draws[0]) * (draws[1] < self.mask_probability), side)
+        return masking.blocks((low + (high - low) * draws[0]) * (draws[1] < self.mask_probability), side)
 
     def _patch_loss(self, mine: Tokens, theirs: Tokens, hidden: Tensor, time: float, frozen: bool) -> Tensor:
         """Cross-entropy of hidden patches, the mean of those of a crop first; 0 where nothing is hidden."""

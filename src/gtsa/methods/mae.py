@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa import masks
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Method, Views
+from gtsa.methods.parts import masking
+from gtsa.models.backbone import Backbone
 
 VIEWS = {
     "global_crops": 1, "local_crops": 0, "global_share": (0.2, 1.0), "rotations": False, "flip": 0.5, "jitter": 0.0,
@@ -62,7 +62,7 @@ class MAE(Method):
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         pixels = views.global_crops.pixels.flatten(0, 1)
-        order = masks.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
+        order = masking.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
         painted, hidden = self.paint(pixels, order)
         return {"loss": self.errors(painted, self.targets(pixels), hidden).mean()}
 
@@ -120,7 +120,7 @@ class MAE(Method):
         pixels = crops.pixels.flatten(0, 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            order = masks.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
+            order = masking.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
         painted, hidden = self.paint(pixels, order)
         targets = self.targets(pixels)
         of_others = [

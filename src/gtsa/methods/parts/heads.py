@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-MANY = 20_000  # images from which published settings of prototypes are taken
 
 
 class ConvBlock(nn.Module):
@@ -70,50 +67,6 @@ class RotationHead(nn.Sequential):
             nn.LayerNorm(bottleneck),
             nn.Linear(bottleneck, 4),
         )
-
-
-class PrototypeHead(nn.Module):
-    """DINO's head: how like each of K prototypes is a token? [..., D] -> logits [..., K], cosines.
-
-    Three linear layers to a bottleneck, whose direction is compared with that of each prototype: a linear layer with
-    weight norm, its magnitudes fixed to 1 (Caron et al. 2021, appendix C).
-    """
-
-    def __init__(self, width: int, prototypes: int = 65536, hidden: int = 2048, bottleneck: int = 256) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
-
-    def forward(self, tokens: Tensor, frozen: bool = False) -> Tensor:
-        """``frozen``: no gradient reaches the prototypes."""
-        return self.compared(self.directions(tokens), frozen)
-
-    def directions(self, tokens: Tensor) -> Tensor:
-        """[..., D] -> unit vectors [..., bottleneck]."""
-        return F.normalize(self.mlp(tokens), dim=-1)
-
-    def compared(self, directions: Tensor, frozen: bool = False) -> Tensor:
-        """Directions [..., bottleneck] -> logits [..., K]: linear, so that the mean of logits is that of directions."""
-        weight = self.prototypes.weight
-        if frozen:
-            weight = weight * 0 + weight.detach()  # a gradient of 0: DDP waits for one
-        return F.linear(directions, F.normalize(weight, dim=-1))
-
-
-def prototypes_for(images: int) -> int:
-    """65,536 as published for DINO; below 20,000 images a power of two near a quarter of them, from 1,024 to 4,096."""
-    return 65536 if images >= MANY else min(4096, max(1024, 2 ** round(math.log2(max(images, 1) / 4))))
-
-
-def temperatures_for(images: int) -> tuple[float, float]:
-    """0.04 and 0.07 as published for DINO and iBOT; below 20,000 images 0.02 throughout (LOG.md)."""
-    return (0.04, 0.07) if images >= MANY else (0.02, 0.02)
 
 
 def _start(module: nn.Module) -> None:

@@ -21,11 +21,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gtsa import bare, hf
-from gtsa.backbone import Backbone
 from gtsa.core import files
 from gtsa.core.errors import Remedy
-from gtsa.early import no_weights
+from gtsa.models import huggingface, state_dict, weights
+from gtsa.models.backbone import Backbone
+from gtsa.models.formats import no_weights
 from gtsa.training import checkpoint
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
@@ -230,9 +230,9 @@ def _from_folder(path: Path) -> Weights:
         config = _json(path / "config.json")
         tensors = _tensors(path)
         if "architecture" not in config and "model_type" in config:
-            model, arguments, eps, tensors, left = hf.read(config, tensors, str(path))
+            model, arguments, eps, tensors, left = huggingface.read(config, tensors, str(path))
             before = path / "preprocessor_config.json"
-            known = _normalisation(*hf.normalisation(_json(before))) if before.is_file() else None
+            known = _normalisation(*huggingface.normalisation(_json(before))) if before.is_file() else None
             remark = "" if known else "no preprocessor_config.json: images are normalised as for ImageNet"
             return Weights(tensors, str(path), model, known, arguments, eps, left, remark=remark)
         cfg = config.get("pretrained_cfg", config)  # timm's older folders have one level
@@ -279,8 +279,8 @@ def _from_file(path: Path, network: str) -> Weights:
         raise Remedy(f"{path} is of Hugging Face: give the folder that it lies in, with its config.json", 4)
     try:
         normalisation = _beside(found)
-        tensors, left, chosen = bare.encoder(found, network, str(path))
-        model, arguments, remark = bare.guess(tensors)
+        tensors, left, chosen = state_dict.encoder(found, network, str(path))
+        model, arguments, remark = state_dict.guess(tensors)
     except Remedy:
         raise
     except (IndexError, TypeError, ValueError, RuntimeError) as error:  # tensors of odd shapes
@@ -373,3 +373,12 @@ def _positions(given: Tensor, wanted: Tensor, backbone: Backbone) -> Tensor:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def load_backbone(source: str, network: str = "teacher", model: str | None = None) -> tuple[Backbone, str]:
+    """The encoder that ``source`` names, with its weights, and how many tensors were loaded.
+
+    Args:
+        model: timm's name of it, where the source is a bare file that does not say.
+    """
+    return weights.built(weights.find(source, network), model)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtsa.geometry import pairs_of
+from gtsa.methods.parts.geometry import pairs_of
 
 
 def region(student: Tensor, target: Tensor) -> Tensor:

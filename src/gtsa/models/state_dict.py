@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gtsa.backbone import names
 from gtsa.core.errors import Remedy
+from gtsa.models.backbone import names
 
 NETWORKS = ("teacher", "student")
 CONTAINERS = ("state_dict", "model", "module", "backbone", "encoder", "vit", "_orig_mod")

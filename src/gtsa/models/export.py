@@ -16,11 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gtsa import hf, weights
-from gtsa.backbone import Backbone
-from gtsa.config import Format
 from gtsa.core import files
 from gtsa.core.errors import Remedy
+from gtsa.models import huggingface, weights
+from gtsa.models.backbone import Backbone
+from gtsa.models.formats import Format
+from gtsa.models.weights import load_backbone
 
 
 def export(
@@ -51,10 +52,10 @@ def export(
         raise Remedy(f"--out {out} is there already; give another {kind}, or remove it first")
     if place.is_symlink():
         place = place.resolve()  # an empty folder on another disk
-    backbone, _ = opened(source, network, model)
+    backbone, _ = load_backbone(source, network, model)
     try:
         if to == "hf":
-            config, tensors, preprocessor = hf.written(backbone)
+            config, tensors, preprocessor = huggingface.written(backbone)
             described = {"config.json": config, "preprocessor_config.json": preprocessor}
             return _folder(place, tensors, described)
         _same_eps(backbone)
@@ -64,15 +65,6 @@ def export(
         return write(backbone, place, _name(source))
     except OSError as error:
         raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
-
-
-def opened(source: str, network: str = "teacher", model: str | None = None) -> tuple[Backbone, str]:
-    """The encoder that ``source`` names, with its weights, and how many tensors were loaded.
-
-    Args:
-        model: timm's name of it, where the source is a bare file that does not say.
-    """
-    return weights.built(weights.find(source, network), model)
 
 
 def write(backbone: Backbone, place: Path, name: str = "scenes") -> Path:

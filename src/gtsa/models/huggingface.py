@@ -17,9 +17,9 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from gtsa import bare
-from gtsa.backbone import Backbone
 from gtsa.core.errors import Remedy
+from gtsa.models import state_dict
+from gtsa.models.backbone import Backbone
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, by its model_type
     "vit": {"patch_size": 16, "intermediate_size": 3072, "layer_norm_eps": 1e-12},
@@ -105,7 +105,7 @@ def _read(
         size = {384: "small", 768: "base", 1024: "large"}.get(width, "small")
         shaped: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
         more = {
-            "mlp_ratio": bare.ratio(hidden, width),
+            "mlp_ratio": state_dict.ratio(hidden, width),
             "num_reg_tokens": registers,
             "rope_temperature": config["rope_theta"],
         }
@@ -114,9 +114,9 @@ def _read(
     if kind != "vit":
         options["init_values"] = 1e-5
     if registers:
-        tensors = bare.merged(tensors)
+        tensors = state_dict.merged(tensors)
         options |= {"reg_tokens": registers, "no_embed_class": True}
-    return *bare.plain(width, depth, heads, patch, hidden, side, **options), eps, tensors, left
+    return *state_dict.plain(width, depth, heads, patch, hidden, side, **options), eps, tensors, left
 
 
 def normalisation(preprocessor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -143,7 +143,7 @@ def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
     first = vit.blocks[0]
     if (
         any(type(block) is not Block or type(block.mlp.act) is not nn.GELU for block in vit.blocks)
-        or any(not bare.PLAIN.fullmatch(name) or name.endswith("gamma") for name in state)
+        or any(not state_dict.PLAIN.fullmatch(name) or name.endswith("gamma") for name in state)
         or backbone.prefix != 1
         or state["pos_embed"].shape[1] != 1 + math.prod(vit.patch_embed.grid_size)
     ):
