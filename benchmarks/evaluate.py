@@ -28,8 +28,8 @@ from lightning_fabric import Fabric
 import gtsa
 from gtsa.data.labels import Labelled
 from gtsa.data.sources import open_source
-from gtsa.dense import Memory
-from gtsa.features import Lab, image_features, nearest, votes_of
+from gtsa.evaluation.features import Lab, image_features
+from gtsa.evaluation.retrieval import Memory, nearest, votes_of
 from gtsa.models.backbone import Backbone
 
 WIDTH, CLASSES, QUERIES = 384, 150, 1024

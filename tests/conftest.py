@@ -75,7 +75,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, scenes):
     """The folder of a run of TINY that nothing interrupted; whoever changes it copies it first."""
-    from gtsa import pretrain
+    from gtsa.pretraining import pretrain
 
     place = shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
     before = final_weights(place)
@@ -137,11 +137,11 @@ def _own_signals():
 
 def run(*arguments):
     """(exit code, standard output, standard error) of the command line, in this process."""
-    from gtsa import cli
+    from gtsa.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run([str(a) for a in arguments])
+        code = main.run([str(a) for a in arguments])
     return code, out.getvalue(), err.getvalue()
 
 

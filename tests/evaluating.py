@@ -8,7 +8,7 @@ from torch import nn
 from gtsa.core.types import Tokens
 from gtsa.data.decoding import BadImage
 from gtsa.data.labels import Labelled
-from gtsa.features import Lab
+from gtsa.evaluation.features import Lab
 
 
 class Pictures:

@@ -58,10 +58,10 @@ def _child(told, method, environment, work, arguments):
 
 def command_line(arguments):
     """``gtsa arguments``, as ``python -m gtsa`` runs it."""
-    from gtsa import cli
+    from gtsa.cli import main
 
-    sys.argv = [str(Path(cli.__file__).with_name("__main__.py")), *arguments]
-    return cli.run(arguments)
+    sys.argv = [str(Path(main.__file__).with_name("__main__.py")), *arguments]
+    return main.run(arguments)
 
 
 def fork(*arguments, environment=None):

@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 
 import gtsa
 from conftest import TINY, run
-from gtsa import judging, plan
-from gtsa.adaptation import Adaptation
-from gtsa.config import Pretrain
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, read_yaml, validated
+from gtsa.evaluation import tasks
 from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
 from gtsa.methods.parts import losses
@@ -23,6 +21,9 @@ from gtsa.models import weights
 from gtsa.models.backbone import Backbone
 from gtsa.models.export import write
 from gtsa.models.weights import load_backbone
+from gtsa.pretraining import plan
+from gtsa.pretraining.adaptation import Adaptation
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 from test_dino import views
 from test_exact import stopped_and_resumed
@@ -257,7 +258,7 @@ class Asked(Answers):
     [((45, 30, 44), 0, "KEEP THE START: knn 90.00"), ((30, 45, 40), 2, "take step 2: knn 90.00, at the start 60.00")],
 )
 def test_the_best_is_exported_and_it_may_be_the_start(start, scenes, tmp_path, monkeypatch, counts, best, words):
-    monkeypatch.setattr(judging, "questions", lambda _: [Asked(counts)])
+    monkeypatch.setattr(tasks, "questions", lambda _: [Asked(counts)])
     asked = {"eval": ("knn",), "eval_val": ("x",), "evaluate_every": 2}
     out = tmp_path / "run"
     done = gtsa.pretrain(str(scenes), out=str(out), init=str(start), **{**QUICK, **asked, "steps": 4})

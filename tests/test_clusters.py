@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import generator
 from gtsa.data.labels import IGNORE
-from gtsa.evals.clusters import Clusters
+from gtsa.evaluation.evaluators.clusters import Clusters
 from gtsa.models.backbone import Backbone
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 

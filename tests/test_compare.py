@@ -19,16 +19,22 @@ from PIL import Image
 
 from conftest import shared
 from forking import fork
-from gtsa import cells, config, experiment, page, report, statistics
-from gtsa.cells import ABLATIONS, Cell, rows_of
-from gtsa.cli import run
-from gtsa.compare import Devices, _apart, finals
+from gtsa.cli.main import run
+from gtsa.comparison import jobs, report_page, run_job, summary
+from gtsa.comparison.jobs import ABLATIONS, Cell
+from gtsa.comparison.queue import Devices, _apart
+from gtsa.comparison.results import commit, done, folder_of
+from gtsa.comparison.rows import rows_of
+from gtsa.comparison.settings import Compare
+from gtsa.comparison.stages import finals
+from gtsa.comparison.tuning import choices, chosen, drawn, primary_of, trials
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import plain_yaml, validated
-from gtsa.evals.segmentation import Segmentation
+from gtsa.evaluation import intervals
+from gtsa.evaluation.evaluators.segmentation import Segmentation
+from gtsa.evaluation.intervals import Drawn
 from gtsa.models.weights import load_backbone
-from gtsa.statistics import Drawn
-from gtsa.tuning import choices, chosen, drawn, primary_of, trials
+from gtsa.pretraining.settings import METHODS, Pretrain
 
 compare = sys.modules["gtsa.compare"]  # the package has the function under this name
 
@@ -70,17 +76,15 @@ def settings(data, out, **more):
 
 
 def checked(*arguments, **more):
-    return validated(config.Compare, settings(*arguments, **more))
+    return validated(Compare, settings(*arguments, **more))
 
 
 def here(monkeypatch):
     """Cells are done in this process, which saves the imports of another."""
 
     def apart(cell, s, free):
-        experiment.run(cell, s)
-        return (
-            f"{cell.name} {primary_of(found, s)}" if (found := cells.done(cell, s))["status"] == "done" else cell.name
-        )
+        run_job.run(cell, s)
+        return f"{cell.name} {primary_of(found, s)}" if (found := done(cell, s))["status"] == "done" else cell.name
 
     monkeypatch.setattr(compare, "_apart", apart)
 
@@ -143,13 +147,13 @@ def test_differences_are_of_the_same_seeds():
 
     def answers(seeds, values):
         places = list(range(len(seeds)))
-        return report.Answers(seeds, {"primary": Drawn(np.array(values)[:, None], draws[:, places], 7)})
+        return summary.Answers(seeds, {"primary": Drawn(np.array(values)[:, None], draws[:, places], 7)})
 
     whole, without = answers((0, 1, 2), [1.0, 10.0, 100.0]), answers((0, 2), [3.0, 400.0])
     assert without.less(whole, "primary").values[:, 0].tolist() == [2.0, 300.0]
     assert whole.less(without, "primary").drawn[:, 1, 0] == pytest.approx(draws[:, 2, 0] - draws[:, 1, 0])
     assert whole.less(answers((3,), [1.0]), "primary") is None and whole.less(without, "mAP") is None
-    one = statistics.estimate(whole.less(answers((1,), [1.0]), "primary"))
+    one = intervals.estimate(whole.less(answers((1,), [1.0]), "primary"))
     assert (one.mean, one.low, one.seeds) == (9.0, -np.inf, 1)  # a seed that others lack says nothing here
 
 
@@ -187,8 +191,8 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     done = []
     told = results(whole)
     here(monkeypatch)
-    run = experiment.run
-    monkeypatch.setattr(experiment, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
+    run = run_job.run
+    monkeypatch.setattr(run_job, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
     (whole / "cells/dino/images-1/result.json").unlink()  # as a kill just before the end leaves it
     (whole / "cells/gtsa/images-0/result.json").unlink()
     with pytest.raises(Remedy, match="failed: broken/images-0"):
@@ -225,7 +229,7 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 def test_results_of_other_settings_are_not_taken(whole, data):
     less = {**SMALL["pretrain"], "gtsa": {"projector_dim": 16, "out_dim": 16}}
     with pytest.raises(Remedy, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
-        list(map(lambda cell: cells.done(cell, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
+        list(map(lambda cell: done(cell, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
     with pytest.raises(Remedy, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
@@ -242,7 +246,7 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
     monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     shutil.copy("images/0.png", "images/10.png")
-    cells._images.cache_clear()  # as in a process of its own
+    jobs._images.cache_clear()  # as in a process of its own
     with pytest.raises(Remedy, match=r"other settings \(its images, its questions, or settings that were not kept\)"):
         compare.compare(**settings(data, "out", **more) | {"data": "images"})
 
@@ -336,7 +340,7 @@ def test_a_figure_that_an_untrained_network_reaches_is_marked():
 
     rows = [line("gtsa", a=(2, 1, 3), b=(0.5, -1, 2), c=(-2, -3, -1), d=(9, None, None)), line("untrained")]
     del rows[1]["less_untrained"]
-    shown = page._figures_table({"rows": rows})
+    shown = report_page._figures_table({"rows": rows})
     a, b, c, d = shown.split("<tr><td>gtsa")[1].split("<tr>")[0].split("<td>")[2:]
     assert "untrained" not in a + d and "as untrained" in b and "below untrained" in c
     assert "untrained" not in shown.split("<tr><td>untrained")[1]
@@ -358,8 +362,8 @@ def test_every_row_is_compared_with_the_untrained_network(whole):
 def test_one_value_for_several_is_taken_as_one(data, tmp_path, monkeypatch):
     """As the verbs take it: knn: {k: 3}. Refused or not, it is the same before and after training."""
     s = checked(data, tmp_path, evaluate={"knn": {"k": 3}}, task=("knn",), primary="knn")
-    assert cells.evaluator_of("knn", s).k == (3,)
-    assert cells.rows_of(s.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
+    assert jobs.evaluator_of("knn", s).k == (3,)
+    assert rows_of(s.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
 
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path, monkeypatch):
@@ -392,12 +396,12 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
     rates = [c.changes["learning_rate"] for c in found]
     assert 2.5e-4 <= min(rates) < 3e-4 and 8e-4 < max(rates) <= 1e-3 and len(set(rates)) > 100
     assert drawn(rows[1], 7, s) == drawn(rows[1], 7, s) != drawn(rows[1], 8, s)
-    assert {cells.training_of(cell, s)["seed"] for cell in found} == {1000}  # or seeds would be chosen, not settings
+    assert {jobs.training_of(cell, s)["seed"] for cell in found} == {1000}  # or seeds would be chosen, not settings
     for cell in found:
         if cell.number == 0:  # the preset: few random draws may all be bad ones
             assert cell.changes == {"steps": 1, "learning_rate": 5e-4}
             continue
-        assert cell.changes[cell.row.name].keys() == config.METHODS[cell.row.name].constants["search"].keys()
+        assert cell.changes[cell.row.name].keys() == METHODS[cell.row.name].constants["search"].keys()
 
 
 def tried(cell, s, good, without=(), **more):
@@ -411,8 +415,8 @@ def tried(cell, s, good, without=(), **more):
     result = (
         {"status": "done", "reason": "", "results": entries, **more} if good else {"status": "failed", "reason": "x"}
     )
-    cells.folder_of(cell, s).mkdir(parents=True)
-    cells.commit(cell, s, result)
+    folder_of(cell, s).mkdir(parents=True)
+    commit(cell, s, result)
 
 
 def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
@@ -424,7 +428,7 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
     for row in rows:
         if row.tuned_as:
             assert chosen(row, rows, s) == best[row.tuned_as]
-    by_name = {cell.row.name: cells.training_of(cell, s) for cell in finals(rows, s) if cell.row.source is None}
+    by_name = {cell.row.name: jobs.training_of(cell, s) for cell in finals(rows, s) if cell.row.source is None}
     assert by_name["gtsa-no-rotation"]["learning_rate"] == best["gtsa"]["learning_rate"]
     assert by_name["gtsa-no-rotation"]["views"] == {**SMALL["pretrain"]["views"], "rotations": False}
     assert by_name["dino-rotations"]["dino"] == {**SMALL["pretrain"]["dino"], **best["dino"]["dino"]}
@@ -450,11 +454,11 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
     for cell in trials(rows, s):
         *of_folds, good = inner[cell.row.name][cell.number]
         tried(cell, s, good, without=of_folds)
-    found = [(cell, cells.done(cell, s)) for cell in trials(rows, s)]
+    found = [(cell, done(cell, s)) for cell in trials(rows, s)]
     told = [{"row": "gtsa", "taken": 1, "of_folds": [1, 0, 1]}, {"row": "dino", "taken": 2, "of_folds": [2, 2, 2]}]
     assert choices(found, s) == told
     assert [chosen(row, rows, s) for row in rows[:2]] == [drawn(rows[0], 1, s), drawn(rows[1], 2, s)]
-    (line,) = page.unsteady(told)
+    (line,) = report_page.unsteady(told)
     assert "gtsa has the settings of trial 1, the choice of 2 of 3 folds; without" in line and "0 (fold 2)" in line
     within = [
         (cell, {**result, "results": [{k: v for k, v in e.items() if k != "without"} for e in result["results"]]})
@@ -462,7 +466,7 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
     ]
     told = choices(within, s)
     assert told == [{"row": "gtsa", "taken": 0, "of_folds": [0]}, {"row": "dino", "taken": 2, "of_folds": [2]}]
-    assert page.unsteady(told) == []
+    assert report_page.unsteady(told) == []
 
 
 @pytest.mark.parametrize("figures", [{}, {"mIoU": math.nan}, {"mAcc": 1.0}])
@@ -471,7 +475,7 @@ def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_p
     found = []
     for cell, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
         tried(cell, s, good, without=[good] * 3)
-        result = cells.done(cell, s)
+        result = done(cell, s)
         if cell.number == 0:
             result["results"][1]["without"][1] = figures
         found.append((cell, result))
@@ -489,7 +493,7 @@ def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_p
     ],
 )
 def test_operations_are_told_with_the_prefix_that_fits(count, told):
-    assert page._flops(count) == told
+    assert report_page._flops(count) == told
 
 
 def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
@@ -512,7 +516,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
         sorted(one[1] | other[1]) for one, other in itertools.combinations(folds, 2)
     )
     s = checked(data, tmp_path, **more, primary="segmentation:mIoU")
-    found = [cells.done(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
+    found = [done(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
     good = [[figures["mIoU"] for figures in result["without"]] for result in found]
     assert not list(tmp_path.glob("cells/mae/trial-*/evidence*")) and list(
         tmp_path.glob("cells/mae/images-0/evidence*")
@@ -527,7 +531,7 @@ def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
     s = checked(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
     row = next(row for row in rows_of(s) if row.name == "mine")
     tried = {"learning_rate": 1e-4, "gtsa": {"momentum": 0.9, "matches": 3}, "steps": 9}
-    given = cells.training_of(Cell(row, "flops", 0, tried), s)
+    given = jobs.training_of(Cell(row, "flops", 0, tried), s)
     assert (given["learning_rate"], given["steps"]) == (7e-4, 9)
     assert given["gtsa"] == {**SMALL["pretrain"]["gtsa"], "momentum": 0.5, "matches": 3}
 
@@ -542,7 +546,7 @@ def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
         line("untrained", 0.1, -1.0, 1.0),
         line("colour", 5.0, 4.0, 6.0),
     ]
-    collapsed, *told = page.verdicts({"reference": "gtsa", "rows": rows})
+    collapsed, *told = report_page.verdicts({"reference": "gtsa", "rows": rows})
     assert "2 of 3 runs of dino collapsed" in collapsed
     assert "Nothing that gtsa has learnt shows" in told[0]
     assert "worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
@@ -554,7 +558,7 @@ def test_trials_are_judged_within_the_training_images(data, tmp_path):
     s = checked(data, tmp_path, folds=None, val=(images, masks))
     row = rows_of(s)[0]
     for stage, folds in (("trial", 5), ("images", None)):
-        for _, asked, question in cells.questions_of(Cell(row, stage, 0), s):
+        for _, asked, question in jobs.questions_of(Cell(row, stage, 0), s):
             assert asked.folds == folds
             assert question.val.fingerprint == question.train.fingerprint  # here the same images
             assert bool(question.folds) is (folds is not None)
@@ -567,7 +571,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr("gtsa.data.labels.masks.say", seen.append)
     places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
     s = checked(data, tmp_path, train=places, task=tasks)
-    places = [len(question.val) for _, _, question in cells.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
+    places = [len(question.val) for _, _, question in jobs.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
     assert places == [10, 10, 10]
     assert seen[0] == "1 of 11 images have no mask and are left out"
     assert [": pixels: " in line for line in seen] == [False, True]
@@ -590,7 +594,7 @@ def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
 def test_variants_are_valid(name, data, tmp_path):
     s = checked(data, tmp_path, ablate=(name,))
     row = next(row for row in rows_of(s) if row.name == name)
-    validated(config.Pretrain, cells.training_of(Cell(row, "images", 0), s))
+    validated(Pretrain, jobs.training_of(Cell(row, "images", 0), s))
 
 
 @pytest.mark.parametrize(
@@ -644,7 +648,7 @@ def test_a_folder_that_cannot_be_made_frees_the_device(tmp_path, monkeypatch):
     """The next network would wait for it for ever."""
     (tmp_path / "file").touch()
     free = Devices([""])
-    monkeypatch.setattr(cells, "folder_of", lambda *_: tmp_path / "file" / "cell")
+    monkeypatch.setattr(jobs, "folder_of", lambda *_: tmp_path / "file" / "cell")
     with pytest.raises(NotADirectoryError):
         _apart(None, None, free)
     assert free.qsize() == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gtsa.controls import CONTROLS, ColourAndEdges, Position
+from gtsa.comparison.controls import CONTROLS, ColourAndEdges, Position
 from gtsa.core.errors import Remedy
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ColourAndEdges.normalisation)

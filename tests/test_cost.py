@@ -6,21 +6,22 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from gtsa import config, cost, plan
 from gtsa.core.settings import validated
-from gtsa.cost import Cost
 from gtsa.data import augment
 from gtsa.data.loader import ViewSet
 from gtsa.data.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining import cost, plan
+from gtsa.pretraining.cost import Cost
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import resolve_device
 
 COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fixed=10**7)
 
 
 def resolved(**given):
-    ready = resolve_device(validated(config.Pretrain, {"device": "cpu", "workers": 0, **given}))
+    ready = resolve_device(validated(Pretrain, {"device": "cpu", "workers": 0, **given}))
     plan.start(ready, None)
     plan.sizes(ready)
     plan.budget(ready, 331)
@@ -117,7 +118,7 @@ def test_flags_that_take_less_are_flags():
             name, value = flag.split()
             section, _, key = name.replace("-", "_").rpartition(".")
             validated(
-                config.Pretrain,
+                Pretrain,
                 {section: {key: int(value)}} if section else {key: value if key == "model" else int(value)},
             )
 
@@ -127,7 +128,7 @@ def test_flags_that_take_less_are_flags():
 
 @pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
-    ready = resolve_device(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
     with pytest.raises(plan.Remedy, match=f"there are {images} images .* take at most {images}") as remedy:
         plan.budget(ready, images)
     assert remedy.value.code == 2
@@ -135,6 +136,6 @@ def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch,
 
 @pytest.mark.parametrize(("batch", "images"), [(400, 331), (8, 3), ("auto", 3)])
 def test_a_batch_of_few_repeats_is_explained(batch, images):
-    ready = resolve_device(validated(config.Pretrain, {"batch_size": batch, "device": "cpu"}))
+    ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
     plan.budget(ready, images)
     assert ready.reasons["batch_size"] == f"more than the {images} images: a step repeats some; {images} would not"

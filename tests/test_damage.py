@@ -12,14 +12,14 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import config
-from gtsa.asked import settings_of
-from gtsa.cli import run as command
+from gtsa.cli.main import run as command
 from gtsa.core import files
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import plain_yaml, validated
+from gtsa.data.run_images import Pool
 from gtsa.models import weights
-from gtsa.pool import Pool
+from gtsa.pretraining.requested import settings_of
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 from gtsa.training.run_folder import Run
 
@@ -287,7 +287,7 @@ def test_weights_of_a_state_without_its_encoder_are_refused(begun):
 
 def told(out):
     """Its settings but for its own place, which the command line gives."""
-    return validated(config.Pretrain, settings_of(out)).model_dump(exclude={"out"})
+    return validated(Pretrain, settings_of(out)).model_dump(exclude={"out"})
 
 
 def test_every_damage_to_the_settings_is_found_or_harmless(begun):

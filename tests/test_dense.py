@@ -10,11 +10,12 @@ from lightning_fabric import Fabric
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MulticlassRecall
 
-from gtsa import dense, features
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
 from gtsa.data.labels import IGNORE, Labelled
-from gtsa.features import Lab
+from gtsa.evaluation import dense, features
+from gtsa.evaluation.features import Lab
+from gtsa.evaluation.retrieval import Memory, remembered, shares_of
 from gtsa.models.backbone import IMAGENET
 
 PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
@@ -211,17 +212,17 @@ def test_retrieval_is_brute_force(size, classes, k, seed):
         weights = np.exp([similarity[i] / 0.02 for i in nearest])
         for i, weight in zip(nearest, weights / weights.sum(), strict=True):
             expected[row] += weight * labels[i]
-    memory = dense.Memory(torch.from_numpy(tokens), torch.from_numpy(labels))
+    memory = Memory(torch.from_numpy(tokens), torch.from_numpy(labels))
     found = memory(torch.from_numpy(queries), k, 0.02)
     assert np.allclose(found.numpy(), expected, rtol=0, atol=1e-12)
-    single = dense.Memory(memory.tokens.float(), memory.labels.float())(torch.from_numpy(queries).float(), k, 0.02)
+    single = Memory(memory.tokens.float(), memory.labels.float())(torch.from_numpy(queries).float(), k, 0.02)
     assert np.allclose(single.numpy(), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 13), (64, 5)])
 def test_chunks_change_nothing(monkeypatch, rows, columns):
     rng = torch.Generator().manual_seed(0)
-    memory = dense.Memory(
+    memory = Memory(
         F.normalize(torch.randn(50, 8, generator=rng, dtype=torch.float64), dim=-1),
         torch.rand(50, 3, generator=rng, dtype=torch.float64),
     )
@@ -237,7 +238,7 @@ def test_chunks_change_nothing(monkeypatch, rows, columns):
 @settings(deadline=None, max_examples=30)
 def test_soft_labels_are_shares_of_labelled_pixels(h, w, patch, seed):
     mask = torch.from_numpy(np.random.default_rng(seed).integers(IGNORE, 3, (h * patch, w * patch)))
-    found = dense.shares_of(mask, patch, 3).view(h, w, 3)
+    found = shares_of(mask, patch, 3).view(h, w, 3)
     for row in range(h):
         for column in range(w):
             pixels = mask[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].flatten().tolist()
@@ -261,7 +262,7 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
     data = labelled(gradients(6), masks)
 
     def remembered(most, **settings):
-        return dense.remembered(Colours(), data, lab(**settings), 64, most)
+        return remembered(Colours(), data, lab(**settings), 64, most)
 
     for most in (1, 5, 6, 20, 33):
         memory = remembered(most)
@@ -281,5 +282,5 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
 def test_nothing_labelled_is_told():
     data = labelled(gradients(2), [torch.full((64, 64), IGNORE)] * 2)
     with pytest.raises(Remedy, match="no pixel of the training masks") as told:
-        dense.remembered(Colours(), data, lab(), 64, 10)
+        remembered(Colours(), data, lab(), 64, 10)
     assert told.value.code == 3

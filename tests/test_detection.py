@@ -15,13 +15,14 @@ from lightning_fabric import Fabric
 from torchvision.models.detection.faster_rcnn import _default_anchorgen
 from torchvision.models.detection.image_list import ImageList
 
-from gtsa.coco import average_precision, corner, encoded, pasted
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw
 from gtsa.data.labels import Boxes, Labelled
-from gtsa.detector import Anchors, Detector, View, _pool, around, draw, fitted, padded, seen
-from gtsa.evals.detection import Detection, Scenes, groups, truth
-from gtsa.features import Lab
+from gtsa.evaluation.average_precision import average_precision, corner, encoded, pasted
+from gtsa.evaluation.detection_crops import View, around, draw, fitted, seen
+from gtsa.evaluation.evaluators.detection import Detection, Scenes, groups, truth
+from gtsa.evaluation.features import Lab
+from gtsa.evaluation.heads.mask_rcnn import Anchors, Detector, _pool, padded
 from gtsa.models.backbone import Backbone
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config, plan
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
@@ -15,6 +14,8 @@ from gtsa.methods.dino import DINO
 from gtsa.methods.parts.losses import cross_view
 from gtsa.methods.parts.prototypes import Centre, PrototypeHead
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining import plan
+from gtsa.pretraining.settings import Pretrain
 
 SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
 
@@ -112,7 +113,7 @@ def test_the_momentum_is_the_published_one():
 def test_the_preset_follows_the_number_of_images():
     for images, prototypes, temperatures in ((38, 1024, (0.02, 0.02)), (10_000, 2048, (0.02, 0.02)),
                                              (118_287, 65536, (0.04, 0.07))):  # fmt: skip
-        ready = Plan(validated(config.Pretrain, {"method": "dino"}), {})
+        ready = Plan(validated(Pretrain, {"method": "dino"}), {})
         plan.method(ready, DINO.sized, images)
         assert (ready.settings.dino.prototypes, ready.settings.dino.teacher_temperature) == (prototypes, temperatures)
 
@@ -212,13 +213,13 @@ def test_images_that_look_alike_cannot_be_told_apart():
 
 
 def test_views_are_the_published_ones():
-    v = MultiCrop(**validated(config.Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
+    v = MultiCrop(**validated(Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
     assert (v.global_crops, v.local_crops, v.global_share, v.local_share) == (2, 8, (0.4, 1.0), (0.05, 0.4))
     assert (v.brightness, v.contrast, v.saturation, v.hue, v.jitter, v.grey) == (0.4, 0.4, 0.2, 0.1, 0.8, 0.2)
     assert (v.flip, v.rotations, v.blur, v.solarise) == (0.5, False, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
-    given = validated(config.Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
+    given = validated(Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
     assert (given.flip, given.rotations, given.solarise) == (0.0, True, (0.0, 0.2, 0.0))
-    assert validated(config.Pretrain, {}).views.flip == 0
+    assert validated(Pretrain, {}).views.flip == 0
 
 
 @pytest.mark.parametrize(
@@ -242,9 +243,9 @@ def test_without_a_class_token_it_is_refused():
 
 def test_gtsa_refuses_views_that_it_cannot_compare():
     with pytest.raises(Remedy, match=r"views.flip: must be 0 for gtsa"):
-        validated(config.Pretrain, {"views": {"flip": 0.5}})
+        validated(Pretrain, {"views": {"flip": 0.5}})
     with pytest.raises(Remedy, match=r"views.local_overlap: must be above 0 for gtsa"):
-        validated(config.Pretrain, {"views": {"local_overlap": 0.0}})
+        validated(Pretrain, {"views": {"local_overlap": 0.0}})
 
 
 def test_an_untouched_centre_stays():

@@ -17,14 +17,16 @@ from PIL import Image
 import gtsa
 from conftest import TINY, run_apart
 from evaluating import coloured
-from gtsa import config, evals
-from gtsa.cli import run
+from gtsa.cli.main import run
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import read_yaml, validated
-from gtsa.evals.finetune import Finetune
-from gtsa.features import Lab
-from gtsa.judging import Question, folds_of, joined
-from gtsa.pool import Pool
+from gtsa.data.run_images import Pool
+from gtsa.evaluation import evaluators
+from gtsa.evaluation.evaluators.finetune import Finetune
+from gtsa.evaluation.features import Lab
+from gtsa.evaluation.folds import folds_of, joined
+from gtsa.evaluation.tasks import Question
+from gtsa.pretraining.settings import Pretrain
 
 QUICK = {
     "knn": {"k": (3, 1), "resize": 64, "crop": 64},
@@ -151,7 +153,7 @@ def test_results_are_not_overwritten(places, tmp_path):
 
 def stopped(places, monkeypatch, tmp_path, task, **more):
     """An evaluation that is stopped in ``task``."""
-    maker = evals.found()[task]
+    maker = evaluators.found()[task]
 
     def stops(self, backbone, train, val, lab):
         lab.keep(0, torch.ones(3))
@@ -236,7 +238,7 @@ def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part)
     (own,) = gtsa.evaluate(str(finished / part), "health", device="cpu", workers=0, health=small)["results"]
     assert f"judged by {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
     assert own["images"] == {"judged": TINY["hold_out"]}
-    settings = validated(config.Pretrain, read_yaml(finished / "config.yaml"))
+    settings = validated(Pretrain, read_yaml(finished / "config.yaml"))
     pool = Pool(str(scenes), settings, print)
     for number in pool.held_out:
         shutil.copy(scenes / pool.source.name(number), tmp_path)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from gtsa import Remedy
-from gtsa.cli import run as command
+from gtsa.cli.main import run as command
 from gtsa.models import export, weights
 from gtsa.models.backbone import IMAGENET, Backbone
 from gtsa.models.export import write

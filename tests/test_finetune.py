@@ -12,7 +12,7 @@ from evaluating import coloured, lab, labelled, noise
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw, Examples
 from gtsa.data.loader import StepSampler
-from gtsa.evals.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
+from gtsa.evaluation.evaluators.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
 from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 32, "crop": 32, "batch_size": 16}

@@ -11,13 +11,14 @@ from lightning_fabric import Fabric
 from conftest import TINY
 from contract.test_evaluations import SMALL, backbone, kinds, sets
 from contract.test_methods import views
-from gtsa import evals, methods
+from gtsa import methods
 from gtsa.core.types import Colour, Crops, Views
 from gtsa.data import augment
 from gtsa.data.augment import ORDERS
-from gtsa.features import Lab
+from gtsa.evaluation import evaluators
+from gtsa.evaluation.features import Lab
 from gtsa.models.backbone import Backbone
-from gtsa.pretrain import pretrain
+from gtsa.pretraining.pretrain import pretrain
 from gtsa.training.devices import PRECISIONS
 from gtsa.training.loop import train_step
 from gtsa.training.optim import ScheduledAdamW
@@ -89,7 +90,7 @@ def test_augmentation_is_that_of_the_cpu():
 
 def figures_on(device, name, kind):
     torch.manual_seed(0)
-    evaluator = evals.found()[name](**SMALL.get(name, {}))
+    evaluator = evaluators.found()[name](**SMALL.get(name, {}))
     train, val = sets(kind)
     fabric = Fabric(accelerator=device, devices=1)
     network = copy.deepcopy(backbone()).to(fabric.device)

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from evaluating import Stub, cells, lab, labelled, noise
-from gtsa.evals.health import FeatureHealth, Figures, interval, rank_me, spread, verdict
+from gtsa.evaluation.evaluators.health import FeatureHealth, rank_me, spread
+from gtsa.evaluation.intervals import interval
+from gtsa.pretraining.verdict import Figures, verdict
 
 
 def test_rank_of_known_matrices():

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.methods.ibot import IBOT
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining.settings import Pretrain
 from test_dino import loss_by_hand, softmax, views
 
 SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
@@ -144,7 +144,7 @@ def test_half_of_the_crops_hide_a_tenth_to_a_half():
 
 
 def test_views_are_the_published_ones():
-    v = validated(config.Pretrain, {"method": "ibot"}).views
+    v = validated(Pretrain, {"method": "ibot"}).views
     assert (v.global_share, v.local_share, v.local_crops, v.flip) == ((0.25, 1.0), (0.05, 0.25), 10, 0.5)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import IGNORE
-from gtsa.evals.in_context import InContext
+from gtsa.evaluation.evaluators.in_context import InContext
 from gtsa.models.backbone import Backbone
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 

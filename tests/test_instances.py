@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from evaluating import Stub, lab, labelled, noise
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import Boxes
-from gtsa.evals.instances import Instances, covered
+from gtsa.evaluation.evaluators.instances import Instances, covered
 
 SMALL = {"k": 3, "size": 32}
 

@@ -6,11 +6,11 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
-from gtsa import features
 from gtsa.core.errors import Remedy
-from gtsa.evals import knn
-from gtsa.evals.knn import KNN
-from gtsa.features import nearest, votes_of
+from gtsa.evaluation import features
+from gtsa.evaluation.evaluators import knn
+from gtsa.evaluation.evaluators.knn import KNN
+from gtsa.evaluation.retrieval import nearest, votes_of
 
 SMALL = {"resize": 32, "crop": 32}
 

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multilab
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
 from gtsa.core.errors import Remedy
-from gtsa.evals.linear import Heads, Linear, mean_average_precision, tenth
+from gtsa.evaluation.evaluators.linear import Heads, Linear, mean_average_precision, tenth
 
 SMALL = {"resize": 32, "crop": 32}
 QUICK = {"steps": 60, "rates": (1e-3, 1e-2), **SMALL}

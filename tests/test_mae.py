@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa import config
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.methods.mae import MAE, Decoder, sines
 from gtsa.methods.parts import masking
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining.settings import Pretrain
 from test_dino import views
 
 SMALL = {"decoder_dim": 32, "decoder_depth": 2}
@@ -116,7 +116,7 @@ def test_the_diagnosis_is_0_by_chance_and_1_for_a_perfect_painter(monkeypatch):
 
 
 def test_settings_of_a_run_are_the_published_ones():
-    s = validated(config.Pretrain, {"method": "mae"})
+    s = validated(Pretrain, {"method": "mae"})
     assert (s.weight_decay, s.final_weight_decay, s.beta2, s.warmup, s.clip, s.drop_path) == (
         0.05,
         0.05,
@@ -127,7 +127,7 @@ def test_settings_of_a_run_are_the_published_ones():
     )
     v = s.views
     assert (v.global_crops, v.local_crops, v.global_share, v.flip, v.jitter) == (1, 0, (0.2, 1.0), 0.5, 0.0)
-    assert validated(config.Pretrain, {"method": "mae", "clip": 3.0}).clip == 3.0
+    assert validated(Pretrain, {"method": "mae", "clip": 3.0}).clip == 3.0
     assert MAE.rate == 1.5e-4
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 import gtsa
 from conftest import TINY, final_weights
-from gtsa import judging
-from gtsa.config import Pretrain
 from gtsa.core import stops
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
-from gtsa.online import Online
+from gtsa.evaluation import tasks
+from gtsa.pretraining.online_eval import Online
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 
 pretraining = importlib.import_module("gtsa.pretrain")
@@ -100,7 +100,7 @@ class Asked:
 @pytest.fixture
 def question(monkeypatch):
     asked = Asked()
-    monkeypatch.setattr(judging, "questions", lambda _: [asked])
+    monkeypatch.setattr(tasks, "questions", lambda _: [asked])
     return asked
 
 

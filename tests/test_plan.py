@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import make_scenes
-from gtsa import cost, plan
-from gtsa.cli import run
+from gtsa.cli.main import run
+from gtsa.pretraining import cost, plan
 from gtsa.training import checkpoint
 
 SMALL = ["--model", "test_vit", "--views.global-size", "48", "--views.local-size", "32", "--device", "cpu"]

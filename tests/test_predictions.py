@@ -13,8 +13,8 @@ from PIL import Image
 from evaluating import labelled, noise
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import IGNORE, Boxes
-from gtsa.legend import legend
-from gtsa.predictions import Keeper, as_picture, drawn, names_of, palette
+from gtsa.evaluation.legend import legend
+from gtsa.evaluation.predictions import Keeper, as_picture, drawn, names_of, palette
 
 SEVEN = [f"class {i}" for i in range(7)]
 

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
-from gtsa import config, plan
 from gtsa.core.settings import read_yaml, validated
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining import plan
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 from gtsa.training.devices import resolve_device
 
@@ -205,6 +206,6 @@ def test_every_switch_trains(tmp_path, scenes, settings, monkeypatch):
 
 @pytest.mark.parametrize(("steps", "apart"), [(20, 50), (500, 50), (4000, 400)])
 def test_looks_are_ten_in_a_run_but_not_closer_than_fifty_steps(steps, apart):
-    ready = resolve_device(validated(config.Pretrain, {"steps": steps, "device": "cpu"}))
+    ready = resolve_device(validated(Pretrain, {"steps": steps, "device": "cpu"}))
     plan.budget(ready, 100)
     assert ready.settings.evaluate_every == apart

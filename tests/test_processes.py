@@ -14,9 +14,9 @@ import torch
 import gtsa
 from conftest import run
 from forking import Forked, fork
-from gtsa.cli import run as in_process
+from gtsa.cli.main import run as in_process
 from gtsa.core.errors import Alone, Remedy
-from gtsa.pretrain import _remedy
+from gtsa.pretraining.pretrain import _remedy
 from gtsa.training import checkpoint
 
 

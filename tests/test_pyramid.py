@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gtsa.evaluation.heads.feature_pyramid import ChannelNorm, Pyramid
 from gtsa.models.backbone import Backbone
-from gtsa.pyramid import ChannelNorm, Pyramid
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16])

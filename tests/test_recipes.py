@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from gtsa import config
+from gtsa.comparison.settings import Compare
 from gtsa.core.settings import read_yaml, validated
+from gtsa.evaluation.settings import Evaluate
+from gtsa.pretraining.settings import Pretrain
 
 RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(RECIPES_FOLDER.rglob("*.yaml"))
 MODELS = {
-    "pretrain": (config.Pretrain, {}),
-    "evaluate": (config.Evaluate, {"weights": "RUN", "train": ("a", "b")}),
-    "compare": (config.Compare, {"data": "a", "out": "b", "train": ("a", "b")}),
+    "pretrain": (Pretrain, {}),
+    "evaluate": (Evaluate, {"weights": "RUN", "train": ("a", "b")}),
+    "compare": (Compare, {"data": "a", "out": "b", "train": ("a", "b")}),
 }
 
 
@@ -25,7 +27,7 @@ def test_a_recipe_is_a_call(path):
     assert f"--config recipes/{path.relative_to(RECIPES_FOLDER).as_posix()}" in command
     model, given = MODELS[re.search(r"gtsa (\w+)", command)[1]]
     settings = read_yaml(path)
-    if model is config.Evaluate and "folds" not in settings:
+    if model is Evaluate and "folds" not in settings:
         given = {**given, "val": ("c", "d")}
     if "--eval-train" in command:
         given = {**given, "eval_train": ("a", "b"), "eval_folds": 5, "init": "c"}

@@ -10,7 +10,7 @@ from torch import nn
 from evaluating import Stub, cells, lab, labelled, noise
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
-from gtsa.evals.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
+from gtsa.evaluation.evaluators.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
 from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 64, "crop": 64, "size": 64}

@@ -7,9 +7,9 @@ import pytest
 
 import gtsa
 from conftest import TINY, make_scenes, run, shared
-from gtsa.asked import SAMPLE, asked
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, generator
+from gtsa.pretraining.requested import SAMPLE, asked
 
 SHORT = {**TINY, "steps": 4, "checkpoint_every": 2, "evaluate_every": 2}
 

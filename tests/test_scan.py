@@ -4,7 +4,6 @@ import io
 import json
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +12,10 @@ from PIL import Image
 from rich.console import Console
 
 from conftest import make_scenes, scene
-from gtsa import config, pool
-from gtsa.check import check
 from gtsa.core import terminal
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw
-from gtsa.data import scan
+from gtsa.data import run_images, scan
 from gtsa.data.decoding import BadImage
 from gtsa.data.frozen import Frozen, frozen
 from gtsa.data.loader import ViewSet
@@ -30,6 +27,8 @@ from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.list_file import Listing
 from gtsa.data.sources.torch_dataset import Items
 from gtsa.data.threaded import Room, each
+from gtsa.pretraining.check import check
+from gtsa.pretraining.settings import Pretrain
 
 
 def names(source):
@@ -306,13 +305,12 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
 
 def test_a_run_replaces_an_image_that_is_another_by_now(tmp_path):
     data = make_scenes(tmp_path / "data", 6)
-    settings = config.Pretrain(data=str(data), out=str(tmp_path), hold_out=0, max_bad=0.5)
-    run = SimpleNamespace(began=False, checkpoints=tmp_path / "none")
-    files = pool.scanned(str(data), settings, run)
+    settings = Pretrain(data=str(data), out=str(tmp_path), hold_out=0, max_bad=0.5)
+    files = run_images.scanned(str(data), settings, begun=False, checkpoints=False)
     (tmp_path / "images.jsonl").write_text(files["images.jsonl"])
     (tmp_path / "scan.json").write_text(files["scan.json"])
     said = []
-    images = pool.Pool(str(data), settings, said.append)
+    images = run_images.Pool(str(data), settings, said.append)
     scene(50, 64, 64).save(data / "scene_02.jpg")
     views = ViewSet(images.source, images.train, MultiCrop(1, 32, 1, 16), 0)
     found = [views[Draw(0, place)] for place in range(6)]

@@ -13,8 +13,9 @@ from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw, Examples
 from gtsa.data.labels import IGNORE
 from gtsa.data.loader import StepSampler
-from gtsa.evals import segmentation
-from gtsa.evals.segmentation import Cuts, Pixels, Segmentation, SemanticFPN, groups
+from gtsa.evaluation.evaluators import segmentation
+from gtsa.evaluation.evaluators.segmentation import Cuts, Pixels, Segmentation, groups
+from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.models.backbone import Backbone
 from gtsa.training import trainer
 from gtsa.training.schedules import Polynomial

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import gtsa
-from gtsa import cli, config, evals, methods
+from gtsa import methods
+from gtsa.cli import main
 from gtsa.core import plugins
 from gtsa.core.plugins import REQUIRED, declared
 from gtsa.data.multicrop import MultiCrop
+from gtsa.evaluation import evaluators
+from gtsa.pretraining.settings import MULTICROP
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "scipy", "sklearn", "PIL", "lightning_fabric", "tensorboard")
 QUICK = {  # command line: exit code, and words that it answers with
@@ -103,10 +106,10 @@ def test_the_package_is_lazy_and_its_verbs_are_functions():
     ("name", "one", "maker"),
     [
         (f"{kind.__name__}.{name}", one, kind.found()[name])
-        for kind in (methods, evals)
+        for kind in (methods, evaluators)
         for name, one in kind.declared().items()
     ]
-    + [("views", config.MULTICROP, MultiCrop)],
+    + [("views", MULTICROP, MultiCrop)],
 )
 def test_declarations_are_those_of_the_classes(name, one, maker):
     """The classes themselves, imported, are the oracle of what was read from their source."""
@@ -125,7 +128,7 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
 
 def test_every_method_and_evaluation_is_declared():
     assert list(methods.declared()) == list(methods.found())
-    assert list(evals.declared()) == list(evals.found())
+    assert list(evaluators.declared()) == list(evaluators.found())
 
 
 def test_what_needs_an_import_is_not_worked_out(tmp_path):
@@ -145,7 +148,7 @@ def test_what_needs_an_import_is_not_worked_out(tmp_path):
 
 
 def test_verbs_are_those_of_python():
-    assert set(gtsa.__all__) - {"Remedy"} <= set(cli.VERBS)
+    assert set(gtsa.__all__) - {"Remedy"} <= set(main.VERBS)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -173,7 +176,7 @@ def test_bash_completes_verbs_and_flags(tmp_path):
 def test_installed_completion_lies_where_the_shell_looks(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert cli.run(["completion", "fish", "--install"]) == 0
+    assert main.run(["completion", "fish", "--install"]) == 0
     assert (tmp_path / ".config/fish/completions/gtsa.fish").read_text().count("complete -c gtsa") > 100
     assert "gtsa.fish" in capsys.readouterr().out
 

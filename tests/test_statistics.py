@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gtsa.statistics import draw, estimate, mean_of, verdict
+from gtsa.evaluation.intervals import draw, estimate, mean_of, verdict
 
 
 def of(values, **options):

@@ -9,10 +9,11 @@ import pytest
 
 import gtsa
 from conftest import final_weights, make_scenes
-from gtsa import cost, pool
-from gtsa.cli import run
+from gtsa.cli.main import run
 from gtsa.core import stops
-from gtsa.evals.health import Health
+from gtsa.data import run_images
+from gtsa.pretraining import cost
+from gtsa.pretraining.verdict import Health
 from gtsa.training import checkpoint, loop
 
 SETTINGS = """
@@ -30,7 +31,7 @@ gtsa: {projector_dim: 16, out_dim: 16, predictor_dim: 16}
 PRETRAIN = importlib.import_module("gtsa.pretrain")
 PHASES = {  # what is called in it, and at which call the signal comes
     "import": (gtsa, "pretrain", 1),
-    "scan": (pool, "scan", 1),
+    "scan": (run_images, "scan", 1),
     "plan": (cost, "probe", 1),
     "first look": (Health, "__call__", 1),
     "step": (loop, "train_step", 2),

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import gtsa
-from gtsa.cli import run
+from gtsa.cli.main import run
 from gtsa.core.stops import Processes, Stopped, heard
 
 

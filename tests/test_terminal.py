@@ -7,10 +7,10 @@ import time
 import pytest
 from rich.console import Console
 
-from gtsa import config
 from gtsa.core import terminal
 from gtsa.core.settings import validated
 from gtsa.core.terminal import Clock, Progress, doing, times
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import launch_fabric, resolve_device
 
 VALUES = {"seconds": 0.5, "waited": 0.1, "loss": 0.25}
@@ -129,6 +129,6 @@ def test_how_often_something_is_still_done(steps, every):
 
 def test_the_engine_does_not_talk(capfd):
     given = {"device": "cpu", "precision": "bf16", "devices": 1}
-    launch_fabric(resolve_device(validated(config.Pretrain, given)).settings)
+    launch_fabric(resolve_device(validated(Pretrain, given)).settings)
     assert not logging.getLogger("lightning_fabric.utilities.rank_zero").isEnabledFor(logging.INFO)
     assert capfd.readouterr().err == ""

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from gtsa import Remedy
-from gtsa.features import nearest, votes_of
+from gtsa.evaluation.retrieval import nearest, votes_of
 from gtsa.models import state_dict, weights
 from gtsa.models.backbone import Backbone
 from gtsa.models.weights import load_backbone

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from conftest import make_scenes
-from gtsa.cli import run
+from gtsa.cli.main import run
 
 W = "random:test_vit"
 

@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import IGNORE, Labelled, open_labelled
-from gtsa.evals.health import rank_me
+from gtsa.evaluation.evaluators.health import rank_me
 from gtsa.models.backbone import Backbone
 from gtsa.models.weights import load_backbone
 

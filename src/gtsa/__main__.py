@@ -1,5 +1,5 @@
 """python -m gtsa, e.g. under torchrun."""
 
-from gtsa.cli import main
+from gtsa.cli.main import main
 
 main()

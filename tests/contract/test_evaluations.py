@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from evaluating import lab, labelled, noise
-from gtsa import evals
-from gtsa.config import EvaluatorSettings
 from gtsa.core.settings import read_yaml, to_yaml, validated
 from gtsa.core.types import Evaluator
 from gtsa.data.labels import IGNORE, Boxes
+from gtsa.evaluation import evaluators
+from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.models.backbone import Backbone
 
-FOUND = evals.found()
+FOUND = evaluators.found()
 TRAIN, VAL, SIDE = 12, 6, 64
 SMALL = {  # what makes an evaluation quick enough to be asked four times; one that is not named here has its defaults
     "clusters": {"k": 4, "dimensions": 8, "size": 64, "repeats": 2},

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gtsa import methods
-from gtsa.config import MethodSettings
 from gtsa.core.settings import validated
 from gtsa.core.types import Crops, Method, Views
-from gtsa.evals.health import SCORES
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining.settings import MethodSettings
+from gtsa.pretraining.verdict import SCORES
 
 FOUND = methods.found()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Hue = tuple[int, int, int]
+GAP = 12  # px between pictures
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -31,3 +33,14 @@ def label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, hue:
     x1, y1, x2, y2 = draw.textbbox(place, text, font=font)
     draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), fill=hue)
     draw.text(place, text, fill=INK if sum(hue) > 330 else PAPER, font=font)
+
+
+def squares(images: list[Tensor], side: int) -> Tensor:
+    """The centre square of each uint8 [3, H, W] image, at ``side`` px: [n, 3, side, side] in [0, 1]."""
+    cut = []
+    for image in images:
+        s = min(image.shape[-2:])
+        y, x = (image.shape[-2] - s) // 2, (image.shape[-1] - s) // 2
+        square = image[None, :, y : y + s, x : x + s].float() / 255
+        cut.append(F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0])
+    return torch.stack(cut)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+IMAGES = "images.jsonl"  # of a run: one line for each usable image, whose numbers mean these for ever
 SUMS = "gtsa.sha256"  # of a folder's files, as ``sha256sum --check`` reads it
 SEAL = "# sha256 of the lines above: "
 DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)", re.DOTALL)

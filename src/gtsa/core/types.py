@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple
 
@@ -190,3 +190,15 @@ class Evaluator(ABC):
     def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
         """Metrics of each class, in the order of the classes, where there are such; NaN: there is nothing to say."""
         return {}
+
+
+@dataclass
+class Done:
+    """What a finished step leaves to look at. ``parts`` stay on the device until somebody reads them."""
+
+    step: int  # steps done so far: 1 after the first
+    parts: dict[str, Tensor]
+    seconds: float  # whole step
+    waited: float  # of these, for data
+    replaced: list[Replaced] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # images of the step before, had it to be skipped

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def declared() -> dict[str, plugins.Declared]:
     """{name: how its source declares it} of every method in this folder; imports none of them."""
-    here = Path(__file__).parent
-    return plugins.all_declared(here, "Method", here.parent / "core" / "types.py")
+    return plugins.all_declared(Path(__file__).parent, "Method")
 
 
 def found() -> dict[str, type[Method]]:

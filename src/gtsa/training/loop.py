@@ -5,7 +5,6 @@ from __future__ import annotations
 import time as clock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,23 +13,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from gtsa.core.errors import Remedy
-from gtsa.core.types import Examples, Objective, Replaced, Views
+from gtsa.core.types import Done, Examples, Objective, Views
 from gtsa.training.optim import ScheduledAdamW, clip_each
 
 Batch = Views | Examples
 PATIENCE = 3  # skipped steps among the last hundred that end the run
-
-
-@dataclass
-class Done:
-    """What a finished step leaves to look at. ``parts`` stay on the device until somebody reads them."""
-
-    step: int  # steps done so far: 1 after the first
-    parts: dict[str, Tensor]
-    seconds: float  # whole step
-    waited: float  # of these, for data
-    replaced: list[Replaced] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)  # images of the step before, had it to be skipped
 
 
 def fit(

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from gtsa.core import files
 from gtsa.core.errors import Remedy
+from gtsa.core.files import IMAGES
 from gtsa.core.terminal import say
 from gtsa.training import checkpoint
 from gtsa.training.events import NAMES, Events
 
-IMAGES = "images.jsonl"  # one line for each usable image: its numbers mean these for ever
 LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
 CHECKPOINTS = ("checkpoints", "best/checkpoints")
 FOLDERS = (*CHECKPOINTS, "best", "pictures", "exports/timm", "exports")  # what lies in another comes before it
@@ -159,6 +159,10 @@ class Run:
     @property
     def began(self) -> bool:
         return (self.folder / IMAGES).exists()
+
+    @property
+    def has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
 
     def _append(self, name: str, line: str) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a planted link is not followed

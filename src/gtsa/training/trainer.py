@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from gtsa.core import stops
 from gtsa.core.errors import Remedy
 from gtsa.core.terminal import Clock, Progress, doing, lasting, say
-from gtsa.core.types import Objective
+from gtsa.core.types import Done, Objective
 from gtsa.training import checkpoint
-from gtsa.training.loop import Batch, Done, fit
+from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.run_folder import Run
 

@@ -1,0 +1,123 @@
+"""The command line: which verbs there are, and how a command ends. What a verb needs is imported when it is called."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from typing import Annotated, Literal
+
+import cyclopts
+from cyclopts import Parameter
+from cyclopts.exceptions import CycloptsError
+
+import gtsa
+from gtsa.core.errors import Alone, Remedy, speaks
+from gtsa.core.stops import heard
+
+app = cyclopts.App(
+    name="gtsa",
+    version=lambda: gtsa.__version__,
+    help="Learn dense visual features from your own scenes. The weights are yours.",
+    help_on_error=False,
+)
+VERBS = {
+    "pretrain": """Learn a vision transformer from a folder of images, without labels.
+
+    Without --data it runs on the sample that comes with gtsa (the demo, at most four minutes on two CPU cores).
+    """,
+    "evaluate": """Ask one question or several of a backbone, on labelled images.
+
+    WEIGHTS is a run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file.
+    """,
+    "compare": """Train methods with several seeds on the same images, ask all networks the same questions, and report.
+
+    The same command goes on after any end: what is done is not done again.
+
+    A YAML file (--config) can say more: pretrain (settings of every run), evaluate (of every question), tasks (of
+    single ones), rows (further rows: {name: settings of gtsa pretrain}). See docs/compare.md.
+    """,
+    "check": "Decode every image once: what is in this data, what is wrong with it, what would we do with it.",
+    "preview": "Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.",
+    "export": "Write the trained encoder as others can open it, with the same numbers.",
+    "methods": "List the methods that there are.",
+    "models": "List timm's plain vision transformers, all or those whose names hold a word.",
+}
+for verb, words in VERBS.items():
+    app.command(f"gtsa.cli.commands:{verb}", name=verb, help=inspect.cleandoc(words))
+
+
+@app.command
+def completion(
+    shell: Literal["bash", "zsh", "fish"], /, *, install: Annotated[bool, Parameter(negative=())] = False
+) -> None:
+    """Print the script that completes gtsa's verbs and flags in a shell, or install it.
+
+    Parameters
+    ----------
+    shell
+        The shell to complete in.
+    install
+        Write the script to where the shell looks for it, and a line into its start-up file where it needs one.
+    """
+    if install:
+        print(f"{app.install_completion(shell=shell)}: open a new {shell} to use it")
+    else:
+        print(app.generate_completion(shell=shell))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and ends the process with a code of core.EXIT_CODES; users never see a traceback of ours."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code of a command line."""
+    try:
+        with heard(trains=_verb(arguments) in ("pretrain ", "evaluate ")):
+            command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+            command(*bound.args, **bound.kwargs)
+        return 0
+    except CycloptsError as error:
+        print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
+        return 2
+    except Remedy as remedy:
+        if speaks() or isinstance(remedy, Alone):
+            print(f"gtsa: {remedy}", file=sys.stderr)
+        return remedy.code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
+        return 0
+    except KeyboardInterrupt as stop:
+        if speaks():
+            print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
+        code: int = getattr(stop, "code", 130)
+        return 75 if code != 130 and _verb(arguments) == "pretrain " else code  # what schedulers start again
+
+
+def _way_on(arguments: list[str] | None) -> str:
+    """What to do after a stop."""
+    given = sys.argv[1:] if arguments is None else arguments
+    verb = given[0] if given else ""
+    if verb == "evaluate" and any(word.split("=")[0] == "--work" for word in given):
+        return "the same command goes on with the trainings that --work kept"
+    if verb == "evaluate":
+        return "nothing of the task at work was kept; with --work FOLDER the same command goes on with long trainings"
+    if verb == "compare":
+        return "the same command goes on"
+    if verb == "check":
+        return "the same command goes on, and does not decode again what was decoded well"
+    if verb == "pretrain":
+        anew = ", in place of --overwrite" if "--overwrite" in given else ""
+        return f"the same command with --resume{anew} goes on from the last checkpoint, or begins where there is none"
+    return "give the same command again"
+
+
+def _flat(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith("...") else text.removesuffix(".")
+
+
+def _verb(arguments: list[str] | None) -> str:
+    given = sys.argv[1:] if arguments is None else arguments
+    return f"{given[0]} " if given and not given[0].startswith("-") and given[0] in (*VERBS, "completion") else ""

@@ -1,0 +1,1 @@
+"""gtsa compare: methods on the same images, with the same effort."""

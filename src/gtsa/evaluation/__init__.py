@@ -1,0 +1,1 @@
+"""What are features worth: in numbers, as vectors, by eye."""

@@ -1,0 +1,24 @@
+"""Evaluations: one file is one question. They are found by walking this folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gtsa.core import plugins
+
+if TYPE_CHECKING:
+    from gtsa.core.types import Evaluator
+
+
+def declared() -> dict[str, plugins.Declared]:
+    """{name: how its source declares it} of every evaluator in this folder; imports none of them."""
+    return plugins.all_declared(Path(__file__).parent, "Evaluator")
+
+
+def found() -> dict[str, type[Evaluator]]:
+    """{name: class} of every evaluator in this folder; the name is the module's."""
+    from gtsa.core.types import Evaluator
+
+    return plugins.classes(sys.modules[__name__], Evaluator)  # type: ignore[type-abstract]

@@ -1,0 +1,49 @@
+"""Do similar patches have the same class? Dense retrieval without training (Hummingbird, arXiv 2306.01667)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gtsa.core.errors import Remedy
+from gtsa.core.types import Evaluator, Evidence
+from gtsa.evaluation import dense
+from gtsa.evaluation.features import Lab, whole_patches
+from gtsa.evaluation.retrieval import remembered
+
+
+class InContext(Evaluator):
+    """Every patch takes the classes of the most similar patches of the training images.
+
+    Args:
+        k: neighbours of a patch.
+        temperature: a neighbour weighs softmax(cosine similarity / temperature).
+        memory: most patches that are remembered, a random choice spread over the training images.
+        size: side of the square that images are brought to, px.
+    """
+
+    labels = ("masks",)
+
+    def __init__(self, k: int = 30, temperature: float = 0.02, memory: int = 10_240, size: int = 512) -> None:
+        if min(k, memory, size) < 1 or temperature <= 0:
+            raise Remedy("in_context: k, memory and size must be at least 1 and the temperature above 0")
+        self.k, self.temperature, self.memory, self.size = k, temperature, memory, size
+
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+        size = whole_patches(self.size, backbone)
+        memory = remembered(backbone, train, lab, size, self.memory)
+
+        def score(pixels: Tensor) -> Tensor:
+            tokens = dense.patches(backbone, pixels, lab)
+            found = memory(F.normalize(tokens.flatten(0, 2), dim=-1), self.k, self.temperature)
+            return found.view(*tokens.shape[:3], -1).permute(0, 3, 1, 2)
+
+        return dense.judged(score, backbone, val, lab, size)
+
+    def figures(self, evidence: Evidence) -> dict[str, float]:
+        return dense.figures(evidence)
+
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        return dense.by_class(evidence)

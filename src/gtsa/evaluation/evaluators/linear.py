@@ -1,0 +1,232 @@
+"""How much can a linear classifier read from frozen features? Many at once, the best of them judged (DINOv2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
+from gtsa.core.terminal import say
+from gtsa.core.types import Evaluator, Evidence, Examples, Objective
+from gtsa.data.loader import StepSampler
+from gtsa.evaluation.features import Lab, image_features
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant, Cosine
+from gtsa.training.trainer import teach
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+MOMENTUM = 0.9
+FLAT = 1e8  # AdamW's epsilon, beside which its second moment vanishes: what is left is gradient descent with momentum
+FEWEST, MOST, EPOCHS = 1_000, 12_500, 100
+
+
+class Linear(Evaluator):
+    """A linear classifier for every pair of a learning rate and a number of blocks, all trained at the same time.
+
+    The pair is chosen on a tenth of the training images that none of them learnt from. As in DINOv2 they learn by
+    gradient descent with momentum 0.9 and without weight decay, along a cosine to 0; AdamW with an epsilon of 1e8 is
+    just that, but for the first steps, in which its momentum needs no run-up.
+
+    Args:
+        rates: learning rates, for a batch of 256; they are scaled by batch / 256.
+        blocks: how many of the last blocks' features are put side by side.
+        steps: of training. auto: 100 epochs, at least 1,000 and at most 12,500 steps.
+        batch_size: images a step.
+        resize: short side in px that images are brought to, bicubic.
+        crop: central square that the backbone sees, px.
+    """
+
+    labels = ("classes", "several")
+
+    def __init__(
+        self,
+        rates: tuple[float, ...] = RATES,
+        blocks: tuple[int, ...] = (1, 4),
+        steps: int | Literal["auto"] = "auto",
+        batch_size: int = 128,
+        resize: int = 256,
+        crop: int = 224,
+    ) -> None:
+        if (
+            min(rates, default=0) <= 0
+            or min(blocks, default=0) < 1
+            or batch_size < 1
+            or (steps != "auto" and steps < 1)
+        ):
+            raise Remedy("linear: rates must be above 0; blocks, steps and batch_size at least 1")
+        self.rates, self.blocks, self.steps, self.batch_size = rates, blocks, steps, batch_size
+        self.resize, self.crop = resize, crop
+
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+        if len(train) < 2:
+            raise Remedy("linear: one training image is too few: one learns, another chooses the learning rate")
+        learnt, judged = (
+            image_features(backbone, data, lab, self.resize, self.crop, max(self.blocks)) for data in (train, val)
+        )
+        targets, truth = (_targets(data) for data in (train, val))
+        held_out = tenth(targets, lab.seed)
+        heads = Heads(self.pairs, learnt.shape[-1], len(train.classes), train.kind == "several", lab.seed)
+        self._teach(heads, learnt, targets, torch.nonzero(~held_out)[:, 0], lab)
+        best = int(heads.quality(learnt[held_out], targets[held_out]).argmax())
+        rate, blocks = self.pairs[best]
+        count = int(held_out.sum())
+        say(
+            f"linear: learning rate {rate:g} on {blocks} block{'s' * (blocks > 1)}, "
+            f"chosen on {count} image{'s' * (count > 1)}"
+        )
+        scores = heads.scores(judged, best)
+        for index, row in enumerate(heads.shares(scores)):
+            lab.keep(index, row)
+        return {"scores": scores, "truth": truth}
+
+    def figures(self, evidence: Evidence) -> dict[str, float]:
+        scores, truth = evidence["scores"], evidence["truth"]
+        if truth.ndim == 2:
+            return {"mAP": 100 * mean_average_precision(scores, truth)}
+        figures = {"top1": 100 * top(scores, truth, 1)}
+        if scores.shape[1] > 5:
+            figures["top5"] = 100 * top(scores, truth, 5)
+        return figures
+
+    @property
+    def pairs(self) -> list[tuple[float, int]]:
+        return [(rate, blocks) for rate in self.rates for blocks in self.blocks]
+
+    def _teach(self, heads: Heads, features: Tensor, targets: Tensor, rows: Tensor, lab: Lab) -> None:
+        """Teaches the heads what the images ``rows`` are."""
+        batch = self.batch_size
+        steps = min(MOST, max(FEWEST, EPOCHS * len(rows) // batch)) if self.steps == "auto" else self.steps
+        scale = batch / 256 * FLAT / (1 - MOMENTUM)
+        groups = [
+            {"params": [weight, bias], "rate": Constant(rate * scale), "eps": FLAT}
+            for (rate, _), weight, bias in zip(self.pairs, heads.weights, heads.biases, strict=True)
+        ]
+        optimizer = ScheduledAdamW(groups, Cosine(1.0, 0.0), Constant(0.0), clip=0.0, betas=(MOMENTUM, 0.999))
+
+        def batches(start: int) -> Iterator[Examples]:
+            for draws in StepSampler(len(rows), batch, steps, start):
+                places = rows[[epoch_order(lab.seed, draw.epoch, len(rows))[draw.place] for draw in draws]]
+                yield Examples(features[places], targets[places], places)
+
+        def prepare(batch: Examples) -> Examples:
+            return Examples(batch.pixels.to(lab.device), batch.targets.to(lab.device), batch.images)
+
+        teach(
+            heads, optimizer, batches, prepare, steps=steps, batch_size=batch, fabric=lab.fabric, seed=lab.seed,
+            folder=lab.folder, depends=(self.pairs, features, targets, rows),
+        )  # fmt: skip
+        heads.eval()
+
+
+class Heads(Objective):
+    """A linear head for each pair of (learning rate, number of last blocks), trained by the sum of their losses.
+
+    Args:
+        width: of one block's features.
+        several: classes do not exclude one another.
+    """
+
+    def __init__(self, pairs: list[tuple[float, int]], width: int, classes: int, several: bool, seed: int) -> None:
+        super().__init__()
+        self.pairs, self.several = pairs, several
+        draw = torch.Generator().manual_seed(seed)
+        self.weights = nn.ParameterList(0.01 * torch.randn(classes, width * n, generator=draw) for _, n in pairs)
+        self.biases = nn.ParameterList(torch.zeros(classes) for _ in pairs)
+
+    def forward(self, views: Examples, time: float) -> dict[str, Tensor]:
+        losses = self.losses(self.logits(views.pixels), views.targets)
+        return {"loss": losses.sum(), "best": losses.detach().min()}
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [B, blocks, D] -> [pairs, B, classes], in one product for each number of blocks."""
+        found: list[Any] = [None] * len(self.pairs)
+        for blocks in {blocks for _, blocks in self.pairs}:
+            which = [i for i, pair in enumerate(self.pairs) if pair[1] == blocks]
+            weight = torch.cat([self.weights[i] for i in which])
+            bias = torch.cat([self.biases[i] for i in which])
+            with torch.autocast(features.device.type, enabled=False):
+                out = F.linear(features[:, -blocks:].flatten(1).float(), weight, bias)
+            for i, part in zip(which, out.chunk(len(which), dim=-1), strict=True):
+                found[i] = part
+        return torch.stack(found)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of each pair, [pairs]."""
+        if self.several:
+            truth = targets.float().expand_as(logits)
+            return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((1, 2))
+        entropy = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
+        return entropy.view(len(logits), -1).mean(1)
+
+    @torch.no_grad()
+    def quality(self, features: Tensor, targets: Tensor) -> Tensor:
+        """What a pair is chosen by, [pairs]: top-1 accuracy or mAP, and where these are equal the lower loss."""
+        scores = torch.stack([self.scores(features, pair) for pair in range(len(self.pairs))])
+        measure = mean_average_precision if self.several else top
+        right = torch.tensor([measure(row, targets) for row in scores], dtype=torch.float64).nan_to_num()
+        order = self.losses(scores, targets).argsort(descending=True, stable=True).argsort()
+        return right + order * 1e-9
+
+    @torch.no_grad()
+    def scores(self, features: Tensor, pair: int) -> Tensor:
+        """Logits [images, classes] of one pair, on the host."""
+        device = self.weights[0].device
+        return torch.cat([self.logits(part.to(device))[pair].cpu() for part in torch.split(features, 4096)])
+
+    def shares(self, scores: Tensor) -> Tensor:
+        """Logits as probabilities."""
+        return scores.sigmoid() if self.several else scores.softmax(-1)
+
+
+def _targets(data: Any) -> Tensor:
+    """int64 [images] for one class an image, bool [images, classes] for several."""
+    found = [data.target(i) for i in range(len(data))]
+    return torch.stack(found) if data.kind == "several" else torch.tensor(found)
+
+
+def tenth(targets: Tensor, seed: int) -> Tensor:
+    """bool [images]: a tenth of them (at least one), the same share of every class as far as that goes.
+
+    Of images with several classes the rarest one counts.
+    """
+    if targets.ndim == 2:
+        rarity = targets.sum(0)
+        classes = torch.where(targets, rarity, len(targets) + 1).numpy().argmin(1)
+    else:
+        classes = targets.numpy()
+    draw = generator(seed, Stream.LINEAR_HELD_OUT)
+    order = np.lexsort((draw.random(len(classes)), classes))  # by class, at random within it
+    count = max(1, round(len(order) / 10))
+    first = draw.random()
+    chosen = order[((np.arange(count) + first) * len(order) / count).astype(int)]
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    mask[torch.from_numpy(chosen)] = True
+    return mask
+
+
+def top(scores: Tensor, truth: Tensor, k: int = 1) -> float:
+    """Share of the rows of scores [n, C] whose true class is among the ``k`` best."""
+    return float((scores.topk(k, dim=-1).indices == truth[:, None]).any(-1).double().mean())
+
+
+def mean_average_precision(scores: Tensor, truth: Tensor) -> float:
+    """Mean over classes of average precision: the sum of precision x gain in recall over the distinct scores.
+
+    Args:
+        scores, truth: [n, C]; classes without a positive are left out, and without any the mean is NaN.
+    """
+    found = []
+    for score, true in zip(scores.T, truth.T.bool(), strict=True):
+        if true.any():
+            score, order = score.sort(descending=True)
+            hits = true[order].double().cumsum(0)
+            last = torch.cat([score[1:] != score[:-1], torch.tensor([True])])  # of those with an equal score
+            hits, ranks = hits[last], (torch.nonzero(last)[:, 0] + 1).double()
+            found.append(float((hits / ranks * hits.diff(prepend=hits.new_zeros(1))).sum() / hits[-1]))
+    return float(np.mean(found)) if found else float("nan")

@@ -1,0 +1,215 @@
+"""Can every pixel be named? Segmentation with a linear head on frozen patches, or by fine-tuning with Semantic FPN."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from gtsa.core.errors import Remedy
+from gtsa.core.seeds import Stream, epoch_order, generator
+from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
+from gtsa.data.decoding import NEUTRAL
+from gtsa.data.labels import IGNORE, Labelled
+from gtsa.data.loader import StepSampler
+from gtsa.evaluation import dense
+from gtsa.evaluation.features import Lab, normalised, read, resized, whole_patches
+from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.schedules import Constant, Polynomial, warmup_then
+from gtsa.training.trainer import teach
+
+PUBLISHED: dict[str, dict[str, float]] = {
+    "linear": {"size": 448, "learning_rate": 1e-3, "weight_decay": 1e-4},
+    "fpn": {"size": 0, "learning_rate": 6e-5, "weight_decay": 0.01},
+}
+Auto = Literal["auto"]
+
+
+class Segmentation(Evaluator):
+    """Classes of pixels, learnt from masks.
+
+    Args:
+        head: linear: batch norm and a 1x1 convolution on the frozen patch tokens. fpn: Semantic FPN on four blocks, and
+            the backbone is fine-tuned with it.
+        size: side of the square that images are brought to, px; 0: their own size. auto: 448 (linear), 0 (fpn).
+        crop: side of training crops and of sliding windows, px. auto: size, or 512 where images keep their own.
+        scales: smallest and largest factor by which training images are resized before they are cropped.
+        flip: share of training crops that are mirrored left to right.
+        steps: of training.
+        batch_size: crops a step.
+        accumulate: micro-batches that a step is made of, to save memory.
+        learning_rate: peak. auto: 1e-3 (linear), 6e-5 (fpn).
+        weight_decay: none on positions, CLS token, norms and biases. auto: 1e-4 (linear), 0.01 (fpn).
+        warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        strides: of the FPN's maps: true: a quarter of a patch to two patches; flat: all one patch.
+        sliding: stride in px of sliding windows; 0: whole images are seen at once.
+    """
+
+    labels = ("masks",)
+    trains = True
+
+    def __init__(
+        self,
+        head: Literal["linear", "fpn"] = "linear",
+        size: int | Auto = "auto",
+        crop: int | Auto = "auto",
+        scales: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        steps: int = 40_000,
+        batch_size: int = 16,
+        accumulate: int = 1,
+        learning_rate: float | Auto = "auto",
+        weight_decay: float | Auto = "auto",
+        warmup: float = 0.0375,
+        strides: Literal["true", "flat"] = "true",
+        sliding: int = 0,
+    ) -> None:
+        auto = PUBLISHED[head]
+        self.head, self.flat = head, strides == "flat"
+        self.size = int(auto["size"]) if size == "auto" else size
+        self.crop = (self.size or 512) if crop == "auto" else crop
+        self.scales, self.flip, self.sliding = scales, flip, sliding
+        self.steps, self.batch_size, self.accumulate, self.warmup = steps, batch_size, accumulate, warmup
+        self.learning_rate = auto["learning_rate"] if learning_rate == "auto" else learning_rate
+        self.weight_decay = auto["weight_decay"] if weight_decay == "auto" else weight_decay
+        if (
+            min(self.size, sliding) < 0
+            or min(self.crop, steps, batch_size, accumulate) < 1
+            or not 0 < scales[0] <= scales[1]
+        ):
+            raise Remedy(
+                "segmentation: crop, steps, batch_size and accumulate must be at least 1, size and sliding at least 0, "
+                "and scales rise from above 0"
+            )
+        if not 0 <= flip <= 1 or not 0 <= warmup < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+            raise Remedy(
+                "segmentation: flip and warmup are shares, the learning rate is above 0, weight decay not below"
+            )
+
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+        size = self.size and whole_patches(self.size, backbone)
+        crop = whole_patches(self.crop, backbone)
+        with torch.random.fork_rng([]):  # torch's layers draw their first weights from the global generator
+            torch.manual_seed(lab.seed)
+            network = self._network(backbone, len(train.classes))
+        objective = Pixels(network)
+
+        def seen(pixels: Tensor) -> Tensor:
+            """What the network is given of normalised pixels."""
+            return pixels if self.head == "fpn" else dense.patches(backbone, pixels, lab).permute(0, 3, 1, 2)
+
+        def prepare(batch: Examples) -> Examples:
+            pixels = seen(normalised(batch.pixels, backbone, lab.device))
+            return Examples(pixels, batch.targets.to(lab.device), batch.images)
+
+        def score(pixels: Tensor) -> Tensor:
+            with lab.fabric.autocast():
+                return network(seen(pixels))  # type: ignore[no-any-return]
+
+        settings = sorted(item for item in vars(self).items() if item[0] != "sliding")
+        teach(
+            objective,
+            self._optimizer(network),
+            lambda start: self._batches(Cuts(train, size, crop, self.scales, self.flip, lab.seed), lab, start),
+            prepare,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            fabric=lab.fabric,
+            seed=lab.seed,
+            accumulate=self.accumulate,
+            folder=lab.folder,
+            depends=(settings, train.classes, train.fingerprint, backbone),
+        )
+        objective.eval()
+        stride = self.sliding and whole_patches(self.sliding, backbone)
+        return dense.judged(score, backbone, val, lab, size, crop, stride)
+
+    def figures(self, evidence: Evidence) -> dict[str, float]:
+        return dense.figures(evidence)
+
+    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+        return dense.by_class(evidence)
+
+    def _network(self, backbone: Any, classes: int) -> nn.Module:
+        if self.head == "fpn":
+            return SemanticFPN(copy.deepcopy(backbone), classes, self.flat)
+        return nn.Sequential(nn.BatchNorm2d(backbone.width), nn.Conv2d(backbone.width, classes, 1))
+
+    def _optimizer(self, network: nn.Module) -> ScheduledAdamW:
+        rate = warmup_then(Polynomial(self.learning_rate), self.warmup, self.steps)
+        return ScheduledAdamW(groups(network), rate, Constant(self.weight_decay), clip=0)
+
+    def _batches(self, cuts: Cuts, lab: Lab, start: int) -> Iterable[Examples]:
+        return DataLoader(
+            cuts,
+            batch_sampler=StepSampler(len(cuts), self.batch_size, self.steps, start, accumulate=self.accumulate),
+            num_workers=lab.workers,
+            collate_fn=together,
+            generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
+            timeout=600 if lab.workers else 0,
+        )
+
+
+class Cuts(Dataset[tuple[Tensor, Tensor, int]]):
+    """Draw -> (crop uint8 [3, S, S], its mask int64 [S, S], image): resized, cropped and mirrored at random.
+
+    What the image does not reach is the neutral colour, and ignored. A pure function of (seed, epoch, image).
+    """
+
+    def __init__(
+        self, data: Labelled, size: int, crop: int, scales: tuple[float, float], flip: float, seed: int
+    ) -> None:
+        self.data, self.size, self.crop, self.scales, self.flip, self.seed = data, size, crop, scales, flip, seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, int]:
+        image = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
+        rng = generator(self.seed, Stream.SEGMENTATION_CROPS, image, draw.epoch)
+        pixels, truth = read(self.data, image), self.data.target(image)
+        scale = rng.uniform(*self.scales)
+        height, width = (max(1, round((self.size or side) * scale)) for side in truth.shape)
+        pixels, truth = resized(pixels, height, width), dense.resized_mask(truth, height, width)
+        top, left = (int(rng.integers(max(0, side - self.crop) + 1)) for side in (height, width))
+        area = slice(top, top + self.crop), slice(left, left + self.crop)
+        rows, columns = min(height, self.crop), min(width, self.crop)
+        cut = torch.tensor(NEUTRAL, dtype=torch.uint8)[:, None, None].repeat(1, self.crop, self.crop)
+        mask = torch.full((self.crop, self.crop), IGNORE)
+        cut[:, :rows, :columns], mask[:rows, :columns] = pixels[:, *area], truth[area]
+        return (cut.flip(-1), mask.flip(-1), image) if rng.random() < self.flip else (cut, mask, image)
+
+
+def together(cuts: list[tuple[Tensor, Tensor, int]]) -> Examples:
+    pixels, masks, images = zip(*cuts, strict=True)
+    return Examples(torch.stack(pixels), torch.stack(masks), torch.tensor(images))
+
+
+class Pixels(Objective):
+    """Cross-entropy of the labelled pixels; the network's scores are upsampled to them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, views: Examples, time: float) -> dict[str, Tensor]:
+        truth = views.targets
+        scores = self.network(views.pixels).float()
+        scores = F.interpolate(scores, truth.shape[-2:], mode="bilinear", align_corners=False)
+        # one row a pixel: for maps there is no deterministic kernel on GPUs
+        rows, truth = scores.permute(0, 2, 3, 1).flatten(0, 2), truth.flatten()
+        total = F.cross_entropy(rows, truth, ignore_index=IGNORE, reduction="sum")
+        return {"loss": total / (truth != IGNORE).sum().clamp(min=1)}
+
+
+def groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Parameters that are decayed, and those that are not: positions, CLS and other tokens, norms, biases."""
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    decayed = {name: p.ndim > 1 and "pos_embed" not in name and "_token" not in name for name, p in named}
+    return [{"params": [p for name, p in named if decayed[name] == kind], "decayed": kind} for kind in (True, False)]

@@ -1,0 +1,69 @@
+"""Patch tokens as colours."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from gtsa.core.drawing import GAP, new_sheet, to_image, write
+from gtsa.models.backbone import Backbone
+
+
+@torch.no_grad()
+def patch_maps(backbone: Backbone, images: Tensor) -> Tensor:
+    """Patch tokens [n, h, w, D] of images [n, 3, s, s] in [0, 1]."""
+    parameter = next(backbone.parameters())
+    mean, std = (torch.tensor(v, device=parameter.device)[:, None, None] for v in backbone.normalisation)
+    training = backbone.training
+    backbone.eval()
+    maps: Tensor = backbone(((images.to(parameter.device) - mean) / std).to(parameter.dtype)).patches.float().cpu()
+    backbone.train(training)
+    return maps
+
+
+def feature_colours(maps: Tensor, images: Tensor) -> Tensor:
+    """The first three principal components of patch maps [n, h, w, D] as colours [n, h, w, 3] in [0, 1].
+
+    The sign of a component is arbitrary; it is chosen so that brighter patches of ``images`` have more of it.
+    """
+    flat = maps.flatten(0, 2).double()
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    parts = flat @ directions[:3].T
+    light = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), (maps.shape[1], maps.shape[2])).flatten().double()
+    parts = parts * torch.where((light - light.mean()) @ parts < 0, -1.0, 1.0)
+    low, high = parts.quantile(0.02, dim=0), parts.quantile(0.98, dim=0)
+    colours: Tensor = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colours.reshape(*maps.shape[:3], 3).float()
+
+
+def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 192) -> Image.Image:
+    """Images [n, 3, s, s] above, their patch maps [n, h, w, D] as colours at step 0 in the middle, and now below."""
+    rows = [
+        ("image", images.permute(0, 2, 3, 1), Image.Resampling.BILINEAR),
+        ("step 0", feature_colours(start, images), Image.Resampling.NEAREST),
+        (f"step {step}", feature_colours(now, images), Image.Resampling.NEAREST),
+    ]
+    left = 80
+    sheet = new_sheet(left + len(images) * (size + GAP), len(rows) * (size + GAP) + GAP)
+    for r, (title, pictures, resample) in enumerate(rows):
+        write(sheet, (GAP, GAP + r * (size + GAP) + size // 2), title)
+        for c, picture in enumerate(pictures):
+            tile = to_image(picture).resize((size, size), resample)
+            sheet.paste(tile, (left + c * (size + GAP), GAP + r * (size + GAP)))
+    return sheet
+
+
+def maps_strip(images: Tensor, maps: Tensor, size: int = 128) -> Image.Image:
+    """Images [n, 3, s, s] above, their patch maps [n, h, w, D] as colours below."""
+    rows = [
+        (images.permute(0, 2, 3, 1), Image.Resampling.BILINEAR),
+        (feature_colours(maps, images), Image.Resampling.NEAREST),
+    ]
+    sheet = new_sheet(len(images) * (size + 4), 2 * (size + 4))
+    for r, (drawn, resample) in enumerate(rows):
+        for c, picture in enumerate(drawn):
+            sheet.paste(to_image(picture).resize((size, size), resample), (c * (size + 4), r * (size + 4)))
+    return sheet

@@ -1,0 +1,1 @@
+"""Heads that evaluations train on patch tokens."""

@@ -1,0 +1,162 @@
+"""Mask R-CNN, or Faster R-CNN where there are only boxes, on a feature pyramid over a ViT, and what it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from gtsa.evaluation.heads.feature_pyramid import Pyramid
+from gtsa.models.backbone import Backbone
+
+Target = dict[str, Tensor]  # boxes [n, 4] px, labels [n] from 1 on, masks [n, H, W] uint8 where they are learnt
+SIZE = 8  # side of a level's anchors in strides: 32 to 512 px for a patch of 16 (FPN)
+LONGEST = 1333 / 800  # of the long side to the scale
+LEVELS = ("0", "1", "2", "3", "4")
+
+
+class Detector(nn.Module):
+    """Images to boxes with classes and scores, and masks.
+
+    Strides and anchors go with the patch: for 16 px they are those of torchvision and of the papers.
+
+    Args:
+        backbone: copied; the copy learns.
+        classes: how many there are; the background is not counted.
+        masks: finds masks too.
+        width: channels of pyramid and heads.
+        drop_path: stochastic depth of the copy's last block.
+        freeze: the copy does not learn.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,
+        masks: bool,
+        width: int = 256,
+        drop_path: float = 0.0,
+        freeze: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = _twin(backbone, 0.0 if freeze else drop_path).requires_grad_(not freeze)
+        self.freeze, self.masks, self.patch = freeze, masks, backbone.patch
+        depth = len(self.backbone.vit.blocks)
+        self.which = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+        self.pyramid = Pyramid(backbone.width, width)
+        heads = _heads(self.patch, classes, masks, width)
+        self.proposals, self.regions = heads.rpn, heads.roi_heads
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """Losses while training, what is found otherwise.
+
+        Args:
+            images: normalised, [3, H, W] of any sizes.
+            targets: what is to be found in each, while training.
+
+        Returns:
+            The mean losses; and for each image boxes [n, 4] in px of the given image, labels from 1 on, scores
+            (falling), and masks [n, 1, 28, 28] of probabilities in the box.
+        """
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        pixels = padded(images, 2 * self.patch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            tokens = self.backbone.blocks(pixels, self.which)
+        maps = self.pyramid([t.patches.permute(0, 3, 1, 2) for t in tokens])
+        with torch.autocast(pixels.device.type, enabled=False):  # bf16 knows no pixel beyond 256
+            levels = [level.float() for level in maps]
+            levels.append(F.max_pool2d(levels[-1], 1, 2))
+            named = dict(zip(LEVELS, levels, strict=True))
+            proposed, losses = self.proposals(ImageList(pixels, sizes), named, targets)
+            found, more = self.regions(named, proposed, sizes, targets)
+        return losses | more, found
+
+
+class Anchors(nn.Module):
+    """torchvision's anchors at the true strides, which it would round to whole px: wrong for a patch of 14."""
+
+    def __init__(self, strides: Sequence[float], ratios: tuple[float, ...] = (0.5, 1.0, 2.0)) -> None:
+        super().__init__()
+        self.strides = strides
+        self.made = AnchorGenerator(tuple((SIZE * s,) for s in strides), (ratios,) * len(strides))
+
+    def forward(self, images: ImageList, maps: Sequence[Tensor]) -> list[Tensor]:
+        """[anchors, 4] in px, for each image."""
+        device = maps[0].device
+        self.made.set_cell_anchors(torch.float32, device)
+        grids = [list(level.shape[-2:]) for level in maps]
+        steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.made.grid_anchors(grids, steps))
+        return [anchors] * len(images.image_sizes)
+
+
+class _Width(nn.Module):
+    """Tells torchvision how many channels the maps have."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+
+def _heads(patch: int, classes: int, masks: bool, width: int) -> FasterRCNN:
+    """torchvision's region proposals and heads with its settings, but for the threshold on scores.
+
+    It would leave out what scores below 0.05. COCO's AP takes the best hundred of an image whatever they score, so a
+    threshold only hides the ranking of a head that has learnt little: there is none.
+    """
+    anchors = Anchors([patch * share for share in (1 / 4, 1 / 2, 1, 2, 4)])
+    options = {
+        "rpn_anchor_generator": anchors.made,
+        "box_roi_pool": _pool(7, patch),
+        "box_head": TwoMLPHead(width * 49, 4 * width),
+        "box_predictor": FastRCNNPredictor(4 * width, classes + 1),
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 100,
+    }
+    if masks:
+        options |= {
+            "mask_roi_pool": _pool(14, patch),
+            "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
+            "mask_predictor": MaskRCNNPredictor(width, width, classes + 1),
+        }
+    network: FasterRCNN = (MaskRCNN if masks else FasterRCNN)(_Width(width), **options)
+    network.rpn.anchor_generator = anchors
+    return network
+
+
+def _pool(size: int, patch: int) -> MultiScaleRoIAlign:
+    """Regions of the four maps, at true strides, which torchvision would guess as powers of two."""
+    pool = MultiScaleRoIAlign(LEVELS[:4], size, sampling_ratio=2)
+    pool.scales = [share / patch for share in (4, 2, 1, 1 / 2)]
+    pool.map_levels = initLevelMapper(2, 5, canonical_scale=14 * patch, canonical_level=4)  # 224 px for a patch of 16
+    return pool
+
+
+def padded(images: Sequence[Tensor], multiple: int) -> Tensor:
+    """[3, H, W] of any sizes -> [N, 3, H, W], zeros at the right and below, sides multiples of ``multiple``."""
+    height, width = (max(image.shape[d] for image in images) for d in (-2, -1))
+    height, width = (-(-side // multiple) * multiple for side in (height, width))
+    return torch.stack([F.pad(i, (0, width - i.shape[-1], 0, height - i.shape[-2])) for i in images])
+
+
+def _twin(backbone: Backbone, drop_path: float) -> Backbone:
+    """A copy with stochastic depth of its own."""
+    twin = Backbone(
+        backbone.model, drop_path=drop_path, normalisation=backbone.normalisation, arguments=backbone.arguments
+    )
+    twin.load_state_dict(backbone.state_dict())
+    return twin
+
+
+# What is shown while training

@@ -1,0 +1,49 @@
+"""Semantic FPN: a pyramid of patch tokens, and pixels by class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtsa.evaluation.heads.feature_pyramid import Pyramid
+
+
+class SemanticFPN(nn.Module):
+    """Normalised pixels [N, 3, H, W] -> scores [N, classes, h, w], a quarter of a patch a cell (one patch if flat).
+
+    Four blocks, at a quarter, half, three quarters and all of the depth, make a pyramid of 256 channels. Its levels go
+    through convolutions of 128 channels, each followed by upsampling to the next level, and are added up (Panoptic
+    Feature Pyramid Networks, arXiv 1901.02446, section 3.1).
+    """
+
+    def __init__(self, backbone: Any, classes: int, flat: bool) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_()
+        self.which = [math.ceil(len(backbone.vit.blocks) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+        self.pyramid = Pyramid(backbone.width, 256, flat)
+        self.levels = nn.ModuleList(
+            nn.ModuleList(_convolution(128 if deep else 256, 128) for deep in range(max(1, level)))
+            for level in range(4)
+        )
+        self.drop = nn.Dropout2d(0.1)
+        self.classify = nn.Conv2d(128, classes, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        blocks = self.backbone.blocks(pixels, self.which)
+        maps = self.pyramid([tokens.patches.permute(0, 3, 1, 2) for tokens in blocks])
+        total = torch.zeros_like(maps[0][:, :1])
+        levels: list[Any] = list(self.levels)
+        for level, (convolutions, x) in enumerate(zip(levels, maps, strict=True)):
+            for done, convolution in enumerate(convolutions):
+                above = maps[max(0, level - 1 - done)].shape[-2:]
+                x = F.interpolate(convolution(x), above, mode="bilinear", align_corners=False)
+            total = total + x
+        return self.classify(self.drop(total))  # type: ignore[no-any-return]
+
+
+def _convolution(width: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(width, out, 3, padding=1, bias=False), nn.GroupNorm(32, out), nn.ReLU())

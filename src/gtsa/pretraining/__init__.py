@@ -1,0 +1,1 @@
+"""gtsa pretrain, and what goes before and after it."""
