@@ -75,7 +75,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, scenes):
     """The folder of a run of TINY that nothing interrupted; whoever changes it copies it first."""
-    from gtsa.pretraining import pretrain
+    from gtsa import pretrain
 
     place = shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
     before = final_weights(place)

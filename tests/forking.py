@@ -8,7 +8,14 @@ from pathlib import Path
 
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
-    ["gtsa.cli", "gtsa.pretrain", "gtsa.evaluate", "gtsa.compare", "gtsa.export", "torch.utils.tensorboard"]
+    [
+        "gtsa.cli.main",
+        "gtsa.pretraining.pretrain",
+        "gtsa.evaluation.evaluate",
+        "gtsa.comparison.compare",
+        "gtsa.models.export",
+        "torch.utils.tensorboard",
+    ]
 )
 
 
@@ -60,7 +67,7 @@ def command_line(arguments):
     """``gtsa arguments``, as ``python -m gtsa`` runs it."""
     from gtsa.cli import main
 
-    sys.argv = [str(Path(main.__file__).with_name("__main__.py")), *arguments]
+    sys.argv = [str(Path(main.__file__).parents[1] / "__main__.py"), *arguments]
     return main.run(arguments)
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +21,11 @@ from PIL import Image
 from conftest import shared
 from forking import fork
 from gtsa.cli.main import run
-from gtsa.comparison import jobs, report_page, run_job, summary
-from gtsa.comparison.jobs import ABLATIONS, Cell
-from gtsa.comparison.queue import Devices, _apart
-from gtsa.comparison.results import commit, done, folder_of
+from gtsa.comparison import compare, jobs, queue, report_page, run_job, summary
+from gtsa.comparison.jobs import Cell
+from gtsa.comparison.results import commit, folder_of, result_of
 from gtsa.comparison.rows import rows_of
-from gtsa.comparison.settings import Compare
+from gtsa.comparison.settings import ABLATIONS, Compare
 from gtsa.comparison.stages import finals
 from gtsa.comparison.tuning import choices, chosen, drawn, primary_of, trials
 from gtsa.core.errors import Remedy
@@ -35,8 +35,6 @@ from gtsa.evaluation.evaluators.segmentation import Segmentation
 from gtsa.evaluation.intervals import Drawn
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining.settings import METHODS, Pretrain
-
-compare = sys.modules["gtsa.compare"]  # the package has the function under this name
 
 SMALL = {
     "model": "test_vit", "steps": 2, "batch_size": 4, "seeds": 2, "controls": ("untrained", "colour"), "pictures": 1,
@@ -84,9 +82,9 @@ def here(monkeypatch):
 
     def apart(cell, s, free):
         run_job.run(cell, s)
-        return f"{cell.name} {primary_of(found, s)}" if (found := done(cell, s))["status"] == "done" else cell.name
+        return f"{cell.name} {primary_of(found, s)}" if (found := result_of(cell, s))["status"] == "done" else cell.name
 
-    monkeypatch.setattr(compare, "_apart", apart)
+    monkeypatch.setattr(queue, "in_process", apart)
 
 
 def results(out):
@@ -183,7 +181,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     more, shared = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}, whole
     whole = shutil.copytree(shared, tmp_path / "out")
     before = (whole / "results.json").read_text(), (whole / "report.html").read_text().replace(str(shared), str(whole))
-    monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
+    monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("all is done"))
     with pytest.raises(Remedy, match="failed: broken/images-0"):
         compare.compare(**settings(data, whole, **more))
     assert "all rows and seeds: done, 9 of 9 networks" in capsys.readouterr().out
@@ -203,14 +201,14 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
 
 def test_the_report_grows_with_every_network(data, tmp_path, monkeypatch):
     here(monkeypatch)
-    seen, write = [], compare.report.write
+    seen, write = [], compare.summary.write
 
     def written(*arguments):
         place = write(*arguments)
         seen.append(len(results(tmp_path)["rows"]))
         return place
 
-    monkeypatch.setattr(compare.report, "write", written)
+    monkeypatch.setattr(compare.summary, "write", written)
     compare.compare(**settings(data, tmp_path, methods=("mae",), controls=("colour", "position"), seeds=2))
     assert seen[0] in (1, 2) and seen == sorted(seen) and seen[-1] == 3  # the next network does not wait for the report
     assert [line["row"] for line in results(tmp_path)["rows"]] == ["mae", "colour", "position"]
@@ -229,7 +227,7 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 def test_results_of_other_settings_are_not_taken(whole, data):
     less = {**SMALL["pretrain"], "gtsa": {"projector_dim": 16, "out_dim": 16}}
     with pytest.raises(Remedy, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
-        list(map(lambda cell: done(cell, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
+        list(map(lambda cell: result_of(cell, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
     with pytest.raises(Remedy, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
@@ -243,7 +241,7 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
-    monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("all is done"))
+    monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("all is done"))
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     shutil.copy("images/0.png", "images/10.png")
     jobs._images.cache_clear()  # as in a process of its own
@@ -254,51 +252,53 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
 def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=60)  # breaks if one waits for the other
     monkeypatch.setattr(
-        compare, "_apart", lambda cell, s, free, apart=compare._apart: (both.wait(), apart(cell, s, free))[1]
+        queue, "in_process", lambda cell, s, free, apart=queue.in_process: (both.wait(), apart(cell, s, free))[1]
     )
     compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
 
 
 @pytest.mark.parametrize(
-    ("gpus", "jobs", "threads", "workers"),
+    ("gpus", "at_once", "threads", "workers"),
     [(2, 2, "2", 3), (1, 1, None, 15), (0, 4, "4", "auto"), (0, 1, None, "auto")],
 )
-def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, jobs, threads, workers):
+def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, at_once, threads, workers):
     """Sixteen cores: on a GPU half of a run's share are threads, and all of it but one read images."""
     given = []
 
     def run(self, command, env, **_):
         time.sleep(0.2)  # so that no place is free again before all are taken
-        given.append((env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS"), json.loads(env["GTSA_COMPARE"])))
+        given.append(
+            (env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS"), jobs.read(Path(command[-1]))[1].workers)
+        )
         return 1
 
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(compare.plan, "cores", lambda: 16)
-    monkeypatch.setattr(compare.Processes, "run", run)
-    s = checked(data, tmp_path, device="auto", seeds=4, jobs=jobs, methods=("mae",), controls=())
-    compare._all(list(finals(rows_of(s), s)), s, "runs")
+    monkeypatch.setattr(queue, "cores", lambda: 16)
+    monkeypatch.setattr(queue.Processes, "run", run)
+    s = checked(data, tmp_path, device="auto", seeds=4, jobs=at_once, methods=("mae",), controls=())
+    queue.do_all(list(finals(rows_of(s), s)), s, "runs")
     devices = sorted(str(number % gpus) if gpus else "" for number in range(4))
     assert sorted(device or "" for device, *_ in given) == devices
     assert {used for _, used, _ in given} == {threads}
-    assert {told["workers"] for *_, told in given} == {workers}
+    assert {told for *_, told in given} == {workers}
 
 
 def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys):
     begun = []
     here(monkeypatch)
     monkeypatch.setattr(
-        compare,
-        "_apart",
-        lambda cell, s, free, apart=compare._apart: (begun.append(cell.name), apart(cell, s, free))[1],
+        queue,
+        "in_process",
+        lambda cell, s, free, apart=queue.in_process: (begun.append(cell.name), apart(cell, s, free))[1],
     )
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare.report, "write", interrupted)  # Ctrl-C while the first report is written
+    monkeypatch.setattr(compare.summary, "write", interrupted)  # Ctrl-C while the first report is written
     with pytest.raises(Remedy, match="^stopped on request; the same command goes on$") as told:
         compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=8, controls=()))
     assert told.value.code == 75
@@ -310,7 +310,7 @@ def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys)
 def test_a_stop_leaves_a_report_and_no_process(data, tmp_path, monkeypatch, capsys, number):
     """The control is done; the first training is at work, as a process that would take an hour."""
     here(monkeypatch)
-    at_once, codes = compare._apart, []
+    at_once, codes = queue.in_process, []
 
     def apart(cell, s, free):
         if cell.row.source:
@@ -319,7 +319,7 @@ def test_a_stop_leaves_a_report_and_no_process(data, tmp_path, monkeypatch, caps
         codes.append(free.processes.run([sys.executable, "-c", "import time; time.sleep(3600)"]))
         raise Remedy("stopped on request", 75)
 
-    monkeypatch.setattr(compare, "_apart", apart)
+    monkeypatch.setattr(queue, "in_process", apart)
     arguments = settings(data, tmp_path, methods=("mae",), seeds=1, controls=("position",))
     (tmp_path / "c.yaml").write_text(plain_yaml(arguments))
     assert run(["compare", "--config", str(tmp_path / "c.yaml")]) == 75
@@ -454,7 +454,7 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
     for cell in trials(rows, s):
         *of_folds, good = inner[cell.row.name][cell.number]
         tried(cell, s, good, without=of_folds)
-    found = [(cell, done(cell, s)) for cell in trials(rows, s)]
+    found = [(cell, result_of(cell, s)) for cell in trials(rows, s)]
     told = [{"row": "gtsa", "taken": 1, "of_folds": [1, 0, 1]}, {"row": "dino", "taken": 2, "of_folds": [2, 2, 2]}]
     assert choices(found, s) == told
     assert [chosen(row, rows, s) for row in rows[:2]] == [drawn(rows[0], 1, s), drawn(rows[1], 2, s)]
@@ -475,7 +475,7 @@ def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_p
     found = []
     for cell, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
         tried(cell, s, good, without=[good] * 3)
-        result = done(cell, s)
+        result = result_of(cell, s)
         if cell.number == 0:
             result["results"][1]["without"][1] = figures
         found.append((cell, result))
@@ -516,7 +516,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
         sorted(one[1] | other[1]) for one, other in itertools.combinations(folds, 2)
     )
     s = checked(data, tmp_path, **more, primary="segmentation:mIoU")
-    found = [done(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
+    found = [result_of(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
     good = [[figures["mIoU"] for figures in result["without"]] for result in found]
     assert not list(tmp_path.glob("cells/mae/trial-*/evidence*")) and list(
         tmp_path.glob("cells/mae/images-0/evidence*")
@@ -638,7 +638,7 @@ def test_variants_are_valid(name, data, tmp_path):
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "_apart", lambda *_: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("nothing is to be trained"))
     with pytest.raises(Remedy, match=re.escape(told)):
         compare.compare(**{**settings(data, tmp_path / "out"), **wrong})
     assert not (tmp_path / "out").exists()
@@ -647,8 +647,8 @@ def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp
 def test_a_folder_that_cannot_be_made_frees_the_device(tmp_path, monkeypatch):
     """The next network would wait for it for ever."""
     (tmp_path / "file").touch()
-    free = Devices([""])
-    monkeypatch.setattr(jobs, "folder_of", lambda *_: tmp_path / "file" / "cell")
+    free = queue.Devices([""])
+    monkeypatch.setattr(queue, "folder_of", lambda *_: tmp_path / "file" / "cell")
     with pytest.raises(NotADirectoryError):
-        _apart(None, None, free)
+        queue.in_process(None, None, free)
     assert free.qsize() == 1

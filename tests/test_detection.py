@@ -483,7 +483,8 @@ def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
 def test_the_learning_rate_falls_after_8_and_11_of_12_epochs(backbone, monkeypatch, warmup):
     taught = {}
     monkeypatch.setattr(
-        "gtsa.evals.detection.teach", lambda _, optimizer, *__, **settings: taught.update(settings, optimizer=optimizer)
+        "gtsa.evaluation.evaluators.detection.teach",
+        lambda _, optimizer, *__, **settings: taught.update(settings, optimizer=optimizer),
     )
     Detection(scale=64, width=8, batch_size=2, warmup=warmup)(backbone, squares(8, False), squares(1, False), lab())
     assert taught["steps"] == 48

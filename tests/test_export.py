@@ -10,9 +10,9 @@ import timm
 import torch
 import transformers
 
-from gtsa import Remedy
+from gtsa import Remedy, export
 from gtsa.cli.main import run as command
-from gtsa.models import export, weights
+from gtsa.models import weights
 from gtsa.models.backbone import IMAGENET, Backbone
 from gtsa.models.export import write
 from gtsa.models.formats import OPENS

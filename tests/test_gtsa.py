@@ -222,7 +222,9 @@ def test_cells_and_matches_follow_the_grid(grid, cells, matches, monkeypatch):
     )
     maps = torch.randn(1, 1, grid, grid, 5)
     assert method.pooled(maps, maps, crops, crops, 1)[0].shape[3:5] == (cells, cells)
-    monkeypatch.setattr("gtsa.losses.patch_correspondence", lambda *a: asked.append(a[-1]) or torch.zeros(1, 1, 1))
+    monkeypatch.setattr(
+        "gtsa.methods.parts.losses.patch_correspondence", lambda *a: asked.append(a[-1]) or torch.zeros(1, 1, 1)
+    )
     method.patch_loss(maps, maps, 1)
     assert asked == [matches]
 

@@ -135,7 +135,7 @@ def test_any_weights_are_judged_by_their_patch_tokens():
 
 
 def test_which_patches_are_looked_at_goes_with_seed_and_image(monkeypatch):
-    monkeypatch.setattr("gtsa.evals.health.TOKENS", 12)
+    monkeypatch.setattr("gtsa.evaluation.evaluators.health.TOKENS", 12)
     (figures, patches), (_, again), (_, other) = asked(cells), asked(cells), asked(cells, seed=1)
     assert [len(some) for some in patches] == [3, 3, 3, 3]
     assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
@@ -182,7 +182,7 @@ def test_one_image_has_no_interval():
 
 
 def test_an_image_shows_the_same_patches_in_any_company_and_others_show_others(monkeypatch):
-    monkeypatch.setattr("gtsa.evals.health.TOKENS", 12)
+    monkeypatch.setattr("gtsa.evaluation.evaluators.health.TOKENS", 12)
     place = torch.arange(16.0).view(1, 4, 4, 1)
     task, data = FeatureHealth(resize=32, crop=32), labelled(noise(4), kind="none")
     backbone = Stub(lambda images: place.expand(len(images), 4, 4, 1))

@@ -194,7 +194,7 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize("rates", [(1e-9, 1e-2), (1e-2, 1e-9)])
 def test_the_pair_that_names_most_held_out_images_is_judged(rates, monkeypatch):
     told = []
-    monkeypatch.setattr("gtsa.evals.linear.say", told.append)
+    monkeypatch.setattr("gtsa.evaluation.evaluators.linear.say", told.append)
     task = Linear(**{**QUICK, "rates": rates})
     assert task.figures(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
     assert "learning rate 0.01 on" in told[0] and "chosen on 4 images" in told[0]

@@ -20,7 +20,7 @@ from gtsa.pretraining.online_eval import Online
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 
-pretraining = importlib.import_module("gtsa.pretrain")
+pretraining = importlib.import_module("gtsa.pretraining.pretrain")
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def test_any_torch_dataset(tmp_path):
 
 def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeypatch):
     data = make_scenes(tmp_path / "data", 14)
-    module = sys.modules["gtsa.pretrain"]
+    module = sys.modules["gtsa.pretraining.pretrain"]
     real = module._Pretraining._networks
 
     def spoil(self, *found):
@@ -133,7 +133,7 @@ def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeyp
 
 def test_too_many_bad_files_in_mid_run_end_it(tmp_path, monkeypatch):
     data = make_scenes(tmp_path / "data", 14)
-    module = sys.modules["gtsa.pretrain"]
+    module = sys.modules["gtsa.pretraining.pretrain"]
     real = module._Pretraining._networks
 
     def spoil(self, *found):
@@ -173,7 +173,7 @@ def test_overwrite_removes_only_what_a_run_wrote(finished, tmp_path, scenes):
 
 def shallow(monkeypatch):
     """Models have two blocks, whatever their name says."""
-    module = sys.modules["gtsa.pretrain"]  # the package has the function under this name
+    module = sys.modules["gtsa.pretraining.pretrain"]  # the package has the function under this name
     monkeypatch.setattr(module, "Backbone", partial(Backbone, arguments={"depth": 2}))
 
 

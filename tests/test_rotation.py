@@ -118,7 +118,7 @@ def test_the_regression_is_scikit_learns(strength, monkeypatch):
     draw = np.random.default_rng(0)
     x = draw.standard_normal((60, 5)) * [1, 2, 3, 4, 0.1] + 7
     y = x @ draw.standard_normal((5, 2)) + draw.standard_normal((60, 2))
-    monkeypatch.setattr("gtsa.evals.rotation.STRENGTHS", STRENGTHS[strength : strength + 1])
+    monkeypatch.setattr("gtsa.evaluation.evaluators.rotation.STRENGTHS", STRENGTHS[strength : strength + 1])
     learn, choose = (moments_of(*(torch.from_numpy(v[part]) for v in (x, y))) for part in (slice(40), slice(40, 60)))
     alpha = float(STRENGTHS[strength]) * np.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).mean()
     oracle = Ridge(alpha=alpha, solver="cholesky").fit(x, y)

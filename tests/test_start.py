@@ -93,8 +93,8 @@ def test_the_package_is_lazy_and_its_verbs_are_functions():
     script = (
         "import sys, gtsa; assert 'torch' not in sys.modules; assert 'pretrain' in dir(gtsa)\n"
         "from gtsa import preview\n"
-        "from gtsa.check import scan\n"  # a module of a verb's name is imported first
-        "assert gtsa.check.__module__ == 'gtsa.check' and callable(gtsa.check), gtsa.check\n"
+        "from gtsa.pretraining.check import scan\n"  # a module of a verb's name is imported first
+        "assert gtsa.check.__module__ == 'gtsa.pretraining.check' and callable(gtsa.check), gtsa.check\n"
         "from gtsa import export; assert callable(export)\n"
         "try: gtsa.fly\n"
         "except AttributeError as error: assert 'fly' in str(error)\n"

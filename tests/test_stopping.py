@@ -28,7 +28,7 @@ device: cpu
 views: {global_size: 48, local_size: 32, local_crops: 1}
 gtsa: {projector_dim: 16, out_dim: 16, predictor_dim: 16}
 """
-PRETRAIN = importlib.import_module("gtsa.pretrain")
+PRETRAIN = importlib.import_module("gtsa.pretraining.pretrain")
 PHASES = {  # what is called in it, and at which call the signal comes
     "import": (gtsa, "pretrain", 1),
     "scan": (run_images, "scan", 1),

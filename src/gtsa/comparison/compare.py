@@ -10,7 +10,7 @@ from typing import Any
 from gtsa.comparison import beforehand, summary, tuning
 from gtsa.comparison.jobs import Cell
 from gtsa.comparison.queue import do_all
-from gtsa.comparison.results import done
+from gtsa.comparison.results import result_of
 from gtsa.comparison.rows import Row, rows_of
 from gtsa.comparison.settings import Compare
 from gtsa.comparison.stages import _tuned, at_equal_flops, finals, untaught
@@ -58,7 +58,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
             where = error.filename or s.out
             raise Remedy(f"{where}: {error.strerror or error}; mend it, and the same command goes on", 6) from None
     say(f"\nreport: {place}")
-    if failed := [cell.name for cell in _wanted(rows, s) if (done(cell, s) or {}).get("status") == "failed"]:
+    if failed := [cell.name for cell in _wanted(rows, s) if (result_of(cell, s) or {}).get("status") == "failed"]:
         raise Remedy(f"failed: {', '.join(failed)}; the report says why. To try again remove {s.out}/cells/NAME", 7)
     return place
 
@@ -97,7 +97,7 @@ class Reports:
         self.of: set[str] | None = None  # networks that the last one tells of
 
     def __call__(self) -> Path:
-        done = {cell.name for cell in _wanted(self.rows, self.s) if done(cell, self.s) is not None}
+        done = {cell.name for cell in _wanted(self.rows, self.s) if result_of(cell, self.s) is not None}
         if done != self.of:
             summary.write(self.rows, _wanted(self.rows, self.s), self.s)
             self.of = done
@@ -106,7 +106,7 @@ class Reports:
     def at_the_end(self) -> Path | None:
         """Of a comparison that was stopped; None where no network is done, or it cannot be written."""
         try:
-            return self() if self.of or any(done(cell, self.s) for cell in _wanted(self.rows, self.s)) else None
+            return self() if self.of or any(result_of(cell, self.s) for cell in _wanted(self.rows, self.s)) else None
         except (KeyboardInterrupt, Remedy, OSError):
             return None
 

@@ -15,7 +15,7 @@ import torch
 
 from gtsa.comparison import tuning
 from gtsa.comparison.jobs import Cell, written
-from gtsa.comparison.results import commit, done, folder_of, said
+from gtsa.comparison.results import commit, folder_of, result_of, said
 from gtsa.core.errors import Remedy
 from gtsa.core.files import store
 from gtsa.core.stops import Processes
@@ -32,7 +32,7 @@ def do_all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] =
         what: they are, for the user.
         after: called once a cell is done.
     """
-    left = [cell for cell in wanted if done(cell, s) is None]
+    left = [cell for cell in wanted if result_of(cell, s) is None]
     if not left:
         if wanted:
             say(f"{what}: done, {len(wanted)} of {len(wanted)} networks")
@@ -90,14 +90,14 @@ def in_process(cell: Cell, s: Any, free: Devices) -> str:
             code = free.processes.run(command, env=environment, stdout=log, stderr=log)
     finally:
         free.put(device)
-    result = done(cell, s)
+    result = result_of(cell, s)
     if result is None and (code in STOPPED or free.processes.stopping):
         raise Remedy("stopped on request; the same command goes on", 75)
     if result is None:
         how = f"signal {-code}" if code < 0 else f"code {code}"
         why = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
         commit(cell, s, {"status": "failed", "reason": f"its process ended with {how}{why}; see {place}/log.txt"})
-        result = done(cell, s) or {}
+        result = result_of(cell, s) or {}
     if result["status"] != "done":
         return f"{cell.name}: FAILED: {result['reason']}"
     collapsed = ", COLLAPSING by its own verdict" if said(result) == "collapsing" else ""

@@ -26,7 +26,7 @@ def commit(cell: Cell, s: Any, result: Mapping[str, Any]) -> None:
     store(folder_of(cell, s) / "result.json", text.encode())
 
 
-def done(cell: Cell, s: Any) -> dict[str, Any] | None:
+def result_of(cell: Cell, s: Any) -> dict[str, Any] | None:
     """A cell's result, if there is one. Raises Remedy where it was made with other settings (4)."""
     file = folder_of(cell, s) / "result.json"
     try:
@@ -63,7 +63,7 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def answered(cell: Cell, s: Any) -> dict[str, Any] | None:
     """A cell's result, if there is one and it is no failure."""
-    result = done(cell, s)
+    result = result_of(cell, s)
     return result if result and result["status"] == "done" else None
 
 

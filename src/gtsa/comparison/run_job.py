@@ -23,7 +23,7 @@ from gtsa import methods
 from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
 from gtsa.comparison.jobs import SEED, Cell, questions_of, read, training_of
-from gtsa.comparison.results import commit, done, folder_of, keep_evidence
+from gtsa.comparison.results import commit, folder_of, keep_evidence, result_of
 from gtsa.core.drawing import squares
 from gtsa.core.errors import Remedy
 from gtsa.core.files import store
@@ -52,7 +52,7 @@ def run(cell: Cell, s: Any) -> None:
     """
     place = folder_of(cell, s)
     with _alone(place):
-        if done(cell, s) is not None:
+        if result_of(cell, s) is not None:
             return
         for leftover in ("evidence.npz", "evidence.json", "maps.png"):
             (place / leftover).unlink(missing_ok=True)

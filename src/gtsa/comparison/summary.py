@@ -20,7 +20,7 @@ import numpy as np
 
 from gtsa.comparison import jobs, report_page, tuning
 from gtsa.comparison.jobs import STAGES, Cell
-from gtsa.comparison.results import done, evidence_of, said
+from gtsa.comparison.results import evidence_of, result_of, said
 from gtsa.comparison.rows import Row
 from gtsa.core.files import store
 from gtsa.core.types import Evidence
@@ -34,7 +34,7 @@ UNTRAINED: Key = ("untrained", "images")  # what no figure says anything without
 
 def write(rows: Sequence[Row], wanted: Iterable[Cell], s: Any) -> Path:
     """Writes results.csv, results.json and report.html into the comparison's folder; returns the last."""
-    done = [(cell, done(cell, s)) for cell in wanted]
+    done = [(cell, result_of(cell, s)) for cell in wanted]
     found = [(cell, result) for cell, result in done if result is not None]
     place = Path(s.out)
     store(place / "results.csv", _csv(found).encode())

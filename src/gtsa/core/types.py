@@ -178,9 +178,9 @@ class Evaluator(ABC):
         """Evidence of the images of ``val``, in their order.
 
         Args:
-            backbone: gtsa.backbone.Backbone, on the device, in evaluation mode; it is left as it is.
-            train, val: gtsa.labels.Labelled; ``train`` is None where the evaluator does not learn.
-            lab: gtsa.features.Lab, where it is done.
+            backbone: gtsa.models.backbone.Backbone, on the device, in evaluation mode; it is left as it is.
+            train, val: gtsa.data.labels.Labelled; ``train`` is None where the evaluator does not learn.
+            lab: gtsa.evaluation.features.Lab, where it is done.
         """
 
     @abstractmethod
