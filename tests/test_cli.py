@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_scenes
+from conftest import make_scenes, run
 from gtsa.cli.main import run as in_process
 from gtsa.core.terminal import command, lasting
 from gtsa.pretraining import preview_picture
@@ -237,8 +237,9 @@ def test_boxes_at_the_edge_of_a_tile_are_whole():
 
 
 def test_places_that_cannot_be_written(tmp_path, scenes, capsys):
+    (tmp_path / "file").write_text("")
     for arguments in (
-        ["check", scenes, "--json", tmp_path / "no" / "x.json"],
+        ["check", scenes, "--json", tmp_path / "file" / "x.json"],
         ["preview", scenes, "--out", tmp_path / "no" / "x.png"],
     ):
         code, err = told(capsys, *arguments)
@@ -272,3 +273,28 @@ def test_what_is_to_be_typed_where_gtsa_is_not_on_the_path(monkeypatch, tmp_path
     (tmp_path / "gtsa").write_text("")
     (tmp_path / "gtsa").chmod(0o755)
     assert command() == "gtsa"
+
+
+def test_settings_of_another_method_are_told(scenes, tmp_path, capsys):
+    arguments = [
+        "--data",
+        scenes,
+        "--out",
+        tmp_path / "run",
+        "--model",
+        "test_vit",
+        "--plan",
+        "--views.global-size",
+        48,
+    ]
+    told = "without effect, as the method is gtsa: mae.mask_share"
+    assert run("pretrain", *arguments, "--mae.mask-share", 0.5)[1].count(told) == 1
+    assert "without effect" not in run("pretrain", *arguments, "--gtsa.momentum", 0.5)[1]
+
+
+def test_an_empty_folder_is_told_as_that(tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, error = run("check", tmp_path / "empty", "--json", tmp_path / "new" / "report.json")
+    assert (code, "no images (it is empty); put" in error) == (3, True) and (tmp_path / "new" / "report.json").exists()
+    code, _, error = run("preview", tmp_path / "empty", "--out", tmp_path / "p.png")
+    assert (code, "no images" in error) == (3, True)

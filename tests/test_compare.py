@@ -276,7 +276,8 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, at_onc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(queue, "cores", lambda: 16)
+    for module in ("gtsa.comparison.queue", "gtsa.training.devices"):
+        monkeypatch.setattr(f"{module}.cores", lambda: 16)
     monkeypatch.setattr(queue.Processes, "run", run)
     s = checked(data, tmp_path, device="auto", seeds=4, jobs=at_once, methods=("mae",), controls=())
     queue.do_all(list(finals(rows_of(s), s)), s, "runs")

@@ -57,7 +57,8 @@ def test_the_true_region_and_place_are_found_better_than_by_the_untrained_networ
 
 def test_dino_does_not_collapse_on_the_sample(tmp_path):
     """The demo with DINO's preset for small data: its loss falls again once the centre has settled, and stays off log K."""
-    done = gtsa.pretrain(out=str(tmp_path / "run"), method="dino")
+    steps = {"steps": 1000, "learning_rate": 1e-3, "evaluate_every": 250}
+    done = gtsa.pretrain(out=str(tmp_path / "run"), method="dino", **steps)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses, entropies = ([line[name] for line in lines] for name in ("loss", "teacher_entropy"))
     highest = max(losses[:50])  # of the first 500 steps; log K is 6.93

@@ -62,6 +62,8 @@ def completion(
     """
     if install:
         print(f"{app.install_completion(shell=shell)}: open a new {shell} to use it")
+        if shell == "zsh":
+            print("~/.zshrc has to end with: autoload -Uz compinit && compinit")
     else:
         print(app.generate_completion(shell=shell))
 

@@ -138,17 +138,21 @@ def _draft(width: int, height: int) -> float:
     return SMALLEST_DRAFT
 
 
+def no_images(result: Scan, data: str) -> Remedy:
+    """What to tell of a place without images."""
+    others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
+    there = f"it holds {others}" if others else "it is empty"
+    there = f"{links(result)}" if result.outside else there
+    return Remedy(
+        f"{data}: no images ({there}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
+        3,
+    )
+
+
 def insist(result: Scan, data: Any, max_bad: float) -> None:
     """Raises Remedy (3) where there is nothing to learn from, or too much of it is bad."""
     if result.total == 0:
-        others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
-        there = f"it holds {others}" if others else "it is empty"
-        there = f"{links(result)}" if result.outside else there
-        raise Remedy(
-            f"--data {data}: no images ({there}); put {', '.join(sorted(decoding.SUFFIXES))} files there, "
-            "nested or not",
-            3,
-        )
+        raise no_images(result, f"--data {data}")
     if len(result.bad) > max(1, max_bad * result.looked_at) or not result.used:
         first = "".join(f"\n  {escaped(name)}: {reason}" for name, reason in result.bad[:5])
         more = f"\n  and {len(result.bad) - 5} more" if len(result.bad) > 5 else ""

@@ -60,9 +60,10 @@ def read(data: Labelled, index: int) -> Tensor:
     try:
         return data.read(index)
     except BadImage as reason:
+        way = "take it out of the folder" if data.kind == "none" else "take it out of the labels"
         raise Remedy(
-            f"{escaped(data.name(index))}: {reason}; an evaluation needs every image that has a label: mend it, or "
-            "take it out of the labels",
+            f"{escaped(data.name(index))}: {reason}; an evaluation needs every image that it is given: mend it, or "
+            f"{way}",
             3,
         ) from None
 

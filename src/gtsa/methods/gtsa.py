@@ -69,9 +69,9 @@ class GTSA(Method):
     ) -> None:
         super().__init__()
         if min(projector_dim, out_dim, predictor_dim, *(cells or (1,)), *(matches or (1,))) < 1:
-            raise Remedy("gtsa: widths, cells and matches must be at least 1")
+            raise Remedy("gtsa.projector_dim, out_dim, predictor_dim, cells, matches: must be at least 1")
         if min(region_weight, patch_weight, rotation_weight) < 0:
-            raise Remedy("gtsa: weights of the losses must not be negative; 0 leaves a loss out")
+            raise Remedy("gtsa.region_weight, patch_weight, rotation_weight: must not be negative; 0 leaves a loss out")
         if not 0 <= momentum <= 1:
             raise Remedy(f"gtsa.momentum: from 0 to 1, not {momentum}; published is 0.996")
         self.student = Branch(encoder, GridProjector(encoder.width, projector_dim, out_dim))

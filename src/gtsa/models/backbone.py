@@ -196,9 +196,9 @@ def _create(model: str, **arguments: Any) -> Any:
         raise Remedy(f"timm {timm.__version__} has no model {model!r}; {hint}")
     try:
         vit = timm.create_model(model, num_classes=0, global_pool="", dynamic_img_size=True, **arguments)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (TypeError, AssertionError, RuntimeError):
         raise Remedy(
-            f"{model} cannot be used: it is no plain vision transformer with these arguments ({error}); "
+            f"{model} cannot be used: it is no plain vision transformer{f' with {arguments}' if arguments else ''}; "
             "choose one of timm's VisionTransformer or Eva models, e.g. vit_small_patch16_224"
         ) from None
     embed: Any = getattr(vit, "patch_embed", None)

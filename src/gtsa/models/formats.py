@@ -10,7 +10,7 @@ Format = Literal["timm", "hf", "dino"]
 
 OPENS = {
     "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
-    "hf": 'transformers.ViTModel.from_pretrained("{}")',
+    "hf": 'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)',
     "dino": 'torch.load("{}", weights_only=True)["teacher"]',
 }
 """How others open what ``gtsa export`` wrote."""

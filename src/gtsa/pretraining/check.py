@@ -12,7 +12,7 @@ from gtsa.core.errors import Remedy, escaped
 from gtsa.core.terminal import Count, say, table
 from gtsa.data import damage
 from gtsa.data.decoding import Range
-from gtsa.data.scan import Scan, enough, links, scan, summed
+from gtsa.data.scan import Scan, enough, links, no_images, scan, summed
 from gtsa.data.sources import open_source
 
 SHOWN = 50  # lines of files that cannot be used
@@ -56,6 +56,7 @@ def check(
     report = found.report()
     if json_file:
         try:
+            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
             Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise Remedy(f"--json {json_file} cannot be written: {error.strerror}; give another file", 6) from None
@@ -80,11 +81,13 @@ def check(
         say(line)
     if not damage.warned() and any(kind.startswith("JPEG") for kind in found.formats):
         say("holes in JPEGs: most are found; nearly all of them with pip install 'gtsa[jpeg]'")
-    if found.bad or found.unreadable or not found.total:
+    if not found.total and not found.unreadable:
+        raise no_images(found, data)
+    if found.bad or found.unreadable:
         many = f"{len(found.bad)} of {found.total} images cannot be used"
         lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""
         raise Remedy(
-            f"{data}: {'no images' if not found.total else many}{lists}; mend or remove them{_otherwise(found)}",
+            f"{data}: {many}{lists}; mend or remove them{_otherwise(found)}",
             3,
         )
     return found

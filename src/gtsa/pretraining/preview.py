@@ -45,6 +45,8 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     source = open_source(data, **selection(asked))
     if epoch < 0:
         raise Remedy(f"--epoch {epoch}: epochs are numbered from 0")
+    if not len(source):
+        raise Remedy(f"{data}: no images; give a folder with some", 3)
     if not 0 <= image < len(source):
         raise Remedy(f"--image {image}: {data} has {len(source)} images, numbered from 0", 3)
     try:

@@ -12,7 +12,7 @@ from gtsa.core import files
 from gtsa.core.errors import Remedy, speaks
 from gtsa.core.settings import differences, merged, read_yaml, validated
 from gtsa.core.terminal import say
-from gtsa.pretraining.settings import Pretrain
+from gtsa.pretraining.settings import MethodSettings, Pretrain
 from gtsa.training import checkpoint
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -71,6 +71,8 @@ def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
     if given.get("data") is None:
         base = read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
     new = validated(Pretrain, merged(base, given))
+    if tell and speaks() and (idle := _without_effect(new)):
+        say(f"without effect, as the method is {new.method}: {', '.join(idle)}")
     if new.out is None and new.plan:
         return new
     if new.out is None:
@@ -152,3 +154,13 @@ def _settled(given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` without what is left to us: that was resolved when the run began, and stays as it was."""
     found = {key: _settled(value) if isinstance(value, Mapping) else value for key, value in given.items()}
     return {key: value for key, value in found.items() if not (isinstance(value, str) and value == "auto")}
+
+
+def _without_effect(settings: Any) -> list[str]:
+    """Settings of other methods that were given another value than their own."""
+    sections = {name: getattr(settings, name) for name in MethodSettings if name != settings.method}
+    return [
+        line.split(":")[0]
+        for name, section in sections.items()
+        for line in differences(type(section)(), section, f"{name}.")
+    ]
