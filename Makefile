@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Tests of functions: seconds in all, and no import that takes long but torch's.
-FAST := $(patsubst %,tests/test_%.py,augment checkpoint dino files geometry gtsa heads ibot images labels labels_masks \
-  losses mae masks optim pyramid schedules sources statistics teacher)
+FAST := $(foreach test,core/files data/augment data/decoding data/labels data/labels_masks data/sources evaluation/intervals \
+  evaluation/feature_pyramid methods/dino methods/geometry methods/gtsa methods/heads methods/ibot methods/losses methods/mae \
+  methods/masking methods/teacher training/checkpoint training/optim training/schedules,tests/$(dir $(test))test_$(notdir $(test)).py)
 
 .PHONY: setup demo check test test-long lint format benchmark lock clean
 

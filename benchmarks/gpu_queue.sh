@@ -39,7 +39,7 @@ step() { # NAME SECONDS ARGUMENTS...
 }
 
 tests() { # a result that says which tests failed
-  job test_gpu 200 bash -c "$PYTHON -m pytest tests/test_gpu.py tests/golden -n ${PROCESSES:-8} -v -p no:cacheprovider \
+  job test_gpu 200 bash -c "$PYTHON -m pytest tests/training/test_gpu.py tests/golden -n ${PROCESSES:-8} -v -p no:cacheprovider \
     -p no:benchmark     --junitxml $LOGS/test_gpu.xml; $PYTHON benchmarks/junit_to_json.py $LOGS/test_gpu.xml > \$RESULT"
 }
 

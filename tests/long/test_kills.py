@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
+from test_compare import data, results, settings
+from test_exact import ended_after, lines_of
 
 from conftest import SMALL_HEADS, final_weights, run, start
 from gtsa.core.settings import plain_yaml
-from test_compare import data, results, settings
-from test_exact import ended_after, lines_of
 
 pytestmark = pytest.mark.long
 __all__ = ["data"]  # a fixture

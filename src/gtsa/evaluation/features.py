@@ -20,7 +20,6 @@ from gtsa.data.labels import Labelled
 from gtsa.models.backbone import Backbone
 
 Pooling = Literal["mean", "cls", "both"]
-ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once
 
 
 def _nothing(index: int, prediction: Any) -> None:

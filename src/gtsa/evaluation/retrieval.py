@@ -12,8 +12,10 @@ from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, generator
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation.dense import _alike, patches, resized_mask
-from gtsa.evaluation.features import COLUMNS, ROWS, Lab, normalised
+from gtsa.evaluation.features import Lab, normalised
 from gtsa.models.backbone import Backbone
+
+ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once
 
 
 def nearest(queries: Tensor, memory: Tensor, k: int) -> tuple[Tensor, Tensor]:

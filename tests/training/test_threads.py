@@ -27,7 +27,7 @@ def test_waiting_is_the_share_of_threads_that_were_there_all_along():
 def test_threads_sleep_while_a_team_is_held_and_compute_the_same():
     """Of a process that has two threads; on one core they sleep anyway."""
     script = (
-        "import resource, sys, torch; from gtsa import threads\n"
+        "import resource, sys, torch; from gtsa.training import threads\n"
         "torch.set_num_threads(2); x = torch.arange(70_000.)\n"
         "def sleeps():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw\n"

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dino import views
+from test_exact import stopped_and_resumed
+from test_online_eval import Asked as Answers
+from test_online_eval import right
 
 import gtsa
 from conftest import TINY, run
@@ -25,10 +29,6 @@ from gtsa.pretraining import plan
 from gtsa.pretraining.adaptation import Adaptation
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
-from test_dino import views
-from test_exact import stopped_and_resumed
-from test_online import Asked as Answers
-from test_online import right
 
 QUICK = {**TINY, "steps": 6, "checkpoint_every": 2}
 

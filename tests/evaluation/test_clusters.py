@@ -6,13 +6,13 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix
+from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import generator
 from gtsa.data.labels import IGNORE
 from gtsa.evaluation.evaluators.clusters import Clusters
 from gtsa.models.backbone import Backbone
-from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 
 def answer(data, backbone=None, settings=None, **options):

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 from conftest import final_weights
 from gtsa.core.errors import Remedy
@@ -19,7 +20,6 @@ from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.models.backbone import Backbone
 from gtsa.training import trainer
 from gtsa.training.schedules import Polynomial
-from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 QUICK = {"size": 128, "scales": (1.0, 1.0), "steps": 30, "batch_size": 4, "learning_rate": 0.2}
 TUNED = {"head": "fpn", "crop": 48, "steps": 6, "batch_size": 2}

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Tokens
 from gtsa.data.labels import IGNORE, Labelled
-from gtsa.evaluation import dense, features
+from gtsa.evaluation import dense, retrieval
 from gtsa.evaluation.features import Lab
 from gtsa.evaluation.retrieval import Memory, remembered, shares_of
 from gtsa.models.backbone import IMAGENET
@@ -228,9 +228,8 @@ def test_chunks_change_nothing(monkeypatch, rows, columns):
     )
     queries = F.normalize(torch.randn(20, 8, generator=rng, dtype=torch.float64), dim=-1)
     whole = memory(queries, 10, 0.02)
-    monkeypatch.setattr(dense, "ROWS", rows)
-    monkeypatch.setattr(features, "ROWS", rows)
-    monkeypatch.setattr(features, "COLUMNS", columns)
+    monkeypatch.setattr(retrieval, "ROWS", rows)
+    monkeypatch.setattr(retrieval, "COLUMNS", columns)
     assert torch.allclose(memory(queries, 10, 0.02), whole, rtol=0, atol=1e-12)
 
 
@@ -261,22 +260,22 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
     masks[5][:, 16:] = IGNORE  # four labelled patches alone
     data = labelled(gradients(6), masks)
 
-    def remembered(most, **settings):
+    def small(most, **settings):
         return remembered(Colours(), data, lab(**settings), 64, most)
 
     for most in (1, 5, 6, 20, 33):
-        memory = remembered(most)
+        memory = small(most)
         assert len(memory.tokens) == len(memory.labels) <= most
         assert torch.allclose(memory.tokens.norm(dim=1), torch.ones(len(memory.tokens)))
         assert torch.equal(memory.labels.sum(1), torch.ones(len(memory.labels)))
-    rows = remembered(20).labels.sum(0).tolist()  # three or four an image; classes 0 and 1 have two images each
+    rows = small(20).labels.sum(0).tolist()  # three or four an image; classes 0 and 1 have two images each
     assert sum(rows) == 20
     assert all(low <= row <= high for row, (low, high) in zip(rows, [(6, 8), (6, 8), (3, 4), (3, 4)], strict=True))
-    everything = remembered(10_000)
+    everything = small(10_000)
     assert len(everything.tokens) == 5 * 16 + 4
     assert len(everything.tokens.unique(dim=0)) == 84  # none twice
-    assert torch.equal(remembered(20).tokens, remembered(20, batch_size=1).tokens)
-    assert not torch.equal(remembered(20).tokens, remembered(20, seed=1).tokens)
+    assert torch.equal(small(20).tokens, small(20, batch_size=1).tokens)
+    assert not torch.equal(small(20).tokens, small(20, seed=1).tokens)
 
 
 def test_nothing_labelled_is_told():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_dino import views
 
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
@@ -12,7 +13,6 @@ from gtsa.methods.mae import MAE, Decoder, sines
 from gtsa.methods.parts import masking
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import Pretrain
-from test_dino import views
 
 SMALL = {"decoder_dim": 32, "decoder_depth": 2}
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from test_dino import loss_by_hand, softmax, views
 
 from gtsa.core.errors import Remedy
 from gtsa.core.settings import validated
 from gtsa.methods.ibot import IBOT
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import Pretrain
-from test_dino import loss_by_hand, softmax, views
 
 SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_labels import COCO_SMALL, moved, put, refused, write
 
 from gtsa.core.errors import Remedy
 from gtsa.data.decoding import decode
 from gtsa.data.labels import IGNORE, open_labelled
 from gtsa.data.labels._files import sizes
-from test_labels import COCO_SMALL, moved, put, refused, write
 
 WIDTH, HEIGHT = 20, 18
 IDS = np.random.default_rng(0).integers(0, 4, (HEIGHT, WIDTH), dtype=np.uint8)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import IGNORE
 from gtsa.evaluation.evaluators.in_context import InContext
 from gtsa.models.backbone import Backbone
-from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 
 def figures(train, val, backbone=None, settings=None, **options):

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
+from test_labels import COCO_SMALL, moved, put, refused, write
 
 from gtsa.core.errors import Remedy
 from gtsa.data.labels import open_labelled
 from gtsa.data.labels._shapes import Fault, _unpacked, mask, shape
-from test_labels import COCO_SMALL, moved, put, refused, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 WIDTH, HEIGHT = 20, 18

@@ -10,7 +10,7 @@ from gtsa.core.settings import read_yaml, validated
 from gtsa.evaluation.settings import Evaluate
 from gtsa.pretraining.settings import Pretrain
 
-RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES_FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(RECIPES_FOLDER.rglob("*.yaml"))
 MODELS = {
     "pretrain": (Pretrain, {}),
