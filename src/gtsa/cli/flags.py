@@ -58,7 +58,7 @@ def _flags(model: Any, group: Group, prefix: str = "", skip: tuple[str, ...] = (
 
 
 def _bare(kind: Any) -> Any:
-    """A type without its limits: these are checked for flags, YAML and Python alike, in strict.validated."""
+    """A type without its limits: these are checked for flags, YAML and Python alike, in core.settings.validated."""
     if get_origin(kind) is Annotated:
         return _bare(get_args(kind)[0])
     if isinstance(kind, UnionType) or get_origin(kind) is Union:

@@ -30,7 +30,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
 
     Args:
         methods: the first one is what the others are compared with.
-        settings: as listed by ``gtsa compare --help`` and in ``gtsa.config.Compare``.
+        settings: as listed by ``gtsa compare --help`` and in ``gtsa.comparison.settings.Compare``.
 
     Returns:
         The report: ``OUT/report.html``; the figures lie beside it as ``results.csv`` and ``results.json``.

@@ -154,7 +154,7 @@ class Method(Objective):
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """Label-free figures of held-out views, per image: {name: [B]}; higher is better, and chance is 0.
 
-        The first one is the one that a verdict is about. evals.health knows what to say of each.
+        The first one is the one that a verdict is about. pretraining.verdict knows what to say of each.
         """
 
 

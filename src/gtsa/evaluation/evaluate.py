@@ -47,7 +47,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         What --out writes: settings, fingerprints of weights and data, versions, and the figures with sample counts.
 
     Raises:
-        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
+        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
     """
     names = (task,) if isinstance(task, str) else tuple(task)
     ready = resolve_device(validated(Evaluate, {"weights": weights, "task": names, **settings}))

@@ -62,11 +62,11 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
 
     Args:
         data: folder, list file, or any torch Dataset of images; None: the sample that comes with gtsa.
-        settings: as listed by ``gtsa pretrain --help`` and in ``gtsa.config``; sections are dictionaries, e.g.
+        settings: as listed by ``gtsa pretrain --help`` and in ``gtsa.pretraining.settings``; sections are dictionaries, e.g.
             ``views={"local_crops": 4}``.
 
     Raises:
-        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.EXIT_CODES).
+        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
     """
     s = asked(dict(settings) if data is None else {"data": described(data), **settings})
     ready = resolve_device(s)
