@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
 from gtsa.core.errors import Remedy
-from gtsa.evaluation import features
+from gtsa.evaluation import retrieval
 from gtsa.evaluation.evaluators import knn
 from gtsa.evaluation.evaluators.knn import KNN
 from gtsa.evaluation.retrieval import nearest, votes_of
@@ -85,8 +85,8 @@ def test_chunks_change_nothing(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     memory, queries = (torch.nn.functional.normalize(torch.randn(n, 8, generator=draw), dim=-1) for n in (50, 33))
     whole = nearest(queries, memory, 7)
-    monkeypatch.setattr(features, "ROWS", 4)
-    monkeypatch.setattr(features, "COLUMNS", 13)
+    monkeypatch.setattr(retrieval, "ROWS", 4)
+    monkeypatch.setattr(retrieval, "COLUMNS", 13)
     parts = nearest(queries, memory, 7)
     assert torch.equal(whole[1], parts[1])
     torch.testing.assert_close(whole[0], parts[0])

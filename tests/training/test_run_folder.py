@@ -9,7 +9,7 @@ import gtsa
 from conftest import TINY, make_scenes, run, shared
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, generator
-from gtsa.pretraining.requested import SAMPLE, asked
+from gtsa.pretraining.requested import SAMPLE, requested_settings
 
 SHORT = {**TINY, "steps": 4, "checkpoint_every": 2, "evaluate_every": 2}
 
@@ -94,10 +94,10 @@ def test_a_failed_resume_changes_nothing(copied, tmp_path):
 
 def test_resume_without_data_starts_a_run_on_the_sample(tmp_path, capsys):
     out = str(tmp_path / "new")
-    new = asked({"out": out, "resume": True})
+    new = requested_settings({"out": out, "resume": True})
     assert new.data == str(SAMPLE / "images") and new.model == "test_vit" and new.out == out
     assert "there is no run in" in capsys.readouterr().out
-    assert asked({"out": out}) == new.model_copy(update={"resume": False})
+    assert requested_settings({"out": out}) == new.model_copy(update={"resume": False})
 
 
 def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copied):

@@ -12,11 +12,11 @@ from gtsa.core.settings import validated
 from gtsa.data.sources import absent
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import ELSEWHERE, no_weights
-from gtsa.pretraining.requested import asked
+from gtsa.pretraining.requested import requested_settings
 
 
 def pretrain(given: Mapping[str, Any]) -> None:
-    settings = asked(given, tell=False)
+    settings = requested_settings(given, tell=False)
     data(settings.data)
     if settings.init:
         weights(settings.init)

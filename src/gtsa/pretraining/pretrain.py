@@ -36,7 +36,7 @@ from gtsa.models.export import write as write_export
 from gtsa.pretraining import cost, plan
 from gtsa.pretraining.adaptation import Adaptation
 from gtsa.pretraining.online_eval import Online
-from gtsa.pretraining.requested import asked, described, written
+from gtsa.pretraining.requested import described, requested_settings, written
 from gtsa.pretraining.verdict import Figures, Health, Verdict, advice, verdict
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import disk_error, launch_fabric, on_rank_zero, resolve_device, resolve_workers
@@ -68,7 +68,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     Raises:
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
     """
-    s = asked(dict(settings) if data is None else {"data": described(data), **settings})
+    s = requested_settings(dict(settings) if data is None else {"data": described(data), **settings})
     ready = resolve_device(s)
     found = weights.find(s.init) if s.init else None
     plan.start(ready, weights.described(found, None if s.model == "auto" else s.model)[0] if found else None)

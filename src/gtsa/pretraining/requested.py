@@ -32,7 +32,7 @@ def described(data: Any) -> str:
     return f"<{type(data).__name__} of {len(data)} items>"
 
 
-def asked(given: Mapping[str, Any], tell: bool = True) -> Any:
+def requested_settings(given: Mapping[str, Any], tell: bool = True) -> Any:
     """Settings as asked for: over the demo where there is no data, over the run's own where it is resumed.
 
     ``tell``: changes of a resumed run are shown.
