@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.data.decoding import BadImage
+from gtsa.data.pixels import BadImage
 from gtsa.data.sources import kinds, open_source
 
 GOOD, BAD = 4, 2

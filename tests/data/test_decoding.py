@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from gtsa.data.decoding import LARGEST, NEUTRAL, BadImage, decode, header
+from gtsa.data.decoding import decode, header
+from gtsa.data.pixels import LARGEST, NEUTRAL, BadImage
 
 EIGHT = range(1, 9)
 LOSSLESS = {"a.png": {}, "a.bmp": {}, "a.tif": {}, "a.tiff": {"compression": "tiff_lzw"}, "a.webp": {"lossless": True}}
@@ -679,6 +680,6 @@ def test_large_images_are_converted_by_parts(tmp_path, monkeypatch):
     for mode in ("RGB", "RGBA", "P", "CMYK", "L"):
         path = saved(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), Image.fromarray(photo()).convert(mode))
         whole = pixels(path)
-        monkeypatch.setattr("gtsa.data.decoding.BAND", 7 * 60)
+        monkeypatch.setattr("gtsa.data.pixels.BAND", 7 * 60)
         assert np.array_equal(pixels(path), whole)
         monkeypatch.undo()

@@ -16,10 +16,10 @@ from gtsa.core import terminal
 from gtsa.core.errors import Remedy
 from gtsa.core.types import Draw
 from gtsa.data import run_images, scan
-from gtsa.data.decoding import BadImage
 from gtsa.data.frozen import Frozen, frozen
 from gtsa.data.loader import ViewSet
 from gtsa.data.multicrop import MultiCrop
+from gtsa.data.pixels import BadImage
 from gtsa.data.remarks import Noted
 from gtsa.data.scan import links, summed
 from gtsa.data.sources import open_source

@@ -69,7 +69,7 @@ def completion(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and ends the process with a code of core.errors.EXIT_CODES; users never see a traceback of ours."""
+    """Runs a command and ends the process with a code of core.errors.EXIT_CODES; users see no traceback."""
     sys.exit(run(arguments))
 
 

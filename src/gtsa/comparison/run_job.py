@@ -30,8 +30,8 @@ from gtsa.core.files import store
 from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
 from gtsa.core.stops import heard
 from gtsa.core.types import Evidence, Method, Views
-from gtsa.data.decoding import BadImage
 from gtsa.data.multicrop import MultiCrop
+from gtsa.data.pixels import BadImage
 from gtsa.data.sources import open_source
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
 from gtsa.evaluation.features import Lab

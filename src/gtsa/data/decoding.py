@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import stat
@@ -16,27 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tifffile
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from gtsa.data import tiff
+from gtsa.data.pixels import LARGEST, BadImage, Range, as_rgb, check_size
 from gtsa.data.quiet import quiet
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, files of cameras that hold a second picture
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
-LARGEST = 2**27  # pixels; larger ones are refused from their header
-SMALLEST = 16  # px of the short side: one patch
-NEUTRAL = (124, 116, 104)  # shows through transparent pixels: ImageNet's mean, which normalises to 0
-ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
-
-BAND = 2**22  # pixels that are converted at a time
-
-Range = tuple[float, float]
-
-
-class BadImage(Exception):
-    """An image that cannot be used; the message is the reason, without the path."""
 
 
 class Header(NamedTuple):
@@ -50,9 +38,9 @@ class Header(NamedTuple):
 
 def header(path: str | Path) -> Header:
     """What a file says it is, without decoding it. Raises BadImage."""
-    with _opened(path) as image:
-        width, height = _sized(image.width, image.height)
-        _banded(image)
+    with opened(path) as image:
+        width, height = check_size(image.width, image.height)
+        tiff.refuse_bands(image)
         try:
             frames = getattr(image, "n_frames", 1)
         except Exception as error:  # counting them reads on in the file
@@ -82,17 +70,17 @@ def decode(
     Palettes and CMYK are converted, transparent pixels show a neutral grey, floating-point images must lie in
     [0, 1]; of an animated file the first frame is taken; colour profiles are ignored.
     """
-    with _opened(path) as image:
-        _sized(image.width, image.height)
-        _banded(image)
+    with opened(path) as image:
+        check_size(image.width, image.height)
+        tiff.refuse_bands(image)
         if detail is not None and image.format == "JPEG":
             scale = detail(image.width, image.height)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         try:
             if image.format == "PNG":
                 _checked_png(path)
-            deep = _deep_tiff(image)
-            array = _from_tiff(path, range16) if deep else _from_pillow(image, path, range16)
+            deep = tiff.is_deep(image)
+            array = tiff.read(path, range16) if deep else _from_pillow(image, path, range16)
         except BadImage:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
@@ -100,7 +88,7 @@ def decode(
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-class _opened:
+class opened:
     """Opens a file with Pillow for a with-block; what goes wrong is a BadImage, and libraries say nothing."""
 
     def __init__(self, path: str | Path) -> None:
@@ -147,44 +135,11 @@ def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
         return "an HTML page, not an image: download it again"
     if not any(head):
         return "zero bytes only"
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and (kind := _tiff_kind(path)):
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and (kind := tiff.describe(path)):
         return kind
     if isinstance(error, UnidentifiedImageError):
         return "not a JPEG, PNG, WebP, TIFF or BMP image, or its header is damaged"
     return _reason(error)
-
-
-def _tiff_kind(path: str | Path) -> str | None:
-    """What a TIFF holds that Pillow does not know."""
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first
-            bands, kind = int(page.samplesperpixel), str(page.dtype)
-    except Exception:
-        return None
-    if bands not in (1, 3, 4):
-        return f"{bands} bands: 1, 3 or 4 (with alpha) are read"
-    return f"a TIFF of {bands} x {kind}, photometric {page.photometric}: convert it to 8 or 16 bits, grey or RGB"
-
-
-def _sized(width: int, height: int) -> tuple[int, int]:
-    if width * height > LARGEST:
-        raise BadImage(f"{width} x {height} px: more than {LARGEST:,} pixels, cut it into tiles")
-    if min(width, height) < SMALLEST:
-        raise BadImage(f"{width} x {height} px: the short side needs at least {SMALLEST} px")
-    return width, height
-
-
-def _banded(image: Any) -> None:
-    """Refuses a TIFF with a band that is neither colour nor alpha (near infrared): it would be dropped in silence."""
-    if image.format == "TIFF":
-        bands = image.tag_v2.get(277, 1)
-        colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(image.tag_v2.get(262), 1)  # RGB, CMYK, YCbCr, Lab; else grey, palette
-        extra = image.tag_v2.get(338, ())
-        if 2 in image.tag_v2.get(339, ()) and max(image.tag_v2.get(258, (1,))) == 8:
-            raise BadImage("signed 8-bit values: convert to unsigned 8 or 16 bits")
-        if bands > colours + 1 or (bands == colours + 1 and tuple(extra) not in ((1,), (2,))):
-            raise BadImage(f"{bands} bands, {colours} of them colour, the rest not marked as alpha: save 1 or 3 bands")
 
 
 def _checked_png(path: str | Path) -> None:
@@ -202,11 +157,6 @@ def _checked_png(path: str | Path) -> None:
                 return
 
 
-def _deep_tiff(image: Any) -> bool:
-    """A TIFF of more than 8 bits a sample, which Pillow would cut to 8 in silence where it has colours."""
-    return bool(image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8)
-
-
 def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
     if image.format == "PNG" and range16 != (0, 65535) and image.mode in ("RGB", "RGBA"):
         with open(path, "rb") as file:
@@ -214,32 +164,6 @@ def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
                 raise BadImage("a 16-bit colour PNG cannot be read at a declared range: convert it to TIFF")
     image = ImageOps.exif_transpose(image) if _turned(image) else image
     return as_rgb(image, range16)
-
-
-def as_rgb(image: Any, range16: Range) -> np.ndarray:
-    """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``.
-
-    Rows are converted some at a time: Pillow takes 4 bytes a pixel, and every whole copy as much again.
-    """
-    if image.mode.startswith(("I", "F")):
-        return _grey(np.asarray(image), range16)
-    width, height = image.size
-    rows = max(1, BAND // width)
-    if rows >= height:
-        return _as_rgb(image)
-    image.load()
-    array = np.empty((height, width, 3), np.uint8)
-    for y in range(0, height, rows):
-        array[y : y + rows] = _as_rgb(image.crop((0, y, width, min(height, y + rows))))
-    return array
-
-
-def _as_rgb(image: Any) -> np.ndarray:
-    if image.mode in ALPHA or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (*NEUTRAL, 255))
-        image = Image.alpha_composite(ground, image)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _turned(image: Any) -> bool:
@@ -250,73 +174,19 @@ def _turned(image: Any) -> bool:
         return False
 
 
-def _from_tiff(path: str | Path, range16: Range) -> np.ndarray:
-    array, orientation = _tiff_values(path)
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
-        raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
-    return _upright(_grey(array, range16), orientation)
-
-
-def _tiff_values(path: str | Path) -> tuple[np.ndarray, int]:
-    """What a deep TIFF holds, [H, W] or [H, W, bands] with black at zero, and its orientation."""
-    with open(path, "rb") as file:
-        data = io.BytesIO(file.read())
-    with tifffile.TiffFile(data) as tiff:
-        page = tiff.pages.first
-        if page.imagedepth > 1:
-            raise BadImage(f"a volume of {page.imagedepth} slices: save each slice as an image")
-        _sized(page.imagewidth, page.imagelength)
-        array = page.asarray()
-        if page.planarconfig == 2 and array.ndim == 3:
-            array = np.moveaxis(array, 0, -1)
-        if page.photometric == 0:  # white is zero
-            array = np.iinfo(array.dtype).max - array if array.dtype.kind in "ui" else 1 - array
-        orientation = page.tags.get(274)
-    return array, orientation.value if orientation else 1
-
-
 def values(path: str | Path) -> np.ndarray:
     """The numbers in a file as they are stored, palettes as places: any type, [H, W] or [H, W, bands]. Raises BadImage.
 
     Of 16-bit colour PNGs Pillow keeps the upper eight bits.
     """
-    with _opened(path) as image:
-        _sized(image.width, image.height)
+    with opened(path) as image:
+        check_size(image.width, image.height)
         try:
-            return _tiff_values(path)[0] if _deep_tiff(image) else np.asarray(image)
+            return tiff.stored_values(path)[0] if tiff.is_deep(image) else np.asarray(image)
         except BadImage:
             raise
         except Exception as error:
             raise BadImage(_reason(error)) from None
-
-
-def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (2, 4, 5, 7):  # mirrored; what is left is a rotation
-        array = array[:, ::-1]
-        orientation = {2: 1, 4: 3, 5: 8, 7: 6}[orientation]
-    return np.ascontiguousarray(np.rot90(array, {1: 0, 3: 2, 6: -1, 8: 1}.get(orientation, 0)))
-
-
-def _grey(array: np.ndarray, range16: Range) -> np.ndarray:
-    """Integers of more than 8 bits or floats [H, W] or [H, W, bands] -> uint8 RGB [H, W, 3]."""
-    values = array[..., None] if array.ndim == 2 else array
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise BadImage("floating-point image with NaN or infinite values")
-        if values.min() < 0 or values.max() > 1:
-            raise BadImage(
-                f"floating-point values from {values.min():.4g} to {values.max():.4g}: convert to 8 or 16 bits, "
-                "or scale to 0..1"
-            )
-        rgb, clear = np.rint(values.astype(np.float64) * 255).astype(np.uint8), values[..., 3:].astype(np.float64)
-    else:
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImage(f"integer values from {values.min()} to {values.max()}: 0 to 65,535 are read")
-        scale = np.clip((np.arange(65536.0) - range16[0]) / (range16[1] - range16[0]), 0, 1)
-        rgb, clear = np.rint(scale * 255).astype(np.uint8)[values], scale[values[..., 3:]]
-    if rgb.shape[-1] == 4:
-        rgb = np.rint(clear * rgb[..., :3] + (1 - clear) * np.array(NEUTRAL)).astype(np.uint8)
-    return np.repeat(rgb, 3, axis=-1) if rgb.shape[-1] == 1 else rgb
 
 
 def _reason(error: Exception) -> str:

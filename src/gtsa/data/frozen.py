@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from gtsa.core.errors import Remedy
-from gtsa.data.decoding import BadImage
+from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Detail, Source
 
 SCALES = (1, 2, 4, 8)  # at which large JPEGs are decoded

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Crops, Draw, Replaced, Views
-from gtsa.data.decoding import SMALLEST, BadImage
 from gtsa.data.multicrop import MultiCrop
+from gtsa.data.pixels import SMALLEST, BadImage
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 

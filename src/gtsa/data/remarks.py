@@ -10,6 +10,7 @@ import numpy as np
 
 from gtsa.core.errors import escaped
 from gtsa.data import decoding
+from gtsa.data.pixels import BadImage, Range
 from gtsa.data.sources import Source
 
 SAMPLE = 16  # images of a kind that are looked into
@@ -23,7 +24,7 @@ FULL = 65535
 class Noted:
     """Told of every usable image; finds what to remark on."""
 
-    def __init__(self, source: Source, range16: decoding.Range) -> None:
+    def __init__(self, source: Source, range16: Range) -> None:
         self.source, self.range16 = source, range16
         self.single: list[int] = []
         self.deep: list[int] = []
@@ -97,6 +98,6 @@ class Noted:
             try:
                 if path is not None:
                     found.append(decoding.values(path))
-            except decoding.BadImage:  # of a scan that decodes nothing
+            except BadImage:  # of a scan that decodes nothing
                 continue
         return found

@@ -17,9 +17,9 @@ from gtsa.core.files import IMAGES
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import Count, say
 from gtsa.core.types import Done, Replaced
-from gtsa.data.decoding import BadImage
 from gtsa.data.frozen import Frozen, frozen
 from gtsa.data.loader import NoImageLeft
+from gtsa.data.pixels import BadImage
 from gtsa.data.scan import insist, links, scan, summed
 from gtsa.data.sources import open_source
 

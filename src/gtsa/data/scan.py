@@ -17,6 +17,7 @@ import numpy as np
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.terminal import Count
 from gtsa.data import damage, decoding, remarks
+from gtsa.data.pixels import BadImage, Range
 from gtsa.data.sources import Source
 from gtsa.data.threaded import Room, each
 
@@ -66,7 +67,7 @@ class Scan:
         }
 
 
-def scan(source: Source, decode: bool = False, range16: decoding.Range = (0, 65535)) -> Scan:
+def scan(source: Source, decode: bool = False, range16: Range = (0, 65535)) -> Scan:
     """Reads names, sizes and headers; decodes every file if asked, or if there are no more than a thousand.
 
     Files that were decoded before and have not changed since (path, size, time) are not decoded again.
@@ -121,7 +122,7 @@ class _Look:
                     _insist_whole(path, found)
                     self.memory.add(path)
             return index, found, None
-        except decoding.BadImage as reason:
+        except BadImage as reason:
             return index, None, str(reason)
 
 
@@ -131,7 +132,7 @@ def _insist_whole(path: str, found: decoding.Header) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
-        raise decoding.BadImage(reason)
+        raise BadImage(reason)
 
 
 def _draft(width: int, height: int) -> float:
@@ -196,7 +197,7 @@ def enough(result: Scan) -> float:
 class _Memory:
     """Which files decoded well, by path, size and time; kept in the user's cache folder, never in the data."""
 
-    def __init__(self, source: Source, range16: decoding.Range) -> None:
+    def __init__(self, source: Source, range16: Range) -> None:
         root = os.path.abspath(os.fspath(getattr(source, "root", "")))
         told = f"{root} {range16} whole 1 {damage.warned()}"  # other checks than these remember for themselves
         key = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.types import Tokens
-from gtsa.data.decoding import BadImage
 from gtsa.data.labels import Labelled
+from gtsa.data.pixels import BadImage
 from gtsa.models.backbone import Backbone
 
 Pooling = Literal["mean", "cls", "both"]

@@ -11,7 +11,7 @@ from typing import Any
 from gtsa.core.errors import Remedy, escaped
 from gtsa.core.terminal import Count, say, table
 from gtsa.data import damage
-from gtsa.data.decoding import Range
+from gtsa.data.pixels import Range
 from gtsa.data.scan import Scan, enough, links, no_images, scan, summed
 from gtsa.data.sources import open_source
 

@@ -62,8 +62,8 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
 
     Args:
         data: folder, list file, or any torch Dataset of images; None: the sample that comes with gtsa.
-        settings: as listed by ``gtsa pretrain --help`` and in ``gtsa.pretraining.settings``; sections are dictionaries, e.g.
-            ``views={"local_crops": 4}``.
+        settings: as listed by ``gtsa pretrain --help`` and in ``gtsa.pretraining.settings``; sections are
+            dictionaries, e.g. ``views={"local_crops": 4}``.
 
     Raises:
         Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).

@@ -12,8 +12,8 @@ from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings import Plan, validated
 from gtsa.core.terminal import say
 from gtsa.data import augment
-from gtsa.data.decoding import BadImage
 from gtsa.data.multicrop import MultiCrop
+from gtsa.data.pixels import BadImage
 from gtsa.data.run_images import selection
 from gtsa.data.sources import open_source
 from gtsa.models import weights

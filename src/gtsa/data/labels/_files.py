@@ -12,6 +12,7 @@ from gtsa.core.terminal import say
 from gtsa.data import decoding
 from gtsa.data.labels import Problems
 from gtsa.data.labels._json import told
+from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Source
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -64,12 +65,12 @@ def sizes(paths: Sequence[str]) -> list[tuple[int, int] | str]:
 def _size(path: str) -> tuple[int, int] | str:
     try:
         found = decoding.header(path)
-        with decoding._opened(path) as image:
+        with decoding.opened(path) as image:
             try:
                 turn = 1 if found.format == "TIFF" else image.getexif().get(0x0112, 1)  # Pillow has turned TIFFs
             except Exception:  # damaged EXIF turns nothing
                 turn = 1
-    except decoding.BadImage as reason:
+    except BadImage as reason:
         return str(reason)
     return (found.height, found.width) if turn in SIDEWAYS else (found.width, found.height)
 

@@ -26,6 +26,7 @@ from gtsa.data.labels import IGNORE, Kind, Labelled, Problems
 from gtsa.data.labels._classes import digest, listed, unique
 from gtsa.data.labels._files import sizes
 from gtsa.data.labels._json import parsed
+from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Source, open_source
 from gtsa.data.sources.folder import Folder
 
@@ -103,24 +104,20 @@ def values(path: str) -> np.ndarray:
     """The numbers in a PNG mask, uint8 or uint16 [H, W]. Raises BadImage with the reason."""
     form = pictures.header(path).format
     if form != "PNG":
-        raise pictures.BadImage(f"a {form} image, which does not keep numbers exactly: save masks as PNG")
+        raise BadImage(f"a {form} image, which does not keep numbers exactly: save masks as PNG")
     with open(path, "rb") as file:
         depth, colours = file.read(26)[24:26]
     if colours not in (0, 3) and depth > 8:
-        raise pictures.BadImage(
-            "colours or transparency, not numbers of classes: convert it to grey values or a palette"
-        )
-    with pictures._opened(path) as image:
+        raise BadImage("colours or transparency, not numbers of classes: convert it to grey values or a palette")
+    with pictures.opened(path) as image:
         try:
             array = np.asarray(image)
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-            raise pictures.BadImage(f"damaged: {error}") from None
+            raise BadImage(f"damaged: {error}") from None
     if colours == 2 and (array == array[..., :1]).all():
         array = array[..., 0]
     elif colours not in (0, 3):
-        raise pictures.BadImage(
-            "colours or transparency, not numbers of classes: convert it to grey values or a palette"
-        )
+        raise BadImage("colours or transparency, not numbers of classes: convert it to grey values or a palette")
     if colours == 0 and depth in (2, 4):  # Pillow has stretched them to 255
         array = array // (255 // (2**depth - 1))
     return array.astype(np.uint16 if depth == 16 else np.uint8)
@@ -137,7 +134,7 @@ FAR = 20  # a step between values that is no accident of a small set
 def _look(path: str) -> _Mask | str:
     try:
         array = values(path)
-    except pictures.BadImage as reason:
+    except BadImage as reason:
         return str(reason)
     counts = np.bincount(array.ravel())
     occur = np.flatnonzero(counts)
@@ -167,7 +164,7 @@ def _shares(
 
 def _black(path: str) -> set[int]:
     """The places of a mask's palette that are black, if it has other colours."""
-    with pictures._opened(path) as image:
+    with pictures.opened(path) as image:
         colours = image.getpalette("RGB") if image.mode == "P" else None
     triples = [tuple(colours[i : i + 3]) for i in range(0, len(colours or ()), 3)] if colours else []
     last = max((place for place, colour in enumerate(triples) if any(colour)), default=-1)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gtsa.data import decoding
+from gtsa.data.pixels import Range
 from gtsa.data.sources import OUTSIDE, Detail, chosen
 
 EVERY = 1_000  # files between two words to ``progress``
@@ -27,7 +28,7 @@ class Folder:
     def __init__(
         self,
         root: str,
-        range16: decoding.Range = (0, 65535),
+        range16: Range = (0, 65535),
         data_root: str | None = None,
         files: Sequence[str] | None = None,
         include: Sequence[str] = (),

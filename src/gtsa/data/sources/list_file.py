@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gtsa.core.errors import Remedy
 from gtsa.data import decoding
+from gtsa.data.pixels import Range
 from gtsa.data.sources import Detail, chosen
 
 
@@ -25,7 +26,7 @@ class Listing:
     def __init__(
         self,
         file: str,
-        range16: decoding.Range = (0, 65535),
+        range16: Range = (0, 65535),
         data_root: str | None = None,
         files: Sequence[str] | None = None,
         include: Sequence[str] = (),

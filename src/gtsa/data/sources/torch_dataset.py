@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gtsa.core.errors import Remedy
-from gtsa.data.decoding import BadImage, Range, as_rgb
+from gtsa.data.pixels import BadImage, Range, as_rgb
 from gtsa.data.sources import Detail
 
 

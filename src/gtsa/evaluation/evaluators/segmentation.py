@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from gtsa.core.errors import Remedy
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
-from gtsa.data.decoding import NEUTRAL
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.data.loader import StepSampler
+from gtsa.data.pixels import NEUTRAL
 from gtsa.evaluation import dense
 from gtsa.evaluation.features import Lab, normalised, read, resized, whole_patches
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
