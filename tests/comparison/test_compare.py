@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import shared
 from forking import fork
 from gtsa.cli.main import run
-from gtsa.comparison import compare, jobs, queue, report_page, run_job, summary
+from gtsa.comparison import compare, jobs, queue, report_page, run_job, stages, summary
 from gtsa.comparison.jobs import Cell
 from gtsa.comparison.results import commit, folder_of, result_of
 from gtsa.comparison.rows import rows_of
@@ -653,3 +653,26 @@ def test_a_folder_that_cannot_be_made_frees_the_device(tmp_path, monkeypatch):
     with pytest.raises(NotADirectoryError):
         queue.in_process(None, None, free)
     assert free.qsize() == 1
+
+
+def test_runs_of_equal_operations_have_as_many_steps_as_the_first_methods_operations_pay_for(
+    data, tmp_path, monkeypatch
+):
+    """MAE does 10 an image and GTSA 25, so GTSA has 100 x 10 / 25 steps; those of the first method are there already."""
+    flops = {"mae": 10.0, "gtsa": 25.0, "dino": 3.0}
+
+    def found(cell, s):  # of DINO there is no result yet, and a control has no steps
+        name = cell.row.name
+        return (
+            None
+            if name == "dino"
+            else {"flops_per_image": flops.get(name, 1.0)} | ({"steps": 100} if name in flops else {})
+        )
+
+    monkeypatch.setattr(stages, "answered", found)
+    s = checked(
+        data, tmp_path, methods=("mae", "gtsa", "dino"), controls=("position",), seeds=2, steps=100, equal_flops=True
+    )
+    jobs_found = list(stages.at_equal_flops(rows_of(s), s))
+    assert [(job.name, job.changes["steps"]) for job in jobs_found] == [("gtsa/flops-0", 40), ("gtsa/flops-1", 40)]
+    assert list(stages.at_equal_flops(rows_of(s), s.model_copy(update={"equal_flops": False}))) == []
