@@ -28,7 +28,7 @@ from lightning_fabric import Fabric
 import gtsa
 from gtsa.data.labels import Labelled
 from gtsa.data.sources import open_source
-from gtsa.evaluation.features import Lab, image_features
+from gtsa.evaluation.features import EvalContext, image_features
 from gtsa.evaluation.retrieval import Memory, nearest, votes_of
 from gtsa.models.backbone import Backbone
 
@@ -54,7 +54,7 @@ def extraction(images: int) -> dict[str, float]:
     fabric = Fabric(accelerator=DEVICE, devices=1)
     backbone = Backbone("vit_small_patch16_224").to(fabric.device).eval()
     data = Labelled(open_source(Scenes(images)), range(images), [None] * images, "none", (), "")
-    lab = Lab(fabric, batch_size=32)
+    lab = EvalContext(fabric, batch_size=32)
     side = 2048 if DEVICE == "cpu" else 8192
     a, b = (torch.randn(side, side, device=fabric.device) for _ in range(2))
     image_features(backbone, data.take(range(32)), lab)

@@ -8,7 +8,7 @@ from torch import nn
 from gtsa.core.types import Tokens
 from gtsa.data.labels import Labelled
 from gtsa.data.pixels import BadImage
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 
 
 class Pictures:
@@ -42,7 +42,7 @@ def labelled(images, targets=None, kind="classes", classes=("a", "b"), names=Non
 
 
 def lab(**options):
-    return Lab(Fabric(accelerator="cpu", devices=1), **{"batch_size": 16, **options})
+    return EvalContext(Fabric(accelerator="cpu", devices=1), **{"batch_size": 16, **options})
 
 
 def noise(count, side=32, seed=0):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.labels import IGNORE, Labelled, open_labelled
 from gtsa.evaluation.evaluators.health import rank_me
 from gtsa.models.backbone import Backbone
@@ -198,7 +198,7 @@ def network(name: str) -> Backbone:
     if name.startswith("untrained:"):
         _, model, seed = name.split(":") if name.count(":") == 2 else ("", "", "")
         if not seed.isdigit():
-            raise Remedy(f"{name}: write untrained:MODEL:SEED, e.g. untrained:test_vit:0")
+            raise UserError(f"{name}: write untrained:MODEL:SEED, e.g. untrained:test_vit:0")
         torch.manual_seed(int(seed))
         return Backbone(model, SIDE).eval()
     return load_backbone(name)[0].eval()
@@ -219,7 +219,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         tell(given)
-    except Remedy as remedy:
+    except UserError as remedy:
         sys.exit(f"tokens: {remedy}")
 
 
@@ -230,7 +230,7 @@ def tell(given: argparse.Namespace) -> None:
     found: dict[str, dict[str, float | list[float]]] = {}
     for name, backbone in networks.items():
         if SIDE % backbone.patch:
-            raise Remedy(f"{name}: its patches of {backbone.patch} px do not fill {SIDE} px")
+            raise UserError(f"{name}: its patches of {backbone.patch} px do not fill {SIDE} px")
         shown = contents(pixels, backbone.patch)
         if "own" not in found:
             found["own"] = {what: explained(shown["own"], shown[what]) for what in ("around", "image")}

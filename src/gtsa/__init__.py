@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 
 if TYPE_CHECKING:
     from gtsa.comparison.compare import compare
@@ -29,7 +29,7 @@ VERBS = {
     "pretrain": "pretraining",
     "preview": "pretraining",
 }
-__all__ = ["Remedy", "check", "compare", "evaluate", "export", "pretrain", "preview"]
+__all__ = ["UserError", "check", "compare", "evaluate", "export", "pretrain", "preview"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,13 +22,13 @@ from conftest import shared
 from forking import fork
 from gtsa.cli.main import run
 from gtsa.comparison import compare, jobs, queue, report_page, run_job, stages, summary
-from gtsa.comparison.jobs import Cell
+from gtsa.comparison.jobs import Job
 from gtsa.comparison.results import commit, folder_of, result_of
 from gtsa.comparison.rows import rows_of
 from gtsa.comparison.settings import ABLATIONS, Compare
 from gtsa.comparison.stages import finals
 from gtsa.comparison.tuning import choices, chosen, drawn, primary_of, trials
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import plain_yaml, validated
 from gtsa.evaluation import intervals
 from gtsa.evaluation.evaluators.segmentation import Segmentation
@@ -80,9 +80,9 @@ def checked(*arguments, **more):
 def here(monkeypatch):
     """Cells are done in this process, which saves the imports of another."""
 
-    def apart(cell, s, free):
-        run_job.run(cell, s)
-        return f"{cell.name} {primary_of(found, s)}" if (found := result_of(cell, s))["status"] == "done" else cell.name
+    def apart(job, s, free):
+        run_job.run(job, s)
+        return f"{job.name} {primary_of(found, s)}" if (found := result_of(job, s))["status"] == "done" else job.name
 
     monkeypatch.setattr(queue, "in_process", apart)
 
@@ -105,7 +105,7 @@ def whole(data, tmp_path_factory):
 def compared(data, out):
     with pytest.MonkeyPatch.context() as patch:
         here(patch)
-        with pytest.raises(Remedy, match="failed: broken/images-0, broken/images-1; the report says why") as caught:
+        with pytest.raises(UserError, match="failed: broken/images-0, broken/images-1; the report says why") as caught:
             compare.compare(**settings(data, out, rows={"broken": {"method": "gtsa", "learning_rate": 1e30}}))
         assert caught.value.code == 7
 
@@ -166,7 +166,7 @@ def test_what_a_comparison_trained_can_be_opened(whole):
     place = whole / "cells/gtsa/images-0"
     backbone, _ = load_backbone(str(place / "run"))
     assert backbone.fingerprint == json.loads((place / "result.json").read_text())["weights"]
-    with pytest.raises(Remedy, match="no weights there"):
+    with pytest.raises(UserError, match="no weights there"):
         load_backbone(str(place / "run"), network="student")
 
 
@@ -182,7 +182,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     whole = shutil.copytree(shared, tmp_path / "out")
     before = (whole / "results.json").read_text(), (whole / "report.html").read_text().replace(str(shared), str(whole))
     monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("all is done"))
-    with pytest.raises(Remedy, match="failed: broken/images-0"):
+    with pytest.raises(UserError, match="failed: broken/images-0"):
         compare.compare(**settings(data, whole, **more))
     assert "all rows and seeds: done, 9 of 9 networks" in capsys.readouterr().out
     assert ((whole / "results.json").read_text(), (whole / "report.html").read_text()) == before
@@ -190,10 +190,10 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     told = results(whole)
     here(monkeypatch)
     run = run_job.run
-    monkeypatch.setattr(run_job, "run", lambda cell, s: (done.append(cell.name), run(cell, s)))
+    monkeypatch.setattr(run_job, "run", lambda job, s: (done.append(job.name), run(job, s)))
     (whole / "cells/dino/images-1/result.json").unlink()  # as a kill just before the end leaves it
     (whole / "cells/gtsa/images-0/result.json").unlink()
-    with pytest.raises(Remedy, match="failed: broken/images-0"):
+    with pytest.raises(UserError, match="failed: broken/images-0"):
         compare.compare(**settings(data, whole, **more))
     assert done == ["gtsa/images-0", "dino/images-1"]
     assert results(whole) == told
@@ -218,7 +218,7 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
     here(monkeypatch)
     asked = settings(data, tmp_path, primary="in_context:mIoUU", controls=("position",))
     with pytest.raises(
-        Remedy, match="--primary in_context:mIoUU: in_context has no such figure; it has mIoU, mAcc, aAcc"
+        UserError, match="--primary in_context:mIoUU: in_context has no such figure; it has mIoU, mAcc, aAcc"
     ):
         compare.compare(**asked)
     assert [place.name for place in (tmp_path / "cells").iterdir()] == ["position"]
@@ -226,9 +226,9 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 
 def test_results_of_other_settings_are_not_taken(whole, data):
     less = {**SMALL["pretrain"], "gtsa": {"projector_dim": 16, "out_dim": 16}}
-    with pytest.raises(Remedy, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
-        list(map(lambda cell: result_of(cell, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
-    with pytest.raises(Remedy, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
+    with pytest.raises(UserError, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
+        list(map(lambda job: result_of(job, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
+    with pytest.raises(UserError, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
 
@@ -245,14 +245,16 @@ def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, mo
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     shutil.copy("images/0.png", "images/10.png")
     jobs._images.cache_clear()  # as in a process of its own
-    with pytest.raises(Remedy, match=r"other settings \(its images, its questions, or settings that were not kept\)"):
+    with pytest.raises(
+        UserError, match=r"other settings \(its images, its questions, or settings that were not kept\)"
+    ):
         compare.compare(**settings(data, "out", **more) | {"data": "images"})
 
 
 def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=60)  # breaks if one waits for the other
     monkeypatch.setattr(
-        queue, "in_process", lambda cell, s, free, apart=queue.in_process: (both.wait(), apart(cell, s, free))[1]
+        queue, "in_process", lambda job, s, free, apart=queue.in_process: (both.wait(), apart(job, s, free))[1]
     )
     compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
 
@@ -293,14 +295,14 @@ def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(
         queue,
         "in_process",
-        lambda cell, s, free, apart=queue.in_process: (begun.append(cell.name), apart(cell, s, free))[1],
+        lambda job, s, free, apart=queue.in_process: (begun.append(job.name), apart(job, s, free))[1],
     )
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare.summary, "write", interrupted)  # Ctrl-C while the first report is written
-    with pytest.raises(Remedy, match="^stopped on request; the same command goes on$") as told:
+    with pytest.raises(UserError, match="^stopped on request; the same command goes on$") as told:
         compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=8, controls=()))
     assert told.value.code == 75
     assert len(begun) < 4  # the first, and what had been begun by then
@@ -313,12 +315,12 @@ def test_a_stop_leaves_a_report_and_no_process(data, tmp_path, monkeypatch, caps
     here(monkeypatch)
     at_once, codes = queue.in_process, []
 
-    def apart(cell, s, free):
-        if cell.row.source:
-            return at_once(cell, s, free)
+    def apart(job, s, free):
+        if job.row.source:
+            return at_once(job, s, free)
         threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
         codes.append(free.processes.run([sys.executable, "-c", "import time; time.sleep(3600)"]))
-        raise Remedy("stopped on request", 75)
+        raise UserError("stopped on request", 75)
 
     monkeypatch.setattr(queue, "in_process", apart)
     arguments = settings(data, tmp_path, methods=("mae",), seeds=1, controls=("position",))
@@ -397,15 +399,15 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
     rates = [c.changes["learning_rate"] for c in found]
     assert 2.5e-4 <= min(rates) < 3e-4 and 8e-4 < max(rates) <= 1e-3 and len(set(rates)) > 100
     assert drawn(rows[1], 7, s) == drawn(rows[1], 7, s) != drawn(rows[1], 8, s)
-    assert {jobs.training_of(cell, s)["seed"] for cell in found} == {1000}  # or seeds would be chosen, not settings
-    for cell in found:
-        if cell.number == 0:  # the preset: few random draws may all be bad ones
-            assert cell.changes == {"steps": 1, "learning_rate": 5e-4}
+    assert {jobs.training_of(job, s)["seed"] for job in found} == {1000}  # or seeds would be chosen, not settings
+    for job in found:
+        if job.number == 0:  # the preset: few random draws may all be bad ones
+            assert job.changes == {"steps": 1, "learning_rate": 5e-4}
             continue
-        assert cell.changes[cell.row.name].keys() == METHODS[cell.row.name].constants["search"].keys()
+        assert job.changes[job.row.name].keys() == METHODS[job.row.name].constants["search"].keys()
 
 
-def tried(cell, s, good, without=(), **more):
+def tried(job, s, good, without=(), **more):
     """Commits a trial with this primary figure, and without the images of each fold; or one that failed."""
     tasks, inner = ("segmentation", "in_context"), [{"mIoU": value} for value in without]
     entries = [
@@ -416,20 +418,20 @@ def tried(cell, s, good, without=(), **more):
     result = (
         {"status": "done", "reason": "", "results": entries, **more} if good else {"status": "failed", "reason": "x"}
     )
-    folder_of(cell, s).mkdir(parents=True)
-    commit(cell, s, result)
+    folder_of(job, s).mkdir(parents=True)
+    commit(job, s, result)
 
 
 def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
     s = checked(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
     rows = rows_of(s)
-    for cell in trials(rows, s):
-        tried(cell, s, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[cell.row.name][cell.number])
+    for job in trials(rows, s):
+        tried(job, s, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[job.row.name][job.number])
     best = {"gtsa": drawn(rows[0], 1, s), "dino": drawn(rows[1], 1, s)}
     for row in rows:
         if row.tuned_as:
             assert chosen(row, rows, s) == best[row.tuned_as]
-    by_name = {cell.row.name: jobs.training_of(cell, s) for cell in finals(rows, s) if cell.row.source is None}
+    by_name = {job.row.name: jobs.training_of(job, s) for job in finals(rows, s) if job.row.source is None}
     assert by_name["gtsa-no-rotation"]["learning_rate"] == best["gtsa"]["learning_rate"]
     assert by_name["gtsa-no-rotation"]["views"] == {**SMALL["pretrain"]["views"], "rotations": False}
     assert by_name["dino-rotations"]["dino"] == {**SMALL["pretrain"]["dino"], **best["dino"]["dino"]}
@@ -440,8 +442,8 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
 def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, words, best):
     s = checked(data, tmp_path, tune=2, methods=("dino",))
     rows = rows_of(s)
-    for cell, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
-        tried(cell, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
+    for job, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
+        tried(job, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
     assert chosen(rows[0], rows, s) == drawn(rows[0], best, s)
 
 
@@ -452,18 +454,18 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
         "gtsa": ([1.0, 9.0, 1.0, 9.0], [2.0, 3.0, 4.0, 3.0], [1.0, 1.0, 1.0, 1.0]),
         "dino": ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]),
     }
-    for cell in trials(rows, s):
-        *of_folds, good = inner[cell.row.name][cell.number]
-        tried(cell, s, good, without=of_folds)
-    found = [(cell, result_of(cell, s)) for cell in trials(rows, s)]
+    for job in trials(rows, s):
+        *of_folds, good = inner[job.row.name][job.number]
+        tried(job, s, good, without=of_folds)
+    found = [(job, result_of(job, s)) for job in trials(rows, s)]
     told = [{"row": "gtsa", "taken": 1, "of_folds": [1, 0, 1]}, {"row": "dino", "taken": 2, "of_folds": [2, 2, 2]}]
     assert choices(found, s) == told
     assert [chosen(row, rows, s) for row in rows[:2]] == [drawn(rows[0], 1, s), drawn(rows[1], 2, s)]
     (line,) = report_page.unsteady(told)
     assert "gtsa has the settings of trial 1, the choice of 2 of 3 folds; without" in line and "0 (fold 2)" in line
     within = [
-        (cell, {**result, "results": [{k: v for k, v in e.items() if k != "without"} for e in result["results"]]})
-        for cell, result in found
+        (job, {**result, "results": [{k: v for k, v in e.items() if k != "without"} for e in result["results"]]})
+        for job, result in found
     ]
     told = choices(within, s)
     assert told == [{"row": "gtsa", "taken": 0, "of_folds": [0]}, {"row": "dino", "taken": 2, "of_folds": [2]}]
@@ -474,12 +476,12 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
 def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_path, figures):
     s = checked(data, tmp_path, tune=2, folds=3, methods=("mae",))
     found = []
-    for cell, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
-        tried(cell, s, good, without=[good] * 3)
-        result = result_of(cell, s)
-        if cell.number == 0:
+    for job, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
+        tried(job, s, good, without=[good] * 3)
+        result = result_of(job, s)
+        if job.number == 0:
             result["results"][1]["without"][1] = figures
-        found.append((cell, result))
+        found.append((job, result))
     assert choices(found, s) == [{"row": "mae", "taken": 0, "of_folds": [0, 1, 0]}]
 
 
@@ -517,7 +519,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
         sorted(one[1] | other[1]) for one, other in itertools.combinations(folds, 2)
     )
     s = checked(data, tmp_path, **more, primary="segmentation:mIoU")
-    found = [result_of(cell, s)["results"][0] for cell in trials(rows_of(s), s)]
+    found = [result_of(job, s)["results"][0] for job in trials(rows_of(s), s)]
     good = [[figures["mIoU"] for figures in result["without"]] for result in found]
     assert not list(tmp_path.glob("cells/mae/trial-*/evidence*")) and list(
         tmp_path.glob("cells/mae/images-0/evidence*")
@@ -532,7 +534,7 @@ def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
     s = checked(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
     row = next(row for row in rows_of(s) if row.name == "mine")
     tried = {"learning_rate": 1e-4, "gtsa": {"momentum": 0.9, "matches": 3}, "steps": 9}
-    given = jobs.training_of(Cell(row, "flops", 0, tried), s)
+    given = jobs.training_of(Job(row, "flops", 0, tried), s)
     assert (given["learning_rate"], given["steps"]) == (7e-4, 9)
     assert given["gtsa"] == {**SMALL["pretrain"]["gtsa"], "momentum": 0.5, "matches": 3}
 
@@ -559,7 +561,7 @@ def test_trials_are_judged_within_the_training_images(data, tmp_path):
     s = checked(data, tmp_path, folds=None, val=(images, masks))
     row = rows_of(s)[0]
     for stage, folds in (("trial", 5), ("images", None)):
-        for _, asked, question in jobs.questions_of(Cell(row, stage, 0), s):
+        for _, asked, question in jobs.questions_of(Job(row, stage, 0), s):
             assert asked.folds == folds
             assert question.val.fingerprint == question.train.fingerprint  # here the same images
             assert bool(question.folds) is (folds is not None)
@@ -572,7 +574,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr("gtsa.data.labels.masks.say", seen.append)
     places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
     s = checked(data, tmp_path, train=places, task=tasks)
-    places = [len(question.val) for _, _, question in jobs.questions_of(Cell(rows_of(s)[0], "images", 0), s)]
+    places = [len(question.val) for _, _, question in jobs.questions_of(Job(rows_of(s)[0], "images", 0), s)]
     assert places == [10, 10, 10]
     assert seen[0] == "1 of 11 images have no mask and are left out"
     assert [": pixels: " in line for line in seen] == [False, True]
@@ -584,7 +586,7 @@ def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
         {"task": t, "figures": {"mIoU": v, "aAcc": 90.0}} for t, v in (("segmentation", 10.0), ("in_context", 30.0))
     ]
     assert primary_of({"results": parts}, s) == 20
-    with pytest.raises(Remedy, match="no such figure; it has mIoU, aAcc"):
+    with pytest.raises(UserError, match="no such figure; it has mIoU, aAcc"):
         primary_of({"results": parts}, s.model_copy(update={"primary": "segmentation:mAP"}))
 
 
@@ -595,7 +597,7 @@ def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
 def test_variants_are_valid(name, data, tmp_path):
     s = checked(data, tmp_path, ablate=(name,))
     row = next(row for row in rows_of(s) if row.name == name)
-    validated(Pretrain, jobs.training_of(Cell(row, "images", 0), s))
+    validated(Pretrain, jobs.training_of(Job(row, "images", 0), s))
 
 
 @pytest.mark.parametrize(
@@ -640,7 +642,7 @@ def test_variants_are_valid(name, data, tmp_path):
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("nothing is to be trained"))
-    with pytest.raises(Remedy, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(told)):
         compare.compare(**{**settings(data, tmp_path / "out"), **wrong})
     assert not (tmp_path / "out").exists()
 
@@ -661,8 +663,8 @@ def test_runs_of_equal_operations_have_as_many_steps_as_the_first_methods_operat
     """MAE does 10 an image and GTSA 25, so GTSA has 100 x 10 / 25 steps; those of the first method are there already."""
     flops = {"mae": 10.0, "gtsa": 25.0, "dino": 3.0}
 
-    def found(cell, s):  # of DINO there is no result yet, and a control has no steps
-        name = cell.row.name
+    def found(job, s):  # of DINO there is no result yet, and a control has no steps
+        name = job.row.name
         return (
             None
             if name == "dino"

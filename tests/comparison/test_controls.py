@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gtsa.comparison.controls import CONTROLS, ColourAndEdges, Position
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ColourAndEdges.normalisation)
 
@@ -50,5 +50,5 @@ def test_they_look_like_backbones(name):
     tokens = control(torch.randn(2, 3, 32, 48))
     assert tokens.patches.shape == (2, 2, 3, control.width) and tokens.prefix.shape[1] == 0
     assert len(control.blocks(torch.randn(1, 3, 32, 32), (-4, -1))) == 2
-    with pytest.raises(Remedy, match="fine-tunes"):
+    with pytest.raises(UserError, match="fine-tunes"):
         control.vit  # noqa: B018

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, divided, formats, open_labelled
 
 COCO_SMALL = os.environ.get("GTSA_COCO_SMALL", "")  # a small real COCO set, where there is one; no test needs it
@@ -25,7 +25,7 @@ def put(root, *names, size=(20, 18)):
 
 def refused(images, labels, kind, **options):
     """What is told of wrong labels."""
-    with pytest.raises(Remedy) as caught:
+    with pytest.raises(UserError) as caught:
         open_labelled(str(images), labels if labels is None else str(labels), kind, **options)
     assert caught.value.code == 3
     assert not isinstance(caught.value, UnknownFormat)
@@ -62,7 +62,7 @@ def test_problems_are_bounded_and_every_kind_has_a_line():
     for number in range(5000):
         problems.add("many", f"annotation {number}", "x" * 10_000)
     problems.add("rare", "image\x1b[31m 7", "said\tonce")
-    with pytest.raises(Remedy) as caught:
+    with pytest.raises(UserError) as caught:
         problems.insist()
     lines = str(caught.value).split("\n")
     assert len(lines) == 2 + 2 + SHOWN + 1  # heads, kinds, problems, and how many more

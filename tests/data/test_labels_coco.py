@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from test_labels import COCO_SMALL, moved, put, refused, write
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.labels import open_labelled
 from gtsa.data.labels._shapes import Fault, _unpacked, mask, shape
 
@@ -142,7 +142,7 @@ def test_an_image_without_annotations_is_empty(root):
 def test_single_things_without_a_mask_are_faults(root):
     content = clean()
     content["annotations"][1]["segmentation"] = []
-    with pytest.raises(Remedy, match="1 x annotation without a mask") as told:
+    with pytest.raises(UserError, match="1 x annotation without a mask") as told:
         opened(root, content)
     assert f"annotation {content['annotations'][1]['id']}: " in str(told.value) and told.value.code == 3
 
@@ -489,7 +489,7 @@ PLACES = list(places(clean()))[1:]
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), JSON), min_size=1, max_size=3))
 def test_anything_anywhere_is_told_or_sound(tmp_path_factory, changes):
-    """Nothing but a Remedy comes out of it, and what passes can be drawn."""
+    """Nothing but a UserError comes out of it, and what passes can be drawn."""
     root = tmp_path_factory.getbasetemp() / "anything"
     if not root.exists():
         put(root / "images", "b.jpg", "sub/a.jpg", "c.jpg", "more.jpg", size=(WIDTH, HEIGHT))
@@ -504,7 +504,7 @@ def test_anything_anywhere_is_told_or_sound(tmp_path_factory, changes):
             continue
     try:
         data = opened(root, content)
-    except Remedy as remedy:
+    except UserError as remedy:
         assert remedy.code == 3 and "x.json" in str(remedy)
         return
     for index in range(len(data)):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_labels import COCO_SMALL, moved, put, refused, write
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.decoding import decode
 from gtsa.data.labels import IGNORE, open_labelled
 from gtsa.data.labels._files import sizes
@@ -131,7 +131,7 @@ def test_ignore(root):
 @pytest.mark.parametrize("value", [255, 42])
 def test_a_value_far_above_all_others_is_told_with_its_file(root, value):
     png(root / "masks" / "a.png", np.where(IDS == 3, value, IDS))
-    with pytest.raises(Remedy, match=f"value {value} far above all others") as told:
+    with pytest.raises(UserError, match=f"value {value} far above all others") as told:
         opened(root)
     assert f"\n  a.png: no other is above 3: give --ignore {value}" in str(told.value)
     assert opened(root, ignore=value).classes[-1] == "class 3"

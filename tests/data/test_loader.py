@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw
 from gtsa.data.loader import StepSampler, ViewSet, collate, loader
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
-from gtsa.training.run_folder import Run
+from gtsa.training.run_folder import RunFolder
 
 few = settings(deadline=None, max_examples=50)
 SMALL = MultiCrop(global_size=16, local_size=8, local_crops=2)
@@ -96,7 +96,7 @@ def test_starting_late_gives_the_tail(shape, start, accumulate):
 
 
 def test_a_batch_that_does_not_divide_is_named():
-    with pytest.raises(Remedy, match="--batch-size 6 .* 2 processes x 2") as caught:
+    with pytest.raises(UserError, match="--batch-size 6 .* 2 processes x 2") as caught:
         StepSampler(10, 6, 5, ranks=2, accumulate=2)
     assert caught.value.code == 2
 
@@ -250,13 +250,13 @@ class Telling(Numbers):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what Linux knows of a process")
 def test_a_worker_ends_with_its_parent_has_its_own_group_and_holds_no_lock(tmp_path):
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     try:
         views = ViewSet(Telling(), range(2), SMALL, 0)
         (batch,) = loader(views, StepSampler(2, 2, 1), 1)
         assert [entry.reason for entry in batch.replaced] == ["dies by 9, group True, locks []"]
-        with pytest.raises(Remedy, match="another run is writing"):
-            Run(tmp_path / "run", resume=True)
+        with pytest.raises(UserError, match="another run is writing"):
+            RunFolder(tmp_path / "run", resume=True)
     finally:
         run.close()
 
@@ -311,7 +311,7 @@ def test_images_of_a_pixel_are_replaced():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_image_left_is_bad_data(workers):
     batches = iter(loader(view_set(bad=range(10)), StepSampler(10, 4, 2), workers))
-    with pytest.raises(Remedy, match="^no image of the run can be read any more") as caught:
+    with pytest.raises(UserError, match="^no image of the run can be read any more") as caught:
         next(batches)
     assert caught.value.code == 3
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from conftest import make_scenes, scene
 from gtsa.core import terminal
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Draw
 from gtsa.data import run_images, scan
 from gtsa.data.frozen import Frozen, frozen
@@ -74,7 +74,7 @@ def test_a_farm_of_links_says_how_to_follow_them(tmp_path):
         (tmp_path / "farm" / f"{i}.png").symlink_to(tmp_path / f"real/{i}.png")
     source = Folder(str(tmp_path / "farm"), follow_links=False)
     found = scan.scan(source)
-    with pytest.raises(Remedy, match="3 links lead out of the folder .*follow with --follow-links"):
+    with pytest.raises(UserError, match="3 links lead out of the folder .*follow with --follow-links"):
         scan.insist(found, "farm", 0.01)
     assert "3 links" in links(found)
     check(str(tmp_path / "farm"), follow_links=True)
@@ -117,14 +117,14 @@ def test_include_and_exclude(tmp_path, include, exclude, taken):
 
 
 def test_patterns_are_for_files():
-    with pytest.raises(Remedy, match="include and exclude choose files"):
+    with pytest.raises(UserError, match="include and exclude choose files"):
         Items([scene(0)], exclude=("a",))
 
 
 def test_archives_are_to_be_extracted(tmp_path):
     for name in ("a.tar", "b.TAR.GZ", "c.zip"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(Remedy, match="is an archive: extract it and give the folder with its images"):
+        with pytest.raises(UserError, match="is an archive: extract it and give the folder with its images"):
             open_source(str(tmp_path / name))
 
 
@@ -177,7 +177,7 @@ def test_check_says_what_it_used_and_one_line_for_one_reason(tmp_path, capsys):
     for i in range(7):
         (tmp_path / f"bad {i}.png").write_bytes(b"<html>")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    with pytest.raises(Remedy):
+    with pytest.raises(UserError):
         check(str(tmp_path))
     out = " ".join(capsys.readouterr().out.split())
     assert "5 decoded whole and used" in out
@@ -297,7 +297,7 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
     (tmp_path / "b.bmp").write_bytes((tmp_path / "b.bmp").read_bytes() + b"x")
     with pytest.raises(BadImage, match="another file than when the run began: .* bytes, was "):
         again.read(1)
-    with pytest.raises(Remedy, match="the list of images is damaged"):
+    with pytest.raises(UserError, match="the list of images is damaged"):
         Frozen(source, b'{"name": "a.png", "bytes": "x"}\n')
     old = "\n".join(json.dumps({"name": name}) for name in names(source)).encode()  # of an earlier version
     assert Frozen(Folder(str(tmp_path), files=names(source)), old).read(0).shape[-1] == 40
@@ -310,7 +310,7 @@ def test_a_run_replaces_an_image_that_is_another_by_now(tmp_path):
     (tmp_path / "images.jsonl").write_text(files["images.jsonl"])
     (tmp_path / "scan.json").write_text(files["scan.json"])
     said = []
-    images = run_images.Pool(str(data), settings, said.append)
+    images = run_images.RunImages(str(data), settings, said.append)
     scene(50, 64, 64).save(data / "scene_02.jpg")
     views = ViewSet(images.source, images.train, MultiCrop(1, 32, 1, 16), 0)
     found = [views[Draw(0, place)] for place in range(6)]

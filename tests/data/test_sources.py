@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.pixels import NEUTRAL, BadImage
 from gtsa.data.sources import open_source
 from gtsa.data.sources.folder import Folder
@@ -219,14 +219,14 @@ def test_lists_may_not_leave_their_folder(tmp_path, line):
     put(tmp_path, "out.png", "data/a.png")
     (tmp_path / "data" / "link").symlink_to(tmp_path)
     (tmp_path / "data" / "out link.png").symlink_to(tmp_path / "out.png")
-    with pytest.raises(Remedy, match=r"line 2: .*outside .*--data-root") as caught:
+    with pytest.raises(UserError, match=r"line 2: .*outside .*--data-root") as caught:
         listing(tmp_path / "data", f"a.png\n{line}\n")
     assert caught.value.code == 8
 
 
 def test_a_folder_with_the_same_beginning_is_outside(tmp_path):
     put(tmp_path, "data/a.png", "database/b.png")
-    with pytest.raises(Remedy):
+    with pytest.raises(UserError):
         listing(tmp_path / "data", "../database/b.png")
 
 
@@ -247,7 +247,7 @@ def test_entries_that_are_no_files_are_refused_when_read(tmp_path):
 
 
 def test_null_bytes_are_named(tmp_path):
-    with pytest.raises(Remedy, match="line 2: a null byte") as caught:
+    with pytest.raises(UserError, match="line 2: a null byte") as caught:
         listing(tmp_path, b"a.png\nb\0.png\n")
     assert caught.value.code == 3
 
@@ -261,7 +261,7 @@ def test_an_empty_list_is_empty(tmp_path):
 )
 def test_what_nobody_claims_is_named(tmp_path, data, word, monkeypatch):
     monkeypatch.chdir(put(tmp_path, "a.png"))
-    with pytest.raises(Remedy, match=word) as caught:
+    with pytest.raises(UserError, match=word) as caught:
         open_source(data)
     assert caught.value.code == 3
 
@@ -324,7 +324,7 @@ def test_a_dataset_without_a_length_is_named():
         def __iter__(self):
             yield TENSOR
 
-    with pytest.raises(Remedy, match="Endless has no length"):
+    with pytest.raises(UserError, match="Endless has no length"):
         open_source(Endless())
 
 

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import generator
 from gtsa.data.labels import IGNORE
 from gtsa.evaluation.evaluators.clusters import Clusters
@@ -99,7 +99,7 @@ def test_masks_without_labels():
     masks = stripes(4, 64, 64)
     masks[2] = torch.full((64, 64), IGNORE)
     assert perfect(answer(labelled(painted(masks), masks))[1])
-    with pytest.raises(Remedy, match="no pixel"):
+    with pytest.raises(UserError, match="no pixel"):
         answer(labelled(painted(masks), [masks[2]] * 4))
 
 

@@ -10,11 +10,11 @@ from lightning_fabric import Fabric
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MulticlassRecall
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation import dense, retrieval
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.retrieval import Memory, remembered, shares_of
 from gtsa.models.backbone import IMAGENET
 
@@ -70,7 +70,7 @@ def blocks(images, cells=16, seed=0):
 
 
 def lab(**settings):
-    return Lab(Fabric(accelerator="cpu", devices=1), **{"batch_size": 4, **settings})
+    return EvalContext(Fabric(accelerator="cpu", devices=1), **{"batch_size": 4, **settings})
 
 
 def perfect(figures):
@@ -120,7 +120,7 @@ def test_repeats_are_averaged_figure_by_figure():
 
 def test_ignored_masks_count_for_nothing():
     nothing = dense.counts(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 2)
-    with pytest.raises(Remedy, match="no pixel") as told:
+    with pytest.raises(UserError, match="no pixel") as told:
         dense.figures(dense.stacked([nothing]))
     assert told.value.code == 3
     something = dense.counts(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), 2)
@@ -280,6 +280,6 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
 
 def test_nothing_labelled_is_told():
     data = labelled(gradients(2), [torch.full((64, 64), IGNORE)] * 2)
-    with pytest.raises(Remedy, match="no pixel of the training masks") as told:
+    with pytest.raises(UserError, match="no pixel of the training masks") as told:
         remembered(Colours(), data, lab(), 64, 10)
     assert told.value.code == 3

@@ -15,13 +15,13 @@ from lightning_fabric import Fabric
 from torchvision.models.detection.faster_rcnn import _default_anchorgen
 from torchvision.models.detection.image_list import ImageList
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Draw
 from gtsa.data.labels import Boxes, Labelled
 from gtsa.evaluation.average_precision import average_precision, corner, encoded, pasted
 from gtsa.evaluation.detection_crops import View, around, draw, fitted, seen
 from gtsa.evaluation.evaluators.detection import Detection, Scenes, groups, truth
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.heads.mask_rcnn import Anchors, Detector, _pool, padded
 from gtsa.models.backbone import Backbone
 
@@ -85,7 +85,7 @@ def squares(count, masks, size=(64, 80), seed=0):
 
 
 def lab(**options):
-    return Lab(Fabric(accelerator="cpu", devices=1), **options)
+    return EvalContext(Fabric(accelerator="cpu", devices=1), **options)
 
 
 @pytest.fixture(scope="module")
@@ -460,7 +460,7 @@ def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
     straight = detection(backbone, train, val, lab(folder=tmp_path / "straight"))
     reads = iter(range(10**6))
     train.source.on_read = lambda: os.kill(os.getpid(), signal.SIGTERM) if next(reads) == 5 else None
-    with pytest.raises(Remedy) as stopped:
+    with pytest.raises(UserError) as stopped:
         detection(backbone, train, val, lab(folder=tmp_path / "stopped"))
     assert stopped.value.code == 75
     resumed = detection(backbone, train, val, lab(folder=tmp_path / "stopped"))
@@ -473,7 +473,7 @@ def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
         for name in ("straight", "stopped")
     ]
     assert ends[0] == ends[1]
-    with pytest.raises(Remedy, match="other settings"):
+    with pytest.raises(UserError, match="other settings"):
         Detection(**SMALL, steps=6, drop_path=0.1, accumulate=2 if masks else 1)(
             backbone, train, val, lab(folder=tmp_path / "stopped")
         )
@@ -515,7 +515,7 @@ def test_half_precision_is_for_the_backbone_alone(backbone):
     """Boxes of a width of 800 px are known to a fraction of a pixel; in bf16 they would be known to 4 px."""
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     train, val = squares(4, True), squares(2, True, size=(512, 800))
-    found = Detection(**SMALL, steps=1)(backbone, train, val, Lab(fabric))["found"]
+    found = Detection(**SMALL, steps=1)(backbone, train, val, EvalContext(fabric))["found"]
     edges = torch.tensor([d["bbox"][0] for entries in found for d in entries], dtype=torch.float64)
     assert len(edges) > 100 and (edges % 1 != 0).double().mean() > 0.5
 
@@ -531,5 +531,5 @@ def test_masks_in_one_of_the_sets_alone_are_left_out(backbone):
     "wrong", [{"scale": 8}, {"epochs": 0}, {"steps": -1}, {"learning_rate": 0.0}, {"head_rate": 0.0}, {"batch_size": 0}]
 )
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(Remedy, match="detection"):
+    with pytest.raises(UserError, match="detection"):
         Detection(**wrong)

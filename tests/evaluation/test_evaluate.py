@@ -18,12 +18,12 @@ import gtsa
 from conftest import TINY, run_apart
 from evaluating import coloured
 from gtsa.cli.main import run
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import read_yaml, validated
-from gtsa.data.run_images import Pool
+from gtsa.data.run_images import RunImages
 from gtsa.evaluation import evaluators
 from gtsa.evaluation.evaluators.finetune import Finetune
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.folds import folds_of, joined
 from gtsa.evaluation.tasks import Question
 from gtsa.pretraining.settings import Pretrain
@@ -65,7 +65,7 @@ def test_a_class_may_be_missing_among_the_images_to_judge_by(places, tmp_path, c
     report = asked(places, "knn", val=(str(tmp_path / "val"),))
     assert report["results"][0]["figures"]["top1, k = 3"] == 100.0  # a and c keep their names
     assert "--val has no example of class b" in capsys.readouterr().out
-    with pytest.raises(Remedy, match="--val has classes that --train has no example of: class b"):
+    with pytest.raises(UserError, match="--val has classes that --train has no example of: class b"):
         asked(places, "knn", train=(str(tmp_path / "val"),), val=(str(places / "train"),))
 
 
@@ -84,7 +84,7 @@ def test_a_damaged_image_is_told_before_a_long_training(places, tmp_path, monkey
     for file in bad:
         file.write_bytes(file.read_bytes()[:200])
     monkeypatch.setattr(Finetune, "__call__", lambda *_: pytest.fail("nothing is to be trained"))
-    with pytest.raises(Remedy, match="2 x image that cannot be read") as told:
+    with pytest.raises(UserError, match="2 x image that cannot be read") as told:
         asked(places, "finetune", val=(str(tmp_path / "val"),))
     assert all(str(file.relative_to(tmp_path / "val")) in str(told.value) for file in bad) and told.value.code == 3
 
@@ -132,10 +132,10 @@ def test_classes_have_figures_of_their_own(tmp_path):
 
 def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_path, monkeypatch):
     def fails(*_):
-        raise Remedy("it failed", 6)
+        raise UserError("it failed", 6)
 
     monkeypatch.setattr(Finetune, "__call__", fails)
-    with pytest.raises(Remedy, match="it failed"):
+    with pytest.raises(UserError, match="it failed"):
         asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"))
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     assert result["task"] == "knn" and result["figures"]["top1, k = 3"] == 100.0
@@ -143,9 +143,9 @@ def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_pa
 
 def test_results_are_not_overwritten(places, tmp_path):
     (tmp_path / "out.json").write_text("mine")
-    with pytest.raises(Remedy, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         asked(places, "knn", out=str(tmp_path / "out.json"))
-    with pytest.raises(Remedy, match="cannot be written") as told:
+    with pytest.raises(UserError, match="cannot be written") as told:
         asked(places, "knn", out=str(tmp_path / "out.json" / "x.json"))
     assert told.value.code == 6
     assert (tmp_path / "out.json").read_text() == "mine"
@@ -171,9 +171,9 @@ def test_an_evaluation_that_was_stopped_goes_on_in_its_places(places, tmp_path, 
     (tmp_path / "kept" / "finetune" / "stale.csv").parent.mkdir(exist_ok=True)
     (tmp_path / "kept" / "finetune" / "stale.csv").write_text("of the one that was stopped")
     for other in ({"seed": 5}, {"val": (str(places / "train"),)}):
-        with pytest.raises(Remedy, match="is there already"):
+        with pytest.raises(UserError, match="is there already"):
             asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), **other)
-        with pytest.raises(Remedy, match="not empty"):
+        with pytest.raises(UserError, match="not empty"):
             asked(places, ("knn", "finetune"), predictions=str(tmp_path / "kept"), **other)
     asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
     found = json.loads((tmp_path / "out.json").read_text())
@@ -186,7 +186,7 @@ def test_predictions_of_two_evaluations_are_not_mixed(places, tmp_path):
     asked(places, "knn", predictions=str(tmp_path / "kept"))
     before = (tmp_path / "kept" / "knn" / "predictions.csv").read_bytes()
     for again in ("knn", "linear"):
-        with pytest.raises(Remedy, match=r"kept is not empty \(knn\): predictions of two evaluations are not mixed"):
+        with pytest.raises(UserError, match=r"kept is not empty \(knn\): predictions of two evaluations are not mixed"):
             asked(places, again, predictions=str(tmp_path / "kept"), val=(str(places / "train"),))
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["knn"]
     assert (tmp_path / "kept" / "knn" / "predictions.csv").read_bytes() == before
@@ -198,7 +198,7 @@ def test_a_link_in_place_of_predictions_is_not_followed(places, tmp_path, monkey
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     shutil.rmtree(tmp_path / "kept" / "knn")
     (tmp_path / "kept" / "knn").symlink_to(tmp_path / "mine")
-    with pytest.raises(Remedy, match="leads out of the folder") as told:
+    with pytest.raises(UserError, match="leads out of the folder") as told:
         asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
     assert told.value.code == 8 and (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -227,7 +227,7 @@ def test_rotation_needs_images_alone(places, tmp_path):
 
 def test_labels_of_one_side_alone_are_told(places, tmp_path):
     (tmp_path / "labels.csv").write_text("path,label\nclass a/00.png,x\nclass a/03.png,y\n")
-    with pytest.raises(Remedy, match="--train has no labels, --val classes; give the same kind"):
+    with pytest.raises(UserError, match="--train has no labels, --val classes; give the same kind"):
         asked(places, "rotation", val=(str(places / "train"), str(tmp_path / "labels.csv")))
 
 
@@ -239,7 +239,7 @@ def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part)
     assert f"judged by {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
     assert own["images"] == {"judged": TINY["hold_out"]}
     settings = validated(Pretrain, read_yaml(finished / "config.yaml"))
-    pool = Pool(str(scenes), settings, print)
+    pool = RunImages(str(scenes), settings, print)
     for number in pool.held_out:
         shutil.copy(scenes / pool.source.name(number), tmp_path)
     (same,) = gtsa.evaluate(str(finished / part), "health", val=tmp_path, device="cpu", workers=0, health=small)[
@@ -257,7 +257,7 @@ def test_health_without_images_says_what_is_needed(finished, tmp_path, weights, 
         weights = str(shutil.copytree(finished, tmp_path / "run"))
         text = (tmp_path / "run" / "config.yaml").read_text()
         (tmp_path / "run" / "config.yaml").write_text(text.replace("data: ", "data: /gone"))
-    with pytest.raises(Remedy, match=words):
+    with pytest.raises(UserError, match=words):
         gtsa.evaluate(weights, "health", device="cpu")
 
 
@@ -346,7 +346,7 @@ class Places(list):
 @given(st.integers(6, 40), st.integers(3, 6), st.integers(0, 9))
 def test_for_every_fold_settings_are_judged_by_all_other_images_and_by_what_has_not_seen_it(images, folds, seed):
     question = Question("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
-    evidence = question.evidence(None, Lab(None, "mean", seed, 1, 0))
+    evidence = question.evidence(None, EvalContext(None, "mean", seed, 1, 0))
     told = question.without(evidence, seed)
     assert len(told) == folds
     for (_, fold), figures in zip(folds_of(images, folds, seed), told, strict=True):
@@ -465,6 +465,6 @@ def test_an_image_that_cannot_be_read_is_named(places, tmp_path, capsys, workers
 def test_train_and_val_of_other_classes_are_refused(places, tmp_path):
     shutil.copytree(places / "val", tmp_path / "val")
     (tmp_path / "val" / "class c").rename(tmp_path / "val" / "class d")
-    with pytest.raises(Remedy, match="no example of: class d") as told:
+    with pytest.raises(UserError, match="no example of: class d") as told:
         asked(places, "knn", val=(str(tmp_path / "val"),))
     assert told.value.code == 3

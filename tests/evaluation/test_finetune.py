@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluating import coloured, lab, labelled, noise
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Examples
 from gtsa.data.loader import StepSampler
 from gtsa.evaluation.evaluators.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
@@ -180,14 +180,14 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
         return forward(self, views, time)
 
     monkeypatch.setattr(Classifier, "forward", stopping)
-    with pytest.raises(Remedy, match=f"stopped on request at step {step} of 12") as stopped:
+    with pytest.raises(UserError, match=f"stopped on request at step {step} of 12") as stopped:
         task(backbone, train, val, lab(folder=tmp_path / "parts"))
     assert stopped.value.code == 75
     torch.manual_seed(1234), np.random.seed(5), random.seed(6)
     parts = task(backbone, train, val, lab(folder=tmp_path / "parts"))["scores"]
     assert len(seen) == 12 * accumulate
     assert torch.equal(whole, parts)
-    with pytest.raises(Remedy, match="another folder"):
+    with pytest.raises(UserError, match="another folder"):
         task(backbone, train, val, lab(folder=tmp_path / "parts", seed=1))
 
 
@@ -206,5 +206,5 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(Remedy, match=told):
+    with pytest.raises(UserError, match=told):
         Finetune(**wrong)

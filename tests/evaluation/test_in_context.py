@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.labels import IGNORE
 from gtsa.evaluation.evaluators.in_context import InContext
 from gtsa.models.backbone import Backbone
@@ -119,5 +119,5 @@ def test_the_backbone_is_left_as_it_was():
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(Remedy, match="temperature"):
+    with pytest.raises(UserError, match="temperature"):
         InContext(temperature=0)

@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, lab, labelled, noise
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.labels import Boxes
 from gtsa.evaluation.evaluators.instances import Instances, covered
 
@@ -108,9 +108,9 @@ def test_shares_of_cells_by_hand_and_without_crowds():
 def test_what_cannot_be_asked_is_refused():
     boxes = scenes(4, 0)
     object.__setattr__(boxes, "has_masks", False)
-    with pytest.raises(Remedy, match="boxes alone"):
+    with pytest.raises(UserError, match="boxes alone"):
         asked(boxes, boxes)
-    with pytest.raises(Remedy, match="below that"):
+    with pytest.raises(UserError, match="below that"):
         asked(scenes(2, 0), scenes(2, 1), k=4)
-    with pytest.raises(Remedy, match="at least 1"):
+    with pytest.raises(UserError, match="at least 1"):
         Instances(k=0)

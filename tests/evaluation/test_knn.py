@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.evaluation import retrieval
 from gtsa.evaluation.evaluators import knn
 from gtsa.evaluation.evaluators.knn import KNN
@@ -71,13 +71,13 @@ def test_more_neighbours_than_images_are_left_out_aloud(monkeypatch):
     evidence = KNN(**SMALL)(Stub(cells), *sets(train=50, val=5), lab())
     assert list(evidence) == ["top1, k = 20", "top5, k = 20", "top1, k = 10", "top5, k = 10"]
     assert told == ["knn: k = 100, 200 left out, there are 50 training images"]
-    with pytest.raises(Remedy, match=r"there are 9 training images; give --knn\.k"):
+    with pytest.raises(UserError, match=r"there are 9 training images; give --knn\.k"):
         KNN(**SMALL)(Stub(cells), *sets(train=9, val=5), lab())
 
 
 @pytest.mark.parametrize("wrong", [{"k": ()}, {"k": (0,)}, {"temperature": 0.0}])
 def test_settings_that_mean_nothing_are_refused(wrong):
-    with pytest.raises(Remedy, match="knn: k must be at least 1"):
+    with pytest.raises(UserError, match="knn: k must be at least 1"):
         KNN(**wrong)
 
 

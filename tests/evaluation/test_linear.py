@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import multiclass_accuracy, multilabel_average_precision
 
 from evaluating import Stub, cells, coloured, lab, labelled, noise
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.evaluation.evaluators.linear import Heads, Linear, mean_average_precision, tenth
 
 SMALL = {"resize": 32, "crop": 32}
@@ -172,22 +172,22 @@ def test_a_training_that_was_stopped_ends_where_the_other_one_does(tmp_path, mon
         return forward(self, views, time)
 
     monkeypatch.setattr(Heads, "forward", stopping)
-    with pytest.raises(Remedy, match="stopped on request at step 23 of 60") as stopped:
+    with pytest.raises(UserError, match="stopped on request at step 23 of 60") as stopped:
         task(Stub(colours), train, val, lab(folder=tmp_path / "parts"))
     assert stopped.value.code == 75
     parts = task(Stub(colours), train, val, lab(folder=tmp_path / "parts"))["scores"]
     assert torch.equal(whole, parts)
     assert len(seen) == 60
-    with pytest.raises(Remedy, match="another folder"):
+    with pytest.raises(UserError, match="another folder"):
         task(Stub(colours), val, train, lab(folder=tmp_path / "parts"))
 
 
 def test_what_cannot_be_is_refused():
     for wrong in ({"rates": ()}, {"rates": (0.0,)}, {"blocks": (0,)}, {"steps": 0}, {"batch_size": 0}):
-        with pytest.raises(Remedy, match="linear: "):
+        with pytest.raises(UserError, match="linear: "):
             Linear(**wrong)
     one = labelled(noise(1), [0])
-    with pytest.raises(Remedy, match="one training image is too few"):
+    with pytest.raises(UserError, match="one training image is too few"):
         Linear(**QUICK)(Stub(colours), one, one, lab())
 
 

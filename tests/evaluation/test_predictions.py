@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from evaluating import labelled, noise
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.labels import IGNORE, Boxes
 from gtsa.evaluation.legend import legend
-from gtsa.evaluation.predictions import Keeper, as_picture, drawn, names_of, palette
+from gtsa.evaluation.predictions import PredictionWriter, as_picture, drawn, names_of, palette
 
 SEVEN = [f"class {i}" for i in range(7)]
 
@@ -29,7 +29,7 @@ def table(folder):
 
 
 def kept(folder, data, predictions, pictures=0, task="knn"):
-    keeper = Keeper(str(folder), pictures, task, data)
+    keeper = PredictionWriter(str(folder), pictures, task, data)
     for index, prediction in enumerate(predictions):
         keeper(index, prediction)
     keeper.close()
@@ -37,7 +37,7 @@ def kept(folder, data, predictions, pictures=0, task="knn"):
 
 def test_nothing_is_kept_where_nothing_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keeper = Keeper(None, 5, "knn", labelled(noise(2), [0, 1]))
+    keeper = PredictionWriter(None, 5, "knn", labelled(noise(2), [0, 1]))
     keeper(0, torch.tensor([0.1, 0.9]))
     keeper.close()
     assert files(tmp_path) == []
@@ -158,7 +158,7 @@ def test_so_many_pictures_evenly_spread(tmp_path):
 
 def test_folds_say_which_image_they_judge(tmp_path):
     data = labelled(noise(4), [0, 1, 0, 1])
-    keeper = Keeper(str(tmp_path), 0, "knn", data)
+    keeper = PredictionWriter(str(tmp_path), 0, "knn", data)
     for places in ([1, 3], [0, 2]):
         keeper.places = places
         for index, place in enumerate(places):
@@ -204,7 +204,7 @@ def test_planted_links_are_not_followed(tmp_path):
     (tmp_path / "here" / "t" / "masks").symlink_to(outside)
     mask = torch.zeros(32, 32, dtype=torch.uint8)
     data = labelled(noise(1), [mask.long()], "masks", "ab", names=["sub/x.png"])
-    with pytest.raises(Remedy, match="remove the link") as refused:
+    with pytest.raises(UserError, match="remove the link") as refused:
         kept(tmp_path / "here", data, [mask], task="t")
     assert refused.value.code == 8
     assert files(outside) == [] and list(outside.iterdir()) == []
@@ -217,8 +217,8 @@ def test_planted_links_are_not_followed(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Remedy, match="cannot be written") as told:
-        Keeper(str(tmp_path / "file"), 0, "knn", labelled(noise(2), [0, 1]))
+    with pytest.raises(UserError, match="cannot be written") as told:
+        PredictionWriter(str(tmp_path / "file"), 0, "knn", labelled(noise(2), [0, 1]))
     assert told.value.code == 6
 
 

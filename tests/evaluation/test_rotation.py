@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from evaluating import Stub, cells, lab, labelled, noise
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.evaluation.evaluators.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
 from gtsa.models.backbone import Backbone
@@ -172,5 +172,5 @@ def test_masks_are_found_again_in_turned_images_by_features_that_turn():
 def test_no_labels_no_masks_figures():
     figures, _ = asked(Stub(cells), val=2)
     assert not any("mIoU" in name for name in figures)
-    with pytest.raises(Remedy, match="one training image is too few"):
+    with pytest.raises(UserError, match="one training image is too few"):
         asked(Stub(cells), train=1)

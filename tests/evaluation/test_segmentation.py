@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
 
 from conftest import final_weights
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Examples
 from gtsa.data.labels import IGNORE
 from gtsa.data.loader import StepSampler
@@ -205,7 +205,7 @@ def test_polynomial():
     "wrong", [{"steps": 0}, {"scales": (2.0, 1.0)}, {"warmup": 1.0}, {"learning_rate": 0.0}, {"size": -1}]
 )
 def test_settings_that_cannot_be(wrong):
-    with pytest.raises(Remedy, match="segmentation"):
+    with pytest.raises(UserError, match="segmentation"):
         Segmentation(**wrong)
 
 
@@ -259,7 +259,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
     whole, pictures = evidence("whole")
     failing = labelled(painted(masks), masks)
     object.__setattr__(failing, "source", Failing(failing.source, 8, stop))  # in the fourth of six steps
-    with pytest.raises(KeyboardInterrupt if stop is _power_cut else Remedy):
+    with pytest.raises(KeyboardInterrupt if stop is _power_cut else UserError):
         evidence("cut", failing)
     steps = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").glob("step-*"))
     assert steps == ["step-00000002" if stop is _power_cut else "step-00000004"]
@@ -280,7 +280,7 @@ def test_a_folder_of_another_training_is_refused(tmp_path):
         (first, data.take([0, 1]), {}),
         (first, data, {"seed": 1}),
     ):
-        with pytest.raises(Remedy, match="another folder") as told:
+        with pytest.raises(UserError, match="another folder") as told:
             asked(train, data, settings=settings, folder=tmp_path, **options)
         assert told.value.code == 4
     asked(data, data, settings={**first, "sliding": 16}, folder=tmp_path)  # looks on in another way, learns alike

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
 from gtsa.data.multicrop import MultiCrop
@@ -231,20 +231,20 @@ def test_views_are_the_published_ones():
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(Remedy, match=told):
+    with pytest.raises(UserError, match=told):
         method(**wrong)
 
 
 def test_without_a_class_token_it_is_refused():
     encoder = Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2, "class_token": False})
-    with pytest.raises(Remedy, match="CLS"):
+    with pytest.raises(UserError, match="CLS"):
         DINO(encoder, **SMALL)
 
 
 def test_gtsa_refuses_views_that_it_cannot_compare():
-    with pytest.raises(Remedy, match=r"views.flip: must be 0 for gtsa"):
+    with pytest.raises(UserError, match=r"views.flip: must be 0 for gtsa"):
         validated(Pretrain, {"views": {"flip": 0.5}})
-    with pytest.raises(Remedy, match=r"views.local_overlap: must be above 0 for gtsa"):
+    with pytest.raises(UserError, match=r"views.local_overlap: must be above 0 for gtsa"):
         validated(Pretrain, {"views": {"local_overlap": 0.0}})
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_dino import loss_by_hand, softmax, views
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.methods.ibot import IBOT
 from gtsa.models.backbone import Backbone
@@ -153,7 +153,7 @@ def test_views_are_the_published_ones():
     [({"bottleneck": 0}, "at least 1"), ({"patch_weight": -1.0}, "not below"), ({"mask_share": (0.5, 0.1)}, "rising")],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(Remedy, match=told):
+    with pytest.raises(UserError, match=told):
         method(**wrong)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_dino import views
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.methods.mae import MAE, Decoder, sines
 from gtsa.methods.parts import masking
@@ -133,11 +133,11 @@ def test_settings_of_a_run_are_the_published_ones():
 
 def test_a_model_that_cannot_leave_patches_out_is_refused():
     encoder = Backbone("eva02_tiny_patch14_224", 56, arguments={"depth": 1})
-    with pytest.raises(Remedy, match="cannot leave patches out"):
+    with pytest.raises(UserError, match="cannot leave patches out"):
         encoder.visible(torch.zeros(1, 3, 56, 56), torch.tensor([[0]]))
 
 
 @pytest.mark.parametrize(("wrong", "told"), [({"mask_share": 1.0}, "below 1"), ({"decoder_dim": 30}, "multiple of 4")])
 def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(Remedy, match=told):
+    with pytest.raises(UserError, match=told):
         method(**wrong)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.models.backbone import Backbone, names, patch_of
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -129,20 +129,20 @@ def test_encoder_is_the_published_one():
     ],
 )
 def test_what_is_no_plain_vit_is_named(name):
-    with pytest.raises(Remedy, match=f"{name}.*vit_|near it") as caught:
+    with pytest.raises(UserError, match=f"{name}.*vit_|near it") as caught:
         Backbone(name)
     assert caught.value.code == 2
 
 
 def test_a_near_name_is_offered():
-    with pytest.raises(Remedy, match="near it: .*vit_small"):
+    with pytest.raises(UserError, match="near it: .*vit_small"):
         Backbone("vit_small_patch17_224")
 
 
 def test_wrong_arguments_and_sizes_are_named():
-    with pytest.raises(Remedy, match="dpth"):
+    with pytest.raises(UserError, match="dpth"):
         Backbone("vit_tiny_patch16_224", arguments={"dpth": 1})
-    with pytest.raises(Remedy, match="225 px .* 16 px .* use 224"):
+    with pytest.raises(UserError, match="225 px .* 16 px .* use 224"):
         Backbone("vit_tiny_patch16_224", 225)
 
 

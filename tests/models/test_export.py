@@ -10,7 +10,7 @@ import timm
 import torch
 import transformers
 
-from gtsa import Remedy, export
+from gtsa import UserError, export
 from gtsa.cli.main import run as command
 from gtsa.models import weights
 from gtsa.models.backbone import IMAGENET, Backbone
@@ -61,7 +61,7 @@ def test_nothing_is_overwritten(tmp_path):
     place = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
-    with pytest.raises(Remedy, match="give another folder"):
+    with pytest.raises(UserError, match="give another folder"):
         export(str(place), str(tmp_path / "mine"))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
 
@@ -123,7 +123,7 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
     assert {p.name for p in place.parent.iterdir()} == {"w.pth", "w.pth.sha256"}
     told = load_backbone(str(place))[1]
     assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in told
-    with pytest.raises(Remedy, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         export(str(tmp_path / "timm"), str(place), "dino")
 
 
@@ -141,7 +141,7 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
 )
 def test_what_hugging_face_cannot_hold(tmp_path, model, options):
     place = write(encoder(model, **options), tmp_path / "timm")
-    with pytest.raises(Remedy, match="is no plain ViT with a CLS token.*use --to timm") as remedy:
+    with pytest.raises(UserError, match="is no plain ViT with a CLS token.*use --to timm") as remedy:
         export(str(place), str(tmp_path / "hf"), "hf")
     assert remedy.value.code == 4
     assert not (tmp_path / "hf").exists()
@@ -153,7 +153,7 @@ def test_an_eps_that_timm_cannot_say(tmp_path):
     )
     transformers.ViTModel(config).save_pretrained(tmp_path / "w")
     for to in ("timm", "dino"):
-        with pytest.raises(Remedy, match=r"eps of 1e-12.* Use --to hf") as remedy:
+        with pytest.raises(UserError, match=r"eps of 1e-12.* Use --to hf") as remedy:
             export(str(tmp_path / "w"), str(tmp_path / "out"), to)
         assert remedy.value.code == 4
     again = export(str(tmp_path / "w"), str(tmp_path / "hf"), "hf")
@@ -211,7 +211,7 @@ def test_every_changed_or_shortened_file_is_found(exported, tmp_path, to):
                 if file.suffix == ".sha256" and to == "dino" and len(damaged) > 64 and damaged[:64] == whole[:64]:
                     continue  # the name behind the checksum, which nobody reads
                 file.write_bytes(damaged)
-                with pytest.raises(Remedy, match=r"changed or cut short|is damaged") as remedy:
+                with pytest.raises(UserError, match=r"changed or cut short|is damaged") as remedy:
                     weights.find(str(place))
                 assert remedy.value.code == 4
         file.write_bytes(whole)
@@ -255,7 +255,7 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(Remedy, match="cannot be written: No space") as remedy:
+    with pytest.raises(UserError, match="cannot be written: No space") as remedy:
         export(str(exported["timm"]), str(tmp_path / "x"))
     assert remedy.value.code == 6
     assert not list(tmp_path.iterdir())

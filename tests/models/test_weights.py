@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from gtsa import Remedy
+from gtsa import UserError
 from gtsa.evaluation.retrieval import nearest, votes_of
 from gtsa.models import state_dict, weights
 from gtsa.models.backbone import Backbone
@@ -257,7 +257,7 @@ def test_timm_by_name(monkeypatch):
     assert (found.model, found.arguments) == ("vit_tiny_patch16_384", {"img_size": 384})
     assert found.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert all(torch.equal(found.tensors[k], v) for k, v in made[0].state_dict().items())
-    with pytest.raises(Remedy, match="timm:no_such_vit could not be fetched") as remedy:
+    with pytest.raises(UserError, match="timm:no_such_vit could not be fetched") as remedy:
         weights.find("timm:no_such_vit")
     assert remedy.value.code == 4
 
@@ -284,7 +284,7 @@ def test_teacher_or_student(tmp_path, vit):
             if name != "dicts":
                 assert sum(found.left.values()) == (33 if name != "nested" else 32)
     torch.save({"teacher": vit.state_dict()}, tmp_path / "teacher.pth")
-    with pytest.raises(Remedy, match="holds a teacher and no student"):
+    with pytest.raises(UserError, match="holds a teacher and no student"):
         weights.find(str(tmp_path / "teacher.pth"), "student")
     torch.save({"student": vit.state_dict()}, tmp_path / "student.pth")
     assert "student.pth (student)" in load_backbone(str(tmp_path / "student.pth"))[1]
@@ -350,7 +350,7 @@ def test_any_width_of_an_mlp_can_be_said():
 def test_others_are_asked_for(tmp_path, name, options, words):
     arguments = {"depth": DEPTH, "img_size": SIDE, **options}
     place = as_tensors(timm.create_model(name, num_classes=0, **arguments), tmp_path / "w")
-    with pytest.raises(Remedy, match=f"does not say which model it is .*{words}.*--model") as remedy:
+    with pytest.raises(UserError, match=f"does not say which model it is .*{words}.*--model") as remedy:
         load_backbone(str(place))
     assert remedy.value.code == 4
 
@@ -363,7 +363,7 @@ def test_the_model_by_its_name(tmp_path):
         torch.testing.assert_close(features(backbone, images(1)), model.forward_features(images(1)), rtol=0, atol=1e-5)
     assert "taken for" not in told
     part = as_tensors(timm_vit(), tmp_path / "part")
-    with pytest.raises(Remedy, match=r"30 of 150 tensors fit; blocks.2.norm1.weight is missing.* and 117 more"):
+    with pytest.raises(UserError, match=r"30 of 150 tensors fit; blocks.2.norm1.weight is missing.* and 117 more"):
         load_backbone(str(part), model="vit_tiny_patch16_224")  # half a network, by its full name
 
 
@@ -435,7 +435,7 @@ def test_another_eps_is_told(tmp_path, vit):
 
 
 def refused(path, words, code=4, model=None):
-    with pytest.raises(Remedy, match=words) as remedy:
+    with pytest.raises(UserError, match=words) as remedy:
         load_backbone(str(path), model=model)
     assert remedy.value.code == code
 
@@ -460,7 +460,7 @@ def test_tensors_that_do_not_fit(tmp_path, vit, change, words):
     state = dict(vit.state_dict())
     change(state)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(Remedy, match=words) as remedy:
+    with pytest.raises(UserError, match=words) as remedy:
         target = Backbone("vit_tiny_patch16_224", SIDE, arguments={"depth": DEPTH})
         weights.load(weights.find(str(tmp_path / "w.pth")), target)
     assert remedy.value.code == 4
@@ -588,7 +588,7 @@ def test_timm_folders_that_reach_further(tmp_path, vit, change, words):
     as_timm(vit, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(Remedy, match=words) as remedy:
+    with pytest.raises(UserError, match=words) as remedy:
         load_backbone(str(tmp_path))
     assert remedy.value.code in (2, 4)
 
@@ -599,7 +599,7 @@ def test_timm_folders_that_reach_further(tmp_path, vit, change, words):
 def test_folders_that_are_none(tmp_path, vit, content):
     as_timm(vit, tmp_path)
     (tmp_path / "config.json").write_text(content, "latin-1")
-    with pytest.raises(Remedy) as remedy:
+    with pytest.raises(UserError) as remedy:
         load_backbone(str(tmp_path))
     assert remedy.value.code in (2, 4)
 

@@ -14,7 +14,7 @@ from test_online_eval import right
 
 import gtsa
 from conftest import TINY, run
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, read_yaml, validated
 from gtsa.evaluation import tasks
 from gtsa.methods.dino import DINO
@@ -200,7 +200,7 @@ def test_from_scratch_nothing_is_gentle():
     ],
 )
 def test_mistakes_are_told(given, words):
-    with pytest.raises(Remedy, match=words):
+    with pytest.raises(UserError, match=words):
         validated(Pretrain, given)
 
 
@@ -234,7 +234,7 @@ def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
         file.unlink()
     place.rmdir()
     write(encoder, place)
-    with pytest.raises(Remedy, match="is not what the run was started from") as told:
+    with pytest.raises(UserError, match="is not what the run was started from") as told:
         gtsa.pretrain(out=str(tmp_path / "run"), resume=True, steps=8)
     assert told.value.code == 4
 

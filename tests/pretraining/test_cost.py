@@ -129,7 +129,7 @@ def test_flags_that_take_less_are_flags():
 @pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
     ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
-    with pytest.raises(plan.Remedy, match=f"there are {images} images .* take at most {images}") as remedy:
+    with pytest.raises(plan.UserError, match=f"there are {images} images .* take at most {images}") as remedy:
         plan.budget(ready, images)
     assert remedy.value.code == 2
 

@@ -14,14 +14,14 @@ import gtsa
 from conftest import final_weights, make_scenes
 from gtsa.cli.main import run as command
 from gtsa.core import files
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import plain_yaml, validated
-from gtsa.data.run_images import Pool
+from gtsa.data.run_images import RunImages
 from gtsa.models import weights
 from gtsa.pretraining.requested import settings_of
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
-from gtsa.training.run_folder import Run
+from gtsa.training.run_folder import RunFolder
 
 SMALL = {
     "model": "test_vit",
@@ -90,7 +90,7 @@ def everything(folder):
 
 
 def refused(code, match, out, **settings):
-    with pytest.raises(Remedy, match=match) as remedy:
+    with pytest.raises(UserError, match=match) as remedy:
         gtsa.pretrain(out=str(out), **{"resume": True, **settings})
     assert remedy.value.code == code
     return str(remedy.value)
@@ -123,12 +123,12 @@ def test_nothing_is_removed_or_written_through_a_link(copied, tmp_path, images, 
 
 
 def test_a_link_that_is_planted_in_mid_run_is_not_written_through(tmp_path):
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     (tmp_path / "outside").mkdir()
     for name in ("pictures", "checkpoints", "train.log"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
     for write in (lambda: run.write("pictures/a.png", b""), lambda: run.checkpoints, lambda: run.note("text")):
-        with pytest.raises(Remedy, match="is a symbolic link") as remedy:
+        with pytest.raises(UserError, match="is a symbolic link") as remedy:
             write()
         assert remedy.value.code == 8
     run.close()
@@ -186,7 +186,7 @@ def test_a_start_that_was_killed_in_its_first_write_needs_no_flag(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
     (tmp_path / f".config.yaml.{process.pid}").write_text("half")
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     run.start_logs(0)
     run.close()
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
@@ -277,7 +277,7 @@ def test_a_checkpoint_without_a_file_of_tensors_is_refused(begun):
 
 def test_weights_of_a_state_without_its_encoder_are_refused(begun):
     rewritten(begun / "checkpoints" / "step-00000004", lambda state, _: state.pop("encoder"))
-    with pytest.raises(Remedy, match="it has no 'encoder'") as remedy:
+    with pytest.raises(UserError, match="it has no 'encoder'") as remedy:
         weights.find(str(begun))
     assert remedy.value.code == 4
 
@@ -301,7 +301,7 @@ def test_every_damage_to_the_settings_is_found_or_harmless(begun):
         file.write_bytes(data)
         try:
             assert told(begun) == before
-        except Remedy as remedy:
+        except UserError as remedy:
             assert remedy.code == 4, remedy
             found += 1
     assert found > 40
@@ -338,7 +338,7 @@ def test_another_runs_settings_are_refused(begun, tmp_path, images):
 def test_what_may_change_may_change_twice(begun, whole, monkeypatch):
     """A resumed run that is killed before its next checkpoint has other settings than the checkpoint keeps."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Pool, "account", lambda *_: killed())
+        patch.setattr(RunImages, "account", lambda *_: killed())
         gtsa.pretrain(out=str(begun), resume=True, keep=3, steps=9)
     gtsa.pretrain(out=str(begun), resume=True, workers=0, steps=8)
     assert settings_of(begun)["keep"] == 3
@@ -432,7 +432,7 @@ def test_a_run_whose_folder_is_gone_ends_and_says_so(tmp_path, images, monkeypat
             out.mkdir()
 
     after_checkpoint(monkeypatch, at, gone)
-    with pytest.raises(Remedy, match="was renamed, removed or replaced while the run was writing into it") as remedy:
+    with pytest.raises(UserError, match="was renamed, removed or replaced while the run was writing into it") as remedy:
         gtsa.pretrain(str(images), out=str(out), **SMALL)
     monkeypatch.undo()
     assert remedy.value.code == 6

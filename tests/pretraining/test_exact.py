@@ -15,8 +15,8 @@ import pytest
 import gtsa
 from conftest import SMALL_HEADS, TINY, final_weights, run, start
 from forking import fork
-from gtsa.core.errors import Remedy
-from gtsa.training.run_folder import Run
+from gtsa.core.errors import UserError
+from gtsa.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_folder_of_a_killed_run_is_free_at_once(tmp_path, scenes, tiny_yaml)
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    Run(out, resume=True).close()
+    RunFolder(out, resume=True).close()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -93,7 +93,7 @@ def stopped_and_resumed(scenes, folder, monkeypatch, **settings):
     """A run that is stopped between two checkpoints, by a signal, ends where one ends that is not."""
     settings = {**TINY, "steps": 6, "log_every": 1, "evaluate_every": 100, **settings}
     gtsa.pretrain(str(scenes), out=str(folder / "straight"), **settings)
-    log = Run.log
+    log = RunFolder.log
 
     def stopping(self, step, *rest, **words):
         log(self, step, *rest, **words)
@@ -101,8 +101,8 @@ def stopped_and_resumed(scenes, folder, monkeypatch, **settings):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stopping)
-        with pytest.raises(Remedy, match="stopped on request at step [34] of 6") as stopped:
+        patch.setattr(RunFolder, "log", stopping)
+        with pytest.raises(UserError, match="stopped on request at step [34] of 6") as stopped:
             gtsa.pretrain(str(scenes), out=str(folder / "run"), **settings)
     assert stopped.value.code == 75
     gtsa.pretrain(out=str(folder / "run"), resume=True)

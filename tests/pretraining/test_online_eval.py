@@ -13,10 +13,10 @@ from PIL import Image
 import gtsa
 from conftest import TINY, final_weights
 from gtsa.core import stops
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.evaluation import tasks
-from gtsa.pretraining.online_eval import Online
+from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 
@@ -75,7 +75,7 @@ def test_the_training_never_notices(evaluated, finished):
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(scenes, tmp_path, settings, words):
-    with pytest.raises(Remedy, match=words):
+    with pytest.raises(UserError, match=words):
         gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **TINY, **settings)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -106,7 +106,9 @@ def question(monkeypatch):
 
 def asking(start_counts=True, keep_best="knn"):
     given = {"eval": ("knn",), "eval_val": ("x",), "eval_train": ("x",), "keep_best": keep_best, "out": "x"}
-    return Online(validated(Pretrain, {**given, "device": "cpu", "precision": "32", "workers": 0}), start_counts)
+    return OnlineEvaluation(
+        validated(Pretrain, {**given, "device": "cpu", "precision": "32", "workers": 0}), start_counts
+    )
 
 
 def right(count):
@@ -151,7 +153,7 @@ def test_a_start_that_is_untrained_is_no_choice(question):
 
 
 def test_a_figure_that_there_is_not(question):
-    with pytest.raises(Remedy, match="knn has no such figure; it has top1, wrong"):
+    with pytest.raises(UserError, match="knn has no such figure; it has top1, wrong"):
         asking(keep_best="knn:top7")(0, right(1))
 
 

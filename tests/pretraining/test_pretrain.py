@@ -142,7 +142,7 @@ def test_too_many_bad_files_in_mid_run_end_it(tmp_path, monkeypatch):
         return real(self, *found)
 
     monkeypatch.setattr(module._Pretraining, "_networks", spoil)
-    with pytest.raises(gtsa.Remedy, match="could not be read in mid-run") as remedy:
+    with pytest.raises(gtsa.UserError, match="could not be read in mid-run") as remedy:
         gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
     assert remedy.value.code == 3
 

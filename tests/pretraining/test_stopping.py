@@ -13,7 +13,7 @@ from gtsa.cli.main import run
 from gtsa.core import stops
 from gtsa.data import run_images
 from gtsa.pretraining import cost
-from gtsa.pretraining.verdict import Health
+from gtsa.pretraining.verdict import HealthMonitor
 from gtsa.training import checkpoint, loop
 
 SETTINGS = """
@@ -33,12 +33,12 @@ PHASES = {  # what is called in it, and at which call the signal comes
     "import": (gtsa, "pretrain", 1),
     "scan": (run_images, "scan", 1),
     "plan": (cost, "probe", 1),
-    "first look": (Health, "__call__", 1),
+    "first look": (HealthMonitor, "__call__", 1),
     "step": (loop, "train_step", 2),
     "save": (checkpoint, "write", 1),
-    "look": (Health, "__call__", 2),
+    "look": (HealthMonitor, "__call__", 2),
     "last save": (checkpoint, "write", 2),
-    "last look": (Health, "__call__", 3),
+    "last look": (HealthMonitor, "__call__", 3),
     "export": (PRETRAIN, "write_export", 1),
 }
 AT_ONCE = ("import", "scan", "plan", "first look", "last look", "export")
@@ -128,7 +128,7 @@ def test_sighup_and_ctrl_c_are_as_clear(command, tmp_path, monkeypatch, capfd, p
 def test_a_look_is_broken_off_and_taken_when_the_run_goes_on(command, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
     looked = []
-    real = Health.__call__
+    real = HealthMonitor.__call__
 
     def slow(self, method):
         looked.append(1)
@@ -137,7 +137,7 @@ def test_a_look_is_broken_off_and_taken_when_the_run_goes_on(command, tmp_path, 
             pytest.fail("the look went on")
         return real(self, method)
 
-    monkeypatch.setattr(Health, "__call__", slow)
+    monkeypatch.setattr(HealthMonitor, "__call__", slow)
     assert run([*command, str(out)]) == 75
     assert not (out / "health.jsonl").exists()
     assert run([*command, str(out), "--resume"]) == 0

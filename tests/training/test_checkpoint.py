@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.training import checkpoint
 
 TENSORS = {
@@ -77,7 +77,7 @@ def test_no_failure_of_the_disk_costs_the_old_checkpoint(tmp_path, monkeypatch, 
             failed = break_once(patch, call, turn, error)
             try:
                 checkpoint.write(tmp_path, 2, TENSORS, {})
-            except Remedy as remedy:
+            except UserError as remedy:
                 assert remedy.code == 6
                 assert "step-00000001" in str(remedy)
         checkpoint.verify(old)
@@ -160,7 +160,7 @@ def test_nothing_of_others_is_replaced(tmp_path, kind):
     outside.mkdir()
     {"link": lambda: place.symlink_to(outside), "file": place.touch, "folder": place.mkdir}[kind]()
     checkpoint.write(tmp_path, 1, TENSORS, {})
-    with pytest.raises(Remedy, match="is no checkpoint of gtsa.*move it away") as remedy:
+    with pytest.raises(UserError, match="is no checkpoint of gtsa.*move it away") as remedy:
         checkpoint.write(tmp_path, 2, TENSORS, {})
     assert remedy.value.code == 8
     assert place.exists() and outside.is_dir()

@@ -16,7 +16,7 @@ from gtsa.core.types import Colour, Crops, Views
 from gtsa.data import augment
 from gtsa.data.augment import ORDERS
 from gtsa.evaluation import evaluators
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.pretrain import pretrain
 from gtsa.training.devices import PRECISIONS
@@ -94,7 +94,7 @@ def figures_on(device, name, kind):
     train, val = sets(kind)
     fabric = Fabric(accelerator=device, devices=1)
     network = copy.deepcopy(backbone()).to(fabric.device)
-    evidence = evaluator(network, train if evaluator.learns else None, val, Lab(fabric, batch_size=16, seed=3))
+    evidence = evaluator(network, train if evaluator.learns else None, val, EvalContext(fabric, batch_size=16, seed=3))
     return evaluator.figures(evidence)
 
 

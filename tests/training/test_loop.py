@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Objective, Views
 from gtsa.training.loop import fit
 from gtsa.training.optim import ScheduledAdamW
@@ -111,7 +111,7 @@ def test_fifty_faults_leave_no_trace():
 
 def test_three_in_a_hundred_end_the_run():
     steps, _ = train(Regression(wrong={5, 50, 90}), 200)
-    with pytest.raises(Remedy, match="diverged") as remedy:
+    with pytest.raises(UserError, match="diverged") as remedy:
         for done in steps:
             assert done.step < 93
     assert remedy.value.code == 5
@@ -158,6 +158,6 @@ def test_out_of_memory_says_what_to_do():
     objective = Regression()
     steps, _ = train(objective, 2)
     objective.forward = lambda views, time: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(Remedy, match="--accumulate 2") as remedy:
+    with pytest.raises(UserError, match="--accumulate 2") as remedy:
         next(steps)
     assert remedy.value.code == 6

@@ -15,7 +15,7 @@ import gtsa
 from conftest import run
 from forking import Forked, fork
 from gtsa.cli.main import run as in_process
-from gtsa.core.errors import Alone, Remedy
+from gtsa.core.errors import Alone, UserError
 from gtsa.pretraining.pretrain import _remedy
 from gtsa.training import checkpoint
 
@@ -137,7 +137,7 @@ def test_a_process_whose_partner_is_killed_says_so(tmp_path, kind):
 def test_whoever_is_left_tells_though_the_first_process_is_gone(monkeypatch, capfd):
     """Of other remedies, which all processes share, the first one tells."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    for kind, line in ((Alone, "gtsa: words\n"), (Remedy, "")):
+    for kind, line in ((Alone, "gtsa: words\n"), (UserError, "")):
 
         def ended(*_, kind=kind):
             raise kind("words", 6)

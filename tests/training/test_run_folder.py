@@ -7,7 +7,7 @@ import pytest
 
 import gtsa
 from conftest import TINY, make_scenes, run, shared
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, generator
 from gtsa.pretraining.requested import SAMPLE, requested_settings
 
@@ -35,7 +35,7 @@ def test_overwrite_needs_a_run_of_ours(tmp_path, scenes):
         (tmp_path / "home" / name).write_text("mine")
     before = contents(tmp_path / "home")
     for way in ("overwrite", "resume"):
-        with pytest.raises(Remedy, match="no run of gtsa"):
+        with pytest.raises(UserError, match="no run of gtsa"):
             gtsa.pretrain(str(scenes), out=str(tmp_path / "home"), **{way: True}, **SHORT)
         assert contents(tmp_path / "home") == before
 
@@ -63,7 +63,7 @@ def test_overwrite_leaves_what_is_not_ours_in_our_folders(copied, scenes):
 )
 def test_a_start_that_fails_costs_no_run(copied, scenes, settings, code):
     before = contents(copied)
-    with pytest.raises(Remedy) as remedy:
+    with pytest.raises(UserError) as remedy:
         gtsa.pretrain(**{"data": str(scenes), "out": str(copied), "overwrite": True, **SHORT, **settings})
     assert remedy.value.code == code
     assert contents(copied) == before
@@ -71,14 +71,14 @@ def test_a_start_that_fails_costs_no_run(copied, scenes, settings, code):
 
 def test_data_inside_the_folder_to_be_overwritten_is_refused(copied):
     data = make_scenes(copied / "pictures", 4)
-    with pytest.raises(Remedy, match="lies inside --out") as remedy:
+    with pytest.raises(UserError, match="lies inside --out") as remedy:
         gtsa.pretrain(str(data), out=str(copied), overwrite=True, **SHORT)
     assert remedy.value.code == 8
     assert len(list(data.glob("scene_*"))) == 4
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path, scenes):
-    with pytest.raises(Remedy):
+    with pytest.raises(UserError):
         gtsa.pretrain(str(tmp_path / "nowhere"), out=str(tmp_path / "run"), **SHORT)
     assert not (tmp_path / "run").exists()
     gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **{**SHORT, "steps": 2})
@@ -103,7 +103,7 @@ def test_resume_without_data_starts_a_run_on_the_sample(tmp_path, capsys):
 def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copied):
     (copied / "config.yaml").unlink()
     shutil.rmtree(copied / "checkpoints")  # which have them, too
-    with pytest.raises(Remedy, match=r"config\.yaml is gone") as remedy:
+    with pytest.raises(UserError, match=r"config\.yaml is gone") as remedy:
         gtsa.pretrain(out=str(copied), resume=True)
     assert remedy.value.code == 4
 
@@ -111,19 +111,19 @@ def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copie
 def test_resume_of_a_finished_run_looks_once(copied):
     gtsa.pretrain(out=str(copied), resume=True)
     assert [json.loads(line)["step"] for line in (copied / "health.jsonl").read_text().splitlines()] == [2, 4]
-    with pytest.raises(Remedy, match="4 steps are done"):
+    with pytest.raises(UserError, match="4 steps are done"):
         gtsa.pretrain(out=str(copied), resume=True, steps=2)
 
 
 def test_what_is_left_to_us_stays_as_it_was_resolved(copied):
     gtsa.pretrain(out=str(copied), resume=True, precision="auto", learning_rate="auto", views={"local_size": "auto"})
-    with pytest.raises(Remedy, match="precision"):
+    with pytest.raises(UserError, match="precision"):
         gtsa.pretrain(out=str(copied), resume=True, precision="bf16")
 
 
 def test_checkpoints_without_their_images_are_refused(copied):
     (copied / "images.jsonl").unlink()
-    with pytest.raises(Remedy, match=r"images\.jsonl is gone"):
+    with pytest.raises(UserError, match=r"images\.jsonl is gone"):
         gtsa.pretrain(out=str(copied), resume=True)
     assert list((copied / "checkpoints").glob("step-*"))
 

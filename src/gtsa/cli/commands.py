@@ -14,7 +14,7 @@ from cyclopts import Parameter
 import gtsa
 from gtsa.cli import early, flags
 from gtsa.comparison.settings import Compare
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import read_yaml, validated
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import OPENS, Format
@@ -190,5 +190,5 @@ def models(pattern: str = "*", /) -> None:
 
     found = names(pattern if set(pattern) & set("*?[") else f"*{pattern}*")
     if not found:
-        raise Remedy(f"no vision transformer of timm has a name like {pattern!r}; 'gtsa models' lists all")
+        raise UserError(f"no vision transformer of timm has a name like {pattern!r}; 'gtsa models' lists all")
     print("\n".join(found))

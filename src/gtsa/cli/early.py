@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gtsa.comparison.settings import Compare
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import validated
 from gtsa.data.sources import absent
 from gtsa.evaluation.settings import Evaluate
@@ -35,19 +35,19 @@ def compare(given: Mapping[str, Any]) -> None:
 
 
 def data(place: str) -> None:
-    """Raises Remedy (3) where there is nothing."""
+    """Raises UserError (3) where there is nothing."""
     if not os.path.exists(place):
         raise absent(place)
 
 
 def weights(spec: str) -> None:
-    """Raises Remedy (4) where there is nothing."""
+    """Raises UserError (4) where there is nothing."""
     if not spec.startswith(ELSEWHERE) and not os.path.exists(spec):
         raise no_weights(spec)
 
 
 def labelled(*sets: Sequence[str]) -> None:
-    """Raises Remedy (3) where there is nothing under one of IMAGES [LABELS]."""
+    """Raises UserError (3) where there is nothing under one of IMAGES [LABELS]."""
     for place in (place for places in sets for place in places):
         if not os.path.exists(place):
-            raise Remedy(f"{escaped(place)}: there is no such file or folder", 3)
+            raise UserError(f"{escaped(place)}: there is no such file or folder", 3)

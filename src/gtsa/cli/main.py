@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from cyclopts.exceptions import CycloptsError
 
 import gtsa
-from gtsa.core.errors import Alone, Remedy, speaks
+from gtsa.core.errors import Alone, UserError, speaks
 from gtsa.core.stops import heard
 
 app = cyclopts.App(
@@ -83,7 +83,7 @@ def run(arguments: list[str] | None = None) -> int:
     except CycloptsError as error:
         print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
         return 2
-    except Remedy as remedy:
+    except UserError as remedy:
         if speaks() or isinstance(remedy, Alone):
             print(f"gtsa: {remedy}", file=sys.stderr)
         return remedy.code

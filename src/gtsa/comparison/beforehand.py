@@ -9,10 +9,10 @@ import torch
 
 from gtsa import methods
 from gtsa.comparison import jobs, tuning
-from gtsa.comparison.jobs import Cell
+from gtsa.comparison.jobs import Job
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import CONTROLS
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, validated
 from gtsa.data.sources import open_source
 from gtsa.evaluation import tasks
@@ -34,41 +34,41 @@ def check(rows: Sequence[Row], s: Any) -> None:
     """Opens everything once: images, settings and weights of every row, settings and labels of every question.
 
     Raises:
-        Remedy: something is wrong, of whatever kind.
+        UserError: something is wrong, of whatever kind.
     """
     _settled_elsewhere(s)
     if not (images := len(open_source(s.data))):
-        raise Remedy(f"--data {s.data}: no images", 3)
+        raise UserError(f"--data {s.data}: no images", 3)
     resolve_device(validated(Evaluate, jobs.engine_of(s)))
     for row in rows:
         if row.source is None:
             try:
                 _trainable(row, s, images)
-            except Remedy as remedy:
-                raise Remedy(f"row {row.name}: {remedy}", remedy.code) from None
+            except UserError as remedy:
+                raise UserError(f"row {row.name}: {remedy}", remedy.code) from None
         elif row.source not in CONTROLS:
             load_backbone(row.source)
     labels: tasks.Opened = {}
-    list(jobs.questions_of(Cell(rows[0], "images", 0), s, labels))
+    list(jobs.questions_of(Job(rows[0], "images", 0), s, labels))
     for task in s.task:
         jobs.evaluator_of(task, s)
     if s.looks:
         tasks.questions(validated(Evaluate, jobs.looked(s), "looks"), labels)
     if s.tune:
-        tuning.checked((question for *_, question in jobs.questions_of(Cell(rows[0], "trial", 0), s, labels)), s)
+        tuning.checked((question for *_, question in jobs.questions_of(Job(rows[0], "trial", 0), s, labels)), s)
 
 
 def _settled_elsewhere(s: Any) -> None:
-    """Raises Remedy for settings of files that a comparison makes itself, or that have no meaning in it."""
+    """Raises UserError for settings of files that a comparison makes itself, or that have no meaning in it."""
     lists = [("pretrain", s.pretrain, (*OURS, "method")), ("evaluate", s.evaluate, ASKED)]
     lists += [(f"rows: {name}", settings, OURS) for name, settings in s.rows.items()]
     lists += [(f"tasks: {name}", settings, ASKED) for name, settings in s.tasks.items()]
     if wrong := [f"{where}: {key}" for where, settings, ours in lists for key in settings if key in ours]:
-        raise Remedy("\n".join(f"{line} is set by the comparison itself; leave it out here" for line in wrong))
+        raise UserError("\n".join(f"{line} is set by the comparison itself; leave it out here" for line in wrong))
 
 
 def _trainable(row: Row, s: Any, images: int) -> None:
-    told = validated(Pretrain, jobs.training_of(Cell(row, "images", 0), s) | {"out": s.out})
+    told = validated(Pretrain, jobs.training_of(Job(row, "images", 0), s) | {"out": s.out})
     ready = Plan(told, {})
     plan.start(ready, _model(told))
     plan.sizes(ready)
@@ -80,9 +80,9 @@ def _trainable(row: Row, s: Any, images: int) -> None:
         encoder = Backbone(ready.settings.model, ready.settings.views.global_size)
         method(encoder, **ready.settings.options)
     if s.tune and row.tuned_as not in s.methods:
-        raise Remedy(f"it takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
+        raise UserError(f"it takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
 
 
 def _model(told: Any) -> str | None:
-    """The model of the weights that a row starts from. Raises Remedy where they are not of the row's own (4)."""
+    """The model of the weights that a row starts from. Raises UserError where they are not of the row's own (4)."""
     return load_backbone(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gtsa.comparison import beforehand, summary, tuning
-from gtsa.comparison.jobs import Cell
+from gtsa.comparison.jobs import Job
 from gtsa.comparison.queue import do_all
 from gtsa.comparison.results import result_of
 from gtsa.comparison.rows import Row, rows_of
 from gtsa.comparison.settings import Compare
 from gtsa.comparison.stages import _tuned, at_equal_flops, finals, untaught
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.core.stops import heard
 from gtsa.core.terminal import say
@@ -36,7 +36,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         The report: ``OUT/report.html``; the figures lie beside it as ``results.csv`` and ``results.json``.
 
     Raises:
-        Remedy: something is wrong that the user can mend, it was stopped (75), or the report is there but networks
+        UserError: something is wrong that the user can mend, it was stopped (75), or the report is there but networks
             failed (7).
     """
     s = validated(Compare, {"methods": tuple(methods), **settings})
@@ -48,28 +48,28 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **settings: Any) -> Path:
         try:
             _networks(rows, s, reports)
             place = reports()
-        except (KeyboardInterrupt, Remedy) as stop:
-            if isinstance(stop, Remedy) and stop.code != 75:
+        except (KeyboardInterrupt, UserError) as stop:
+            if isinstance(stop, UserError) and stop.code != 75:
                 raise
             page = reports.at_the_end()
             told = f"; what is done by now: {page}" if page else ""
-            raise Remedy(f"stopped on request; the same command goes on{told}", 75) from None
+            raise UserError(f"stopped on request; the same command goes on{told}", 75) from None
         except OSError as error:
             where = error.filename or s.out
-            raise Remedy(f"{where}: {error.strerror or error}; mend it, and the same command goes on", 6) from None
+            raise UserError(f"{where}: {error.strerror or error}; mend it, and the same command goes on", 6) from None
     say(f"\nreport: {place}")
-    if failed := [cell.name for cell in _wanted(rows, s) if (result_of(cell, s) or {}).get("status") == "failed"]:
-        raise Remedy(f"failed: {', '.join(failed)}; the report says why. To try again remove {s.out}/cells/NAME", 7)
+    if failed := [job.name for job in _wanted(rows, s) if (result_of(job, s) or {}).get("status") == "failed"]:
+        raise UserError(f"failed: {', '.join(failed)}; the report says why. To try again remove {s.out}/cells/NAME", 7)
     return place
 
 
 def _make(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise Remedy(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file; give a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another folder", 6) from None
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another folder", 6) from None
 
 
 def _networks(rows: Sequence[Row], s: Any, reports: Reports) -> None:
@@ -83,7 +83,7 @@ def _networks(rows: Sequence[Row], s: Any, reports: Reports) -> None:
     for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
         do_all(list(stage(rows, s)), s, what, reports)
     for row in rows:
-        if row.source is None and isinstance(without := _tuned(row, rows, s), Remedy):
+        if row.source is None and isinstance(without := _tuned(row, rows, s), UserError):
             say(f"{row.name} is left out: {without}")
     for what, stage in (("all rows and seeds", finals), ("runs of equal operations", at_equal_flops)):
         do_all(list(stage(rows, s)), s, what, reports)
@@ -97,7 +97,7 @@ class Reports:
         self.of: set[str] | None = None  # networks that the last one tells of
 
     def __call__(self) -> Path:
-        done = {cell.name for cell in _wanted(self.rows, self.s) if result_of(cell, self.s) is not None}
+        done = {job.name for job in _wanted(self.rows, self.s) if result_of(job, self.s) is not None}
         if done != self.of:
             summary.write(self.rows, _wanted(self.rows, self.s), self.s)
             self.of = done
@@ -106,12 +106,12 @@ class Reports:
     def at_the_end(self) -> Path | None:
         """Of a comparison that was stopped; None where no network is done, or it cannot be written."""
         try:
-            return self() if self.of or any(result_of(cell, self.s) for cell in _wanted(self.rows, self.s)) else None
-        except (KeyboardInterrupt, Remedy, OSError):
+            return self() if self.of or any(result_of(job, self.s) for job in _wanted(self.rows, self.s)) else None
+        except (KeyboardInterrupt, UserError, OSError):
             return None
 
 
-def _wanted(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+def _wanted(rows: Sequence[Row], s: Any) -> Iterator[Job]:
     """All that the report tells of."""
     return chain(finals(rows, s), at_equal_flops(rows, s), tuning.trials(rows, s))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.models.backbone import IMAGENET
 
@@ -37,7 +37,7 @@ class Control(nn.Module):
 
     @property
     def vit(self) -> Any:
-        raise Remedy("this task fine-tunes a network, and a control is none")
+        raise UserError("this task fine-tunes a network, and a control is none")
 
     def forward(self, images: Tensor) -> Tokens:
         return self.blocks(images)[-1]

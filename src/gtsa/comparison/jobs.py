@@ -1,11 +1,11 @@
 """What a comparison is made of: rows, and cells, each of them one network of a row, trained and asked everything.
 
-A cell leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
+A job leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
 
-result.json             settings, figures, costs, or why it failed; it is written last, and only then the cell is done
+result.json             settings, figures, costs, or why it failed; it is written last, and only then the job is done
 evidence.npz            what the figures follow from, image by image, for intervals; trials have none
 maps.png                feature maps of the same images for every row
-run/                    logs and export of the pretraining; its checkpoints go once the cell is done
+run/                    logs and export of the pretraining; its checkpoints go once the job is done
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED = 0  # of all evaluations: every network is asked alike, so that images and
 
 
 @dataclass(frozen=True)
-class Cell:
+class Job:
     """One network of a row. ``stage``: trial, images (the common number of images) or flops (of operations)."""
 
     row: Row
@@ -47,56 +47,56 @@ class Cell:
         return f"{self.row.name}/{self.stage}-{self.number}"
 
 
-def written(cell: Cell, s: Any) -> str:
+def written(job: Job, s: Any) -> str:
     """A job as JSON, with the settings of the comparison: all that the process for it needs."""
-    return json.dumps({"settings": json.loads(s.model_dump_json()), "job": asdict(cell)}, indent=1)
+    return json.dumps({"settings": json.loads(s.model_dump_json()), "job": asdict(job)}, indent=1)
 
 
-def read(path: Path) -> tuple[Cell, Any]:
+def read(path: Path) -> tuple[Job, Any]:
     """The job that ``written`` wrote, and the settings."""
     found = json.loads(path.read_text())
     job = found["job"]
-    return Cell(Row(**job.pop("row")), **job), validated(Compare, found["settings"])
+    return Job(Row(**job.pop("row")), **job), validated(Compare, found["settings"])
 
 
-# What a cell is to do
+# What a job is to do
 
 
-def training_of(cell: Cell, s: Any) -> dict[str, Any]:
-    """Settings of gtsa pretrain for a cell."""
+def training_of(job: Job, s: Any) -> dict[str, Any]:
+    """Settings of gtsa pretrain for a job."""
     given: dict[str, Any] = {
         "model": s.model, "steps": s.steps, "batch_size": s.batch_size, "precision": s.precision, "device": s.device,
         "workers": s.workers, "devices": 1,
     }  # fmt: skip
-    steps = {"steps": cell.changes["steps"]} if "steps" in cell.changes else {}
-    for more in (s.pretrain, cell.changes, cell.row.settings, steps):  # a row's own words count more than its trials
+    steps = {"steps": job.changes["steps"]} if "steps" in job.changes else {}
+    for more in (s.pretrain, job.changes, job.row.settings, steps):  # a row's own words count more than its trials
         given = merged(given, more)
-    given |= {"data": s.data, "seed": cell.number if cell.stage != "trial" else TRIED}
+    given |= {"data": s.data, "seed": job.number if job.stage != "trial" else TRIED}
     sections = {"views", given["method"]}
     return {k: v for k, v in given.items() if k not in METHODS or k in sections}
 
 
-def questions_of(cell: Cell, s: Any, opened: tasks.Opened | None = None) -> Iterator[tuple[str, Any, tasks.Question]]:
-    """(feature, settings, question) of all that a cell is asked; a trial is asked the primary tasks alone.
+def questions_of(job: Job, s: Any, opened: tasks.Opened | None = None) -> Iterator[tuple[str, Any, tasks.Question]]:
+    """(feature, settings, question) of all that a job is asked; a trial is asked the primary tasks alone.
 
     Args:
-        opened: labels that were opened for other cells; what is opened here joins them.
+        opened: labels that were opened for other jobs; what is opened here joins them.
     """
     opened = {} if opened is None else opened
-    wanted = primary_tasks(s) if cell.stage == "trial" else s.task
+    wanted = primary_tasks(s) if job.stage == "trial" else s.task
     for task in s.task:
         if task not in wanted:
             continue
         shared = told_of(task, s)
-        if cell.stage == "trial" and shared["val"]:  # settings are chosen within the training images
+        if job.stage == "trial" and shared["val"]:  # settings are chosen within the training images
             shared |= {"val": (), "folds": shared["folds"] or 5}
         given = {k: v for k, v in shared.items() if v is not None and v != ()}
         vector = task in ("knn", "linear", "finetune", "rotation")
-        for tokens in s.tokens if vector and cell.stage != "trial" else s.tokens[:1]:  # of several the first decides
+        for tokens in s.tokens if vector and job.stage != "trial" else s.tokens[:1]:  # of several the first decides
             more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
             asked = validated(Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}")
             for question in tasks.questions(asked, opened):
-                pairs = cell.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
+                pairs = job.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
                 yield tokens if vector else "patches", asked, replace(question, pairs=pairs)
 
 
@@ -128,14 +128,14 @@ def engine_of(s: Any) -> dict[str, Any]:
     return {"weights": "-", "task": ("health",), "val": ("-",), **on}
 
 
-def digest_for(cell: Cell, s: Any) -> str:
-    """Of all that decides a cell's figures: a result that was made for something else is not taken."""
-    told = {"source": cell.row.source, "model": s.model}
-    if cell.row.source is None:
-        told = training_of(cell, s) | {"data": _images(s.data)}
+def digest_for(job: Job, s: Any) -> str:
+    """Of all that decides a job's figures: a result that was made for something else is not taken."""
+    told = {"source": job.row.source, "model": s.model}
+    if job.row.source is None:
+        told = training_of(job, s) | {"data": _images(s.data)}
     asked = (s.task, s.train, s.val, s.folds, s.tokens, s.evaluate, s.tasks)
-    primary = (s.primary, "inner folds") if cell.stage == "trial" else ""
-    whole = cell.name, {k: v for k, v in told.items() if k not in FREE}, asked, primary
+    primary = (s.primary, "inner folds") if job.stage == "trial" else ""
+    whole = job.name, {k: v for k, v in told.items() if k not in FREE}, asked, primary
     return digest_of(json.dumps(whole, sort_keys=True))[:16]  # as JSON, which knows no tuples: YAML has none either
 
 

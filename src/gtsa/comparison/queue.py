@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gtsa.comparison import tuning
-from gtsa.comparison.jobs import Cell, written
+from gtsa.comparison.jobs import Job, written
 from gtsa.comparison.results import commit, folder_of, result_of, said
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.stops import Processes
 from gtsa.core.terminal import lasting, say
@@ -25,14 +25,14 @@ from gtsa.training.devices import cores, readers
 STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # how a process ends on request
 
 
-def do_all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
+def do_all(wanted: Sequence[Job], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
     """Does cells that are not done, ``s.jobs`` at a time on each device, each in a process of its own.
 
     Args:
         what: they are, for the user.
-        after: called once a cell is done.
+        after: called once a job is done.
     """
-    left = [cell for cell in wanted if result_of(cell, s) is None]
+    left = [job for job in wanted if result_of(job, s) is None]
     if not left:
         if wanted:
             say(f"{what}: done, {len(wanted)} of {len(wanted)} networks")
@@ -46,7 +46,7 @@ def do_all(wanted: Sequence[Cell], s: Any, what: str, after: Callable[[], Any] =
     began = time.monotonic()
     pool = ThreadPoolExecutor(free.maxsize)
     try:
-        for number, told in enumerate(pool.map(lambda cell: in_process(cell, s, free), left), start=1):
+        for number, told in enumerate(pool.map(lambda job: in_process(job, s, free), left), start=1):
             rest = (time.monotonic() - began) / number * (len(left) - number)
             say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
             after()
@@ -72,13 +72,13 @@ class Devices(Queue[str]):
             self.put(name)
 
 
-def in_process(cell: Cell, s: Any, free: Devices) -> str:
-    """Does a cell in a process of its own. Returns a line about it."""
-    device, place = free.get(), folder_of(cell, s)
-    try:  # whatever happens, the device is free again: the next cell waits for one
+def in_process(job: Job, s: Any, free: Devices) -> str:
+    """Does a job in a process of its own. Returns a line about it."""
+    device, place = free.get(), folder_of(job, s)
+    try:  # whatever happens, the device is free again: the next job waits for one
         place.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
-        store(place / "job.json", written(cell, s).encode())
+        store(place / "job.json", written(job, s).encode())
         if device:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
@@ -90,15 +90,15 @@ def in_process(cell: Cell, s: Any, free: Devices) -> str:
             code = free.processes.run(command, env=environment, stdout=log, stderr=log)
     finally:
         free.put(device)
-    result = result_of(cell, s)
+    result = result_of(job, s)
     if result is None and (code in STOPPED or free.processes.stopping):
-        raise Remedy("stopped on request; the same command goes on", 75)
+        raise UserError("stopped on request; the same command goes on", 75)
     if result is None:
         how = f"signal {-code}" if code < 0 else f"code {code}"
         why = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
-        commit(cell, s, {"status": "failed", "reason": f"its process ended with {how}{why}; see {place}/log.txt"})
-        result = result_of(cell, s) or {}
+        commit(job, s, {"status": "failed", "reason": f"its process ended with {how}{why}; see {place}/log.txt"})
+        result = result_of(job, s) or {}
     if result["status"] != "done":
-        return f"{cell.name}: FAILED: {result['reason']}"
+        return f"{job.name}: FAILED: {result['reason']}"
     collapsed = ", COLLAPSING by its own verdict" if said(result) == "collapsing" else ""
-    return f"{cell.name}: primary {tuning.primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"
+    return f"{job.name}: primary {tuning.primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gtsa.comparison.jobs import STAGES, Cell
+from gtsa.comparison.jobs import STAGES, Job
 from gtsa.comparison.results import folder_of
 from gtsa.comparison.settings import CONTROLS
 from gtsa.core.html import STYLE, line_chart
@@ -18,7 +18,7 @@ from gtsa.core.settings import flat
 from gtsa.evaluation import intervals
 
 
-def html(summary: Mapping[str, Any], found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
+def html(summary: Mapping[str, Any], found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>gtsa compare</title>",
         f"<style>{STYLE}</style><h1>Which method is best on these images?</h1>",
@@ -153,7 +153,7 @@ def _flops(count: float) -> str:
     return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}FLOPs"
 
 
-def _curves(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
+def _curves(found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> str:
     """Mean over seeds of the primary figure on the way, and of the effective rank."""
 
     def primary(entry: Mapping[str, Any]) -> float | None:
@@ -163,23 +163,23 @@ def _curves(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
     drawings = []
     for title, value in (("primary figure", primary), ("effective rank of patch tokens", lambda e: e.get("rank"))):
         lines: dict[str, dict[int, list[float]]] = {}
-        for cell, result in found:
-            for entry in result.get("curve", ()) if cell.stage == "images" else ():
+        for job, result in found:
+            for entry in result.get("curve", ()) if job.stage == "images" else ():
                 if (y := value(entry)) is not None:
-                    lines.setdefault(cell.row.name, {}).setdefault(entry["step"], []).append(y)
+                    lines.setdefault(job.row.name, {}).setdefault(entry["step"], []).append(y)
         if lines:
             drawings.append(f"<figure><figcaption>{title}, by steps</figcaption>{line_chart(lines)}</figure>")
     return "<h2>Learning curves</h2>" + "".join(drawings) if drawings else ""
 
 
-def _maps(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> str:
+def _maps(found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> str:
     text, seen = ["<h2>What the networks see</h2><p class=quiet>Three principal components of patch tokens.</p>"], set()
-    for cell, result in found:
-        file = folder_of(cell, s) / "maps.png"
-        if cell.stage == "images" and cell.row.name not in seen and result["status"] == "done" and file.exists():
-            seen.add(cell.row.name)
+    for job, result in found:
+        file = folder_of(job, s) / "maps.png"
+        if job.stage == "images" and job.row.name not in seen and result["status"] == "done" and file.exists():
+            seen.add(job.row.name)
             data = base64.b64encode(file.read_bytes()).decode()
-            caption = f"{escape(cell.row.name)}, seed {cell.number}"
+            caption = f"{escape(job.row.name)}, seed {job.number}"
             text.append(f'<figure><figcaption>{caption}</figcaption><img src="data:image/png;base64,{data}"></figure>')
     return "".join(text) if seen else ""
 

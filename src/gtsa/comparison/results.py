@@ -12,41 +12,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtsa.comparison.jobs import FREE, Cell, digest_for, training_of
-from gtsa.core.errors import Remedy
+from gtsa.comparison.jobs import FREE, Job, digest_for, training_of
+from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.settings import flat
 from gtsa.core.types import Evidence
 
 
-def commit(cell: Cell, s: Any, result: Mapping[str, Any]) -> None:
-    """Writes a cell's result, all of it or nothing."""
-    about = {"row": cell.row.name, "stage": cell.stage, "number": cell.number, "digest": digest_for(cell, s)}
+def commit(job: Job, s: Any, result: Mapping[str, Any]) -> None:
+    """Writes a job's result, all of it or nothing."""
+    about = {"row": job.row.name, "stage": job.stage, "number": job.number, "digest": digest_for(job, s)}
     text = json.dumps({**about, **result}, indent=1) + "\n"
-    store(folder_of(cell, s) / "result.json", text.encode())
+    store(folder_of(job, s) / "result.json", text.encode())
 
 
-def result_of(cell: Cell, s: Any) -> dict[str, Any] | None:
-    """A cell's result, if there is one. Raises Remedy where it was made with other settings (4)."""
-    file = folder_of(cell, s) / "result.json"
+def result_of(job: Job, s: Any) -> dict[str, Any] | None:
+    """A job's result, if there is one. Raises UserError where it was made with other settings (4)."""
+    file = folder_of(job, s) / "result.json"
     try:
         result: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise Remedy(f"{file} cannot be read ({error}); remove it, and the cell is done again", 4) from None
-    if result.get("digest") != digest_for(cell, s):
-        why = _other(result, cell, s)
-        raise Remedy(f"{file} was made with other settings ({why}); give another --out, or remove its folder", 4)
+        raise UserError(f"{file} cannot be read ({error}); remove it, and the job is done again", 4) from None
+    if result.get("digest") != digest_for(job, s):
+        why = _other(result, job, s)
+        raise UserError(f"{file} was made with other settings ({why}); give another --out, or remove its folder", 4)
     return result
 
 
-def _other(result: Mapping[str, Any], cell: Cell, s: Any) -> str:
+def _other(result: Mapping[str, Any], job: Job, s: Any) -> str:
     """What differs between a result's settings, where they were kept, and those that are asked for now."""
-    if "settings" not in result or cell.row.source is not None:
+    if "settings" not in result or job.row.source is not None:
         then = now = {}
     else:
-        then, now = (_compared(settings) for settings in (result["settings"], training_of(cell, s)))
+        then, now = (_compared(settings) for settings in (result["settings"], training_of(job, s)))
     differ = [
         f"{name}: {then.get(name, 'not given')}, now {now.get(name, 'not given')}"
         for name in sorted(then.keys() | now.keys())
@@ -61,19 +61,19 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat({k: v for k, v in plain.items() if k not in (*FREE, "data", "out") and not k.startswith("eval")})
 
 
-def answered(cell: Cell, s: Any) -> dict[str, Any] | None:
-    """A cell's result, if there is one and it is no failure."""
-    result = result_of(cell, s)
+def answered(job: Job, s: Any) -> dict[str, Any] | None:
+    """A job's result, if there is one and it is no failure."""
+    result = result_of(job, s)
     return result if result and result["status"] == "done" else None
 
 
 def said(result: Mapping[str, Any]) -> str:
-    """What a cell's run said of itself in the end, e.g. collapsing; nothing where there was none to say it."""
+    """What a job's run said of itself in the end, e.g. collapsing; nothing where there was none to say it."""
     words = [entry["verdict"] for entry in result.get("curve", ()) if "verdict" in entry]
     return words[-1] if words else ""
 
 
-def keep_evidence(cell: Cell, s: Any, evidence: Mapping[tuple[str, str], Evidence]) -> None:
+def keep_evidence(job: Job, s: Any, evidence: Mapping[tuple[str, str], Evidence]) -> None:
     """Writes {(task, feature): evidence}, for intervals."""
     arrays: dict[str, Any] = {}
     lists: dict[str, Any] = {}
@@ -88,14 +88,14 @@ def keep_evidence(cell: Cell, s: Any, evidence: Mapping[tuple[str, str], Evidenc
                 lists[key] = values
     packed = io.BytesIO()  # confusions of single images are mostly zeros
     np.savez_compressed(packed, **arrays)
-    store(folder_of(cell, s) / "evidence.npz", packed.getvalue())
+    store(folder_of(job, s) / "evidence.npz", packed.getvalue())
     if lists:
-        store(folder_of(cell, s) / "evidence.json", json.dumps(lists).encode())
+        store(folder_of(job, s) / "evidence.json", json.dumps(lists).encode())
 
 
-def evidence_of(cell: Cell, s: Any) -> dict[tuple[str, str], Evidence]:
-    """{(task, feature): evidence} of a cell that is done, as it was kept."""
-    place = folder_of(cell, s)
+def evidence_of(job: Job, s: Any) -> dict[tuple[str, str], Evidence]:
+    """{(task, feature): evidence} of a job that is done, as it was kept."""
+    place = folder_of(job, s)
     found: dict[tuple[str, str], Evidence] = {}
     with np.load(place / "evidence.npz") as arrays:
         for key, array in arrays.items():
@@ -108,5 +108,5 @@ def evidence_of(cell: Cell, s: Any) -> dict[tuple[str, str], Evidence]:
     return found
 
 
-def folder_of(cell: Cell, s: Any) -> Path:
-    return Path(s.out) / "cells" / cell.row.name / f"{cell.stage}-{cell.number}"
+def folder_of(job: Job, s: Any) -> Path:
+    return Path(s.out) / "cells" / job.row.name / f"{job.stage}-{job.number}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gtsa.comparison.settings import ABLATIONS
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.pretraining.settings import METHODS
 
 LONGEST = 200  # characters of a folder's name
@@ -35,18 +35,18 @@ class Row:
 
 
 def rows_of(s: Any) -> list[Row]:
-    """All rows, in the order of the report. Raises Remedy where a name is not known or there twice."""
+    """All rows, in the order of the report. Raises UserError where a name is not known or there twice."""
     rows = [Row(name, {"method": name}, tuned_as=name) for name in s.methods]
     for name in s.ablate:
         if name not in ABLATIONS:
-            raise Remedy(f"--ablate: there is no {name!r}; there is {', '.join(ABLATIONS)}")
+            raise UserError(f"--ablate: there is no {name!r}; there is {', '.join(ABLATIONS)}")
         rows.append(Row(name, ABLATIONS[name], tuned_as=str(ABLATIONS[name]["method"])))
     for name, settings in s.rows.items():
         method = settings.get("method", "gtsa")
         if method not in tuple(METHODS):  # of whatever type
-            raise Remedy(f"rows: {name}.method: there is no {method!r:.100}; there is {', '.join(METHODS)}")
+            raise UserError(f"rows: {name}.method: there is no {method!r:.100}; there is {', '.join(METHODS)}")
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") or len(name) > LONGEST:
-            raise Remedy(
+            raise UserError(
                 f"rows: {name[:100]!r} is to name a folder: letters, digits, - _ and . alone, at most {LONGEST}"
             )
         rows.append(Row(name, {"method": method, **settings}, tuned_as=method))
@@ -54,7 +54,7 @@ def rows_of(s: Any) -> list[Row]:
     rows += [Row(_name(source), source=source) for source in s.weights]
     names = [row.name for row in rows]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Remedy(f"two rows are called {twice[0]}; name each once")
+        raise UserError(f"two rows are called {twice[0]}; name each once")
     return rows
 
 

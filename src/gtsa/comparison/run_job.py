@@ -1,4 +1,4 @@
-"""Doing a cell: its network is made, asked everything, and committed."""
+"""Doing a job: its network is made, asked everything, and committed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from gtsa import methods
 from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
-from gtsa.comparison.jobs import SEED, Cell, questions_of, read, training_of
+from gtsa.comparison.jobs import SEED, Job, questions_of, read, training_of
 from gtsa.comparison.results import commit, folder_of, keep_evidence, result_of
 from gtsa.core.drawing import squares
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
 from gtsa.core.stops import heard
@@ -34,7 +34,7 @@ from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import open_source
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.backbone import Backbone, patch_of
 from gtsa.models.weights import load_backbone
@@ -44,61 +44,61 @@ from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 
 
-def run(cell: Cell, s: Any) -> None:
-    """Trains and asks a cell's network, and commits its result; a mistake or fault is a result too.
+def run(job: Job, s: Any) -> None:
+    """Trains and asks a job's network, and commits its result; a mistake or fault is a result too.
 
     Raises:
-        Remedy: stopped on request (75); the same call goes on.
+        UserError: stopped on request (75); the same call goes on.
     """
-    place = folder_of(cell, s)
+    place = folder_of(job, s)
     with _alone(place):
-        if result_of(cell, s) is not None:
+        if result_of(job, s) is not None:
             return
         for leftover in ("evidence.npz", "evidence.json", "maps.png"):
             (place / leftover).unlink(missing_ok=True)
         try:
-            result = _run(cell, s, place)
-        except Remedy as remedy:
+            result = _run(job, s, place)
+        except UserError as remedy:
             if remedy.code == 75:
                 raise
             result = {"status": "failed", "reason": str(remedy)}
-        except Exception as error:  # a fault of ours must not stop the other cells; the log has its traceback
+        except Exception as error:  # a fault of ours must not stop the other jobs; the log has its traceback
             traceback.print_exc()
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        commit(cell, s, result)
+        commit(job, s, result)
         shutil.rmtree(place / "run" / "checkpoints", ignore_errors=True)
 
 
-def _run(cell: Cell, s: Any, place: Path) -> dict[str, Any]:
+def _run(job: Job, s: Any, place: Path) -> dict[str, Any]:
     began = time.perf_counter()
-    backbone, costs = _trained(cell, s, place) if cell.row.source is None else (_untrained(cell, s), {})
+    backbone, costs = _trained(job, s, place) if job.row.source is None else (_untrained(job, s), {})
     ready = resolve_device(validated(Evaluate, jobs.engine_of(s)))
     resolve_workers(ready)
     fabric = launch_fabric(ready.settings)
     backbone = backbone.to(fabric.device).eval()
     results = []
     evidence: dict[tuple[str, str], Evidence] = {}
-    for feature, asked, question in questions_of(cell, s):
+    for feature, asked, question in questions_of(job, s):
         work = place / "work" / f"{question.name}-{feature}"
-        lab = Lab(fabric, asked.tokens, SEED, asked.batch_size, ready.settings.workers, work)
+        lab = EvalContext(fabric, asked.tokens, SEED, asked.batch_size, ready.settings.workers, work)
         found = evidence[question.name, feature] = question.evidence(backbone, lab)
         figures = question.evaluator.figures(found)
         result = {"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)}
         results.append(result | ({"without": without} if (without := question.without(found, SEED)) else {}))
-    if cell.stage != "trial":
-        keep_evidence(cell, s, evidence)
-    if s.pictures and cell.stage != "trial":
+    if job.stage != "trial":
+        keep_evidence(job, s, evidence)
+    if s.pictures and job.stage != "trial":
         _maps(backbone, s, place)
     shutil.rmtree(place / "work", ignore_errors=True)
     taken = {"seconds_in_all": time.perf_counter() - began}
     return {"status": "done", "reason": "", **costs, "weights": backbone.fingerprint, "results": results, **taken}
 
 
-def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
+def _trained(job: Job, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
     """The exported network of a run, and what the run was and cost."""
-    given = training_of(cell, s)
+    given = training_of(job, s)
     folder = place / "run"
-    if s.looks and cell.stage != "trial":
+    if s.looks and job.stage != "trial":
         given |= {"eval": jobs.primary_tasks(s), "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
         given |= {"evaluate_every": max(1, given["steps"] // s.looks)}
         if s.evaluate:
@@ -124,8 +124,8 @@ def _trained(cell: Cell, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _untrained(cell: Cell, s: Any) -> Any:
-    source = cell.row.source or ""
+def _untrained(job: Job, s: Any) -> Any:
+    source = job.row.source or ""
     if source in CONTROLS:
         return CONTROLS[source](patch_of(s.model))
     if source == "untrained":
@@ -133,7 +133,7 @@ def _untrained(cell: Cell, s: Any) -> Any:
         ready = Plan(views, {})
         plan.start(ready, None)
         plan.sizes(ready)
-        torch.manual_seed(cell.number)  # as pretraining starts
+        torch.manual_seed(job.number)  # as pretraining starts
         return Backbone(s.model, ready.settings.views.global_size)
     return load_backbone(source)[0]
 
@@ -188,7 +188,7 @@ def _maps(backbone: Any, s: Any, place: Path) -> None:
 
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """Waits until no other process works at this cell, e.g. one that outlived a comparison that was killed."""
+    """Waits until no other process works at this job, e.g. one that outlived a comparison that was killed."""
     place.mkdir(parents=True, exist_ok=True)
     with open(place / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -203,7 +203,7 @@ def main(path: Path) -> None:
     try:
         with heard():
             run(*read(path))
-    except Remedy as remedy:
+    except UserError as remedy:
         print(f"gtsa: {remedy}", file=sys.stderr)
         sys.exit(remedy.code)
     except KeyboardInterrupt:

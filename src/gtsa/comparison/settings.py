@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Auto, Count, Documented, Natural
 from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.pretraining.settings import METHODS, MULTICROP
@@ -125,7 +125,7 @@ class Compare(Documented):
         if not 0 < self.rates[0] <= self.rates[1]:
             problems.append(f"rates: 0 < low <= high, not {self.rates[0]:g} {self.rates[1]:g}")
         if problems:
-            raise Remedy("\n".join(problems))
+            raise UserError("\n".join(problems))
         return self
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gtsa.comparison import jobs, report_page, tuning
-from gtsa.comparison.jobs import STAGES, Cell
+from gtsa.comparison.jobs import STAGES, Job
 from gtsa.comparison.results import evidence_of, result_of, said
 from gtsa.comparison.rows import Row
 from gtsa.core.files import store
@@ -32,10 +32,10 @@ Key = tuple[str, str]  # row and stage
 UNTRAINED: Key = ("untrained", "images")  # what no figure says anything without
 
 
-def write(rows: Sequence[Row], wanted: Iterable[Cell], s: Any) -> Path:
+def write(rows: Sequence[Row], wanted: Iterable[Job], s: Any) -> Path:
     """Writes results.csv, results.json and report.html into the comparison's folder; returns the last."""
-    done = [(cell, result_of(cell, s)) for cell in wanted]
-    found = [(cell, result) for cell, result in done if result is not None]
+    done = [(job, result_of(job, s)) for job in wanted]
+    found = [(job, result) for job, result in done if result is not None]
     place = Path(s.out)
     store(place / "results.csv", _csv(found).encode())
     summary = summarised(rows, found, s)
@@ -44,15 +44,15 @@ def write(rows: Sequence[Row], wanted: Iterable[Cell], s: Any) -> Path:
     return place / "report.html"
 
 
-def _csv(found: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
+def _csv(found: Sequence[tuple[Job, dict[str, Any]]]) -> str:
     """One line for every value: what a statistician wants to start from."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["method", "stage", "seed", "task", "feature", "block", "metric", "value", "n"])
-    for cell, result in found:
+    for job, result in found:
         for entry in result.get("results", ()):
             for metric, value in entry["figures"].items():
-                where = cell.row.name, cell.stage, cell.number, entry["task"], entry["feature"], "last"
+                where = job.row.name, job.stage, job.number, entry["task"], entry["feature"], "last"
                 table.writerow([*where, metric, repr(value), entry["images"]])
     return text.getvalue()
 
@@ -60,7 +60,7 @@ def _csv(found: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
 # Figures with intervals
 
 
-def summarised(rows: Sequence[Row], found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> dict[str, Any]:
+def summarised(rows: Sequence[Row], found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> dict[str, Any]:
     """All that the page tells, as plain values."""
     reference = rows[0].name
     drawn = _drawn(found, s)
@@ -140,13 +140,13 @@ class Answers:
         return mine - its
 
 
-def _drawn(found: Sequence[tuple[Cell, dict[str, Any]]], s: Any) -> dict[Key, Answers]:
+def _drawn(found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> dict[Key, Answers]:
     """What every row answered."""
     evidence: dict[Key, dict[int, dict[tuple[str, str], Evidence]]] = {}
-    steady = {cell.row.name for cell, _ in found if not cell.row.varies}
-    for cell, result in found:
-        if cell.stage in STAGES and result["status"] == "done":
-            evidence.setdefault((cell.row.name, cell.stage), {})[cell.number] = evidence_of(cell, s)
+    steady = {job.row.name for job, _ in found if not job.row.varies}
+    for job, result in found:
+        if job.stage in STAGES and result["status"] == "done":
+            evidence.setdefault((job.row.name, job.stage), {})[job.number] = evidence_of(job, s)
     answers: dict[Key, Answers] = {}
     for key, of_seeds in evidence.items():
         seeds, networks, named = tuple(of_seeds), list(of_seeds.values()), {}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from gtsa.comparison import jobs
-from gtsa.comparison.jobs import Cell
+from gtsa.comparison.jobs import Job
 from gtsa.comparison.results import answered, said
 from gtsa.comparison.rows import Row
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.evaluation import tasks
 from gtsa.pretraining.settings import METHODS
 
@@ -20,7 +20,7 @@ Result = Mapping[str, Any]
 
 
 def checked(questions: Iterable[tasks.Question], s: Any) -> None:
-    """Raises Remedy where trials cannot be chosen without the images that the figures are of.
+    """Raises UserError where trials cannot be chosen without the images that the figures are of.
 
     Args:
         questions: of a trial.
@@ -29,23 +29,23 @@ def checked(questions: Iterable[tasks.Question], s: Any) -> None:
     if len(set(by.values())) > 1 or 0 in by.values():
         told = {"--val": "has --val", 0: "learns nothing, so it has no folds"}
         lines = "; ".join(f"{name} {told.get(how, f'has {how} folds')}" for name, how in by.items())
-        raise Remedy(
+        raise UserError(
             "primary: trials are chosen without the images that are judged, so its tasks must all learn from examples, "
             f"with as many folds, or all have --val: {lines}. Give another --primary, or --tune 0"
         )
     if 2 in by.values():
-        raise Remedy(
+        raise UserError(
             f"{', '.join(by)}: trials are chosen for each fold by folds of the other images, so two folds are too few; "
             "give --folds 3 or more, or --tune 0"
         )
 
 
-def trials(rows: Sequence[Row], s: Any) -> Iterator[Cell]:
+def trials(rows: Sequence[Row], s: Any) -> Iterator[Job]:
     """The same number of settings for every method: its preset, and random ones."""
     for row in rows:
         if row.source is None and row.name == row.tuned_as:
             for number in range(s.tune):
-                yield Cell(row, "trial", number, {"steps": steps_of(s), **drawn(row, number, s)})
+                yield Job(row, "trial", number, {"steps": steps_of(s), **drawn(row, number, s)})
 
 
 def steps_of(s: Any) -> int:
@@ -72,14 +72,14 @@ def chosen(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any]:
     """Settings of the best trial of the row's method; none where there were no trials.
 
     Raises:
-        Remedy: every trial failed.
+        UserError: every trial failed.
     """
-    tried = {cell.number: cell for cell in trials(rows, s) if cell.row.name == row.tuned_as}
+    tried = {job.number: job for job in trials(rows, s) if job.row.name == row.tuned_as}
     if not tried:
         return {}
-    good = {number: result for number, cell in tried.items() if (result := answered(cell, s))}
+    good = {number: result for number, job in tried.items() if (result := answered(job, s))}
     if not good:
-        raise Remedy(f"all {len(tried)} trials of {row.tuned_as} failed; see {s.out}/cells/{row.tuned_as}/", 5)
+        raise UserError(f"all {len(tried)} trials of {row.tuned_as} failed; see {s.out}/cells/{row.tuned_as}/", 5)
     best = tried[_taken(_choices(good, s))]
     return {key: value for key, value in best.changes.items() if key != "steps"}
 
@@ -110,7 +110,7 @@ def _inner(result: Result, s: Any) -> list[float]:
         try:
             of_fold = {"results": [{**entry, "figures": entry["without"][fold]} for entry in entries]}
             figures.append(primary_of(of_fold, s))
-        except Remedy:  # the other images do not show this figure
+        except UserError:  # the other images do not show this figure
             figures.append(math.nan)
     return figures
 
@@ -139,12 +139,12 @@ def _part(results: Iterable[Mapping[str, Any]], part: str) -> float:
         if entry["task"] == task:
             figures = entry["figures"]
             if figure and figure not in figures:
-                raise Remedy(f"--primary {part}: {task} has no such figure; it has {', '.join(figures)}")
+                raise UserError(f"--primary {part}: {task} has no such figure; it has {', '.join(figures)}")
             return float(figures[figure] if figure else next(iter(figures.values()), math.nan))
-    raise Remedy(f"--primary {part}: there is no result of {task}")
+    raise UserError(f"--primary {part}: there is no result of {task}")
 
 
-def choices(found: Iterable[tuple[Cell, Result]], s: Any) -> list[dict[str, Any]]:
+def choices(found: Iterable[tuple[Job, Result]], s: Any) -> list[dict[str, Any]]:
     """Of every method that was tuned: the trial that is taken, and the choice of each fold.
 
     Args:
@@ -154,8 +154,8 @@ def choices(found: Iterable[tuple[Cell, Result]], s: Any) -> list[dict[str, Any]
         ``row``, ``taken`` and ``of_folds``, numbers of trials; the latter has one number where --val judges.
     """
     of_rows: dict[str, dict[int, Result]] = {}
-    for cell, result in found:
-        if cell.stage == "trial" and result["status"] == "done":
-            of_rows.setdefault(cell.row.name, {})[cell.number] = result
+    for job, result in found:
+        if job.stage == "trial" and result["status"] == "done":
+            of_rows.setdefault(job.row.name, {})[job.number] = result
     made = {row: _choices(results, s) for row, results in of_rows.items()}
     return [{"row": row, "taken": _taken(of_folds), "of_folds": of_folds} for row, of_folds in made.items()]

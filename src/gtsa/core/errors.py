@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-class Remedy(ValueError):
+class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong, where, and what to do.
 
     ``code`` is the exit code of the command line (see EXIT_CODES).
@@ -16,7 +16,7 @@ class Remedy(ValueError):
         self.code = code
 
 
-class Alone(Remedy):
+class Alone(UserError):
     """Another process of the run is gone. Whoever is left says so: the one that speaks for all may be the one gone."""
 
 

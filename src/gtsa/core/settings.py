@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.plugins import REQUIRED, Declared
 
 Auto = Literal["auto"]
@@ -94,7 +94,7 @@ def _described(docstring: str) -> dict[str, str]:
 
 
 def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
-    """Settings from plain values. Raises one Remedy with every mistake."""
+    """Settings from plain values. Raises one UserError with every mistake."""
     try:
         return model(**values)
     except ValidationError as errors:
@@ -104,12 +104,12 @@ def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
             told.setdefault(name, []).append(message)
         lines = told.pop("", [])  # contradictions between settings name them themselves
         lines += [f"{name}: {' or '.join(dict.fromkeys(messages))}" for name, messages in told.items()]
-    except Remedy as remedy:
+    except UserError as remedy:
         lines = str(remedy).split("\n")
     lines = [line for text in lines for line in text.split("\n")]
     if len(lines) > 1:
         lines = ["several settings are wrong:", *(f"  {line}" for line in lines)]
-    raise Remedy((f"{where}: " if where else "") + "\n".join(lines))
+    raise UserError((f"{where}: " if where else "") + "\n".join(lines))
 
 
 def _told(error: Any, model: Any) -> tuple[str, str]:
@@ -144,21 +144,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             text = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # the latter of a path with a NUL
-        raise Remedy(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(text) > LARGEST:
-        raise Remedy(f"--config {path} has more than {LARGEST:,} bytes; that is no file of settings")
+        raise UserError(f"--config {path} has more than {LARGEST:,} bytes; that is no file of settings")
     try:
         values = YAML(typ="safe", pure=True).load(text.decode())
         _insist_on_plain(values)
     except RecursionError:
-        raise Remedy(f"--config {path} is nested too deeply; settings have at most {DEEPEST} levels") from None
+        raise UserError(f"--config {path} is nested too deeply; settings have at most {DEEPEST} levels") from None
     except (YAMLError, ValueError, TypeError) as error:  # ValueError: bytes that are not UTF-8, too
         told = " ".join(str(error).split())
-        raise Remedy(f"--config {path} is not plain YAML: {told[:300]}") from None
+        raise UserError(f"--config {path} is not plain YAML: {told[:300]}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise Remedy(f"--config {path}: settings are lines of 'name: value'")
+        raise UserError(f"--config {path}: settings are lines of 'name: value'")
     return values
 
 

@@ -180,7 +180,7 @@ class Evaluator(ABC):
         Args:
             backbone: gtsa.models.backbone.Backbone, on the device, in evaluation mode; it is left as it is.
             train, val: gtsa.data.labels.Labelled; ``train`` is None where the evaluator does not learn.
-            lab: gtsa.evaluation.features.Lab, where it is done.
+            lab: gtsa.evaluation.features.EvalContext, where it is done.
         """
 
     @abstractmethod
@@ -193,7 +193,7 @@ class Evaluator(ABC):
 
 
 @dataclass
-class Done:
+class StepResult:
     """What a finished step leaves to look at. ``parts`` stay on the device until somebody reads them."""
 
     step: int  # steps done so far: 1 after the first

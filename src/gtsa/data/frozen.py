@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Detail, Source
 
@@ -32,7 +32,7 @@ class Frozen:
         listed: lines of JSON, as made by ``frozen``. Files of which nothing is known are read as they are.
 
     Raises:
-        Remedy: the list is damaged (4).
+        UserError: the list is damaged (4).
     """
 
     def __init__(self, source: Source, listed: bytes) -> None:
@@ -43,7 +43,9 @@ class Frozen:
             sizes = [[int(entry.get(key, 0)) for key in ("bytes", "width", "height")] for entry in entries]
             self.sizes = np.array(sizes, np.int64).reshape(-1, 3)
         except (ValueError, TypeError, OverflowError) as error:
-            raise Remedy(f"the list of images is damaged ({error}); bring it back, or start another run", 4) from None
+            raise UserError(
+                f"the list of images is damaged ({error}); bring it back, or start another run", 4
+            ) from None
 
     def __len__(self) -> int:
         return len(self.source)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Crops, Draw, Replaced, Views
 from gtsa.data.multicrop import MultiCrop
@@ -36,7 +36,7 @@ class StepSampler(Sampler[list[Draw]]):
         self, images: int, batch: int, steps: int, start: int = 0, rank: int = 0, ranks: int = 1, accumulate: int = 1
     ) -> None:
         if batch % (ranks * accumulate):
-            raise Remedy(f"--batch-size {batch} does not divide over {ranks} processes x {accumulate} micro-batches")
+            raise UserError(f"--batch-size {batch} does not divide over {ranks} processes x {accumulate} micro-batches")
         self.images, self.batch, self.steps, self.start = images, batch, steps, start
         self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
 
@@ -51,7 +51,7 @@ class StepSampler(Sampler[list[Draw]]):
                 yield [Draw(*divmod(place, self.images)) for place in range(first, first + size)]
 
 
-class NoImageLeft(Remedy):
+class NoImageLeft(UserError):
     """Its code and message outlive a worker, from which torch brings back no more than the type and a traceback."""
 
     def __init__(self, _: str = "") -> None:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from gtsa.core.drawing import squares
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import IMAGES
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import Count, say
-from gtsa.core.types import Done, Replaced
+from gtsa.core.types import Replaced, StepResult
 from gtsa.data.frozen import Frozen, frozen
 from gtsa.data.loader import NoImageLeft
 from gtsa.data.pixels import BadImage
@@ -33,13 +33,13 @@ def scanned(data: Any, settings: Any, begun: bool, checkpoints: bool) -> dict[st
         begun, checkpoints: whether the run's folder has a list of images, and checkpoints.
 
     Raises:
-        Remedy: there are no images, too many of them are damaged (3), or a run has lost its list of them (4).
+        UserError: there are no images, too many of them are damaged (3), or a run has lost its list of them (4).
     """
     s = settings
     if s.resume and begun:
         return {}
     if s.resume and checkpoints:
-        raise Remedy(f"{s.out} has checkpoints, but {IMAGES} is gone: bring it back, or start another run", 4)
+        raise UserError(f"{s.out} has checkpoints, but {IMAGES} is gone: bring it back, or start another run", 4)
     say(f"reading {data if isinstance(data, str) else s.data}")
     with Count("listed") as listed:
         source = open_source(data, **selection(s), progress=listed)
@@ -64,21 +64,21 @@ def count(files: dict[str, str], out: str) -> int:
 
 
 def image_list(out: str) -> tuple[bytes, list[str]]:
-    """images.jsonl of a run, and the names in it. Raises Remedy where it is damaged (4)."""
+    """images.jsonl of a run, and the names in it. Raises UserError where it is damaged (4)."""
     raw = Path(out, IMAGES).read_bytes()
     try:
         names = [str(json.loads(line)["name"]) for line in raw.splitlines()]
     except (ValueError, KeyError, TypeError) as error:
-        raise Remedy(f"{out}/{IMAGES} is damaged ({error}); {MEND}", 4) from None
+        raise UserError(f"{out}/{IMAGES} is damaged ({error}); {MEND}", 4) from None
     used = len(names)
     with suppress(OSError, ValueError, KeyError, TypeError):  # nothing else depends on this report
         used = int(json.loads(Path(out, "scan.json").read_bytes())["used"])
     if used != len(names) or not raw.endswith(b"\n"):
-        raise Remedy(f"{out}/{IMAGES} was changed or cut short: it lists {len(names)} of {used} images; {MEND}", 4)
+        raise UserError(f"{out}/{IMAGES} was changed or cut short: it lists {len(names)} of {used} images; {MEND}", 4)
     return raw, names
 
 
-class Pool:
+class RunImages:
     """Usable images by number, as the run's folder lists them.
 
     Args:
@@ -104,7 +104,7 @@ class Pool:
         self.bad: dict[int, str] = {}
         self.allowed, self.note = max(1, s.max_bad * len(self.train)), note
 
-    def account(self, done: Done) -> None:
+    def account(self, done: StepResult) -> None:
         """Names images that could not be read in a step, and those of a step that was skipped."""
         self.unreadable(done.replaced, f"step {done.step}: ")
         if done.skipped:
@@ -112,7 +112,7 @@ class Pool:
             self.note(f"step {done.step - 1} was skipped for a non-finite number; its images: {names}")
 
     def unreadable(self, replaced: Iterable[Replaced], when: str) -> None:
-        """Names images that could not be read. Raises Remedy where they are too many by now (3)."""
+        """Names images that could not be read. Raises UserError where they are too many by now (3)."""
         for image, reason, by in (Replaced(*entry) for entry in replaced):
             if image not in self.bad:
                 self.bad[image] = reason
@@ -122,7 +122,7 @@ class Pool:
                 )
         if len(self.bad) > self.allowed:
             listed = "; ".join(f"{escaped(self.source.name(i))}: {why}" for i, why in list(self.bad.items())[:5])
-            raise Remedy(
+            raise UserError(
                 f"{len(self.bad)} of {len(self.train)} images could not be read in mid-run ({listed}); "
                 "mend them and go on with --resume, or allow more with --max-bad",
                 3,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.terminal import Count
 from gtsa.data import damage, decoding, remarks
 from gtsa.data.pixels import BadImage, Range
@@ -139,25 +139,25 @@ def _draft(width: int, height: int) -> float:
     return SMALLEST_DRAFT
 
 
-def no_images(result: Scan, data: str) -> Remedy:
+def no_images(result: Scan, data: str) -> UserError:
     """What to tell of a place without images."""
     others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
     there = f"it holds {others}" if others else "it is empty"
     there = f"{links(result)}" if result.outside else there
-    return Remedy(
+    return UserError(
         f"{data}: no images ({there}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
         3,
     )
 
 
 def insist(result: Scan, data: Any, max_bad: float) -> None:
-    """Raises Remedy (3) where there is nothing to learn from, or too much of it is bad."""
+    """Raises UserError (3) where there is nothing to learn from, or too much of it is bad."""
     if result.total == 0:
         raise no_images(result, f"--data {data}")
     if len(result.bad) > max(1, max_bad * result.looked_at) or not result.used:
         first = "".join(f"\n  {escaped(name)}: {reason}" for name, reason in result.bad[:5])
         more = f"\n  and {len(result.bad) - 5} more" if len(result.bad) > 5 else ""
-        raise Remedy(
+        raise UserError(
             f"--data {data}: {len(result.bad)} of {result.looked_at} images cannot be used:{first}{more}\n"
             "mend or remove them ('gtsa check' lists all)"
             + (f", or leave them out with --max-bad {enough(result)}" if result.used else ""),

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Evidence
 from gtsa.data.labels import IGNORE, Labelled
-from gtsa.evaluation.features import Lab, batches, normalised, read, resized
+from gtsa.evaluation.features import EvalContext, batches, normalised, read, resized
 from gtsa.models.backbone import Backbone
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
@@ -50,7 +50,7 @@ def resized_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def patches(backbone: Backbone, pixels: Tensor, lab: Lab) -> Tensor:
+def patches(backbone: Backbone, pixels: Tensor, lab: EvalContext) -> Tensor:
     """Patch tokens of the frozen backbone: normalised pixels [N, 3, H, W] -> [N, h, w, D] float32."""
     with lab.fabric.autocast():
         return backbone(pixels).patches.float()  # type: ignore[no-any-return]
@@ -95,7 +95,7 @@ def upsampled(scores: Tensor, seen: Sequence[int], size: Sequence[int], patch: i
 
 @torch.no_grad()
 def judged(
-    score: Scorer, backbone: Backbone, data: Labelled, lab: Lab, size: int, window: int = 0, stride: int = 0
+    score: Scorer, backbone: Backbone, data: Labelled, lab: EvalContext, size: int, window: int = 0, stride: int = 0
 ) -> Evidence:
     """Pixel counts of every image, each pixel taken for the class of its highest score.
 
@@ -116,7 +116,7 @@ def judged(
     return stacked(found)
 
 
-def _alike(data: Labelled, lab: Lab, size: int) -> Iterator[list[Scene]]:
+def _alike(data: Labelled, lab: EvalContext, size: int) -> Iterator[list[Scene]]:
     """The scenes in order, those together that follow one another and have one size."""
     for batch in batches(Scenes(data, size), lab, list):
         for _, group in groupby(batch, key=lambda scene: scene.pixels.shape):
@@ -151,11 +151,11 @@ def figures(evidence: Evidence) -> dict[str, float]:
     mean accuracy over those that occur in the truth (as MMSegmentation and the papers that use it count).
 
     Raises:
-        Remedy: nobody labelled a pixel of these images (3).
+        UserError: nobody labelled a pixel of these images (3).
     """
     hit, predicted, true = (evidence[name].sum(0).double() for name in ("hit", "predicted", "true"))
     if not true.any():
-        raise Remedy("no pixel of the masks to judge by is labelled: all of them are ignored; see --ignore", 3)
+        raise UserError("no pixel of the masks to judge by is labelled: all of them are ignored; see --ignore", 3)
     shares = {"mIoU": hit / (predicted + true - hit), "mAcc": hit / true, "aAcc": hit.sum(-1) / true.sum(-1)}
     return {name: 100 * float(share.nanmean()) for name, share in shares.items()}
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.files import clear_drafts, store
 from gtsa.core.settings import validated
 from gtsa.core.terminal import say, table
@@ -47,7 +47,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         What --out writes: settings, fingerprints of weights and data, versions, and the figures with sample counts.
 
     Raises:
-        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
+        UserError: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
     """
     names = (task,) if isinstance(task, str) else tuple(task)
     ready = resolve_device(validated(Evaluate, {"weights": weights, "task": names, **settings}))
@@ -57,7 +57,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     if s.out:
         _place(Path(s.out), asked)
     if s.work and Path(s.work).exists() and not Path(s.work).is_dir():
-        raise Remedy(f"--work {s.work} is a file; give a folder")
+        raise UserError(f"--work {s.work} is a file; give a folder")
     if s.predictions:
         predictions.insist_on_place(s.predictions, asked)
     questions = tasks.questions(s)
@@ -97,7 +97,7 @@ def _asked(question: tasks.Question, backbone: Any, fabric: Fabric, s: Any) -> d
     try:
         evidence = question(backbone, fabric, s)
     except torch.OutOfMemoryError:
-        raise Remedy(f"--task {question.name}: memory ran out; give a smaller --batch-size", 6) from None
+        raise UserError(f"--task {question.name}: memory ran out; give a smaller --batch-size", 6) from None
     return {
         "task": question.name,
         "settings": question.settings,
@@ -129,7 +129,7 @@ def _intervals(question: tasks.Question, evidence: Evidence) -> dict[str, tuple[
     names = list(question.evaluator.figures(evidence))
     try:
         drawn = tasks.drawn(question, evidence, names)
-    except Remedy:  # a choice of images that shows nothing
+    except UserError:  # a choice of images that shows nothing
         return {}
     found = {name: intervals.of_images(drawn[number]) for number, name in enumerate(names)}
     return {name: (value.low, value.high) for name, value in found.items() if math.isfinite(value.low)}
@@ -174,19 +174,19 @@ def _show(result: Mapping[str, Any]) -> None:
 
 
 def _place(place: Path, asked: Mapping[str, Any]) -> None:
-    """Raises Remedy where the results could not be written when all is done, or would replace others.
+    """Raises UserError where the results could not be written when all is done, or would replace others.
 
     Those of the same evaluation, stopped between its tasks, are replaced.
     """
     if place.exists() and not _stopped(place, asked):
-        raise Remedy(f"--out {place} is there already; give another file, or remove it first")
+        raise UserError(f"--out {place} is there already; give another file, or remove it first")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         clear_drafts(place.parent, glob.escape(place.name))
         if not os.access(place.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise Remedy(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
+        raise UserError(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
 
 
 def _stopped(place: Path, asked: Mapping[str, Any]) -> bool:
@@ -201,4 +201,4 @@ def _write(place: Path, report: Mapping[str, Any]) -> None:
     try:
         store(place, (json.dumps(report, indent=1) + "\n").encode())
     except OSError as error:
-        raise Remedy(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
+        raise UserError(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None

@@ -13,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.types import Tokens
 from gtsa.data.labels import Labelled
 from gtsa.data.pixels import BadImage
@@ -27,7 +27,7 @@ def _nothing(index: int, prediction: Any) -> None:
 
 
 @dataclass
-class Lab:
+class EvalContext:
     """Where an evaluation is done.
 
     Attributes:
@@ -55,12 +55,12 @@ class Lab:
 
 
 def read(data: Labelled, index: int) -> Tensor:
-    """Image number ``index``, uint8 [3, H, W]. Raises Remedy (3), which names it, where it cannot be read."""
+    """Image number ``index``, uint8 [3, H, W]. Raises UserError (3), which names it, where it cannot be read."""
     try:
         return data.read(index)
     except BadImage as reason:
         way = "take it out of the folder" if data.kind == "none" else "take it out of the labels"
-        raise Remedy(
+        raise UserError(
             f"{escaped(data.name(index))}: {reason}; an evaluation needs every image that it is given: mend it, or "
             f"{way}",
             3,
@@ -95,12 +95,12 @@ def whole_patches(side: int, backbone: Backbone) -> int:
 
 
 def pooled(tokens: Tokens, how: Pooling) -> Tensor:
-    """[N, D] (2 D where it is both). Raises Remedy where a CLS token is asked for and there is none."""
+    """[N, D] (2 D where it is both). Raises UserError where a CLS token is asked for and there is none."""
     mean = tokens.patches.mean((1, 2))
     if how == "mean":
         return mean
     if not tokens.prefix.shape[1]:
-        raise Remedy(f"--tokens {how}: this backbone has no CLS token; use --tokens mean")
+        raise UserError(f"--tokens {how}: this backbone has no CLS token; use --tokens mean")
     return tokens.prefix[:, 0] if how == "cls" else torch.cat([mean, tokens.prefix[:, 0]], dim=-1)
 
 
@@ -115,8 +115,10 @@ class _Centres(Dataset[Tensor]):
         return centre(read(self.data, index), self.resize, self.crop).contiguous()
 
 
-def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any] | None = None) -> Iterator[Any]:
-    """The items of a dataset in order, for a frozen backbone. Raises Remedy (3), which names the image it is about."""
+def batches(
+    dataset: Dataset[Any], lab: EvalContext, collate: Callable[[list[Any]], Any] | None = None
+) -> Iterator[Any]:
+    """The items of a dataset in order, for a frozen backbone. Raises UserError (3), which names the image."""
     loader = DataLoader(
         dataset,
         lab.batch_size,
@@ -128,15 +130,15 @@ def batches(dataset: Dataset[Any], lab: Lab, collate: Callable[[list[Any]], Any]
     )
     try:
         yield from loader
-    except Remedy as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
-        raise Remedy(str(remedy).rsplit("Remedy: ", 1)[-1].strip(), 3) from None
+    except UserError as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
+        raise UserError(str(remedy).rsplit("UserError: ", 1)[-1].strip(), 3) from None
 
 
 @torch.no_grad()
 def tokens_of(
     backbone: Backbone,
     data: Labelled,
-    lab: Lab,
+    lab: EvalContext,
     resize: int,
     crop: int,
     which: Sequence[int] = (),
@@ -157,7 +159,7 @@ def tokens_of(
 
 
 def image_features(
-    backbone: Backbone, data: Labelled, lab: Lab, resize: int = 256, crop: int = 224, blocks: int = 1
+    backbone: Backbone, data: Labelled, lab: EvalContext, resize: int = 256, crop: int = 224, blocks: int = 1
 ) -> Tensor:
     """One vector an image, pooled as the lab says: [images, blocks, D], the last block last, on the host.
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import store
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation.legend import legend
@@ -29,7 +29,7 @@ SIDE, LINE, GAP = 640, 22, 8  # px of a picture: longest side of a panel, height
 
 
 def insist_on_place(folder: str, asked: Mapping[str, Any]) -> None:
-    """Raises Remedy where predictions would be mixed with what is there.
+    """Raises UserError where predictions would be mixed with what is there.
 
     Args:
         asked: of the evaluation. What the same one left when it was stopped is replaced.
@@ -38,7 +38,7 @@ def insist_on_place(folder: str, asked: Mapping[str, Any]) -> None:
     with writing(folder):
         found = [p.name for p in place.iterdir() if p.name != BEGUN] if place.exists() else []
     if found and not _stopped(place / BEGUN, asked):
-        raise Remedy(
+        raise UserError(
             f"--predictions {folder} is not empty ({escaped(sorted(found)[0])}{', ...' if len(found) > 1 else ''}): "
             "predictions of two evaluations are not mixed; give another folder, or remove it first"
         )
@@ -75,10 +75,10 @@ def writing(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Remedy(f"--predictions {folder} cannot be written: {error.strerror}; give another folder", 6) from None
+        raise UserError(f"--predictions {folder} cannot be written: {error.strerror}; give another folder", 6) from None
 
 
-class Keeper:
+class PredictionWriter:
     """Told of every prediction as (index, prediction); writes what was asked for below ``folder/task``.
 
     * Scores of classes, a tensor [C]: ``predictions.csv``.
@@ -147,7 +147,7 @@ class Keeper:
 
     def _make(self, folder: Path) -> None:
         if folder.resolve() != folder:  # a link that somebody planted
-            raise Remedy(f"{escaped(str(folder))} leads out of the folder of --predictions: remove the link", 8)
+            raise UserError(f"{escaped(str(folder))} leads out of the folder of --predictions: remove the link", 8)
         with writing(str(self.root and self.root.parent)):
             folder.mkdir(parents=True, exist_ok=True)
 

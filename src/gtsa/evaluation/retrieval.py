@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, generator
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation.dense import _alike, patches, resized_mask
-from gtsa.evaluation.features import Lab, normalised
+from gtsa.evaluation.features import EvalContext, normalised
 from gtsa.models.backbone import Backbone
 
 ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once
@@ -75,14 +75,14 @@ class Memory:
         return torch.cat(found)
 
 
-def remembered(backbone: Backbone, data: Labelled, lab: Lab, size: int, most: int) -> Memory:
+def remembered(backbone: Backbone, data: Labelled, lab: EvalContext, size: int, most: int) -> Memory:
     """At most ``most`` random patches of ``data``, spread evenly over its images; such as have labelled pixels.
 
     Args:
         size: side of the square that images are brought to, whole patches.
 
     Raises:
-        Remedy: nobody labelled a pixel of these images (3).
+        UserError: nobody labelled a pixel of these images (3).
     """
     grid, classes, images = size // backbone.patch, len(data.classes), len(data)
     share = most // images + (generator(lab.seed, Stream.PATCH_MEMORY).permutation(images) < most % images)
@@ -103,7 +103,7 @@ def remembered(backbone: Backbone, data: Labelled, lab: Lab, size: int, most: in
             labels[row : row + len(chosen)] = shares[chosen].to(lab.device)
             row += len(chosen)
     if not row:
-        raise Remedy("no pixel of the training masks is labelled: all of them are ignored; see --ignore", 3)
+        raise UserError("no pixel of the training masks is labelled: all of them are ignored; see --ignore", 3)
     return Memory(tokens[:row], labels[:row])
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Auto, Count, Documented, Natural, Strict, settings_of, with_sections
 from gtsa.evaluation import evaluators
 
@@ -82,7 +82,7 @@ class _Evaluate(Documented):
         if self.pictures and not self.predictions:
             problems.append("pictures: name a folder with --predictions")
         if problems:
-            raise Remedy("\n".join(problems))
+            raise UserError("\n".join(problems))
         return self
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from lightning_fabric import Fabric
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.files import IMAGES
 from gtsa.core.settings import read_yaml
 from gtsa.core.terminal import say
@@ -21,12 +21,12 @@ from gtsa.core.types import Evaluator, Evidence
 from gtsa.data import labels
 from gtsa.data.labels import Labelled
 from gtsa.data.labels.unlabelled import unlabelled
-from gtsa.data.run_images import Pool
+from gtsa.data.run_images import RunImages
 from gtsa.data.scan import scan
 from gtsa.evaluation import evaluators, intervals
-from gtsa.evaluation.features import Lab
+from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.folds import folds_of, joined, pairs_of, some
-from gtsa.evaluation.predictions import Keeper
+from gtsa.evaluation.predictions import PredictionWriter
 from gtsa.models.backbone import Backbone
 
 Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options
@@ -49,15 +49,15 @@ class Question:
 
     def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> Evidence:
         """The evidence of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
-        keeper = Keeper(s.predictions, s.pictures, self.name, self.val)
-        lab = Lab(fabric, s.tokens, s.seed, s.batch_size, s.workers, None, keeper)
+        keeper = PredictionWriter(s.predictions, s.pictures, self.name, self.val)
+        lab = EvalContext(fabric, s.tokens, s.seed, s.batch_size, s.workers, None, keeper)
         if s.work:
             lab.folder = Path(s.work) / self.name
         evidence = self.evidence(backbone, lab, keeper)
         keeper.close()
         return evidence
 
-    def evidence(self, backbone: Any, lab: Lab, keeper: Keeper | None = None) -> Evidence:
+    def evidence(self, backbone: Any, lab: EvalContext, keeper: PredictionWriter | None = None) -> Evidence:
         """What the figures follow from, of every judged image; with folds (or pairs of them) in their order."""
         if not self.folds:
             return self.evaluator(backbone, self.train, self.val, lab)
@@ -88,7 +88,7 @@ class Question:
             places = np.flatnonzero(has[pair] & ~np.isin(images, fold))
             try:
                 told.append(self.evaluator.figures(some(evidence, places)))
-            except Remedy:
+            except UserError:
                 told.append({})
         return told
 
@@ -107,7 +107,7 @@ class Question:
 
 
 def drawn(question: Question, evidence: Evidence, names: Sequence[str]) -> intervals.Drawn:
-    """Figures by name, of all images and of random choices of them. Raises Remedy where a choice shows nothing."""
+    """Figures by name, of all images and of random choices of them. Raises UserError where a choice shows nothing."""
 
     def figures(_: int, places: np.ndarray) -> np.ndarray:
         found = question.evaluator.figures(some(evidence, places))
@@ -123,7 +123,7 @@ def questions(s: Any, shared: Opened | None = None) -> list[Question]:
         shared: labels that were opened for other settings; what is opened here joins them.
 
     Raises:
-        Remedy: data are missing, of the wrong format, or wrong (2, 3).
+        UserError: data are missing, of the wrong format, or wrong (2, 3).
     """
     asked = []
     opened = partial(_open, s=s, shared={} if shared is None else shared)  # several tasks, one look at the labels
@@ -142,7 +142,7 @@ def _sides(question: Question) -> list[tuple[str, Labelled]]:
 
 
 def _decoded(where: str, data: Labelled) -> None:
-    """Raises Remedy (3) with all images that cannot be read, before hours go into a training that needs them."""
+    """Raises UserError (3) with all images that cannot be read, before hours go into a training that needs them."""
     problems = labels.Problems(where)
     for name, reason in scan(data.source, decode=True).bad:
         problems.add("image that cannot be read", name, f"{reason}: mend it, or take it out of the labels")
@@ -153,21 +153,21 @@ def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelle
     if s.folds:
         both = opened(s.train, evaluator.labels)
         if s.folds > len(both):
-            raise Remedy(f"--folds {s.folds}: there are {len(both)} images")
+            raise UserError(f"--folds {s.folds}: there are {len(both)} images")
         return (both if evaluator.learns else None), both
     if evaluator.learns and not s.train:
         what = "IMAGES, without labels" if "none" in evaluator.labels else "IMAGES LABELS"
-        raise Remedy(f"--task {name} learns from examples: give --train {what}, or --folds N with --train alone")
+        raise UserError(f"--task {name} learns from examples: give --train {what}, or --folds N with --train alone")
     val = opened(s.val, evaluator.labels) if s.val else _held_out(s.weights)
     if not evaluator.learns:
         return None, val
     train = opened(s.train, evaluator.labels)
     if train.kind != val.kind:
         kinds = [data.kind.replace("none", "no labels") for data in (train, val)]
-        raise Remedy(f"--train has {kinds[0]}, --val {kinds[1]}; give the same kind of labels", 3)
+        raise UserError(f"--train has {kinds[0]}, --val {kinds[1]}; give the same kind of labels", 3)
     if unknown := sorted(set(val.classes) - set(train.classes)):
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise Remedy(
+        raise UserError(
             f"--val has classes that --train has no example of: {', '.join(map(str, unknown[:5]))}{more}; split them "
             "otherwise, or name them alike",
             3,
@@ -198,24 +198,26 @@ def _open(places: tuple[str, ...], kinds: tuple[str, ...], s: Any, shared: Opene
             return shared[key]
         except labels.UnknownFormat as remedy:
             told.append(str(remedy))
-    raise Remedy("\n".join(told), 3)
+    raise UserError("\n".join(told), 3)
 
 
 def _held_out(weights: str) -> Labelled:
-    """The images that a run of ours was judged by, for what needs no others. Raises Remedy where there are none."""
+    """The images that a run of ours was judged by, for what needs no others. Raises UserError where there are none."""
     place = Path(weights)
     around = (place, *place.parents[:2]) if place.exists() else ()  # RUN, RUN/best, RUN/exports/timm
     run = next((p for p in around if (p / IMAGES).is_file() and (p / "config.yaml").is_file()), None)
     if run is None:
-        raise Remedy(
+        raise UserError(
             "--val is missing: give --val IMAGES, without labels (a run of gtsa has images of its own to be judged by, "
             f"and {weights} is none)"
         )
     settings = SimpleNamespace(**{**read_yaml(run / "config.yaml"), "out": str(run)})
     try:
-        pool = Pool(settings.data, settings, say)
-    except (Remedy, OSError, ValueError, AttributeError) as error:
-        raise Remedy(f"the images of {run} cannot be opened ({error}); give --val IMAGES, without labels", 3) from None
+        pool = RunImages(settings.data, settings, say)
+    except (UserError, OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the images of {run} cannot be opened ({error}); give --val IMAGES, without labels", 3
+        ) from None
     which = "held-out images" if pool.held_out else "TRAINING images (none were held out)"
     say(f"judged by {len(pool.looked_at):,} {which} of {run}; --val IMAGES takes others")
     return unlabelled(pool.source, pool.looked_at)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Views
 from gtsa.methods.parts import losses
 from gtsa.methods.parts.geometry import pairs_of
@@ -81,13 +81,13 @@ class DINO(Method):
     ) -> None:
         super().__init__()
         if min(prototypes, hidden, bottleneck) < 1:
-            raise Remedy("dino: prototypes, hidden and bottleneck must be at least 1")
+            raise UserError("dino: prototypes, hidden and bottleneck must be at least 1")
         if min(student_temperature, *teacher_temperature) <= 0:
-            raise Remedy("dino: temperatures must be above 0; published are 0.1, and 0.04 to 0.07")
+            raise UserError("dino: temperatures must be above 0; published are 0.1, and 0.04 to 0.07")
         if not all(0 <= share <= 1 for share in (temperature_warmup, freeze, centre_momentum, momentum)):
-            raise Remedy("dino: temperature_warmup, freeze, centre_momentum and momentum are from 0 to 1")
+            raise UserError("dino: temperature_warmup, freeze, centre_momentum and momentum are from 0 to 1")
         if not encoder.prefix:
-            raise Remedy(f"dino reads the CLS token, and {encoder.model} has none; choose a model that has one")
+            raise UserError(f"dino reads the CLS token, and {encoder.model} has none; choose a model that has one")
         encoder.feature = "cls"
         self.student = Branch(encoder, PrototypeHead(encoder.width, prototypes, hidden, bottleneck))
         self.teacher = copy_of(self.student)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Views
 from gtsa.methods.parts import losses
 from gtsa.methods.parts.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
@@ -69,11 +69,13 @@ class GTSA(Method):
     ) -> None:
         super().__init__()
         if min(projector_dim, out_dim, predictor_dim, *(cells or (1,)), *(matches or (1,))) < 1:
-            raise Remedy("gtsa.projector_dim, out_dim, predictor_dim, cells, matches: must be at least 1")
+            raise UserError("gtsa.projector_dim, out_dim, predictor_dim, cells, matches: must be at least 1")
         if min(region_weight, patch_weight, rotation_weight) < 0:
-            raise Remedy("gtsa.region_weight, patch_weight, rotation_weight: must not be negative; 0 leaves a loss out")
+            raise UserError(
+                "gtsa.region_weight, patch_weight, rotation_weight: must not be negative; 0 leaves a loss out"
+            )
         if not 0 <= momentum <= 1:
-            raise Remedy(f"gtsa.momentum: from 0 to 1, not {momentum}; published is 0.996")
+            raise UserError(f"gtsa.momentum: from 0 to 1, not {momentum}; published is 0.996")
         self.student = Branch(encoder, GridProjector(encoder.width, projector_dim, out_dim))
         self.teacher = copy_of(self.student)
         self.predictor = GridPredictor(out_dim, predictor_dim)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Tokens, Views
 from gtsa.methods.parts import losses, masking
 from gtsa.methods.parts.geometry import pairs_of
@@ -84,17 +84,17 @@ class IBOT(Method):
     ) -> None:
         super().__init__()
         if min(prototypes, hidden, bottleneck) < 1:
-            raise Remedy("ibot: prototypes, hidden and bottleneck must be at least 1")
+            raise UserError("ibot: prototypes, hidden and bottleneck must be at least 1")
         if min(student_temperature, *teacher_temperature) <= 0 or patch_weight < 0:
-            raise Remedy("ibot: temperatures must be above 0, and patch_weight not below")
+            raise UserError("ibot: temperatures must be above 0, and patch_weight not below")
         shares = (temperature_warmup, freeze, centre_momentum, momentum, mask_probability, *mask_share)
         if not all(0 <= share <= 1 for share in shares) or mask_share[0] > mask_share[1]:
-            raise Remedy(
+            raise UserError(
                 "ibot: mask_share (rising), mask_probability, temperature_warmup, freeze, centre_momentum and momentum "
                 "are from 0 to 1"
             )
         if not encoder.prefix:
-            raise Remedy(f"ibot reads the CLS token, and {encoder.model} has none; choose a model that has one")
+            raise UserError(f"ibot reads the CLS token, and {encoder.model} has none; choose a model that has one")
         encoder.feature = "cls"
         self.student = Branch(encoder, PrototypeHead(encoder.width, prototypes, hidden, bottleneck))
         self.teacher = copy_of(self.student)

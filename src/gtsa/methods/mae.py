@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Method, Views
 from gtsa.methods.parts import masking
 from gtsa.models.backbone import Backbone
@@ -53,9 +53,9 @@ class MAE(Method):
     ) -> None:
         super().__init__()
         if not 0 < mask_share < 1:
-            raise Remedy(f"mae.mask_share: above 0 and below 1, not {mask_share}; published is 0.75")
+            raise UserError(f"mae.mask_share: above 0 and below 1, not {mask_share}; published is 0.75")
         if decoder_dim < 4 or decoder_dim % 4 or decoder_depth < 1:
-            raise Remedy("mae: decoder_dim must be a multiple of 4, and decoder_depth at least 1")
+            raise UserError("mae: decoder_dim must be a multiple of 4, and decoder_depth at least 1")
         self.student = nn.ModuleDict({"encoder": encoder})
         self.decoder = Decoder(encoder.width, decoder_dim, decoder_depth, 3 * encoder.patch**2)
         self.mask_share, self.normalise = mask_share, normalise

@@ -15,7 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 
 GRIDS = 16  # sizes whose resampling of positions is kept
@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         arguments: further arguments of timm's constructor, e.g. ``{"depth": 6}``.
 
     Raises:
-        Remedy: the name is unknown, the model is no plain ViT, or the size does not suit the patch.
+        UserError: the name is unknown, the model is no plain ViT, or the size does not suit the patch.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class Backbone(nn.Module):
             chosen: [N, k] places of patches, row by row; each keeps its position.
 
         Raises:
-            Remedy: the model is one that cannot leave patches out.
+            UserError: the model is one that cannot leave patches out.
         """
         if not isinstance(getattr(self.vit, "patch_drop", None), nn.Identity):
-            raise Remedy(f"{self.model} cannot leave patches out; choose a plain ViT, e.g. vit_small_patch16_224")
+            raise UserError(f"{self.model} cannot leave patches out; choose a plain ViT, e.g. vit_small_patch16_224")
 
         def choose(_: Any, __: Any, tokens: Tensor) -> Tensor:
             patches = tokens[:, self.prefix :].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -193,22 +193,22 @@ def _create(model: str, **arguments: Any) -> Any:
     if not timm.is_model(model):
         near = ", ".join(difflib.get_close_matches(model.split(".")[0], names("*"), 3))
         hint = f"near it: {near}" if near else "e.g. vit_tiny_patch16_224, vit_small_patch16_224"
-        raise Remedy(f"timm {timm.__version__} has no model {model!r}; {hint}")
+        raise UserError(f"timm {timm.__version__} has no model {model!r}; {hint}")
     try:
         vit = timm.create_model(model, num_classes=0, global_pool="", dynamic_img_size=True, **arguments)
     except (TypeError, AssertionError, RuntimeError):
-        raise Remedy(
+        raise UserError(
             f"{model} cannot be used: it is no plain vision transformer{f' with {arguments}' if arguments else ''}; "
             "choose one of timm's VisionTransformer or Eva models, e.g. vit_small_patch16_224"
         ) from None
     embed: Any = getattr(vit, "patch_embed", None)
     if not hasattr(vit, "num_prefix_tokens") or not hasattr(embed, "grid_size"):
-        raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
+        raise UserError(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
     (size, _), (patch, _), (grid, _) = embed.img_size, embed.patch_size, embed.grid_size
     if grid != size // patch:  # convolutions before the patches
-        raise Remedy(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
+        raise UserError(f"{model} is no plain vision transformer; choose e.g. vit_small_patch16_224")
     if size % patch:
-        raise Remedy(f"image size {size} px is no multiple of the {patch} px patch of {model}; use {grid * patch}")
+        raise UserError(f"image size {size} px is no multiple of the {patch} px patch of {model}; use {grid * patch}")
     return vit
 
 

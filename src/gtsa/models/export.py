@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gtsa.core import files
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.models import huggingface, weights
 from gtsa.models.backbone import Backbone
 from gtsa.models.formats import Format
@@ -45,11 +45,11 @@ def export(
         model: timm's name of it, where the source is a bare file that does not say.
 
     Raises:
-        Remedy: the weights are not whole, or what is to open them cannot hold them (4); the place is taken (2).
+        UserError: the weights are not whole, or what is to open them cannot hold them (4); the place is taken (2).
     """
     place, kind = Path(out), "file" if to == "dino" else "folder"
     if place.exists() and (not place.is_dir() or to == "dino" or any(place.iterdir())):
-        raise Remedy(f"--out {out} is there already; give another {kind}, or remove it first")
+        raise UserError(f"--out {out} is there already; give another {kind}, or remove it first")
     if place.is_symlink():
         place = place.resolve()  # an empty folder on another disk
     backbone, _ = load_backbone(source, network, model)
@@ -64,7 +64,7 @@ def export(
             return _file(place, backbone)
         return write(backbone, place, _name(source))
     except OSError as error:
-        raise Remedy(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
 
 
 def write(backbone: Backbone, place: Path, name: str = "scenes") -> Path:
@@ -124,11 +124,11 @@ def _file(place: Path, backbone: Backbone) -> Path:
 
 
 def _same_eps(backbone: Backbone) -> None:
-    """Raises Remedy where timm would open the model with another eps in its LayerNorms, and so with other features."""
+    """Raises UserError where timm would open the model with another eps in its LayerNorms."""
     with torch.device("meta"):
         usual = weights.eps_of(Backbone(backbone.model, arguments=backbone.arguments))
     if (here := weights.eps_of(backbone)) != usual:
-        raise Remedy(
+        raise UserError(
             f"its LayerNorms have an eps of {here:g}, those of timm's {backbone.model} {usual:g}, and neither a timm "
             "folder nor a .pth file can say so: the features would differ. Use --to hf",
             4,

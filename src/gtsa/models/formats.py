@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 
 Format = Literal["timm", "hf", "dino"]
 
@@ -18,8 +18,8 @@ OPENS = {
 ELSEWHERE = ("timm:", "random:")  # weights that are no path
 
 
-def no_weights(spec: str) -> Remedy:
-    return Remedy(
+def no_weights(spec: str) -> UserError:
+    return UserError(
         f"{spec}: no weights there; give a run, an export, a timm or Hugging Face folder (config.json and "
         "model.safetensors), a .safetensors or .pth file, or timm:NAME",
         4,

@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.models import state_dict
 from gtsa.models.backbone import Backbone
 
@@ -55,17 +55,17 @@ def read(
     """timm's name of the model, its arguments, the eps of its LayerNorms, its tensors, and what was left out.
 
     Raises:
-        Remedy: timm's ViT cannot hold it, or description and tensors are not of one model (4).
+        UserError: timm's ViT cannot hold it, or description and tensors are not of one model (4).
     """
     kind = config.get("model_type")
     if kind not in DEFAULTS:
-        raise Remedy(f"{source}: model_type {kind!r} cannot be read; {', '.join(DEFAULTS)} can", 4)
+        raise UserError(f"{source}: model_type {kind!r} cannot be read; {', '.join(DEFAULTS)} can", 4)
     try:
         return _read(str(kind), {**DEFAULTS[str(kind)], **config}, given, source)
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
-        if isinstance(error, Remedy):
+        if isinstance(error, UserError):
             raise
-        raise Remedy(f"{source}: config.json and its tensors cannot be understood ({error!r:.200})", 4) from None
+        raise UserError(f"{source}: config.json and its tensors cannot be understood ({error!r:.200})", 4) from None
 
 
 def _read(
@@ -88,10 +88,12 @@ def _read(
         "its heads are of another width than the tokens": config.get("head_dim") not in (None, width // heads),
     }
     if told := [reason for reason, holds in reasons.items() if holds]:
-        raise Remedy(f"{source}: {'; '.join(told)}: a plain ViT of timm cannot hold it; look for it with timm:NAME", 4)
+        raise UserError(
+            f"{source}: {'; '.join(told)}: a plain ViT of timm cannot hold it; look for it with timm:NAME", 4
+        )
     shape = len(tensors["patch_embed.proj.weight"]), len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
     if shape != (width, depth):
-        raise Remedy(
+        raise UserError(
             f"{source}: config.json tells of {depth} blocks of width {width}, there are {shape[1]} of {shape[0]}; "
             "the files are not of one model: get both again",
             4,
@@ -136,7 +138,7 @@ def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
     """config.json, tensors (in the names of transformers 4) and preprocessor_config.json of a ViTModel, no pooler.
 
     Raises:
-        Remedy: a ViTModel cannot hold it (4).
+        UserError: a ViTModel cannot hold it (4).
     """
     vit = backbone.vit
     state = {k: v.detach().float().cpu() for k, v in vit.state_dict().items()}
@@ -147,7 +149,7 @@ def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
         or backbone.prefix != 1
         or state["pos_embed"].shape[1] != 1 + math.prod(vit.patch_embed.grid_size)
     ):
-        raise Remedy(
+        raise UserError(
             f"{backbone.model} is no plain ViT with a CLS token and positions for it, which is all that a ViTModel of "
             "Hugging Face holds (no registers, layer scale or rotary positions); use --to timm",
             4,
@@ -247,5 +249,5 @@ def _fused(tensors: dict[str, Tensor], depth: int, split_bias: bool) -> dict[str
 def _square(value: Any, name: str, source: str) -> int:
     both = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(set(both)) != 1 or int(both[0]) != both[0] or both[0] < 1:
-        raise Remedy(f"{source}: {name} {value} is no square in px, and only such can be read", 4)
+        raise UserError(f"{source}: {name} {value} is no square in px, and only such can be read", 4)
     return int(both[0])

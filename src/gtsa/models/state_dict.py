@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.models.backbone import names
 
 NETWORKS = ("teacher", "student")
@@ -34,7 +34,7 @@ def encoder(found: Any, network: str, source: str) -> tuple[dict[str, Tensor], d
         network: which to take where there are both ``teacher`` and ``student``; a lone student is taken, too.
 
     Raises:
-        Remedy: there are no tensors, no student though it is asked for, or two tensors for one place (4).
+        UserError: there are no tensors, no student though it is asked for, or two tensors for one place (4).
     """
     left: Counter[str] = Counter()
     chosen = ""
@@ -48,13 +48,13 @@ def encoder(found: Any, network: str, source: str) -> tuple[dict[str, Tensor], d
                 left[str(name)] += _count(found[name])
         found = found[inner[0]]
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise Remedy(f"{source} holds no dictionary of tensors", 4)
+        raise UserError(f"{source} holds no dictionary of tensors", 4)
     before = {str(key): PREFIX.match(str(key)).group() for key in found}  # type: ignore[union-attr]
     there = [name for name in NETWORKS if any(name in prefix.split(".") for prefix in before.values())]
     flat = network if network in there else "".join(there)
     chosen = chosen or flat
     if network == "student" and chosen == "teacher":
-        raise Remedy(f"{source} holds a teacher and no student; leave out --network student", 4)
+        raise UserError(f"{source} holds a teacher and no student; leave out --network student", 4)
     tensors: dict[str, Tensor] = {}
     for key, value in found.items():
         prefix, bare = before[str(key)], str(key).removeprefix(before[str(key)])
@@ -66,7 +66,7 @@ def encoder(found: Any, network: str, source: str) -> tuple[dict[str, Tensor], d
         elif part in HEADS or not isinstance(value, Tensor):
             left[part] += _count(value)
         elif bare in tensors:
-            raise Remedy(f"{source} holds {bare} twice, the second time as {key}; leave one network in it", 4)
+            raise UserError(f"{source} holds {bare} twice, the second time as {key}; leave one network in it", 4)
         else:
             tensors[bare] = value
     return _renamed(tensors), dict(+left), chosen

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gtsa.core import files
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.models import huggingface, state_dict, weights
 from gtsa.models.backbone import Backbone
 from gtsa.models.formats import no_weights
@@ -58,7 +58,7 @@ def find(spec: str, network: str = "teacher") -> Weights:
         network: ``teacher`` or ``student``, where there are both.
 
     Raises:
-        Remedy: there is nothing there, or it is not what it should be (4), or it reaches out of its folder (8).
+        UserError: there is nothing there, or it is not what it should be (4), or it reaches out of its folder (8).
     """
     if spec.startswith("timm:"):
         return _from_timm(spec)
@@ -89,14 +89,14 @@ def described(weights: Weights, model: str | None = None) -> tuple[str, dict[str
         model: timm's name of it, where it is known; what the weights say counts only if they say the same.
 
     Raises:
-        Remedy: neither says which model it is (4).
+        UserError: neither says which model it is (4).
     """
     name, arguments, remark = weights.model, weights.arguments, weights.remark
     if model and (weights.guessed or model != name):
         name, remark = model, ""
         arguments = {"img_size": arguments["img_size"]} if "img_size" in arguments else {}
     if name is None:
-        raise Remedy(f"{weights.source} does not say which model it is ({remark}); name it with --model", 4)
+        raise UserError(f"{weights.source} does not say which model it is ({remark}); name it with --model", 4)
     return name, {k: v for k, v in arguments.items() if k not in ("num_classes", *EXPORTED)}, remark
 
 
@@ -116,7 +116,7 @@ def built(
     try:
         backbone = Backbone(name, train_at or size, drop_path, arguments=arguments, **known)
     except (LookupError, ArithmeticError, AttributeError) as error:  # what timm makes of values that it never met
-        raise Remedy(f"{weights.source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
+        raise UserError(f"{weights.source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
     if train_at is None:
         backbone.feature = weights.feature
         for norm in norms(backbone):
@@ -128,7 +128,7 @@ def load(weights: Weights, backbone: Backbone) -> str:
     """Puts every tensor in its place and says how many there were; position embeddings are resampled to the grid.
 
     Raises:
-        Remedy: a tensor is missing, left over, of another shape, or not finite (4).
+        UserError: a tensor is missing, left over, of another shape, or not finite (4).
     """
     wanted = backbone.vit.state_dict()
     given = {k: v for k, v in weights.tensors.items() if k.split(".")[0] not in BEYOND}
@@ -148,14 +148,14 @@ def load(weights: Weights, backbone: Backbone) -> str:
     ]
     if problems:
         fitting = sum(1 for k in wanted if k in given and given[k].shape == wanted[k].shape)
-        raise Remedy(
+        raise UserError(
             f"{weights.source} does not fit {backbone.model}: {fitting} of {len(wanted)} tensors fit; "
             f"{'; '.join(problems[:3])}{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}. "
             "Give the --model that they were made with",
             4,
         )
     if bad := [k for k, v in given.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
-        raise Remedy(f"{weights.source}: {bad[0]} holds NaN or infinite values; the file is damaged", 4)
+        raise UserError(f"{weights.source}: {bad[0]} holds NaN or infinite values; the file is damaged", 4)
     backbone.vit.load_state_dict(given, strict=True)
     told = f"{len(wanted)} of {len(wanted)} tensors loaded from {weights.source}"
     if left:
@@ -181,7 +181,7 @@ def _from_timm(spec: str) -> Weights:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # whatever the hub, the network or the name brings
         told = str(error).split("\n")[0][:200]
-        raise Remedy(
+        raise UserError(
             f"{spec} could not be fetched: {told}; check the name and the network, or give a file", 4
         ) from None
     config = model.pretrained_cfg
@@ -192,9 +192,9 @@ def _from_timm(spec: str) -> Weights:
 def _from_run(path: Path, network: str) -> Weights:
     place, problems = checkpoint.newest(path / "checkpoints")
     if place is None:
-        raise Remedy(f"{path} has no whole checkpoint{': ' + '; '.join(problems) if problems else ' yet'}", 4)
+        raise UserError(f"{path} has no whole checkpoint{': ' + '; '.join(problems) if problems else ' yet'}", 4)
     if problems:
-        raise Remedy(
+        raise UserError(
             f"{path} is not at its newest state: {'; '.join(problems)}. The newest whole checkpoint is "
             f"{place.name}: to take that one, name it: {place}",
             4,
@@ -206,7 +206,7 @@ def _from_checkpoint(place: Path, network: str) -> Weights:
     try:
         checkpoint.verify(place)
     except checkpoint.Damaged as damage:
-        raise Remedy(f"{place} is damaged ({damage}); name another checkpoint, or the run", 4) from None
+        raise UserError(f"{place} is damaged ({damage}); name another checkpoint, or the run", 4) from None
     with checkpoint.understood(place):
         tensors, state = checkpoint.read(place)
         names = [n for n in (network, "student") if any(k.startswith(f"{n}.encoder.") for k in tensors["objective"])]
@@ -240,15 +240,15 @@ def _from_folder(path: Path) -> Weights:
         known = _normalisation(cfg["mean"], cfg["std"]) if "mean" in cfg else None
         allowed = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
         if strange := sorted(arguments.keys() - allowed):  # timm would load files and fetch weights for some
-            raise Remedy(f"{path}: config.json has model_args {strange[0]}, which is no argument of a ViT", 4)
+            raise UserError(f"{path}: config.json has model_args {strange[0]}, which is no argument of a ViT", 4)
         if isinstance(arguments["img_size"], list):
             (arguments["img_size"],) = set(arguments["img_size"])  # squares alone
         feature: Literal["mean", "cls"] = "cls" if arguments.get("global_pool") == "token" else "mean"
         return Weights(tensors, str(path), str(config["architecture"]), known, arguments, feature=feature)
-    except Remedy:
+    except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise Remedy(
+        raise UserError(
             f"{path} is no export and no timm or Hugging Face folder ({type(error).__name__}: {error}); it needs "
             "config.json and model.safetensors as these write them",
             4,
@@ -256,9 +256,9 @@ def _from_folder(path: Path) -> Weights:
 
 
 def _unchanged(folder: Path) -> None:
-    """Raises Remedy where a file of an export is not what was written; of others there is nothing to check by."""
+    """Raises UserError where a file of an export is not what was written; of others there is nothing to check by."""
     if name := files.changed(folder):
-        raise Remedy(
+        raise UserError(
             f"{folder} is damaged: {name} was changed or cut short since it was exported ({files.SUMS}); export it "
             f"again, or remove {files.SUMS} if the change was meant",
             4,
@@ -269,22 +269,22 @@ def _from_file(path: Path, network: str) -> Weights:
     if path.name == "model.safetensors":
         _unchanged(path.parent)
     if files.changed_since(path):
-        raise Remedy(
+        raise UserError(
             f"{path} was changed or cut short since {files.sum_of(path).name} was written; get both again, or remove "
             "that one if the change was meant",
             4,
         )
     found = _read(path)
     if isinstance(found, dict) and any("patch_embeddings" in str(key) for key in found):
-        raise Remedy(f"{path} is of Hugging Face: give the folder that it lies in, with its config.json", 4)
+        raise UserError(f"{path} is of Hugging Face: give the folder that it lies in, with its config.json", 4)
     try:
         normalisation = _beside(found)
         tensors, left, chosen = state_dict.encoder(found, network, str(path))
         model, arguments, remark = state_dict.guess(tensors)
-    except Remedy:
+    except UserError:
         raise
     except (IndexError, TypeError, ValueError, RuntimeError) as error:  # tensors of odd shapes
-        raise Remedy(f"{path} holds no vision transformer: {error}", 4) from None
+        raise UserError(f"{path} holds no vision transformer: {error}", 4) from None
     source = f"{path} ({chosen})" if chosen else str(path)
     remark += "" if normalisation else "; images normalised as for ImageNet"
     return Weights(tensors, source, model, normalisation, arguments, None, left, True, remark)
@@ -304,12 +304,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         return dict(_read(folder / "model.safetensors"))
     places: dict[str, str] = _json(index)["weight_map"]
     if outside := [name for name in places.values() if Path(name).name != name or name in ("", "..") or "\\" in name]:
-        raise Remedy(f"{index} points out of its folder: {outside[0]!r}; shards must lie beside it", 8)
+        raise UserError(f"{index} points out of its folder: {outside[0]!r}; shards must lie beside it", 8)
     shards = {name: _read(folder / name) for name in sorted(set(places.values()))}
     listed = set(places.items())
     if strange := listed ^ {(key, name) for name, shard in shards.items() for key in shard}:
         key, name = min(strange)
-        raise Remedy(f"{index} and {name} do not agree about {key}: get both again", 4)
+        raise UserError(f"{index} and {name} do not agree about {key}: get both again", 4)
     return {key: shards[name][key] for key, name in places.items()}
 
 
@@ -323,9 +323,9 @@ def _read(path: Path) -> Any:
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Remedy(f"{path}: no such file", 4) from None
+        raise UserError(f"{path}: no such file", 4) from None
     except Exception as error:  # damaged files and refused pickles raise nearly anything
-        raise Remedy(
+        raise UserError(
             f"{path} cannot be read as weights, and nothing in it was run ({_why(error)}); get it again, or save its "
             "tensors alone",
             4,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.terminal import Count, say, table
 from gtsa.data import damage
 from gtsa.data.pixels import Range
@@ -38,10 +38,10 @@ def check(
         follow_links: also out of the folder.
 
     Raises:
-        Remedy: images cannot be used (3); the report comes first.
+        UserError: images cannot be used (3); the report comes first.
     """
     if range16[0] >= range16[1]:
-        raise Remedy(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
+        raise UserError(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
     with Count("listed") as count:
         source = open_source(
             data,
@@ -59,7 +59,7 @@ def check(
             Path(json_file).parent.mkdir(parents=True, exist_ok=True)
             Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
         except OSError as error:
-            raise Remedy(f"--json {json_file} cannot be written: {error.strerror}; give another file", 6) from None
+            raise UserError(f"--json {json_file} cannot be written: {error.strerror}; give another file", 6) from None
     width, height = report["width"], report["height"]
     formats = ", ".join(f"{count:,} {kind}" for kind, count in found.formats.most_common())
     rows = [
@@ -86,7 +86,7 @@ def check(
     if found.bad or found.unreadable:
         many = f"{len(found.bad)} of {found.total} images cannot be used"
         lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""
-        raise Remedy(
+        raise UserError(
             f"{data}: {many}{lists}; mend or remove them{_otherwise(found)}",
             3,
         )

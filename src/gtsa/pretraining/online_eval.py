@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import read_yaml, validated
 from gtsa.core.types import Evidence
 from gtsa.evaluation import intervals, tasks
@@ -13,7 +13,7 @@ from gtsa.models.backbone import Backbone
 from gtsa.training.devices import launch_fabric
 
 
-class Online:
+class OnlineEvaluation:
     """What --eval asks. Its data are opened and checked before anything is trained.
 
     Args:
@@ -77,7 +77,7 @@ class Online:
         try:
             drawn = [tasks.drawn(question, each, names) for each in both]
             gain = intervals.of_images((drawn[0] - drawn[1])[0])
-        except Remedy:  # a choice of images that shows nothing
+        except UserError:  # a choice of images that shows nothing
             return told
         sure = {
             "better": "",
@@ -91,8 +91,8 @@ class Online:
         return self.named.partition(":")[0]
 
     def _figure(self, figures: dict[str, float]) -> str:
-        """The name of the figure that is chosen by. Raises Remedy where there is no such figure."""
+        """The name of the figure that is chosen by. Raises UserError where there is no such figure."""
         figure = self.named.partition(":")[2]
         if figure and figure not in figures:
-            raise Remedy(f"--keep-best {self.named}: {self._task} has no such figure; it has {', '.join(figures)}")
+            raise UserError(f"--keep-best {self.named}: {self._task} has no such figure; it has {', '.join(figures)}")
         return figure or next(iter(figures))

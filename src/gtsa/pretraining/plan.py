@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan
 from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
@@ -44,7 +44,7 @@ def start(plan: Plan, loaded: str | None) -> None:
 
 
 def sizes(plan: Plan) -> None:
-    """Resolves crop sizes to multiples of the model's patch. Raises Remedy where a given one is none."""
+    """Resolves crop sizes to multiples of the model's patch. Raises UserError where a given one is none."""
     patch, views = patch_of(plan.settings.model), plan.settings.views
     chosen, problems = {}, []
     for name in ("global", "local"):
@@ -59,7 +59,7 @@ def sizes(plan: Plan) -> None:
                 f"take {near} or {near + patch}"
             )
     if problems:
-        raise Remedy("\n".join(problems))
+        raise UserError("\n".join(problems))
     plan.settle({}, views=views.model_copy(update=chosen))
 
 
@@ -85,7 +85,7 @@ def hold_out(plan: Plan, images: int) -> None:
         why = "a tenth, at most 64" if count else "too few to spare any: the verdict is about training images"
         plan.settle({"hold_out": why}, hold_out=count)
     elif given >= images:
-        raise Remedy(f"--hold-out {given} leaves nothing of {images} images to train on", 2)
+        raise UserError(f"--hold-out {given} leaves nothing of {images} images to train on", 2)
 
 
 def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
@@ -104,7 +104,7 @@ def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
     if batch > images:
         _repeated(plan, batch, images, ranks)
     if batch < ranks:
-        raise Remedy(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
+        raise UserError(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
     if s.steps is None:
         if s.epochs == "auto":
             published = -(-int(PUBLISHED["epochs"]) * images // batch)
@@ -133,10 +133,10 @@ def budget(plan: Plan, images: int, base: float = 5e-4) -> None:
 
 
 def _repeated(plan: Plan, batch: int, images: int, ranks: int) -> None:
-    """Says that a step sees images more than once. Raises Remedy where it would see them more than twice."""
+    """Says that a step sees images more than once. Raises UserError where it would see them more than twice."""
     largest = max(1, images // ranks) * ranks
     if batch > max(2 * images, SMALLEST_BATCH) and _done(plan.settings) is None:
-        raise Remedy(
+        raise UserError(
             f"--batch-size {batch}: there are {images:,} images to train on, and every step would repeat each of them "
             f"{batch / images:.1f} times; take at most {largest}, or leave it to us"
         )
@@ -155,7 +155,7 @@ def memory(plan: Plan, cost: Cost, free: int) -> None:
 
 
 def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path) -> None:
-    """Prints the plan. Raises Remedy where the disk has no room for its checkpoints (6).
+    """Prints the plan. Raises UserError where the disk has no room for its checkpoints (6).
 
     Args:
         disk: a folder on the disk of the run.
@@ -171,7 +171,7 @@ def show(plan: Plan, cost: Cost, method: Method, train: int, held_out: int, load
     needed = (s.keep + 1) * (size + 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad))
     free = shutil.disk_usage(disk).free
     if needed > free:
-        raise Remedy(f"--out {s.out}: {gib(needed)} are needed for checkpoints, {gib(free)} are free", 6)
+        raise UserError(f"--out {s.out}: {gib(needed)} are needed for checkpoints, {gib(free)} are free", 6)
     each = s.batch_size // (s.devices * s.nodes)
     v, held = s.views, f"{held_out} more held out to judge by" if held_out else why("hold_out", "none held out")
     weights = sum(p.numel() for p in encoder.parameters())

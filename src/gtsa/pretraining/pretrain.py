@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gtsa import methods
 from gtsa.core import files, stops
-from gtsa.core.errors import Alone, Remedy
+from gtsa.core.errors import Alone, UserError
 from gtsa.core.seeds import Stream
 from gtsa.core.settings import Plan, to_yaml
 from gtsa.core.terminal import command, doing, say
@@ -27,7 +27,7 @@ from gtsa.core.types import Method, Views
 from gtsa.data import augment, run_images
 from gtsa.data.loader import StepSampler, ViewSet, loader
 from gtsa.data.multicrop import MultiCrop
-from gtsa.data.run_images import Pool
+from gtsa.data.run_images import RunImages
 from gtsa.evaluation.feature_maps import patch_maps, strip
 from gtsa.methods.parts.teacher import copy_of
 from gtsa.models import weights
@@ -35,15 +35,15 @@ from gtsa.models.backbone import Backbone
 from gtsa.models.export import write as write_export
 from gtsa.pretraining import cost, plan
 from gtsa.pretraining.adaptation import Adaptation
-from gtsa.pretraining.online_eval import Online
+from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.requested import described, requested_settings, written
-from gtsa.pretraining.verdict import Figures, Health, Verdict, advice, verdict
+from gtsa.pretraining.verdict import Figures, HealthMonitor, Verdict, advice, verdict
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import disk_error, launch_fabric, on_rank_zero, resolve_device, resolve_workers
 from gtsa.training.optim import ScheduledAdamW, by_dimension
-from gtsa.training.run_folder import Run
+from gtsa.training.run_folder import RunFolder
 from gtsa.training.schedules import Cosine, Ramp, warmup_then
-from gtsa.training.trainer import Kept, Training
+from gtsa.training.trainer import Kept, Trainer
 
 
 @dataclass
@@ -66,7 +66,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
             dictionaries, e.g. ``views={"local_crops": 4}``.
 
     Raises:
-        Remedy: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
+        UserError: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
     """
     s = requested_settings(dict(settings) if data is None else {"data": described(data), **settings})
     ready = resolve_device(s)
@@ -81,18 +81,18 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     try:
         if s.plan:
             return _planned_alone(s.data if data is None else data, found, ready, fabric)
-        run = on_rank_zero(fabric, lambda: Run(s.out, s.resume, s.overwrite))
+        run = on_rank_zero(fabric, lambda: RunFolder(s.out, s.resume, s.overwrite))
         return _Pretraining(s.data if data is None else data, found, ready, fabric, run)()
-    except (Remedy, OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         remedy = _remedy(error, s.out)
         if remedy is None:
             raise
-        with suppress(OSError, Remedy):  # the disk may be full for this as well
+        with suppress(OSError, UserError):  # the disk may be full for this as well
             if run and run.began:
                 run.note(f"ended: {remedy}")
         raise remedy from None
     except stops.Stopped as stopped:
-        with suppress(OSError, Remedy):
+        with suppress(OSError, UserError):
             if run and run.began:
                 run.note(f"ended by {stopped}")
         raise
@@ -108,7 +108,7 @@ def _planned_alone(data: Any, found: weights.Weights | None, ready: Plan, fabric
     with tempfile.TemporaryDirectory(prefix="gtsa-plan-") as own:
         out = fabric.broadcast(own)
         ready.settle({}, out=out, resume=False, overwrite=False)
-        run = on_rank_zero(fabric, lambda: Run(out))
+        run = on_rank_zero(fabric, lambda: RunFolder(out))
         try:
             _Pretraining(data, found, ready, fabric, run).show_plan(disk)
         finally:
@@ -117,9 +117,9 @@ def _planned_alone(data: Any, found: weights.Weights | None, ready: Plan, fabric
     return Trained(asked_for, asked_for / "exports" / "timm", Verdict("planned", [], {}))
 
 
-def _remedy(error: Exception, out: str) -> Remedy | None:
+def _remedy(error: Exception, out: str) -> UserError | None:
     """What the user can do about an error of the machine; None where it is a fault of ours."""
-    if isinstance(error, Remedy):
+    if isinstance(error, UserError):
         return error
     if isinstance(error, OSError):
         return disk_error(error, out)
@@ -130,14 +130,16 @@ def _remedy(error: Exception, out: str) -> Remedy | None:
             6,
         )
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return Remedy("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
+        return UserError("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
     return None
 
 
 class _Pretraining:
     """One run, from top to bottom: data, plan, networks, training, verdict. Called once."""
 
-    def __init__(self, data: Any, found: weights.Weights | None, ready: Plan, fabric: Fabric, run: Run | None) -> None:
+    def __init__(
+        self, data: Any, found: weights.Weights | None, ready: Plan, fabric: Fabric, run: RunFolder | None
+    ) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
         self.start: Figures | None = None  # the network at step 0, and its maps of the gallery: of the first process
         self.start_maps: Tensor | None = None
@@ -157,12 +159,14 @@ class _Pretraining:
         self.method, self.loaded = self._networks(found)
         self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
         resolve_workers(ready)
-        self.online = on_rank_zero(fabric, lambda: Online(self.settings, bool(found)) if self.settings.eval else None)
+        self.online = on_rank_zero(
+            fabric, lambda: OnlineEvaluation(self.settings, bool(found)) if self.settings.eval else None
+        )
         if run:
             with stops.saving():
                 run.begin({"config.yaml": self._kept_settings(), **files} if files else {})
         fabric.barrier()
-        self.pool = Pool(data, self.settings, lambda text: self.training.note(text))
+        self.pool = RunImages(data, self.settings, lambda text: self.training.note(text))
         self._remember()
 
     def __call__(self) -> Trained:
@@ -179,8 +183,8 @@ class _Pretraining:
             (0.9, s.beta2),
         )
         again = f"{command()} pretrain --out {shlex.quote(s.out)} --resume"
-        training = self.training = Training(self.method, optimizer, s, fabric, self.run, again, expected)
-        self.health = Health(self._views(self.pool.looked_at, Stream.HELD_OUT), self._prepare)
+        training = self.training = Trainer(self.method, optimizer, s, fabric, self.run, again, expected)
+        self.health = HealthMonitor(self._views(self.pool.looked_at, Stream.HELD_OUT), self._prepare)
         other = f"{s.out}/images.jsonl is not the one that the run was started with"
         if s.resume and (before := training.restore("images", self.pool.digest, other)):
             self._go_on(before)
@@ -270,7 +274,7 @@ class _Pretraining:
         """Takes up again what ``_kept`` has kept."""
         tensors, state = before
         if state.get("origin", self.origin) != self.origin:
-            raise Remedy(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
+            raise UserError(f"--init {self.settings.init} is not what the run was started from; bring that back", 4)
         with checkpoint.understood(Path(self.settings.out, "checkpoints", checkpoint.name(state["step"]))):
             self._take_up(tensors, state)
 

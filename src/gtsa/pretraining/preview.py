@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings import Plan, validated
 from gtsa.core.terminal import say
@@ -35,7 +35,7 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
         settings: as for ``gtsa pretrain``: model, seed, views, range16, data_root, include, exclude, follow_links.
 
     Raises:
-        Remedy: there is no such image, or it cannot be read (3).
+        UserError: there is no such image, or it cannot be read (3).
     """
     asked = validated(Pretrain, settings)
     ready = Plan(asked, {})
@@ -44,21 +44,21 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     multicrop = MultiCrop(**ready.settings.views.model_dump())
     source = open_source(data, **selection(asked))
     if epoch < 0:
-        raise Remedy(f"--epoch {epoch}: epochs are numbered from 0")
+        raise UserError(f"--epoch {epoch}: epochs are numbered from 0")
     if not len(source):
-        raise Remedy(f"{data}: no images; give a folder with some", 3)
+        raise UserError(f"{data}: no images; give a folder with some", 3)
     if not 0 <= image < len(source):
-        raise Remedy(f"--image {image}: {data} has {len(source)} images, numbered from 0", 3)
+        raise UserError(f"--image {image}: {data} has {len(source)} images, numbered from 0", 3)
     try:
         pixels = source.read(image, multicrop.detail)
     except BadImage as reason:
-        raise Remedy(f"{escaped(source.name(image))}: {reason}; choose another with --image", 3) from None
+        raise UserError(f"{escaped(source.name(image))}: {reason}; choose another with --image", 3) from None
     views = multicrop(pixels, generator(asked.seed, Stream.VIEWS, 0, image, epoch))
     finished = augment.apply(views, torch.device("cpu"), *IMAGENET)
     place = Path(out)
     try:
         preview_picture.preview(pixels, views, finished, *IMAGENET).save(place, format="PNG")
     except OSError as error:
-        raise Remedy(f"--out {out} cannot be written: {error.strerror or error}", 6) from None
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}", 6) from None
     say(f"{escaped(source.name(image))} -> {place}")
     return place

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gtsa.core import files
-from gtsa.core.errors import Remedy, speaks
+from gtsa.core.errors import UserError, speaks
 from gtsa.core.settings import differences, merged, read_yaml, validated
 from gtsa.core.terminal import say
 from gtsa.pretraining.settings import MethodSettings, Pretrain
@@ -28,7 +28,7 @@ def described(data: Any) -> str:
     if isinstance(data, str | os.PathLike):
         return os.path.abspath(data) if os.path.exists(data) else os.fspath(data)
     if not hasattr(data, "__len__"):
-        raise Remedy(f"data: a folder, a list file or a map-style dataset, not a {type(data).__name__}")
+        raise UserError(f"data: a folder, a list file or a map-style dataset, not a {type(data).__name__}")
     return f"<{type(data).__name__} of {len(data)} items>"
 
 
@@ -38,7 +38,7 @@ def requested_settings(given: Mapping[str, Any], tell: bool = True) -> Any:
     ``tell``: changes of a resumed run are shown.
 
     Raises:
-        Remedy: a setting is wrong, is missing, or differs from the run's own (2), the run's own are damaged (4), or
+        UserError: a setting is wrong, is missing, or differs from the run's own (2), the run's own are damaged (4), or
             the data would be removed (8).
     """
     base: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def requested_settings(given: Mapping[str, Any], tell: bool = True) -> Any:
         old = validated(Pretrain, base)
         changes = differences(old, new)
         if differing := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
-            raise Remedy(
+            raise UserError(
                 "--resume goes on with the same settings; these differ:\n  "
                 + "\n  ".join(differing)
                 + "\nleave them out, or start another run with --init and another --out"
@@ -65,7 +65,7 @@ def requested_settings(given: Mapping[str, Any], tell: bool = True) -> Any:
     if given.get("resume") and given.get("data") is None:
         if out and (Path(out) / "images.jsonl").exists():
             told = f"--resume: {out}/config.yaml is gone; bring it back, or give the run's settings and --data again"
-            raise Remedy(told, 4)
+            raise UserError(told, 4)
         if tell and speaks():
             say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
     if given.get("data") is None:
@@ -76,11 +76,13 @@ def requested_settings(given: Mapping[str, Any], tell: bool = True) -> Any:
     if new.out is None and new.plan:
         return new
     if new.out is None:
-        raise Remedy("--out is missing: name a folder for the run")
+        raise UserError("--out is missing: name a folder for the run")
     for name in ("data", "init"):
         place = os.path.realpath(getattr(new, name) or os.devnull)
         if new.overwrite and os.path.commonpath([place, os.path.realpath(new.out)]) == os.path.realpath(new.out):
-            raise Remedy(f"--{name} {getattr(new, name)} lies inside --out, which is to be overwritten; move either", 8)
+            raise UserError(
+                f"--{name} {getattr(new, name)} lies inside --out, which is to be overwritten; move either", 8
+            )
     return new
 
 
@@ -96,7 +98,7 @@ def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
     checkpoint keeps it. Where it is gone the checkpoint says them (and ``tell`` shows that).
 
     Raises:
-        Remedy: config.yaml is damaged, or another run's (4).
+        UserError: config.yaml is damaged, or another run's (4).
     """
     where, kept = out / "config.yaml", _kept(out / "checkpoints")
     if not where.is_file():
@@ -107,11 +109,11 @@ def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
         return dict(kept.model_dump())
     seal = files.is_sealed(where.read_bytes())
     if kept is None and seal is None and not _unsealed_but_whole(out):
-        raise Remedy(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
+        raise UserError(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
     try:
         base = read_yaml(where)
         now = validated(Pretrain, base) if kept else None
-    except Remedy as remedy:
+    except UserError as remedy:
         if kept is None and seal is not False:
             raise
         raise _damaged(where, [str(remedy)], kept) from None
@@ -129,7 +131,7 @@ def _kept(checkpoints: Path) -> Any:
     found = checkpoint.newest_state(checkpoints).get("settings")
     try:
         return None if found is None else validated(Pretrain, found)
-    except (Remedy, TypeError):  # another version's
+    except (UserError, TypeError):  # another version's
         return None
 
 
@@ -138,12 +140,12 @@ def _unsealed_but_whole(out: Path) -> bool:
     return any((out / "checkpoints").glob("step-*")) or not (out / "images.jsonl").exists()
 
 
-def _damaged(where: Path, lines: list[str], kept: Any) -> Remedy:
+def _damaged(where: Path, lines: list[str], kept: Any) -> UserError:
     told = "\n  ".join(["", *lines]) if lines else " (its last line, a checksum of the others, does not fit)"
     way = "bring it back"
     if kept is not None:
         way += ", or remove it: --resume then takes the settings that the newest checkpoint keeps"
-    return Remedy(
+    return UserError(
         f"{where} is not what the run was started with:{told}\n{way}. Settings are changed on the command line, not in "
         "this file",
         4,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from gtsa import methods
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.plugins import declared
 from gtsa.core.settings import Auto, Count, Documented, Natural, Positive, Strict, merged, settings_of, with_sections
 from gtsa.evaluation.settings import EvaluatorSettings
@@ -185,7 +185,7 @@ class _Pretrain(Documented):
         if not 0 < v.sigma[0] <= v.sigma[1]:
             problems.append(f"views.sigma: 0 < low <= high, not {v.sigma[0]} {v.sigma[1]}")
         if problems:
-            raise Remedy("\n".join(problems))
+            raise UserError("\n".join(problems))
         return self
 
     @property

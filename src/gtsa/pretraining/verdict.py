@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Method, Replaced, Views
 from gtsa.data.loader import ViewSet, collate
 from gtsa.evaluation import intervals
@@ -49,7 +49,7 @@ class Figures:
         return self.scores[name][torch.searchsorted(self.images, images)]
 
 
-class Health:
+class HealthMonitor:
     """Looks at a method with always the same views of the same images.
 
     Args:
@@ -86,7 +86,7 @@ class Health:
         }
         chosen = evenly(torch.cat(tokens))
         if not torch.isfinite(chosen).all():
-            raise Remedy("training diverged: features are not finite; start anew with a lower --learning-rate", 5)
+            raise UserError("training diverged: features are not finite; start anew with a lower --learning-rate", 5)
         return Figures(means, rank_me(chosen), spread(chosen), seen, list(replaced.values()))
 
     def _batches(self) -> Iterator[Views]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gtsa.core import files
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 
 if TYPE_CHECKING:  # a command line that is wrong is answered without torch
     from torch import Tensor
@@ -43,14 +43,14 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], k
     Only one process may write into a folder at a time.
 
     Raises:
-        Remedy: the disk is full or refuses (6), or something else lies in its place (8); what was there before is
+        UserError: the disk is full or refuses (6), or something else lies in its place (8); what was there before is
             untouched.
     """
     import safetensors.torch
 
     place, draft = folder / name(step), folder / f".draft-{step:08d}-{os.getpid()}"
     if os.path.lexists(place) and not is_ours(place):
-        raise Remedy(in_the_way(place), 8)
+        raise UserError(in_the_way(place), 8)
     try:
         folder.mkdir(exist_ok=True)
         clear(folder)
@@ -70,7 +70,7 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], k
     except (OSError, Damaged) as error:
         shutil.rmtree(draft, ignore_errors=True)
         safe = max((p.name for p in listing(folder) if p != place), default="none")
-        raise Remedy(
+        raise UserError(
             f"the checkpoint of step {step} could not be saved in {folder}: {error}; the newest that is safe there: "
             f"{safe}. Make room or choose another disk, then go on with --resume",
             6,
@@ -163,16 +163,16 @@ def newest_state(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def understood(place: Path) -> Iterator[None]:
-    """Makes a Remedy (4) of what a whole checkpoint lacks that this version needs, or holds in another form."""
+    """Makes a UserError (4) of what a whole checkpoint lacks that this version needs, or holds in another form."""
     try:
         yield
-    except Remedy:
+    except UserError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if "DefaultCPUAllocator" in str(error) or type(error).__name__ == "OutOfMemoryError":
             raise
         what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise Remedy(
+        raise UserError(
             f"{place} is whole, but not what this version of gtsa writes ({what}): use the version that wrote it, or "
             "start anew in another folder",
             4,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -23,14 +23,14 @@ def resolve_device(settings: Any) -> Plan:
     plan = Plan(settings, {})
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cuda" and not gpus:
-        raise Remedy("--device cuda: no GPU is visible to PyTorch; leave it at auto, or mend the driver", 6)
+        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it at auto, or mend the driver", 6)
     if settings.device == "auto":
         plan.settle({"device": f"{gpus} GPU(s) found" if gpus else "no GPU found"}, device="cuda" if gpus else "cpu")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         plan.settle({"devices": "as torchrun started them"}, devices=local, nodes=world // local)
     elif settings.nodes > 1:
-        raise Remedy(
+        raise UserError(
             f"--nodes {settings.nodes}: start every machine with torchrun --nnodes={settings.nodes} "
             "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m gtsa pretrain ..."
         )
@@ -41,7 +41,7 @@ def resolve_device(settings: Any) -> Plan:
         half = on == "cuda" and torch.cuda.is_bf16_supported()
         plan.settle({"precision": "the GPU has it" if half else "exact and safe"}, precision="bf16" if half else "32")
     if on == "cpu" and settings.precision == "fp16":
-        raise Remedy("--precision fp16 needs a GPU; on CPU take bf16 or 32")
+        raise UserError("--precision fp16 needs a GPU; on CPU take bf16 or 32")
     return plan
 
 
@@ -88,21 +88,21 @@ T = TypeVar("T")
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T | None:
-    """``work`` done by the first process alone; a Remedy there ends all of them, and so does a disk that refuses."""
+    """``work`` done by the first process alone; a UserError there ends all of them, and so does a disk that refuses."""
     done, told = None, None
     if fabric.global_rank == 0:
         try:
             done = work()
-        except (Remedy, OSError) as error:
-            remedy = error if isinstance(error, Remedy) else disk_error(error, "the disk")
+        except (UserError, OSError) as error:
+            remedy = error if isinstance(error, UserError) else disk_error(error, "the disk")
             told = str(remedy), remedy.code
     told = fabric.broadcast(told)
     if told is not None:
-        raise Remedy(*told)
+        raise UserError(*told)
     return done
 
 
-def disk_error(error: OSError, out: str) -> Remedy:
+def disk_error(error: OSError, out: str) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     way = "make room" if full else "bring it back" if error.errno == errno.ENOENT else "mend it"
-    return Remedy(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)
+    return UserError(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)

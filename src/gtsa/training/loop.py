@@ -12,8 +12,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
-from gtsa.core.types import Done, Examples, Objective, Views
+from gtsa.core.errors import UserError
+from gtsa.core.types import Examples, Objective, StepResult, Views
 from gtsa.training.optim import ScheduledAdamW, clip_each
 
 Batch = Views | Examples
@@ -32,7 +32,7 @@ def fit(
     accumulate: int = 1,
     seed: int = 0,
     skips: deque[int] | None = None,
-) -> Iterator[Done]:
+) -> Iterator[StepResult]:
     """Trains from step ``start`` to ``steps`` and yields after every step; what is done between steps is the caller's.
 
     Args:
@@ -43,7 +43,7 @@ def fit(
         skips: steps that were skipped lately, kept up to date for the checkpoint.
 
     Raises:
-        Remedy: three of a hundred steps had non-finite numbers (5), memory ran out or a worker died (6).
+        UserError: three of a hundred steps had non-finite numbers (5), memory ran out or a worker died (6).
     """
     skips = deque() if skips is None else skips
     pending: tuple[Tensor, list[int]] | None = None
@@ -62,7 +62,7 @@ def fit(
         if step == steps - 1:
             skipped += _check(pending, step, skips)
         replaced = [r for v in views for r in v.replaced]
-        yield Done(step + 1, parts, clock.perf_counter() - began, waited, replaced, skipped)
+        yield StepResult(step + 1, parts, clock.perf_counter() - began, waited, replaced, skipped)
 
 
 def train_step(
@@ -108,7 +108,7 @@ def train_step(
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise Remedy(
+        raise UserError(
             f"the device ran out of memory in a step: {str(error).splitlines()[0]}; halve the memory with "
             f"--accumulate {2 * accumulate} (same results; of an evaluation it is --TASK.accumulate), or choose a "
             "smaller batch size or model",
@@ -122,11 +122,11 @@ def train_step(
 def _next(stream: Iterator[Batch]) -> Batch:
     try:
         return next(stream)
-    except Remedy as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
-        raise Remedy(str(remedy).rsplit("Remedy: ", 1)[-1].strip(), 3) from None
+    except UserError as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
+        raise UserError(str(remedy).rsplit("UserError: ", 1)[-1].strip(), 3) from None
     except RuntimeError as error:
         if "DataLoader" in str(error):
-            raise Remedy(
+            raise UserError(
                 f"a data worker failed: {str(error).splitlines()[0]}; resume with --resume, and if it happens again "
                 "use fewer --workers (each needs memory for a few batches)",
                 6,
@@ -135,14 +135,14 @@ def _next(stream: Iterator[Batch]) -> Batch:
 
 
 def _check(pending: tuple[Tensor, list[int]] | None, step: int, skips: deque[int]) -> list[int]:
-    """The images of a step that was skipped, if it was. Raises Remedy at three in a hundred."""
+    """The images of a step that was skipped, if it was. Raises UserError at three in a hundred."""
     if pending is None or not bool(pending[0] > 0):
         return []
     skips.append(step)
     while skips[0] <= step - 100:
         skips.popleft()
     if len(skips) >= PATIENCE:
-        raise Remedy(
+        raise UserError(
             f"training diverged: non-finite loss or gradients in steps {', '.join(map(str, skips))}; nothing of them "
             "reached the weights. Resume with a lower --learning-rate as a new run (--init), or --precision 32",
             5,

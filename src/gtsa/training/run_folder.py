@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gtsa.core import files
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.files import IMAGES
 from gtsa.core.terminal import say
 from gtsa.training import checkpoint
@@ -43,7 +43,7 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-class Run:
+class RunFolder:
     """A folder that this process writes a run into; other processes are kept out until ``close``.
 
     Args:
@@ -52,24 +52,24 @@ class Run:
         overwrite: ``begin`` removes what a run of ours wrote there, and nothing else.
 
     Raises:
-        Remedy: the folder holds something and neither way on was asked for (2), or links that lead out of it (8), or
+        UserError: the folder holds something and neither way on was asked for (2), or links that lead out of it (8), or
             another run writes into it (6).
     """
 
     def __init__(self, folder: str | Path, resume: bool = False, overwrite: bool = False) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise Remedy(f"--out {folder} is a file; give a folder")
+            raise UserError(f"--out {folder} is a file; give a folder")
         found = [p for p in self._entries() if p.name != ".lock" and not files.is_draft(p.name, *BEFORE, IMAGES)]
         begun = not all(p.name in BEFORE for p in found)
         if begun and not (resume or overwrite):
-            raise Remedy(
+            raise UserError(
                 f"--out {folder} is not empty ({found[0].name}{', ...' if len(found) > 1 else ''}): go on with the run "
                 "there with --resume, replace it with --overwrite, or give another folder"
             )
         if begun and not any((self.folder / name).is_file() for name in ("config.yaml", IMAGES)):
             way = "--resume" if resume else "--overwrite"
-            raise Remedy(f"{way}: {folder} holds files but no run of gtsa; give the run's own folder, or a new one")
+            raise UserError(f"{way}: {folder} holds files but no run of gtsa; give the run's own folder, or a new one")
         for name in (*FOLDERS, "train.log", *LOGS):
             self._no_link(name)
         made = not self.folder.exists()
@@ -78,7 +78,7 @@ class Run:
             self._lock()
             self._itself = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise Remedy(f"--out {folder} cannot be written: {error.strerror}; give another folder", 6) from None
+            raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder", 6) from None
         self._made = made
         self._events: Events | None = None
 
@@ -101,8 +101,8 @@ class Run:
         """A place in the folder to write to; the folders above it are made.
 
         Raises:
-            Remedy: the run folder was renamed, removed or replaced since it was opened (6), or a link lies on the way
-                (8).
+            UserError: the run folder was renamed, removed or replaced since it was opened (6), or a link lies on the
+                way (8).
         """
         self._still_there()
         self._no_link(*names)
@@ -180,7 +180,7 @@ class Run:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._descriptor)
-            raise Remedy(
+            raise UserError(
                 f"another run is writing into {self.folder}; wait for it, stop it, or give another --out", 6
             ) from None
         _LOCKS.add(self._descriptor)
@@ -191,20 +191,20 @@ class Run:
         except OSError:
             same = False
         if not same:
-            raise Remedy(
+            raise UserError(
                 f"the run folder {self.folder} was renamed, removed or replaced while the run was writing into it; "
                 "bring it back, or give its new name with --out, then go on with --resume",
                 6,
             )
 
     def _no_link(self, *names: str) -> None:
-        """Raises Remedy where a place in the folder, or a folder above it, is a link (8): it would lead out."""
+        """Raises UserError where a place in the folder, or a folder above it, is a link (8): it would lead out."""
         place = self.folder.joinpath(*names)
         for step in (place, *place.parents):
             if step == self.folder:
                 return
             if step.is_symlink():
-                raise Remedy(
+                raise UserError(
                     f"{step} is a symbolic link to {os.readlink(step)}: nothing is written or removed there, because "
                     "it is not the run's own. Remove the link, or give another --out (which may lie on another disk)",
                     8,

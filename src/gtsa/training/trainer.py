@@ -15,18 +15,18 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from gtsa.core import stops
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.terminal import Clock, Progress, doing, lasting, say
-from gtsa.core.types import Done, Objective
+from gtsa.core.types import Objective, StepResult
 from gtsa.training import checkpoint
 from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
-from gtsa.training.run_folder import Run
+from gtsa.training.run_folder import RunFolder
 
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 
 
-class Training:
+class Trainer:
     """An objective and its optimiser, with logs, checkpoints, looks on the way, and requests to stop.
 
     Args:
@@ -46,7 +46,7 @@ class Training:
         optimizer: ScheduledAdamW,
         settings: Any,
         fabric: Fabric,
-        run: Run | None,
+        run: RunFolder | None,
         again: str,
         expected: tuple[float | None, float] = (None, 0.0),
     ) -> None:
@@ -55,7 +55,7 @@ class Training:
         self.wrapped = fabric.setup(objective, optimizer)
         self.start = 0  # steps that were done before
         self.skips: deque[int] = deque()
-        self.recent: list[Done] = []  # steps since the last line of the log
+        self.recent: list[StepResult] = []  # steps since the last line of the log
         self.missed = False  # the look at this step, which a request to stop has broken off
         self.clock = Clock(settings.steps, settings.evaluate_every, settings.checkpoint_every, *expected)
 
@@ -67,22 +67,22 @@ class Training:
             otherwise: the message where it says something else.
 
         Raises:
-            Remedy: it is another training's or another version's, or there are checkpoints and none of them is whole
+            UserError: it is another training's or another version's, or there are checkpoints and none of them is whole
                 (4); more steps are done than there are to be (2).
         """
         place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
         if place is None:
             if problems:
                 told = f"no whole checkpoint in {self.settings.out}: {'; '.join(problems)}"
-                raise Remedy(f"{told}; start anew in another folder, or with --overwrite", 4)
+                raise UserError(f"{told}; start anew in another folder, or with --overwrite", 4)
             return None
         for problem in problems:
             self.note(f"{problem}: going on from {place.name}")
         tensors, state = checkpoint.read(place)
         if state.get(key) != value:
-            raise Remedy(otherwise, 4)
+            raise UserError(otherwise, 4)
         if state["step"] > self.settings.steps:
-            raise Remedy(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
+            raise UserError(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
         with checkpoint.understood(place):
             self._take_up(tensors, state)
         self.note(f"resumed from {place.name}")
@@ -101,7 +101,7 @@ class Training:
             torch.set_num_threads(state["threads"])  # sums depend on it
         self.start, self.skips = state["step"], deque(state["skips"])
         self.missed = state.get("missed", False) and self.start < self.settings.steps
-        window = [Done(step, {}, seconds, waited) for step, seconds, waited in state.get("recent", ())]
+        window = [StepResult(step, {}, seconds, waited) for step, seconds, waited in state.get("recent", ())]
         for key, tensor in tensors.get("recent", {}).items():
             number, name = key.split(".", 1)
             window[int(number)].parts[name] = tensor.to(self.fabric.device)
@@ -111,7 +111,7 @@ class Training:
         self,
         batches: Iterable[Batch],
         prepare: Callable[[Any], Any],
-        account: Callable[[Done], None],
+        account: Callable[[StepResult], None],
         look: Callable[[int], Any],
         kept: Callable[[], Kept],
     ) -> None:
@@ -125,7 +125,7 @@ class Training:
             kept: what else a checkpoint is to hold.
 
         Raises:
-            Remedy: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
+            UserError: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
         """
         s = self.settings
         module, optimizer = self.wrapped
@@ -177,7 +177,7 @@ class Training:
         if not saves:
             self.save(step, *kept())
         rest = "" if step < s.steps else ", what follows the last step is to come"
-        raise Remedy(
+        raise UserError(
             f"stopped on request at step {step} of {s.steps}, checkpoint saved{rest}; go on with: {self.again}", 75
         )
 
@@ -210,7 +210,7 @@ class Training:
         """Writes a checkpoint with all that the next step needs, to where checkpoints are kept or to ``folder``."""
         if self.run:
             if not all(torch.isfinite(p).all() for p in self.objective.parameters()):
-                raise Remedy("training diverged: weights are not finite; start anew with a lower --learning-rate", 5)
+                raise UserError("training diverged: weights are not finite; start anew with a lower --learning-rate", 5)
             moments = {
                 f"{index}.{name}": value
                 for index, entry in self.optimizer.state_dict()["state"].items()
@@ -236,11 +236,11 @@ class Training:
         return {"recent": parts} if parts else {}
 
     def _make_way(self) -> None:
-        """Names what lies among the checkpoints and is none. Raises Remedy where one is to be written there (8)."""
+        """Names what lies among the checkpoints and is none. Raises UserError where one is to be written there (8)."""
         for place in checkpoint.strangers(Path(self.settings.out) / "checkpoints"):
             step = checkpoint.NAME.fullmatch(place.name)
             if step and self.start < int(step[1]) <= self.settings.steps:
-                raise Remedy(checkpoint.in_the_way(place), 8)
+                raise UserError(checkpoint.in_the_way(place), 8)
             self.note(f"{place} is no checkpoint of gtsa; it is left alone")
 
     def _log(self, progress: Progress | None) -> None:
@@ -258,7 +258,7 @@ class Training:
         here = torch.tensor(asked, dtype=torch.float32, device=self.fabric.device)
         return bool(cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")))
 
-    def _shared(self, done: Done, asked: bool) -> bool:
+    def _shared(self, done: StepResult, asked: bool) -> bool:
         """Brings what went wrong in any process to all of them; returns whether any was asked to stop."""
         if self.fabric.world_size == 1:
             return asked
@@ -274,7 +274,7 @@ class Training:
         return bool(stopping)
 
 
-def means(recent: list[Done]) -> dict[str, float]:
+def means(recent: list[StepResult]) -> dict[str, float]:
     """Of the parts of some steps, and of their seconds; the share of these that went into waiting for data."""
     values = {}
     for name in recent[-1].parts:
@@ -311,7 +311,7 @@ def teach(
             a training that depends on something else is refused.
 
     Raises:
-        Remedy: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
+        UserError: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
     """
     if folder is None:
         module, wrapped = fabric.setup(objective, optimizer)
@@ -328,13 +328,13 @@ def teach(
             progress.close()
         return
     digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
-    run = Run(folder, resume=True)
+    run = RunFolder(folder, resume=True)
     settings = SimpleNamespace(
         steps=steps, batch_size=batch_size, accumulate=accumulate, seed=seed, log_every=log_every, evaluate_every=steps,
         checkpoint_every=checkpoint_every, keep=1, out=str(folder),
     )  # fmt: skip
     try:
-        training = Training(objective, optimizer, settings, fabric, run, "the same command")
+        training = Trainer(objective, optimizer, settings, fabric, run, "the same command")
         other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"
         training.restore("digest", digest, other)
         run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
@@ -342,7 +342,7 @@ def teach(
             training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
     except OSError as error:
         told = f"{error.filename or folder}: {error.strerror or error}"
-        raise Remedy(f"--work: {told}; make room or mend it, then give the same command again", 6) from None
+        raise UserError(f"--work: {told}; make room or mend it, then give the same command again", 6) from None
     finally:
         run.close()
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from gtsa.core.errors import Remedy, escaped
+from gtsa.core.errors import UserError, escaped
 from gtsa.data.sources import Source
 
 Kind = Literal["none", "classes", "several", "masks", "boxes"]
@@ -118,7 +118,7 @@ class Renumbered:
         return torch.where(target == IGNORE, IGNORE, self.places[target.clamp(min=0)])
 
 
-class UnknownFormat(Remedy):
+class UnknownFormat(UserError):
     """No format here answers to what was given."""
 
     def __init__(self, message: str) -> None:
@@ -136,7 +136,7 @@ class Problems:
         self.found.append((kind, _short(str(place)), _short(what)))
 
     def insist(self) -> None:
-        """Raises Remedy (3) with a line for each kind of fault and the first faults one by one, some of every kind."""
+        """Raises UserError (3) with a line for each kind of fault and the first faults, some of every kind."""
         if self.found:
             counts: Counter[str] = Counter()
             order = []
@@ -147,7 +147,9 @@ class Problems:
             table = "".join(f"\n  {count:6,} x {kind}" for kind, count in counts.most_common())
             lines = "".join(f"\n  {place}: {what}" for _, place, what in shown)
             more = f"\n  and {len(self.found) - len(shown):,} more" if len(self.found) > len(shown) else ""
-            raise Remedy(f"{escaped(self.where)}: the labels cannot be used:{table}\nthese are they:{lines}{more}", 3)
+            raise UserError(
+                f"{escaped(self.where)}: the labels cannot be used:{table}\nthese are they:{lines}{more}", 3
+            )
 
 
 def _short(text: str) -> str:
@@ -182,11 +184,11 @@ def open_labelled(images: str, labels: str | None, kind: Kind, **options: Any) -
 
     Raises:
         UnknownFormat: no format answers to what was given.
-        Remedy: the labels are wrong (3).
+        UserError: the labels are wrong (3).
     """
     for place in (images, divided(labels)[0] if labels else None):
         if place is not None and not os.path.exists(place):
-            raise Remedy(f"{escaped(place)}: there is no such file or folder", 3)
+            raise UserError(f"{escaped(place)}: there is no such file or folder", 3)
     if labels and os.path.isfile(images) and os.path.isdir(labels) and not images.endswith(".txt"):
         raise UnknownFormat(f"{escaped(images)} is a file, {escaped(labels)} a folder: first come IMAGES, then LABELS")
     for form in formats():

@@ -14,7 +14,7 @@ from gtsa.data.sources import Source
 
 
 def listed(file: str | None) -> tuple[str, ...] | None:
-    """The class names in a text file, one a line. Raises Remedy (3) where they are no such list."""
+    """The class names in a text file, one a line. Raises UserError (3) where they are no such list."""
     if file is None:
         return None
     problems, names = Problems(file), []
@@ -51,7 +51,7 @@ def one_each(
     kind: Kind,
     problems: Problems,
 ) -> Labelled:
-    """Images with the name of one class each. Raises Remedy (3) through ``problems``.
+    """Images with the name of one class each. Raises UserError (3) through ``problems``.
 
     Args:
         labels: of every image in the source; None where a problem has been told.

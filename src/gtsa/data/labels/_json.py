@@ -13,7 +13,7 @@ ONE = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 def parsed(file: str, problems: Problems, unique: bool = False, kinds: tuple[type, ...] = (dict,)) -> Any:
-    """What a JSON file holds. Raises Remedy through ``problems`` where it is none.
+    """What a JSON file holds. Raises UserError through ``problems`` where it is none.
 
     Args:
         kinds: what it may hold: an object, unless lists are good as well.
@@ -45,7 +45,7 @@ def parsed(file: str, problems: Problems, unique: bool = False, kinds: tuple[typ
 
 
 def lists(content: Mapping[str, Any], problems: Problems) -> None:
-    """Raises Remedy through ``problems`` unless there are lists of images, annotations and categories."""
+    """Raises UserError through ``problems`` unless there are lists of images, annotations and categories."""
     for key in ONE:
         if key not in content:
             problems.add("missing key", key, f"the file has no {key!r}")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,20 +58,22 @@ def open_source(data: Any, **options: Any) -> Source:
     """The source that ``data`` names, or wraps: a folder, a list file, a torch Dataset.
 
     Raises:
-        Remedy: nothing there answers to ``data`` (3).
+        UserError: nothing there answers to ``data`` (3).
     """
     for kind in kinds():
         if kind.claims(data):
             return kind(data, **options)  # type: ignore[no-any-return]
     if isinstance(data, str | os.PathLike) and os.path.isfile(data):
         if str(data).lower().endswith(PACKED):
-            raise Remedy(f"--data {data} is an archive: extract it and give the folder with its images", 3)
-        raise Remedy(f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3)
+            raise UserError(f"--data {data} is an archive: extract it and give the folder with its images", 3)
+        raise UserError(
+            f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3
+        )
     raise absent(data)
 
 
-def absent(data: Any) -> Remedy:
-    return Remedy(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
+def absent(data: Any) -> UserError:
+    return UserError(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
 
 
 def chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:

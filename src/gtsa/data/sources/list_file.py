@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data import decoding
 from gtsa.data.pixels import Range
 from gtsa.data.sources import Detail, chosen
@@ -48,10 +48,10 @@ class Listing:
         for number, entry in enumerate(entries, 1):
             if entry.strip() and not entry.startswith(b"#"):
                 if b"\0" in entry:
-                    raise Remedy(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
+                    raise UserError(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
                 path = os.path.realpath(os.path.join(self.root, os.fsdecode(entry)))
                 if os.path.commonpath([path, self.root]) != self.root:
-                    raise Remedy(
+                    raise UserError(
                         f"{file}, line {number}: {os.fsdecode(entry)!r} lies outside {self.root}; "
                         "name a folder above all images with --data-root",
                         8,

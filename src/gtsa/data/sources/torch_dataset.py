@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.data.pixels import BadImage, Range, as_rgb
 from gtsa.data.sources import Detail
 
@@ -34,9 +34,9 @@ class Items:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         if include or exclude:
-            raise Remedy("include and exclude choose files by name: leave items out of the dataset itself")
+            raise UserError("include and exclude choose files by name: leave items out of the dataset itself")
         if not hasattr(dataset, "__len__"):
-            raise Remedy(f"{type(dataset).__name__} has no length: give a map-style dataset", 3)
+            raise UserError(f"{type(dataset).__name__} has no length: give a map-style dataset", 3)
         self.dataset, self.range16 = dataset, range16
         self.places = [int(name.removeprefix("item ")) for name in files] if files is not None else range(len(dataset))
         self.ignored: dict[str, int] = {}

@@ -11,13 +11,13 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation import dense
-from gtsa.evaluation.features import Lab, batches, normalised, whole_patches
+from gtsa.evaluation.features import EvalContext, batches, normalised, whole_patches
 
 FEWEST, MOST = 5, 256  # tokens a cluster that are needed, and that are looked at to find it (faiss's default)
 
@@ -38,10 +38,10 @@ class Clusters(Evaluator):
 
     def __init__(self, k: int = 500, dimensions: int = 50, size: int = 448, repeats: int = 5) -> None:
         if min(k, dimensions, size, repeats) < 1:
-            raise Remedy("clusters: k, dimensions, size and repeats must be at least 1")
+            raise UserError("clusters: k, dimensions, size and repeats must be at least 1")
         self.k, self.dimensions, self.size, self.repeats = k, dimensions, size, repeats
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         size, classes = whole_patches(self.size, backbone), len(val.classes)
         total = len(val) * (size // backbone.patch) ** 2
         k = min(self.k, max(1, total // FEWEST))
@@ -73,7 +73,7 @@ class Clusters(Evaluator):
     def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
         return dense.by_class(evidence)
 
-    def _maps(self, backbone: Any, val: Labelled, lab: Lab, size: int, k: int) -> Tensor:
+    def _maps(self, backbone: Any, val: Labelled, lab: EvalContext, size: int, k: int) -> Tensor:
         """The cluster of every patch in every repeat: [images, repeats, h, w]."""
         grid = size // backbone.patch
         looked_at = np.zeros(len(val) * grid**2, bool)
@@ -108,7 +108,7 @@ def _clustered(tokens: np.ndarray, dimensions: int, k: int, starts: list[int]) -
         return simple, [KMeans(k, n_init=1, random_state=start).fit(components) for start in starts]
 
 
-def _tokens(backbone: Any, data: Labelled, lab: Lab, size: int) -> Iterator[np.ndarray]:
+def _tokens(backbone: Any, data: Labelled, lab: EvalContext, size: int) -> Iterator[np.ndarray]:
     """Patch tokens [n, D] of all images in order, a batch of images at a time."""
     for scenes in batches(dense.Scenes(data, size), lab, list):
         pixels = normalised(torch.stack([scene.pixels for scene in scenes]), backbone, lab.device)

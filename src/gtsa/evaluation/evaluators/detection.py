@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data.labels import Boxes, Labelled
 from gtsa.data.loader import StepSampler
 from gtsa.evaluation.average_precision import average_precision, corner, encoded, pasted
 from gtsa.evaluation.detection_crops import draw, fitted, seen
-from gtsa.evaluation.features import Lab, batches, normalised, read, resized
+from gtsa.evaluation.features import EvalContext, batches, normalised, read, resized
 from gtsa.evaluation.heads.mask_rcnn import LONGEST, Detector, Target
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Steps, warmup_then
@@ -65,18 +65,18 @@ class Detection(Evaluator):
         width: int = 256,
     ) -> None:
         if scale < 32 or min(epochs, batch_size, accumulate, width) < 1 or (steps or 0) < 0:
-            raise Remedy(
+            raise UserError(
                 "detection: scale must be at least 32 px, epochs, batch_size, accumulate and width at least 1, and "
                 "steps not below 0"
             )
         if min(learning_rate, head_rate) <= 0:
-            raise Remedy("detection: learning_rate and head_rate must be above 0")
+            raise UserError("detection: learning_rate and head_rate must be above 0")
         self.scale, self.epochs, self.steps, self.batch_size = scale, epochs, steps, batch_size
         self.accumulate, self.learning_rate, self.head_rate = accumulate, learning_rate, head_rate
         self.weight_decay, self.drop_path = weight_decay, drop_path
         self.warmup, self.freeze, self.width = warmup, freeze, width
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         masks = train.has_masks and val.has_masks
         with torch.random.fork_rng(devices=[]):  # the layers' own initialisation knows the global state alone
             torch.manual_seed(lab.seed)
@@ -92,7 +92,7 @@ class Detection(Evaluator):
             for figure, value in average_precision(evidence["truth"], evidence["found"], kind).items()
         }
 
-    def _train(self, detector: Detector, data: Labelled, lab: Lab) -> None:
+    def _train(self, detector: Detector, data: Labelled, lab: EvalContext) -> None:
         steps = -(-self.epochs * len(data) // self.batch_size) if self.steps is None else self.steps
         warm = round(min(self.warmup, steps / 10)) / max(steps, 1)
         at = tuple((share - warm) / (1 - warm) - 1e-9 for share in (8 / 12, 11 / 12))  # of all steps, not of those left
@@ -203,7 +203,7 @@ class _Whole(Dataset[tuple[Tensor, tuple[int, int]]]):
 
 
 @torch.no_grad()
-def judged(detector: Detector, data: Labelled, lab: Lab, scale: int) -> Evidence:
+def judged(detector: Detector, data: Labelled, lab: EvalContext, scale: int) -> Evidence:
     """What is there and what is found in every image, as COCO dictionaries.
 
     Images go by one at a time: what pads a batch to one size would be seen by the others' patches.

@@ -18,11 +18,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data.loader import StepSampler
-from gtsa.evaluation.features import Lab, Pooling, normalised, pooled, read, tokens_of, whole_patches
+from gtsa.evaluation.features import EvalContext, Pooling, normalised, pooled, read, tokens_of, whole_patches
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine, warmup_then
 from gtsa.training.trainer import teach
@@ -73,24 +73,24 @@ class Finetune(Evaluator):
         crop: int = 224,
     ) -> None:
         if min(batch_size, accumulate) < 1 or batch_size % (2 * accumulate):
-            raise Remedy(
+            raise UserError(
                 f"finetune: batch_size {batch_size} must be a multiple of {2 * accumulate}: {accumulate} micro-batches "
                 "of an even number of images, since they are mixed in pairs"
             )
         rising = min(5.0, epochs / 10) if warmup == "auto" else warmup
         if epochs <= 0 or learning_rate <= 0 or not 0 <= rising < epochs:
-            raise Remedy("finetune: epochs and learning_rate must be above 0, and warmup shorter than epochs")
+            raise UserError("finetune: epochs and learning_rate must be above 0, and warmup shorter than epochs")
         if not (0 < layer_decay <= 1 and 0 <= drop_path < 1 and 0 <= erasing <= 1 and 0 <= smoothing < 1):
-            raise Remedy("finetune: layer_decay, drop_path, erasing and smoothing are shares, from 0 to 1")
+            raise UserError("finetune: layer_decay, drop_path, erasing and smoothing are shares, from 0 to 1")
         if min(mixup, cutmix, weight_decay) < 0 or not 0 <= magnitude <= 10:
-            raise Remedy("finetune: mixup, cutmix and weight_decay are at least 0, magnitude is from 0 to 10")
+            raise UserError("finetune: mixup, cutmix and weight_decay are at least 0, magnitude is from 0 to 10")
         self.epochs, self.batch_size, self.accumulate = epochs, batch_size, accumulate
         self.learning_rate, self.warmup = learning_rate, rising
         self.layer_decay, self.weight_decay, self.drop_path = layer_decay, weight_decay, drop_path
         self.mixup, self.cutmix, self.erasing, self.magnitude = mixup, cutmix, erasing, magnitude
         self.smoothing, self.resize, self.crop = smoothing, resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         crop = whole_patches(self.crop, backbone)
         network = Classifier(backbone, len(train.classes), lab.tokens, self.drop_path).to(lab.device)
         self._teach(network, train, crop, lab)
@@ -110,7 +110,7 @@ class Finetune(Evaluator):
         hits = {k: (scores.topk(k, dim=-1).indices == truth).any(-1).double().mean() for k in ks}
         return {f"top{k}": 100 * float(share) for k, share in hits.items()}
 
-    def _teach(self, network: Classifier, train: Any, crop: int, lab: Lab) -> None:
+    def _teach(self, network: Classifier, train: Any, crop: int, lab: EvalContext) -> None:
         batch = self.batch_size
         steps = max(1, round(self.epochs * len(train) / batch))
         rate = warmup_then(Cosine(self.learning_rate * batch / 256, 1e-6), self.warmup / self.epochs, steps)
@@ -129,7 +129,7 @@ class Finetune(Evaluator):
             depends=(sorted(vars(self).items()), lab.tokens, train.fingerprint),
         )  # fmt: skip
 
-    def _prepare(self, network: Classifier, classes: int, lab: Lab) -> Callable[[Examples], Examples]:
+    def _prepare(self, network: Classifier, classes: int, lab: EvalContext) -> Callable[[Examples], Examples]:
         """To the device, normalised, and then erased and mixed as (seed, number of the micro-batch) say."""
         mix = Mixup(
             self.mixup, self.cutmix, prob=float(self.mixup + self.cutmix > 0), label_smoothing=self.smoothing,
@@ -199,7 +199,7 @@ def _bits(level: float, _: Any) -> tuple[int]:
     return (max(1, 4 - int(level / 10 * 4)),)
 
 
-def loader(images: Augmented, draws: StepSampler, lab: Lab) -> DataLoader[Any]:
+def loader(images: Augmented, draws: StepSampler, lab: EvalContext) -> DataLoader[Any]:
     """Batches in order, the same for any number of workers."""
     return DataLoader(
         images,

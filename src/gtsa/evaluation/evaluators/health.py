@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Evaluator, Evidence
-from gtsa.evaluation.features import Lab, tokens_of, whole_patches
+from gtsa.evaluation.features import EvalContext, tokens_of, whole_patches
 
 TOKENS = 4096  # rows of the matrix whose rank is taken
 
@@ -40,7 +40,7 @@ class FeatureHealth(Evaluator):
     def __init__(self, resize: int = 256, crop: int = 224) -> None:
         self.resize, self.crop = resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         crop = whole_patches(self.crop, backbone)
         found: list[Tensor] = []
         for (tokens,) in tokens_of(backbone, val, lab, max(self.resize, crop), crop):

@@ -7,10 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Evaluator, Evidence
 from gtsa.evaluation import dense
-from gtsa.evaluation.features import Lab, whole_patches
+from gtsa.evaluation.features import EvalContext, whole_patches
 from gtsa.evaluation.retrieval import remembered
 
 
@@ -28,10 +28,10 @@ class InContext(Evaluator):
 
     def __init__(self, k: int = 30, temperature: float = 0.02, memory: int = 10_240, size: int = 512) -> None:
         if min(k, memory, size) < 1 or temperature <= 0:
-            raise Remedy("in_context: k, memory and size must be at least 1 and the temperature above 0")
+            raise UserError("in_context: k, memory and size must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.memory, self.size = k, temperature, memory, size
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         size = whole_patches(self.size, backbone)
         memory = remembered(backbone, train, lab, size, self.memory)
 

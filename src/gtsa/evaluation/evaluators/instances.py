@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Evaluator, Evidence
 from gtsa.data.labels import Boxes, Labelled
 from gtsa.evaluation import dense
-from gtsa.evaluation.features import Lab, batches, normalised, whole_patches
+from gtsa.evaluation.features import EvalContext, batches, normalised, whole_patches
 from gtsa.evaluation.retrieval import nearest, votes_of
 
 
@@ -31,15 +31,15 @@ class Instances(Evaluator):
 
     def __init__(self, k: int = 20, temperature: float = 0.07, size: int = 448, groups: bool = True) -> None:
         if min(k, size) < 1 or temperature <= 0:
-            raise Remedy("instances: k and size must be at least 1 and the temperature above 0")
+            raise UserError("instances: k and size must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.size, self.groups = k, temperature, size, groups
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         names, numbers = self._classes(train)
         memory, known, _ = self._things(backbone, train, lab)
         queries, truth, images = self._things(backbone, val, lab)
         if len(memory) <= self.k:
-            raise Remedy(f"instances: there are {len(memory)} things to learn from; give --instances.k below that")
+            raise UserError(f"instances: there are {len(memory)} things to learn from; give --instances.k below that")
         known, truth = numbers[known], numbers[truth]
         similarity, places = nearest(queries, memory, self.k)
         votes = votes_of(similarity, known.to(lab.device)[places], len(names), self.temperature)
@@ -53,7 +53,7 @@ class Instances(Evaluator):
         """Share of the things that are named rightly, and the mean over classes of that share, in per cent."""
         hit, true = evidence["hit"].sum(0).double(), evidence["true"].sum(0).double()
         if not true.any():
-            raise Remedy("instances: there is no thing among the images to judge by", 3)
+            raise UserError("instances: there is no thing among the images to judge by", 3)
         return {"accuracy": 100 * float(hit.sum() / true.sum()), "mean accuracy": 100 * float((hit / true).nanmean())}
 
     def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
@@ -67,10 +67,10 @@ class Instances(Evaluator):
         names = tuple(sorted(set(data.groups)))
         return names, torch.tensor([names.index(group) for group in data.groups])
 
-    def _things(self, backbone: Any, data: Labelled, lab: Lab) -> tuple[Tensor, Tensor, Tensor]:
+    def _things(self, backbone: Any, data: Labelled, lab: EvalContext) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors [n, D] of all things but crowds, their classes [n], and which image each is in [n]."""
         if not data.has_masks:
-            raise Remedy("instances: things are told by their masks, and these labels have boxes alone", 3)
+            raise UserError("instances: things are told by their masks, and these labels have boxes alone", 3)
         vectors, classes, counts = [], [], []
         for scenes in batches(dense.Scenes(data, whole_patches(self.size, backbone)), lab, list):
             pixels = torch.stack([scene.pixels for scene in scenes])

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence
-from gtsa.evaluation.features import Lab, image_features
+from gtsa.evaluation.features import EvalContext, image_features
 from gtsa.evaluation.retrieval import nearest, votes_of
 
 
@@ -30,13 +30,13 @@ class KNN(Evaluator):
         self, k: tuple[int, ...] = (20, 10, 100, 200), temperature: float = 0.07, resize: int = 256, crop: int = 224
     ) -> None:
         if min(k, default=0) < 1 or temperature <= 0:
-            raise Remedy("knn: k must be at least 1 and the temperature above 0")
+            raise UserError("knn: k must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.resize, self.crop = k, temperature, resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         possible = [k for k in self.k if k <= len(train)]
         if not possible:
-            raise Remedy(f"knn: there are {len(train)} training images; give --knn.k of at most that")
+            raise UserError(f"knn: there are {len(train)} training images; give --knn.k of at most that")
         if left_out := [str(k) for k in self.k if k > len(train)]:
             say(f"knn: k = {', '.join(left_out)} left out, there are {len(train)} training images")
         memory, queries = (

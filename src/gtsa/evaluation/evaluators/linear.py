@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Evaluator, Evidence, Examples, Objective
 from gtsa.data.loader import StepSampler
-from gtsa.evaluation.features import Lab, image_features
+from gtsa.evaluation.features import EvalContext, image_features
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine
 from gtsa.training.trainer import teach
@@ -59,13 +59,13 @@ class Linear(Evaluator):
             or batch_size < 1
             or (steps != "auto" and steps < 1)
         ):
-            raise Remedy("linear: rates must be above 0; blocks, steps and batch_size at least 1")
+            raise UserError("linear: rates must be above 0; blocks, steps and batch_size at least 1")
         self.rates, self.blocks, self.steps, self.batch_size = rates, blocks, steps, batch_size
         self.resize, self.crop = resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         if len(train) < 2:
-            raise Remedy("linear: one training image is too few: one learns, another chooses the learning rate")
+            raise UserError("linear: one training image is too few: one learns, another chooses the learning rate")
         learnt, judged = (
             image_features(backbone, data, lab, self.resize, self.crop, max(self.blocks)) for data in (train, val)
         )
@@ -98,7 +98,7 @@ class Linear(Evaluator):
     def pairs(self) -> list[tuple[float, int]]:
         return [(rate, blocks) for rate in self.rates for blocks in self.blocks]
 
-    def _teach(self, heads: Heads, features: Tensor, targets: Tensor, rows: Tensor, lab: Lab) -> None:
+    def _teach(self, heads: Heads, features: Tensor, targets: Tensor, rows: Tensor, lab: EvalContext) -> None:
         """Teaches the heads what the images ``rows`` are."""
         batch = self.batch_size
         steps = min(MOST, max(FEWEST, EPOCHS * len(rows) // batch)) if self.steps == "auto" else self.steps

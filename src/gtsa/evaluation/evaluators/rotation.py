@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.types import Evaluator, Evidence, Tokens
 from gtsa.evaluation import dense
-from gtsa.evaluation.features import Lab, pooled, tokens_of, whole_patches
+from gtsa.evaluation.features import EvalContext, pooled, tokens_of, whole_patches
 from gtsa.evaluation.retrieval import remembered
 
 STRENGTHS = 10.0 ** torch.arange(-8, 3, dtype=torch.float64)  # of the ridge penalty, times the mean eigenvalue
@@ -48,9 +48,9 @@ class Rotation(Evaluator):
     def __init__(self, resize: int = 256, crop: int = 224, size: int = 512) -> None:
         self.resize, self.crop, self.size = resize, crop, size
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         if len(train) < 2:
-            raise Remedy("rotation: one training image is too few: one learns, another chooses the strength")
+            raise UserError("rotation: one training image is too few: one learns, another chooses the strength")
         turn, place = self._taught(backbone, train, lab)
         found: dict[str, list[Tensor]] = {}
         for tokens in self._turned(backbone, val, lab):
@@ -74,12 +74,12 @@ class Rotation(Evaluator):
                 figures[f"in-context mIoU {name}"] = dense.figures(counted)["mIoU"]
         return figures
 
-    def _turned(self, backbone: Any, data: Any, lab: Lab) -> Iterator[list[Tokens]]:
+    def _turned(self, backbone: Any, data: Any, lab: EvalContext) -> Iterator[list[Tokens]]:
         """Batches of the images' tokens, for 0 to 3 quarter-turns counter-clockwise."""
         crop = whole_patches(self.crop, backbone)
         return tokens_of(backbone, data, lab, max(self.resize, crop), crop, turns=range(4))
 
-    def _taught(self, backbone: Any, train: Any, lab: Lab) -> tuple[Tensor, Tensor]:
+    def _taught(self, backbone: Any, train: Any, lab: EvalContext) -> tuple[Tensor, Tensor]:
         """Linear maps from a vector to the four turns, and from a patch to its row and column."""
         moments: list[Any] = [[0, 0], [0, 0]]  # of turns and places; of images that learn, and of those that choose
         first = 0
@@ -95,7 +95,7 @@ class Rotation(Evaluator):
         (turns_learn, turns_choose), (places_learn, places_choose) = moments
         return ridge(turns_learn, turns_choose, 4), ridge(places_learn, places_choose, 2)
 
-    def _in_context(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def _in_context(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         """Pixel counts for 0 to 3 quarter-turns of the images to judge by: [images, 4, classes]."""
         size, quiet = whole_patches(self.size, backbone), replace(lab, keep=lambda index, prediction: None)
         memory = remembered(backbone, train, lab, size, MEMORY)
@@ -109,7 +109,7 @@ class Rotation(Evaluator):
         return {name: torch.stack([counted[name] for counted in four], dim=1) for name in four[0]}
 
 
-def _vectors(tokens: list[Tokens], lab: Lab) -> tuple[Tensor, Tensor]:
+def _vectors(tokens: list[Tokens], lab: EvalContext) -> tuple[Tensor, Tensor]:
     """One vector for each view [B, 4, D], and which turn it is [B, 4, 4], one-hot."""
     vectors = torch.stack([pooled(view, lab.tokens) for view in tokens], dim=1)
     return vectors, torch.eye(4, device=vectors.device).expand(len(vectors), 4, 4)
@@ -123,7 +123,7 @@ def _patches(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return patches.flatten(1, 2), places.expand(len(patches), *places.shape)
 
 
-def _named(tokens: list[Tokens], turn: Tensor, lab: Lab) -> Evidence:
+def _named(tokens: list[Tokens], turn: Tensor, lab: EvalContext) -> Evidence:
     vectors, truth = _vectors(tokens, lab)
     right = predicted(vectors, turn).argmax(-1) == truth.argmax(-1)
     return {"named": right.double().mean(1)}

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from gtsa.core.errors import Remedy
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.data.loader import StepSampler
 from gtsa.data.pixels import NEUTRAL
 from gtsa.evaluation import dense
-from gtsa.evaluation.features import Lab, normalised, read, resized, whole_patches
+from gtsa.evaluation.features import EvalContext, normalised, read, resized, whole_patches
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Polynomial, warmup_then
@@ -83,16 +83,16 @@ class Segmentation(Evaluator):
             or min(self.crop, steps, batch_size, accumulate) < 1
             or not 0 < scales[0] <= scales[1]
         ):
-            raise Remedy(
+            raise UserError(
                 "segmentation: crop, steps, batch_size and accumulate must be at least 1, size and sliding at least 0, "
                 "and scales rise from above 0"
             )
         if not 0 <= flip <= 1 or not 0 <= warmup < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
-            raise Remedy(
+            raise UserError(
                 "segmentation: flip and warmup are shares, the learning rate is above 0, weight decay not below"
             )
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Lab) -> Evidence:
+    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
         size = self.size and whole_patches(self.size, backbone)
         crop = whole_patches(self.crop, backbone)
         with torch.random.fork_rng([]):  # torch's layers draw their first weights from the global generator
@@ -145,7 +145,7 @@ class Segmentation(Evaluator):
         rate = warmup_then(Polynomial(self.learning_rate), self.warmup, self.steps)
         return ScheduledAdamW(groups(network), rate, Constant(self.weight_decay), clip=0)
 
-    def _batches(self, cuts: Cuts, lab: Lab, start: int) -> Iterable[Examples]:
+    def _batches(self, cuts: Cuts, lab: EvalContext, start: int) -> Iterable[Examples]:
         return DataLoader(
             cuts,
             batch_sampler=StepSampler(len(cuts), self.batch_size, self.steps, start, accumulate=self.accumulate),
