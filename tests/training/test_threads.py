@@ -83,6 +83,24 @@ def test_a_team_is_held_from_the_first_crowded_look_to_the_fourth_calm_one(monke
     assert seen.begun == 2
 
 
+def test_one_watch_is_enough(monkeypatch):
+    Measured(monkeypatch, [])
+    with threads.considerate():
+        watches = threading.active_count()
+        with threads.considerate():
+            assert threading.active_count() == watches
+    with threads.considerate():  # and the next one is kept again
+        assert threading.active_count() == watches
+
+
+def test_more_cores_than_a_team_may_have_are_left_alone(monkeypatch):
+    seen = Measured(monkeypatch, [0.9] * 9)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(threads.MOST + 1)))
+    with threads.considerate():
+        time.sleep(0.05)
+    assert seen.told == [] and threads.described() == "they wait as OpenMP has it"
+
+
 @pytest.mark.parametrize("name", threads.USERS)
 def test_what_the_user_has_set_is_left_alone(monkeypatch, name):
     seen = Measured(monkeypatch, [0.9] * 9)
@@ -95,7 +113,7 @@ def test_what_the_user_has_set_is_left_alone(monkeypatch, name):
 
 @GNU
 def test_busy_neighbours_are_noticed(monkeypatch):
-    """Four processes that count, beside one that computes, on as few cores as that takes."""
+    """Two processes that count, beside one that computes, on one core."""
     for name in threads.USERS:
         monkeypatch.delenv(name, raising=False)
     core = {min(os.sched_getaffinity(0))}

@@ -13,7 +13,7 @@ from gtsa.comparison.queue import do_all
 from gtsa.comparison.results import result_of
 from gtsa.comparison.rows import Row, rows_of
 from gtsa.comparison.settings import Compare
-from gtsa.comparison.stages import _tuned, at_equal_flops, finals, untaught
+from gtsa.comparison.stages import at_equal_flops, finals, tuned, untaught
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.core.stops import heard
@@ -73,7 +73,7 @@ def _make(out: Path) -> None:
 
 
 def _networks(rows: Sequence[Row], s: Any, reports: Reports) -> None:
-    """Does all cells that are not done. Whoever waits for days sees what there is: every network is reported."""
+    """Does all jobs that are not done. Whoever waits for days sees what there is: every network is reported."""
     seen, images = s.steps * s.batch_size, len(open_source(s.data))
     say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
     say(f"progress of each: {s.out}/cells/*/*/log.txt")
@@ -83,7 +83,7 @@ def _networks(rows: Sequence[Row], s: Any, reports: Reports) -> None:
     for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
         do_all(list(stage(rows, s)), s, what, reports)
     for row in rows:
-        if row.source is None and isinstance(without := _tuned(row, rows, s), UserError):
+        if row.source is None and isinstance(without := tuned(row, rows, s), UserError):
             say(f"{row.name} is left out: {without}")
     for what, stage in (("all rows and seeds", finals), ("runs of equal operations", at_equal_flops)):
         do_all(list(stage(rows, s)), s, what, reports)
@@ -114,9 +114,3 @@ class Reports:
 def _wanted(rows: Sequence[Row], s: Any) -> Iterator[Job]:
     """All that the report tells of."""
     return chain(finals(rows, s), at_equal_flops(rows, s), tuning.trials(rows, s))
-
-
-# Which cells there are. What comes later follows from the results of what came before, and from nothing else.
-
-
-# The queue

@@ -1,7 +1,8 @@
-"""What a comparison is made of: rows, and cells, each of them one network of a row, trained and asked everything.
+"""Jobs of a comparison: each is one network of a row, trained and evaluated by all tasks.
 
 A job leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
 
+job.json                what the process was given that does the job
 result.json             settings, figures, costs, or why it failed; it is written last, and only then the job is done
 evidence.npz            what the figures follow from, image by image, for intervals; trials have none
 maps.png                feature maps of the same images for every row

@@ -26,7 +26,7 @@ STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  
 
 
 def do_all(wanted: Sequence[Job], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
-    """Does cells that are not done, ``s.jobs`` at a time on each device, each in a process of its own.
+    """Does jobs that are not done, ``s.jobs`` at a time on each device, each in a process of its own.
 
     Args:
         what: they are, for the user.

@@ -42,6 +42,7 @@ from gtsa.pretraining import cost, plan
 from gtsa.pretraining.pretrain import pretrain
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
+from gtsa.training.threads import considerate
 
 
 def run(job: Job, s: Any) -> None:
@@ -201,7 +202,7 @@ def _alone(place: Path) -> Iterator[None]:
 def main(path: Path) -> None:
     """What a process does that was made for one job."""
     try:
-        with heard():
+        with heard(), considerate():
             run(*read(path))
     except UserError as remedy:
         print(f"gtsa: {remedy}", file=sys.stderr)

@@ -29,13 +29,14 @@ def finals(rows: Sequence[Row], s: Any) -> Iterator[Job]:
                 yield Job(row, "images", number)
                 continue
             if row.name not in settings:
-                settings[row.name] = _tuned(row, rows, s)
+                settings[row.name] = tuned(row, rows, s)
             changes = settings[row.name]
             if not isinstance(changes, UserError):
                 yield Job(row, "images", number, changes)
 
 
-def _tuned(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any] | UserError:
+def tuned(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any] | UserError:
+    """The settings that a row's trials choose, or why there are none."""
     try:
         return tuning.chosen(row, rows, s)
     except UserError as remedy:

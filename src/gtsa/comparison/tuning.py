@@ -148,7 +148,7 @@ def choices(found: Iterable[tuple[Job, Result]], s: Any) -> list[dict[str, Any]]
     """Of every method that was tuned: the trial that is taken, and the choice of each fold.
 
     Args:
-        found: cells with their results; those that are no trials count for nothing.
+        found: jobs with their results; those that are no trials count for nothing.
 
     Returns:
         ``row``, ``taken`` and ``of_folds``, numbers of trials; the latter has one number where --val judges.

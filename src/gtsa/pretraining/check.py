@@ -53,13 +53,28 @@ def check(
             progress=count,
         )
     found = scan(source, decode=True, range16=range16)
-    report = found.report()
     if json_file:
         try:
             Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+            Path(json_file).write_text(json.dumps(found.report(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--json {json_file} cannot be written: {error.strerror}; give another file", 6) from None
+    _show(found, data)
+    if not found.total and not found.unreadable:
+        raise no_images(found, data)
+    if found.bad or found.unreadable:
+        many = f"{len(found.bad)} of {found.total} images cannot be used"
+        lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""
+        raise UserError(
+            f"{data}: {many}{lists}; mend or remove them{_otherwise(found)}",
+            3,
+        )
+    return found
+
+
+def _show(found: Scan, data: Any) -> None:
+    """A table, what cannot be used by its reasons, and what is remarked on."""
+    report = found.report()
     width, height = report["width"], report["height"]
     formats = ", ".join(f"{count:,} {kind}" for kind, count in found.formats.most_common())
     rows = [
@@ -81,16 +96,6 @@ def check(
         say(line)
     if not damage.warned() and any(kind.startswith("JPEG") for kind in found.formats):
         say("holes in JPEGs: most are found; nearly all of them with pip install 'gtsa[jpeg]'")
-    if not found.total and not found.unreadable:
-        raise no_images(found, data)
-    if found.bad or found.unreadable:
-        many = f"{len(found.bad)} of {found.total} images cannot be used"
-        lists = f"; {len(found.unreadable)} folders cannot be listed" if found.unreadable else ""
-        raise UserError(
-            f"{data}: {many}{lists}; mend or remove them{_otherwise(found)}",
-            3,
-        )
-    return found
 
 
 def _kinds(found: Scan) -> str:

@@ -21,7 +21,10 @@ USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how threads wait, where the use
 EVERY = 0.5  # seconds between two looks
 CROWDED = 0.1  # share of its running time for which a process waits for cores, from which they are taken to be busy
 CALM = 4  # looks without waiting after which they are taken to be free
+MOST = 64  # cores; the team that is held has more threads, and of more than this a system may refuse some
 IDLE = 0.1  # seconds of running in a look, below which it says nothing
+
+_WATCHED = threading.Lock()  # held where a watch is kept
 
 Times = dict[str, tuple[int, int]]  # of each thread: nanoseconds that it ran, and waited for a core
 
@@ -30,9 +33,10 @@ Times = dict[str, tuple[int, int]]  # of each thread: nanoseconds that it ran, a
 def considerate() -> Iterator[None]:
     """A with-block whose OpenMP threads spin while cores are free, and sleep while others want them.
 
-    Does nothing where the user has said how threads wait, and where the system does not tell or has another OpenMP.
+    Does nothing where the user has said how threads wait, where the system does not tell or has another OpenMP, and
+    within another such block.
     """
-    if set_by_user() or not times():
+    if set_by_user() or not _able() or not _WATCHED.acquire(blocking=False):
         yield
         return
     done = threading.Event()
@@ -43,13 +47,18 @@ def considerate() -> Iterator[None]:
     finally:
         done.set()
         watch.join()
+        _WATCHED.release()
 
 
 def described() -> str:
     """How threads wait, for the plan."""
     if found := set_by_user():
         return f"{found}, as set by you"
-    return "they spin while they wait, and sleep beside busy neighbours" if times() else "they wait as OpenMP has it"
+    return "they spin while they wait, and sleep beside busy neighbours" if _able() else "they wait as OpenMP has it"
+
+
+def _able() -> bool:
+    return bool(times()) and len(os.sched_getaffinity(0)) <= MOST
 
 
 def set_by_user() -> str:
