@@ -83,9 +83,9 @@ def the_views(case):
         for j, side in enumerate(np.repeat(config["crop_sizes_px"], config["num_crops"]))
     ]
     boxes = torch.tensor(case["crop_boxes_xyxy_in_image_px"], dtype=torch.float64)
-    turns = torch.tensor(case["rotations_degrees_ccw"]) // 90
+    rotations = torch.tensor(case["rotations_degrees_ccw"]) // 90
     groups = [
-        Crops(torch.stack(pixels[part], 1), boxes[:, part], turns[:, part], torch.empty(0))
+        Crops(torch.stack(pixels[part], 1), boxes[:, part], rotations[:, part], torch.empty(0))
         for part in (slice(config["num_crops"][0]), slice(config["num_crops"][0], None))
     ]
     return Views.of(groups)

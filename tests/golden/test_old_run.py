@@ -1,0 +1,79 @@
+"""A run that 0.1.0 wrote before its settings were renamed (schema 1) still opens: for evaluation, export and resume.
+
+Its weights were rounded to three values a tensor, so that the file is small. The expected numbers are that version's.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import run
+from gtsa.core.settings import read_yaml
+from gtsa.models.weights import load_backbone
+from gtsa.pretraining.requested import settings_of
+from gtsa.training import checkpoint
+
+ARCHIVE = Path(__file__).with_name("run_of_schema_1.tar.xz")
+FINGERPRINT = "860c081a03574daa"
+
+
+@pytest.fixture
+def old(tmp_path):
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "run"
+
+
+def test_it_opens_with_the_same_weights_and_figures(old, scenes, tmp_path):
+    backbone, said = load_backbone(str(old))
+    assert backbone.fingerprint == FINGERPRINT
+    assert said.startswith("78 of 78 tensors loaded")
+    tasks = ("--task", "health", "rotation", "--train", scenes, "--folds", 2, "--rotation.size", 64)
+    code, _, err = run("evaluate", old, *tasks, "--out", tmp_path / "report.json")
+    assert code == 0, err
+    health, rotation = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert health["metrics"]["rank"] == pytest.approx(21.60655612815082, rel=1e-4)
+    assert health["metrics"]["spread"] == pytest.approx(0.8711979434435464, rel=1e-4)
+    assert rotation["metrics"]["rotation accuracy"] == pytest.approx(80.35714285714286, abs=4)  # two of 56
+
+
+def test_it_is_exported(old, tmp_path):
+    code, _out, err = run("export", old, "--out", tmp_path / "export")
+    assert code == 0, err
+    (place,) = (old / "checkpoints").iterdir()
+    teacher = checkpoint.read(place)[0]["objective"]
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(value.equal(teacher[f"teacher.encoder.vit.{name}"]) for name, value in exported.items())
+
+
+def test_its_settings_have_todays_names(old):
+    now = settings_of(old)
+    assert now["views"]["global_crops_size"] == 48
+    assert (now["gram_weight"], now["clip_grad"], now["keep_checkpoints"]) == (0.0, 3.0, 1)
+    assert now["dino"]["teacher_temp_warmup"] == now["ibot"]["teacher_temp_warmup"] == 0.29
+
+
+def test_it_goes_on_with_its_images_at_another_place(old, scenes):
+    code, out, err = run("pretrain", "--out", old, "--data", scenes, "--resume", "--steps", 13)
+    assert code == 0, err
+    assert "training from step 12 to 13" in out + err
+    assert read_yaml(old / "config.yaml")["views"]["hflip"] == 0.0
+    assert "schema: 2" in (old / "config.yaml").read_text()
+
+
+def test_as_a_file_of_settings_it_says_the_new_names(old, scenes, tmp_path):
+    code, _, err = run("pretrain", "--config", old / "config.yaml", "--data", scenes, "--out", tmp_path / "new")
+    assert code == 2
+    assert "clip: is called clip_grad now" in err
+    assert "views.global_size: is called global_crops_size now" in err
+
+
+def test_a_run_of_a_newer_version_is_refused(old):
+    text = (old / "config.yaml").read_text()
+    (old / "config.yaml").write_text("schema: 3\n" + text)
+    code, _, err = run("pretrain", "--out", old, "--resume")
+    assert code == 4
+    assert "newer gtsa" in err
