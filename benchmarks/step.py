@@ -59,7 +59,7 @@ def views_of(cut: Views, device: torch.device) -> Views:
 
     def finish(crops: Crops) -> Crops:
         noise = torch.randn(crops.pixels.shape, device=device)
-        return Crops(noise, crops.boxes.to(device), crops.turns.to(device), crops.colours)
+        return Crops(noise, crops.boxes.to(device), crops.rotations.to(device), crops.colours)
 
     return cut.each(finish)
 

@@ -22,12 +22,12 @@ TINY = {
     "checkpoint_every": 4,
     "evaluate_every": 6,
     "log_every": 2,
-    "views": {"global_size": 48, "local_size": 32, "local_crops": 2},
+    "views": {"global_crops_size": 48, "local_crops_size": 32, "local_crops_number": 2},
     "gtsa": {"projector_dim": 16, "out_dim": 24, "predictor_dim": 16},
 }
 SMALL_HEADS = {  # of the other methods
-    "dino": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
-    "ibot": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
+    "dino": {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+    "ibot": {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16},
     "mae": {"decoder_dim": 64, "decoder_depth": 1},
 }
 

@@ -64,11 +64,11 @@ def coloured(classes, side=32, seed=0):
 class Stub(nn.Module):
     """Looks like a Backbone. ``see`` makes patch tokens [N, h, w, D] of normalised pixels; every block does the same."""
 
-    prefix = 0
+    num_prefix_tokens = 0
 
     def __init__(self, see, patch=8):
         super().__init__()
-        self.see, self.patch = see, patch
+        self.see, self.patch_size = see, patch
         self.normalisation = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
     def blocks(self, images, which=(), norm=True):
@@ -79,8 +79,8 @@ class Stub(nn.Module):
         return self.blocks(images)[-1]
 
     @property
-    def width(self):
-        return self.see(torch.zeros(1, 3, 4 * self.patch, 4 * self.patch)).shape[-1]
+    def embed_dim(self):
+        return self.see(torch.zeros(1, 3, 4 * self.patch_size, 4 * self.patch_size)).shape[-1]
 
 
 def cells(images, patch=8):

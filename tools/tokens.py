@@ -229,12 +229,12 @@ def tell(given: argparse.Namespace) -> None:
     pixels, classes = central(open_labelled(given.images, given.masks, "masks", ignore=given.ignore))
     found: dict[str, dict[str, float | list[float]]] = {}
     for name, backbone in networks.items():
-        if SIDE % backbone.patch:
-            raise UserError(f"{name}: its patches of {backbone.patch} px do not fill {SIDE} px")
-        shown = contents(pixels, backbone.patch)
+        if SIDE % backbone.patch_size:
+            raise UserError(f"{name}: its patches of {backbone.patch_size} px do not fill {SIDE} px")
+        shown = contents(pixels, backbone.patch_size)
         if "own" not in found:
             found["own"] = {what: explained(shown["own"], shown[what]) for what in ("around", "image")}
-        found[name] = held(tokens_of(backbone, pixels), shown, class_of_patches(classes, backbone.patch))
+        found[name] = held(tokens_of(backbone, pixels), shown, class_of_patches(classes, backbone.patch_size))
         print(name, json.dumps(found[name], default=float), flush=True)
         if given.json:
             given.json.parent.mkdir(parents=True, exist_ok=True)

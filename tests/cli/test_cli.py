@@ -104,9 +104,16 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
         (["--epoch", "3"], 2, "Did you mean --epochs"),
         (["--epochs", "-1"], 2, "epochs: -1 should be greater than or equal to 1"),
         (["--epochs", "1", "--steps", "2"], 2, "steps and epochs: give one of the two"),
-        (["--views.global-size", "230"], 2, "patch is 16 px: take 224 or 240"),
+        (["--views.global-crops-size", "230"], 2, "patch is 16 px: take 224 or 240"),
         (
-            ["--model", "vit_small_patch14_reg4_dinov2", "--views.global-size", "224", "--views.local-size", "96"],
+            [
+                "--model",
+                "vit_small_patch14_reg4_dinov2",
+                "--views.global-crops-size",
+                "224",
+                "--views.local-crops-size",
+                "96",
+            ],
             2,
             "take 84 or 98",
         ),
@@ -114,7 +121,7 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
         (["--model", "resnet50"], 2, "no plain vision transformer"),
         (["--model", "vit_smal_patch16_224"], 2, "vit_small_patch16_224"),
         (["--method", "simclr"], 2, "there is no 'simclr'; there is dino, gtsa, ibot, mae"),
-        (["--views.jitter", "2"], 2, "gtsa: views.jitter: from 0 to 1, not 2.0"),
+        (["--views.color-jitter", "2"], 2, "gtsa: views.color_jitter: from 0 to 1, not 2.0"),
         (["--views.hue", "9"], 2, "gtsa: views.hue: from 0 to 0.5, not 9.0"),
         (["--views.contrast", "-1"], 2, "gtsa: views.contrast: from 0 upwards, not -1.0"),
         (["--views.sigma", "3", "1"], 2, "gtsa: views.sigma: 0 < low <= high, not 3.0 1.0"),
@@ -138,7 +145,7 @@ def test_all_errors_at_once(tmp_path, scenes, capsys):
     path.write_text("epochs: 0\nlearning_rates: 1\nviews: {local_crop: 3}\n")
     code, err = told(capsys, "pretrain", "--config", path, "--data", scenes, "--out", tmp_path / "run")
     assert code == 2
-    for words in ("epochs: 0", "did you mean learning_rate?", "did you mean local_crops?"):
+    for words in ("epochs: 0", "did you mean learning_rate?", "did you mean local_crops_size?"):
         assert words in err
     assert not (tmp_path / "run").exists()
 
@@ -169,11 +176,11 @@ def test_duplicate_keys_in_yaml_are_refused(tmp_path, scenes, capsys):
 
 
 def test_print_config_can_be_read_back(tmp_path, scenes, capsys):
-    assert in_process(["pretrain", "--data", str(scenes), "--views.local-crops", "3", "--print-config"]) == 0
+    assert in_process(["pretrain", "--data", str(scenes), "--views.local-crops-number", "3", "--print-config"]) == 0
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
     assert in_process(["pretrain", "--config", str(tmp_path / "a.yaml"), "--seed", "5", "--print-config"]) == 0
     text = capsys.readouterr().out
-    assert "local_crops: 3" in text
+    assert "local_crops_number: 3" in text
     assert "seed: 5" in text
 
 
@@ -284,11 +291,11 @@ def test_settings_of_another_method_are_told(scenes, tmp_path, capsys):
         "--model",
         "test_vit",
         "--plan",
-        "--views.global-size",
+        "--views.global-crops-size",
         48,
     ]
-    told = "without effect, as the method is gtsa: mae.mask_share"
-    assert run("pretrain", *arguments, "--mae.mask-share", 0.5)[1].count(told) == 1
+    told = "without effect, as the method is gtsa: mae.mask_ratio"
+    assert run("pretrain", *arguments, "--mae.mask-ratio", 0.5)[1].count(told) == 1
     assert "without effect" not in run("pretrain", *arguments, "--gtsa.momentum", 0.5)[1]
 
 

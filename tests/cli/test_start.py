@@ -24,7 +24,7 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("--version",): (0, gtsa.__version__),
     ("pretrian",): (2, 'Did you mean "pretrain"?'),
     ("pretrain", "--epoch", "3"): (2, "Did you mean --epochs?"),
-    ("pretrain", "--help"): (0, "--dino.teacher-temperature"),
+    ("pretrain", "--help"): (0, "--dino.teacher-temp"),
     ("evaluate", "--help"): (0, "--segmentation.steps"),
     ("compare", "--help"): (0, "gtsa-no-rotation"),
     ("export", "--help"): (0, "--network"),
@@ -122,9 +122,10 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
             assert (kind, default) == (parameter.annotation, parameter.default)
     assert arguments == {}
     assert one.doc == inspect.getdoc(maker)
-    for constant in ("published", "rate", "fewest_views", "compares_places", "search", "labels", "learns", "trains"):
+    shared = ("published_settings", "base_lr", "min_views", "needs_overlap", "search_space")
+    for constant in (*shared, "label_kinds", "uses_train_set", "trains_long"):
         assert one.constants.get(constant) == getattr(maker, constant, None)
-    assert sorted(one.constants.get("sized", {})) == sorted(getattr(maker, "sized", {}))
+    assert sorted(one.constants.get("auto_settings", {})) == sorted(getattr(maker, "auto_settings", {}))
 
 
 def test_every_method_and_evaluation_is_declared():

@@ -141,7 +141,7 @@ FILES = [
     (PRETRAIN, "seed: 2026-11-27", 2, "is of type date"),
     (PRETRAIN, "init: !!binary aGk=", 2, "is of type bytes"),
     (PRETRAIN, "views: 3", 2, "views: 3"),
-    (PRETRAIN, "views: {global_size: [1, 2]}", 2, "views.global_size"),
+    (PRETRAIN, "views: {global_crops_size: [1, 2]}", 2, "views.global_crops_size"),
     (PRETRAIN, "gtsa: {cells: a}", 2, "gtsa.cells"),
     (PRETRAIN, "eval: {knn: 3}", 2, "eval:"),
     (PRETRAIN, "seed: .nan", 2, "seed: nan"),
@@ -168,7 +168,7 @@ FILES = [
     (COMPARE, "rows: {'': {}}", 2, "is to name a folder"),
     (COMPARE, f"rows: {{{'x' * 300}: {{}}}}", 2, "is to name a folder"),
     (COMPARE, "rows: {x: {resume: true}}", 2, "rows: x: resume is set by the comparison"),
-    ([*but(COMPARE, "--train", "{}/scenes"), "--looks", "2"], "tasks: {knn: {train: ['{}/classes']}}", 3, "class folder"),
+    ([*but(COMPARE, "--train", "{}/scenes"), "--evaluate-every", "2"], "tasks: {knn: {train: ['{}/classes']}}", 3, "class folder"),
 ]  # fmt: skip
 
 

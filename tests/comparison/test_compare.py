@@ -40,9 +40,9 @@ SMALL = {
     "model": "test_vit", "steps": 2, "batch_size": 4, "seeds": 2, "controls": ("untrained", "colour"), "pictures": 1,
     "device": "cpu", "folds": 2,
     "pretrain": {
-        "views": {"global_size": 32, "local_size": 32, "local_crops": 1},
+        "views": {"global_crops_size": 32, "local_crops_size": 32, "local_crops_number": 1},
         "gtsa": {"projector_dim": 16, "out_dim": 16, "predictor_dim": 16},
-        "dino": {"prototypes": 16, "hidden": 16, "bottleneck": 8},
+        "dino": {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8},
         "mae": {"decoder_dim": 64, "decoder_depth": 1},
         "hold_out": 5,
     },
@@ -120,17 +120,17 @@ def test_every_row_is_asked_with_every_seed(whole):
     assert all(line["n"] == "10" for line in lines)
     by_hand = [float(x["value"]) for x in lines if x["method"] == "dino" and x["metric"] == "mIoU"]
     found = {line["row"]: line for line in results(whole)["rows"]}
-    assert found["dino"]["figures"]["primary"]["mean"] == pytest.approx(np.mean(by_hand))
+    assert found["dino"]["metrics"]["primary"]["mean"] == pytest.approx(np.mean(by_hand))
     less = found["dino"]["less_reference"]["primary"]["mean"]
     assert less == pytest.approx(
-        found["dino"]["figures"]["primary"]["mean"] - found["gtsa"]["figures"]["primary"]["mean"]
+        found["dino"]["metrics"]["primary"]["mean"] - found["gtsa"]["metrics"]["primary"]["mean"]
     )
-    assert found["colour"]["figures"]["primary"]["low"] is not None  # images vary, though seeds do not
+    assert found["colour"]["metrics"]["primary"]["low"] is not None  # images vary, though seeds do not
 
 
 def test_every_row_is_compared_with_every_other(whole):
     found = results(whole)
-    mean = {line["row"]: line["figures"]["primary"]["mean"] for line in found["rows"] if line["figures"]}
+    mean = {line["row"]: line["metrics"]["primary"]["mean"] for line in found["rows"] if line["metrics"]}
     told = {(d["row"], d["less_row"]): d for d in found["differences"]}
     assert set(told) == {(one, other) for one in mean for other in mean if one != other}
     for (one, other), d in told.items():
@@ -337,9 +337,9 @@ def test_a_figure_that_an_untrained_network_reaches_is_marked():
     """In all of its interval above, below, or neither; of one seed there is no interval, and no mark."""
 
     def line(row, **less):
-        figures = {name: {"mean": 50.0, "low": 49.0, "high": 51.0} for name in ("a", "b", "c", "d")}
+        metrics = {name: {"mean": 50.0, "low": 49.0, "high": 51.0} for name in ("a", "b", "c", "d")}
         told = {n: {"mean": m, "low": low, "high": high} for n, (m, low, high) in less.items()}
-        return {"row": row, "stage": "images", "seeds": [0, 1], "figures": figures, "less_untrained": told}
+        return {"row": row, "stage": "images", "seeds": [0, 1], "metrics": metrics, "less_untrained": told}
 
     rows = [line("gtsa", a=(2, 1, 3), b=(0.5, -1, 2), c=(-2, -3, -1), d=(9, None, None)), line("untrained")]
     del rows[1]["less_untrained"]
@@ -355,9 +355,9 @@ def test_every_row_is_compared_with_the_untrained_network(whole):
     assert "less_untrained" not in found["untrained"]
     for row in ("gtsa", "dino", "colour"):
         less = found[row]["less_untrained"]
-        assert less.keys() == found[row]["figures"].keys()
+        assert less.keys() == found[row]["metrics"].keys()
         for name, value in less.items():
-            mine, its = (found[r]["figures"][name]["mean"] for r in (row, "untrained"))
+            mine, its = (found[r]["metrics"][name]["mean"] for r in (row, "untrained"))
             assert value["mean"] == pytest.approx(mine - its)
     assert found["untrained"]["less_reference"].keys() == found["gtsa"]["less_untrained"].keys()
 
@@ -392,7 +392,7 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path,
 
 
 def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, tmp_path):
-    s = checked(data, tmp_path, tune=40, methods=("gtsa", "dino", "mae"))
+    s = checked(data, tmp_path, trials=40, methods=("gtsa", "dino", "mae"))
     rows = rows_of(s)
     found = list(trials(rows, s))
     assert [sum(c.row.name == m for c in found) for m in ("gtsa", "dino", "mae")] == [40] * 3
@@ -404,14 +404,14 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
         if job.number == 0:  # the preset: few random draws may all be bad ones
             assert job.changes == {"steps": 1, "learning_rate": 5e-4}
             continue
-        assert job.changes[job.row.name].keys() == METHODS[job.row.name].constants["search"].keys()
+        assert job.changes[job.row.name].keys() == METHODS[job.row.name].constants["search_space"].keys()
 
 
 def tried(job, s, good, without=(), **more):
     """Commits a trial with this primary figure, and without the images of each fold; or one that failed."""
     tasks, inner = ("segmentation", "in_context"), [{"mIoU": value} for value in without]
     entries = [
-        {"task": t, "feature": "patches", "figures": {"mIoU": good}, "images": 10}
+        {"task": t, "feature": "patches", "metrics": {"mIoU": good}, "images": 10}
         | ({"without": inner} if inner else {})
         for t in tasks
     ]
@@ -423,7 +423,7 @@ def tried(job, s, good, without=(), **more):
 
 
 def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
-    s = checked(data, tmp_path, tune=3, ablate=("gtsa-no-rotation", "dino-rotations"))
+    s = checked(data, tmp_path, trials=3, ablate=("gtsa-no-rotation", "dino-rotations"))
     rows = rows_of(s)
     for job in trials(rows, s):
         tried(job, s, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[job.row.name][job.number])
@@ -440,7 +440,7 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
 
 @pytest.mark.parametrize(("words", "best"), [(("learning", "collapsing"), 0), (("collapsing", "collapsing"), 1)])
 def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, words, best):
-    s = checked(data, tmp_path, tune=2, methods=("dino",))
+    s = checked(data, tmp_path, trials=2, methods=("dino",))
     rows = rows_of(s)
     for job, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
         tried(job, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
@@ -448,7 +448,7 @@ def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, word
 
 
 def test_what_most_folds_choose_is_taken(data, tmp_path):
-    s = checked(data, tmp_path, tune=3, folds=3)
+    s = checked(data, tmp_path, trials=3, folds=3)
     rows = rows_of(s)
     inner = {  # by fold, and last of all images; the best of all images is the first trial
         "gtsa": ([1.0, 9.0, 1.0, 9.0], [2.0, 3.0, 4.0, 3.0], [1.0, 1.0, 1.0, 1.0]),
@@ -472,15 +472,15 @@ def test_what_most_folds_choose_is_taken(data, tmp_path):
     assert report_page.unsteady(told) == []
 
 
-@pytest.mark.parametrize("figures", [{}, {"mIoU": math.nan}, {"mAcc": 1.0}])
-def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_path, figures):
-    s = checked(data, tmp_path, tune=2, folds=3, methods=("mae",))
+@pytest.mark.parametrize("metrics", [{}, {"mIoU": math.nan}, {"mAcc": 1.0}])
+def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_path, metrics):
+    s = checked(data, tmp_path, trials=2, folds=3, methods=("mae",))
     found = []
     for job, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
         tried(job, s, good, without=[good] * 3)
         result = result_of(job, s)
         if job.number == 0:
-            result["results"][1]["without"][1] = figures
+            result["results"][1]["without"][1] = metrics
         found.append((job, result))
     assert choices(found, s) == [{"row": "mae", "taken": 0, "of_folds": [0, 1, 0]}]
 
@@ -510,7 +510,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
         return learn(self, backbone, train, val, lab)
 
     monkeypatch.setattr(Segmentation, "__call__", seen)
-    more = {"folds": 5, "tune": 2, "seeds": 1, "controls": (), "methods": ("mae",), "task": ("segmentation",)}
+    more = {"folds": 5, "trials": 2, "seeds": 1, "controls": (), "methods": ("mae",), "task": ("segmentation",)}
     compare.compare(**settings(data, tmp_path, **more, primary="segmentation:mIoU"))
     pairs, folds = asked[:10], asked[-5:]
     assert len(asked) == 10 + 10 + 5 and asked[10:20] == pairs
@@ -520,12 +520,12 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
     )
     s = checked(data, tmp_path, **more, primary="segmentation:mIoU")
     found = [result_of(job, s)["results"][0] for job in trials(rows_of(s), s)]
-    good = [[figures["mIoU"] for figures in result["without"]] for result in found]
-    assert not list(tmp_path.glob("cells/mae/trial-*/evidence*")) and list(
-        tmp_path.glob("cells/mae/images-0/evidence*")
+    good = [[metrics["mIoU"] for metrics in result["without"]] for result in found]
+    assert not list(tmp_path.glob("cells/mae/trial-*/per_image*")) and list(
+        tmp_path.glob("cells/mae/images-0/per_image*")
     )
     table = (tmp_path / "report.html").read_text().split("<h2>Trials</h2>")[1]
-    assert "<td>steps 1, learning_rate 0.0005<td>" in table and "mae.mask_share 0." in table
+    assert "<td>steps 1, learning_rate 0.0005<td>" in table and "mae.mask_ratio 0." in table
     (told,) = results(tmp_path)["choices"]
     assert told["of_folds"] == [int(second > first) for first, second in zip(*good, strict=True)]
 
@@ -561,7 +561,7 @@ def test_trials_are_judged_within_the_training_images(data, tmp_path):
     s = checked(data, tmp_path, folds=None, val=(images, masks))
     row = rows_of(s)[0]
     for stage, folds in (("trial", 5), ("images", None)):
-        for _, asked, question in jobs.questions_of(Job(row, stage, 0), s):
+        for _, asked, question in jobs.tasks_of(Job(row, stage, 0), s):
             assert asked.folds == folds
             assert question.val.fingerprint == question.train.fingerprint  # here the same images
             assert bool(question.folds) is (folds is not None)
@@ -574,7 +574,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr("gtsa.data.labels.masks.say", seen.append)
     places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
     s = checked(data, tmp_path, train=places, task=tasks)
-    places = [len(question.val) for _, _, question in jobs.questions_of(Job(rows_of(s)[0], "images", 0), s)]
+    places = [len(question.val) for _, _, question in jobs.tasks_of(Job(rows_of(s)[0], "images", 0), s)]
     assert places == [10, 10, 10]
     assert seen[0] == "1 of 11 images have no mask and are left out"
     assert [": pixels: " in line for line in seen] == [False, True]
@@ -583,7 +583,7 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
 def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
     s = checked(data, tmp_path)
     parts = [
-        {"task": t, "figures": {"mIoU": v, "aAcc": 90.0}} for t, v in (("segmentation", 10.0), ("in_context", 30.0))
+        {"task": t, "metrics": {"mIoU": v, "aAcc": 90.0}} for t, v in (("segmentation", 10.0), ("in_context", 30.0))
     ]
     assert primary_of({"results": parts}, s) == 20
     with pytest.raises(UserError, match="no such figure; it has mIoU, aAcc"):
@@ -611,7 +611,7 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"rows": {"gtsa": {}}}, "two rows are called gtsa"),
         ({"rows": {"../up": {}}}, "letters, digits"),
         ({"rows": {"mine": {"stepz": 3}}}, "row mine: stepz: there is no such setting, did you mean steps"),
-        ({"rates": (1e-3, 1e-4)}, "low <= high"),
+        ({"learning_rates": (1e-3, 1e-4)}, "low <= high"),
         ({"train": ("nowhere", "nothing")}, "nowhere"),
         ({"data": "nowhere"}, "nowhere"),
         ({"weights": ("nothing.pth",)}, "no weights there"),
@@ -619,23 +619,26 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"rows": {"mine": {"init": "random:vit_tiny_patch16_224"}}}, "does not fit test_vit"),
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
-        ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "tune": 1}, "add it to --methods"),
+        ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "trials": 1}, "add it to --methods"),
         ({"evaluate": {"segmentation": {"size": "x"}}}, "--task segmentation: segmentation.size: 'x'"),
         ({"evaluate": {"knn": {"k": "x"}}}, "--task segmentation: knn.k: 'x'"),
         (
-            {"looks": 1, "folds": None, "val": (), "tasks": {t: {"folds": 2} for t in SMALL["evaluate"]}},
-            "looks: val: give",
+            {"evaluate_every": 1, "folds": None, "val": (), "tasks": {t: {"folds": 2} for t in SMALL["evaluate"]}},
+            "evaluate_every: val: give",
         ),
         ({"pretrain": {"out": "x"}}, "pretrain: out is set by the comparison itself"),
-        ({"pretrain": {"dino": {"momentum": 2.0}}}, "momentum are from 0 to 1"),
+        ({"pretrain": {"dino": {"momentum": 2.0}}}, "momentum: from 0 to 1"),
         ({"evaluate": {"segmentation": {"stepz": 3}}}, "--task segmentation: segmentation.stepz: there is no such"),
-        ({"tune": 1}, "segmentation, in_context: trials are chosen for each fold by folds of the other images, so two"),
         (
-            {"tune": 1, "folds": 3, "task": ("segmentation", "clusters"), "primary": "segmentation+clusters"},
-            "segmentation has 3 folds; clusters learns nothing, so it has no folds. Give another --primary, or --tune 0",
+            {"trials": 1},
+            "segmentation, in_context: trials are chosen for each fold by folds of the other images, so two",
         ),
         (
-            {"tune": 1, "folds": 3, "tasks": {"in_context": {"folds": 4}}},
+            {"trials": 1, "folds": 3, "task": ("segmentation", "clusters"), "primary": "segmentation+clusters"},
+            "segmentation has 3 folds; clusters learns nothing, so it has no folds. Give another --primary, or --trials 0",
+        ),
+        (
+            {"trials": 1, "folds": 3, "tasks": {"in_context": {"folds": 4}}},
             "segmentation has 3 folds; in_context has 4 folds",
         ),
     ],

@@ -5,6 +5,7 @@ import torch
 
 from gtsa.comparison.controls import CONTROLS, ColourAndEdges, Position
 from gtsa.core.errors import UserError
+from gtsa.evaluation.features import fine_tunable
 
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ColourAndEdges.normalisation)
 
@@ -48,7 +49,7 @@ def test_position_is_of_the_place_alone():
 def test_they_look_like_backbones(name):
     control = CONTROLS[name](16)
     tokens = control(torch.randn(2, 3, 32, 48))
-    assert tokens.patches.shape == (2, 2, 3, control.width) and tokens.prefix.shape[1] == 0
+    assert tokens.patches.shape == (2, 2, 3, control.embed_dim) and tokens.prefix.shape[1] == 0
     assert len(control.blocks(torch.randn(1, 3, 32, 32), (-4, -1))) == 2
     with pytest.raises(UserError, match="fine-tunes"):
-        control.vit  # noqa: B018
+        fine_tunable(control)

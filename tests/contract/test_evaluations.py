@@ -9,9 +9,9 @@ import torch
 
 from evaluating import lab, labelled, noise
 from gtsa.core.settings import read_yaml, to_yaml, validated
-from gtsa.core.types import Evaluator
 from gtsa.data.labels import IGNORE, Boxes
 from gtsa.evaluation import evaluators
+from gtsa.evaluation.evaluator import Evaluator
 from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.models.backbone import Backbone
 
@@ -37,7 +37,7 @@ def targets(kind, count, seed):
     draw = np.random.default_rng(seed)
     if kind == "classes":
         return [i % 7 for i in range(count)]
-    if kind == "several":
+    if kind == "multilabel":
         return [torch.from_numpy(draw.random(7) < 0.5) for _ in range(count)]
     if kind == "masks":
         masks = [torch.from_numpy(draw.integers(0, 7, (4, 4))).repeat_interleave(16, 0) for _ in range(count)]
@@ -83,16 +83,16 @@ def backbone():
 
 
 def kinds():
-    return [(name, kind) for name, maker in FOUND.items() for kind in maker.labels]
+    return [(name, kind) for name, maker in FOUND.items() for kind in maker.label_kinds]
 
 
 @cache
 def answered(name, kind, order=tuple(range(VAL)), time=0):
-    """Evidence of the images in this order, and the evaluator; ``time`` is to ask anew."""
+    """PerImage of the images in this order, and the evaluator; ``time`` is to ask anew."""
     evaluator = FOUND[name](**SMALL.get(name, {}))
     train, val = sets(kind)
     torch.manual_seed(time), np.random.seed(time)
-    return evaluator, evaluator(backbone(), train if evaluator.learns else None, val.take(order), lab(seed=3))
+    return evaluator, evaluator(backbone(), train if evaluator.uses_train_set else None, val.take(order), lab(seed=3))
 
 
 def same(a, b, exact=True):
@@ -107,10 +107,10 @@ def same(a, b, exact=True):
     return a == (b if exact or not isinstance(a, float) else pytest.approx(b, rel=1e-3, abs=1e-4))
 
 
-def chosen(evidence, which):
+def chosen(per_image, which):
     return {
         name: values[which] if isinstance(values, torch.Tensor) else [values[i] for i in which]
-        for name, values in evidence.items()
+        for name, values in per_image.items()
     }
 
 
@@ -147,20 +147,20 @@ class TestEvaluation:
         assert same(first, again)
 
     def test_evidence_is_of_every_image_and_figures_follow_from_any_of_them(self, name, kind):
-        evaluator, evidence = answered(name, kind)
-        assert evidence
-        assert all(len(values) == VAL for values in evidence.values())
+        evaluator, per_image = answered(name, kind)
+        assert per_image
+        assert all(len(values) == VAL for values in per_image.values())
         for which in (list(range(VAL)), [0, 2, 3, 5], [1, 4], [4, 4, 2, 0, 0]):
-            figures = evaluator.figures(chosen(evidence, which))
-            assert figures
-            assert all(type(value) is float for value in figures.values())
+            metrics = evaluator.metrics(chosen(per_image, which))
+            assert metrics
+            assert all(type(value) is float for value in metrics.values())
 
     def test_evidence_goes_with_the_image(self, name, kind):
         if name in TOGETHER:
             pytest.skip("finds something among all judged images together")
-        evaluator, evidence = answered(name, kind)
+        evaluator, per_image = answered(name, kind)
         _, shuffled = answered(name, kind, order=tuple(ORDER))
-        assert same(chosen(evidence, ORDER), shuffled, exact=False)
-        assert evaluator.figures(shuffled) == pytest.approx(
-            evaluator.figures(evidence), rel=1e-3, abs=1e-3, nan_ok=True
+        assert same(chosen(per_image, ORDER), shuffled, exact=False)
+        assert evaluator.metrics(shuffled) == pytest.approx(
+            evaluator.metrics(per_image), rel=1e-3, abs=1e-3, nan_ok=True
         )

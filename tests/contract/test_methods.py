@@ -26,8 +26,8 @@ def views(batch=3, globals_=2, locals_=2):
     for count, side in ((globals_, 64), (locals_, 32)):
         boxes = torch.tensor([0.0, 0, 80, 60], dtype=torch.float64).repeat(batch, count, 1)
         boxes[..., :2] += torch.arange(count)[:, None] * 3
-        turns = torch.randint(4, (batch, count))
-        groups.append(Crops(torch.randn(batch, count, 3, side, side), boxes, turns, torch.empty(0)))
+        rotations = torch.randint(4, (batch, count))
+        groups.append(Crops(torch.randn(batch, count, 3, side, side), boxes, rotations, torch.empty(0)))
     return Views.of(groups, torch.arange(batch))
 
 
@@ -90,6 +90,6 @@ class TestMethod:
         assert losses[0] == losses[1]
 
     def test_diagnoses_are_per_image(self, name):
-        figures = small(FOUND[name]).eval().diagnose(views())
-        assert next(iter(figures)) in SCORES
-        assert all(values.shape == (3,) and torch.isfinite(values).all() for values in figures.values())
+        metrics = small(FOUND[name]).eval().diagnose(views())
+        assert next(iter(metrics)) in SCORES
+        assert all(values.shape == (3,) and torch.isfinite(values).all() for values in metrics.values())

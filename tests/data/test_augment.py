@@ -82,13 +82,13 @@ def test_blur_is_torchvisions(a, b, side):
     close(augment.blurred(x, column(a, b)), torch.stack(theirs))
 
 
-def crops(recipes, turns, seed=0, side=12):
+def crops(recipes, rotations, seed=0, side=12):
     """One crop for each recipe, as [B = n, 1] crops."""
-    n = len(turns)
+    n = len(rotations)
     return Crops(
         pixels(seed, n, 1, 3, side, side),
         torch.rand(n, 1, 4, dtype=torch.float64),
-        torch.tensor(turns)[:, None],
+        torch.tensor(rotations)[:, None],
         torch.tensor(recipes, dtype=torch.float32)[:, None],
     )
 
@@ -122,8 +122,8 @@ recipes_ = st.tuples(
 @few
 @given(st.lists(st.tuples(recipes_, st.integers(0, 3)), min_size=1, max_size=6), st.integers(0, 99))
 def test_whole_recipe_is_torchvision_in_its_order(asked, seed):
-    recipes, turns = zip(*asked, strict=True)
-    given_ = crops(recipes, turns, seed)
+    recipes, rotations = zip(*asked, strict=True)
+    given_ = crops(recipes, rotations, seed)
     out = augment.apply(Views(given_), CPU, MEAN, STD).global_crops
     for i, (recipe, turn) in enumerate(asked):
         close(out.pixels[i, 0], slowly(given_.pixels[i, 0], recipe, turn, MEAN, STD), 1e-4)
@@ -177,9 +177,9 @@ def test_groups_counts_and_what_travels_with_them():
         assert torch.equal(before.pixels, given_.pixels)  # what came from the workers stays as it was
         assert after.pixels.shape == given_.pixels.shape
         assert after.pixels.dtype == torch.float32
-        for part in ("boxes", "turns", "colours"):
+        for part in ("boxes", "rotations", "colours"):
             assert torch.equal(getattr(after, part), getattr(before, part))
     for i in range(6):
         b, v = divmod(i, 3)
-        expected = slowly(many.pixels[b, v], many.colours[b, v].tolist(), int(many.turns[b, v]), MEAN, STD)
+        expected = slowly(many.pixels[b, v], many.colours[b, v].tolist(), int(many.rotations[b, v]), MEAN, STD)
         close(out.local_crops.pixels[b, v], expected, 2e-5)

@@ -87,7 +87,7 @@ def test_what_is_not_there_is_told(tmp_path, labels):
     ("labels", "kind", "needs"),
     [
         ("x.txt", "classes", "class folders, a CSV"),
-        ("x.csv", "several", "a JSON object"),
+        ("x.csv", "multilabel", "a JSON object"),
         ("x.csv", "masks", "a folder of PNG masks"),
         ("x.csv", "boxes", "a COCO JSON file"),
         ("x.json:train", "boxes", "a COCO JSON file"),
@@ -184,7 +184,7 @@ def test_classes_are_numbered_as_in_another_set():
     things = Boxes(torch.zeros(2, 4), torch.tensor([1, 0]), None, torch.zeros(2), torch.zeros(2), torch.zeros(2))
     for kind, target in (
         ("classes", 1),
-        ("several", torch.tensor([False, True])),
+        ("multilabel", torch.tensor([False, True])),
         ("masks", torch.tensor([[0, 1], [IGNORE, 1]])),
         ("boxes", things),
     ):
@@ -195,7 +195,7 @@ def test_classes_are_numbered_as_in_another_set():
         found[kind] = same.target(0)
         assert other.numbered_as(other) is other
     assert found["classes"] == 3
-    assert found["several"].tolist() == [False, False, False, True]
+    assert found["multilabel"].tolist() == [False, False, False, True]
     assert found["masks"].tolist() == [[1, 3], [IGNORE, 3]]
     assert found["boxes"].classes.tolist() == [3, 1]
 
@@ -400,8 +400,8 @@ PLAIN = {"a.jpg": ["dog", "cat"], "b.jpg": [], "sub/c.jpg": ["emu"]}
 
 
 def test_several(tmp_path, four):
-    data = open_labelled(str(four), str(write(tmp_path / "x.json", PLAIN)), "several")
-    assert data.classes == ("cat", "dog", "emu") and data.kind == "several"
+    data = open_labelled(str(four), str(write(tmp_path / "x.json", PLAIN)), "multilabel")
+    assert data.classes == ("cat", "dog", "emu") and data.kind == "multilabel"
     rows = {name: target.tolist() for name, target in of(data).items()}
     assert rows == {"a.jpg": [True, True, False], "b.jpg": [False] * 3, "sub/c.jpg": [False, False, True]}
     assert data.target(0).dtype == torch.bool
@@ -413,19 +413,19 @@ def test_parts_of_a_file(tmp_path, four):
     parts = {"info": "x", "classes": ["emu", "cat", "dog", "fox"], "images_per_class": {"cat": {"train": 1}}}
     parts |= {"train": PLAIN, "val": {" d, e.jpg": ["dog"]}}
     file = write(tmp_path / "x.json", parts)
-    train, val = (open_labelled(str(four), f"{file}:{part}", "several") for part in ("train", "val"))
+    train, val = (open_labelled(str(four), f"{file}:{part}", "multilabel") for part in ("train", "val"))
     assert train.classes == val.classes == ("emu", "cat", "dog", "fox")
     assert train.target(0).tolist() == [False, True, True, False] and len(train) == 3
     assert val.target(0).tolist() == [False, False, True, False] and len(val) == 1
     assert train.fingerprint != val.fingerprint
-    message = refused(four, file, "several")
+    message = refused(four, file, "multilabel")
     assert f"write {file}:train or {file}:val" in message
-    assert "has train, val" in refused(four, f"{file}:test", "several")
+    assert "has train, val" in refused(four, f"{file}:test", "multilabel")
     del parts["classes"]
     write(file, parts)
-    assert open_labelled(str(four), f"{file}:val", "several").classes == ("cat", "dog", "emu")  # of all parts
+    assert open_labelled(str(four), f"{file}:val", "multilabel").classes == ("cat", "dog", "emu")  # of all parts
     names = write(tmp_path / "names.txt", "emu\ndog\ncat")
-    assert open_labelled(str(four), f"{file}:val", "several", classes=str(names)).classes == ("emu", "dog", "cat")
+    assert open_labelled(str(four), f"{file}:val", "multilabel", classes=str(names)).classes == ("emu", "dog", "cat")
 
 
 def test_several_is_no_inaturalist(tmp_path, four):
@@ -456,7 +456,7 @@ def test_several_is_no_inaturalist(tmp_path, four):
     ],
 )
 def test_faults_of_several(tmp_path, four, content, kind, place):
-    message = refused(four, write(tmp_path / "x.json", content), "several")
+    message = refused(four, write(tmp_path / "x.json", content), "multilabel")
     assert f"1 x {kind}\n" in message and f"{place}: " in message.partition("these are they")[2]
 
 
@@ -470,7 +470,7 @@ def test_faults_of_several(tmp_path, four, content, kind, place):
     ],
 )
 def test_faults_of_classes_in_parts(tmp_path, four, classes, kind, place):
-    message = refused(four, f"{write(tmp_path / 'x.json', {'classes': classes, 'train': PLAIN})}:train", "several")
+    message = refused(four, f"{write(tmp_path / 'x.json', {'classes': classes, 'train': PLAIN})}:train", "multilabel")
     assert f"1 x {kind}\n" in message and f"\n  {place}" in message
 
 
@@ -509,7 +509,7 @@ PLACES = [
     ("folders", None, "classes"),
     ("images", "x.csv", "classes"),
     ("images", "i.json", "classes"),
-    ("images", "s.json", "several"),
+    ("images", "s.json", "multilabel"),
     ("images", None, "none"),
 ]
 
@@ -531,7 +531,7 @@ def test_fingerprints_are_of_the_data_and_labels_pickle(tmp_path, images, labels
     [
         ("x.csv", "classes", "b.jpg,dog", "b.jpg,cow"),
         ("i.json", "classes", '"category_id": 0', '"category_id": 7'),
-        ("s.json", "several", '["emu"]', '["cat"]'),
+        ("s.json", "multilabel", '["emu"]', '["cat"]'),
     ],
 )
 def test_other_labels_have_another_fingerprint(tmp_path, labels, kind, old, new):
@@ -547,7 +547,7 @@ def test_other_labels_have_another_fingerprint(tmp_path, labels, kind, old, new)
 @pytest.mark.parametrize(("part", "count"), [("train", 247), ("val", 164)])
 def test_no_false_alarm_on_coco_small(part, count):
     file = f"{COCO_SMALL}/multilabel.json"
-    data = open_labelled(f"{COCO_SMALL}/images", f"{file}:{part}", "several")
+    data = open_labelled(f"{COCO_SMALL}/images", f"{file}:{part}", "multilabel")
     with open(file) as text:
         truth = json.load(text)
     assert len(data) == count and data.classes == tuple(truth["classes"])

@@ -20,7 +20,7 @@ from gtsa.data.pixels import BadImage
 from gtsa.training.run_folder import RunFolder
 
 few = settings(deadline=None, max_examples=50)
-SMALL = MultiCrop(global_size=16, local_size=8, local_crops=2)
+SMALL = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 
 
 class Numbers:
@@ -48,7 +48,7 @@ def equal(a, b):
         and all(
             torch.equal(getattr(x, part), getattr(y, part))
             for x, y in zip(a.groups, b.groups, strict=True)
-            for part in ("pixels", "boxes", "turns", "colours")
+            for part in ("pixels", "boxes", "rotations", "colours")
         )
     )
 
@@ -199,12 +199,12 @@ def test_batches_are_their_draws_one_after_the_other():
     assert batch.local_crops.pixels.shape == (10, 2, 3, 8, 8)
     for i, part in enumerate(parts):
         for whole, one in zip(batch.groups, part.groups, strict=True):
-            for field in ("pixels", "boxes", "turns", "colours"):
+            for field in ("pixels", "boxes", "rotations", "colours"):
                 assert torch.equal(getattr(whole, field)[i], getattr(one, field)[0])
 
 
 def test_batches_without_local_crops():
-    views = view_set(multicrop=MultiCrop(global_size=16, local_crops=0))
+    views = view_set(multicrop=MultiCrop(global_crops_size=16, local_crops_number=0))
     assert collate([views[Draw(0, 0)], views[Draw(0, 1)]]).local_crops is None
 
 

@@ -35,7 +35,7 @@ def shared(a, b):
 def legal(multicrop, width, height, seed):
     """Draws boxes and holds them to everything that must be true of any."""
     globals_, locals_ = multicrop.boxes(width, height, rng(seed))
-    assert (len(globals_), len(locals_)) == (multicrop.global_crops, multicrop.local_crops)
+    assert (len(globals_), len(locals_)) == (multicrop.global_crops_number, multicrop.local_crops_number)
     for x1, y1, x2, y2 in globals_ + locals_:
         assert 0 <= x1 < x2 <= width
         assert 0 <= y1 < y2 <= height
@@ -60,7 +60,7 @@ def test_boxes_lie_in_the_image_and_meet(width, height, seed):
 @few
 @given(st.integers(1, 60), st.integers(1000, 4000), st.integers(1, 5), st.booleans(), seeds)
 def test_any_number_of_crops_meets_in_long_images(short, long, globals_, upright, seed):
-    multicrop = MultiCrop(global_crops=globals_, local_crops=3)
+    multicrop = MultiCrop(global_crops_number=globals_, local_crops_number=3)
     legal(multicrop, *((short, long) if upright else (long, short)), seed)
 
 
@@ -117,13 +117,13 @@ def test_tries_are_bounded(width, height):
 
 def test_no_draw_is_wasted_where_nothing_is_asked():
     counting = Counting()
-    MultiCrop(global_crops=1, local_crops=0, global_share=(0.1, 0.2)).boxes(500, 500, counting)
+    MultiCrop(global_crops_number=1, local_crops_number=0, global_crops_scale=(0.1, 0.2)).boxes(500, 500, counting)
     assert counting.calls == 3  # share, aspect, place
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_views_are_a_pure_function_of_the_generator(seed):
-    picture, multicrop = image(120, 80), MultiCrop(global_size=32, local_size=16)
+    picture, multicrop = image(120, 80), MultiCrop(global_crops_size=32, local_crops_size=16)
     before = torch.get_rng_state()
     first, again, other = (multicrop(picture, rng(s)) for s in (seed, seed, seed + 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -136,16 +136,18 @@ def test_views_are_a_pure_function_of_the_generator(seed):
 
 @few
 @given(st.integers(1, 3), st.integers(0, 4), st.integers(2, 40), st.integers(2, 40), seeds)
-def test_counts_and_sizes_are_free(globals_, locals_, global_size, local_size, seed):
-    multicrop = MultiCrop(globals_, locals_, global_size, local_size)
+def test_counts_and_sizes_are_free(globals_, locals_, global_crops_size, local_crops_size, seed):
+    multicrop = MultiCrop(globals_, locals_, global_crops_size, local_crops_size)
     views = multicrop(image(50, 40), rng(seed))
     assert len(views.groups) == (2 if locals_ else 1)
-    for crops, count, side in zip(views.groups, (globals_, locals_), (global_size, local_size), strict=locals_ > 0):
+    for crops, count, side in zip(
+        views.groups, (globals_, locals_), (global_crops_size, local_crops_size), strict=locals_ > 0
+    ):
         assert (crops.count, crops.side) == (count, side)
         assert crops.pixels.shape == (1, count, 3, side, side)
         assert crops.boxes.shape == (1, count, 4)
         assert crops.colours.shape == (1, count, len(Colour))
-        assert crops.turns.shape == (1, count)
+        assert crops.rotations.shape == (1, count)
         dtypes = [getattr(crops, f.name).dtype for f in dataclasses.fields(crops)]
         assert dtypes == [torch.uint8, torch.float64, torch.int64, torch.float32]
 
@@ -154,7 +156,7 @@ def test_counts_and_sizes_are_free(globals_, locals_, global_size, local_size, s
 @given(st.integers(16, 300), st.integers(16, 300), seeds)
 def test_pixels_are_the_box_resized_with_antialiasing(width, height, seed):
     picture = image(width, height)
-    for crops in MultiCrop(global_size=48, local_size=24, local_crops=2)(picture, rng(seed)).groups:
+    for crops in MultiCrop(global_crops_size=48, local_crops_size=24, local_crops_number=2)(picture, rng(seed)).groups:
         for pixels, box in zip(crops.pixels[0], crops.boxes[0].long().tolist(), strict=True):
             x1, y1, x2, y2 = box
             size = [crops.side] * 2
@@ -178,21 +180,21 @@ def uniform(values, low, high):
 
 def test_turns_are_uniform_and_can_be_left_out():
     picture = image(16, 16)
-    turns = MultiCrop(2000, 1, 2, 2)(picture, rng()).global_crops.turns[0].numpy()
-    assert set(turns) == {0, 1, 2, 3}
-    assert all(rate(turns == k, 0.25) for k in range(4))
-    assert not MultiCrop(200, 1, 2, 2, rotations=False)(picture, rng()).global_crops.turns.any()
+    rotations = MultiCrop(2000, 1, 2, 2)(picture, rng()).global_crops.rotations[0].numpy()
+    assert set(rotations) == {0, 1, 2, 3}
+    assert all(rate(rotations == k, 0.25) for k in range(4))
+    assert not MultiCrop(200, 1, 2, 2, rotations=False)(picture, rng()).global_crops.rotations.any()
 
 
 def test_colour_probabilities_are_the_published_ones():
     table = recipes(MultiCrop())
-    jittered, grey, blurred = table[:, Colour.ORDER] >= 0, table[:, Colour.GREY] > 0, table[:, Colour.SIGMA] > 0
+    jittered, grey, blurred = table[:, Colour.ORDER] >= 0, table[:, Colour.GRAYSCALE] > 0, table[:, Colour.SIGMA] > 0
     assert rate(jittered, 0.8)
     assert rate(grey, 0.2)
     assert rate(blurred, 0.2)
     assert rate(grey & blurred, 0.04)
     assert rate(grey & jittered, 0.16)
-    assert set(table[:, Colour.GREY]) == {0, 1}
+    assert set(table[:, Colour.GRAYSCALE]) == {0, 1}
 
 
 def test_colour_strengths_are_the_published_ones():
@@ -213,29 +215,29 @@ def test_factors_are_never_negative():
 
 
 def test_colours_can_be_switched_off_and_always_on():
-    off = recipes(MultiCrop(jitter=0, grey=0, blur=(0, 0, 0)))
+    off = recipes(MultiCrop(color_jitter=0, grayscale=0, gaussian_blur=(0, 0, 0)))
     assert (off[:, Colour.ORDER] == -1).all()
-    assert not off[:, [Colour.GREY, Colour.SIGMA]].any()
-    on = recipes(MultiCrop(jitter=1, grey=1, blur=(1, 1, 1)))
+    assert not off[:, [Colour.GRAYSCALE, Colour.SIGMA]].any()
+    on = recipes(MultiCrop(color_jitter=1, grayscale=1, gaussian_blur=(1, 1, 1)))
     assert (on[:, [Colour.ORDER]] >= 0).all()
-    assert (on[:, [Colour.GREY, Colour.SIGMA]] > 0).all()
+    assert (on[:, [Colour.GRAYSCALE, Colour.SIGMA]] > 0).all()
 
 
 def test_the_first_crop_the_other_global_ones_and_local_ones_have_their_own_shares():
-    multicrop = MultiCrop(2, 3, 2, 2, blur=(1, 0.1, 0.5), solarise=(0, 0.2, 0))
+    multicrop = MultiCrop(2, 3, 2, 2, gaussian_blur=(1, 0.1, 0.5), solarize=(0, 0.2, 0))
     drawn = [multicrop(image(16, 16), rng(seed)) for seed in range(2000)]
     first, second = (torch.cat([v.global_crops.colours[:, n] for v in drawn]).numpy() for n in (0, 1))
     local = torch.cat([v.local_crops.colours[0] for v in drawn]).numpy()
-    assert (first[:, Colour.SIGMA] > 0).all() and not first[:, Colour.SOLARISE].any()
-    assert rate(second[:, Colour.SIGMA] > 0, 0.1) and rate(second[:, Colour.SOLARISE] > 0, 0.2)
-    assert rate(local[:, Colour.SIGMA] > 0, 0.5) and not local[:, Colour.SOLARISE].any()
+    assert (first[:, Colour.SIGMA] > 0).all() and not first[:, Colour.SOLARIZE].any()
+    assert rate(second[:, Colour.SIGMA] > 0, 0.1) and rate(second[:, Colour.SOLARIZE] > 0, 0.2)
+    assert rate(local[:, Colour.SIGMA] > 0, 0.5) and not local[:, Colour.SOLARIZE].any()
 
 
 def test_crops_are_mirrored():
     picture = image(40, 30)
-    plain, mirrored = (MultiCrop(3, 2, 32, 16, flip=share)(picture, rng()) for share in (0.0, 1.0))
+    plain, mirrored = (MultiCrop(3, 2, 32, 16, hflip=share)(picture, rng()) for share in (0.0, 1.0))
     assert torch.equal(plain.global_crops.pixels, mirrored.global_crops.pixels.flip(-1))
-    half = MultiCrop(2000, 1, 2, 2, flip=0.5)(picture, rng()).global_crops
+    half = MultiCrop(2000, 1, 2, 2, hflip=0.5)(picture, rng()).global_crops
     other = MultiCrop(2000, 1, 2, 2)(picture, rng()).global_crops
     assert rate((half.pixels != other.pixels).flatten(2).any(-1)[0].numpy(), 0.5)
     assert torch.equal(half.boxes, other.boxes)
@@ -255,7 +257,7 @@ def test_share_is_uniform_aspect_log_uniform_and_place_uniform():
 def test_detail_enlarges_no_drawn_crop(width, ratio, locals_, seed):
     """At 1/2, 1/4 or 1/8, where detail allows it, every crop has at least as many pixels a side as its output."""
     height = max(200, round(width / ratio))
-    multicrop = MultiCrop(local_crops=locals_)
+    multicrop = MultiCrop(local_crops_number=locals_)
     scale = multicrop.detail(width, height)
     assert 0 < scale <= 1
     for part in (2, 4, 8):
@@ -267,9 +269,9 @@ def test_detail_enlarges_no_drawn_crop(width, ratio, locals_, seed):
 
 def test_detail_by_hand():
     # the thinnest crop of 0.3 of 4000 x 3000 px has sqrt(0.3 x 12e6 x 3/4) px = 1643.2 a side, of 0.1 948.7 px
-    assert MultiCrop(local_crops=0).detail(4000, 3000) == pytest.approx(224 / 1643.168)
+    assert MultiCrop(local_crops_number=0).detail(4000, 3000) == pytest.approx(224 / 1643.168)
     assert MultiCrop().detail(4000, 3000) == pytest.approx(224 / 1643.168)
-    assert MultiCrop(local_size=224).detail(4000, 3000) == pytest.approx(224 / 948.683)
+    assert MultiCrop(local_crops_size=224).detail(4000, 3000) == pytest.approx(224 / 948.683)
     assert MultiCrop(aspect=(3 / 4, 4)).detail(4000, 3000) == pytest.approx(224 / math.sqrt(0.3 * 12e6 / 4))
     assert MultiCrop().detail(200, 200) == 1
     assert MultiCrop().detail(30000, 300) == pytest.approx(224 / 300)  # a panorama's crops are as high as it is

@@ -17,16 +17,16 @@ from gtsa.models.backbone import Backbone
 
 def answer(data, backbone=None, settings=None, **options):
     evaluator = Clusters(**{"size": 64, "repeats": 2, **(settings or {})})
-    evidence = evaluator(backbone or Colours(), None, data, lab(**options))
-    return evidence, evaluator.figures(evidence)
+    per_image = evaluator(backbone or Colours(), None, data, lab(**options))
+    return per_image, evaluator.metrics(per_image)
 
 
 @pytest.mark.parametrize("k", [4, 7, 500])
 def test_colours_are_clusters(k):
     masks = stripes(8, 64, 64)
-    evidence, found = answer(labelled(painted(masks), masks), settings={"k": k})
+    per_image, found = answer(labelled(painted(masks), masks), settings={"k": k})
     assert perfect(found)
-    assert evidence["hit"].shape == (8, 2, len(PALETTE))
+    assert per_image["hit"].shape == (8, 2, len(PALETTE))
 
 
 def test_every_pixel_that_is_a_patch():
@@ -54,7 +54,7 @@ def test_the_whole_evaluation_again():
     masks[1][4:9] = IGNORE
     data, kept = labelled(painted(masks), masks), {}
     settings = {"k": 9, "size": 256, "dimensions": 5, "repeats": 1}
-    evidence, found = answer(data, backbone, settings, keep=kept.__setitem__)
+    per_image, found = answer(data, backbone, settings, on_prediction=kept.__setitem__)
     mean, std = (torch.tensor(values)[:, None, None] for values in backbone.normalisation)
     pixels = torch.stack(
         [
@@ -72,8 +72,8 @@ def test_the_whole_evaluation_again():
     matched = confusion_matrix(clusters[known], truth[known], labels=range(9))[:, :4].argmax(1)[clusters]
     assert torch.stack([kept[i] for i in range(3)]).flatten().tolist() == matched.tolist()
     confusion = confusion_matrix(truth[known], matched[known], labels=range(4))
-    assert evidence["hit"].sum((0, 1)).tolist() == confusion.diagonal().tolist()
-    assert evidence["predicted"].sum((0, 1)).tolist() == confusion.sum(0).tolist()
+    assert per_image["hit"].sum((0, 1)).tolist() == confusion.diagonal().tolist()
+    assert per_image["predicted"].sum((0, 1)).tolist() == confusion.sum(0).tolist()
     assert found["aAcc"] == pytest.approx(100 * confusion.diagonal().sum() / known.sum())
 
 
@@ -104,5 +104,5 @@ def test_masks_without_labels():
 
 
 def test_it_does_not_learn():
-    assert not Clusters.learns
-    assert Clusters.labels == ("masks",)
+    assert not Clusters.uses_train_set
+    assert Clusters.label_kinds == ("masks",)

@@ -24,12 +24,12 @@ PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], d
 class Colours(nn.Module):
     """A backbone whose patch tokens are the patches' mean colours."""
 
-    patch, width, normalisation = 16, 3, IMAGENET
+    patch_size, embed_dim, normalisation = 16, 3, IMAGENET
 
     def forward(self, pixels):
-        assert not pixels.shape[-1] % self.patch and not pixels.shape[-2] % self.patch
-        patches = F.avg_pool2d(pixels, self.patch).permute(0, 2, 3, 1)
-        return Tokens(patches, patches.new_empty(len(pixels), 0, self.width))
+        assert not pixels.shape[-1] % self.patch_size and not pixels.shape[-2] % self.patch_size
+        patches = F.avg_pool2d(pixels, self.patch_size).permute(0, 2, 3, 1)
+        return Tokens(patches, patches.new_empty(len(pixels), 0, self.embed_dim))
 
 
 class Pictures:
@@ -73,8 +73,8 @@ def lab(**settings):
     return EvalContext(Fabric(accelerator="cpu", devices=1), **{"batch_size": 4, **settings})
 
 
-def perfect(figures):
-    return all(figures[name] == 100 for name in ("mIoU", "mAcc", "aAcc"))
+def perfect(metrics):
+    return all(metrics[name] == 100 for name in ("mIoU", "mAcc", "aAcc"))
 
 
 # counting
@@ -88,7 +88,7 @@ def test_figures_are_those_of_torchmetrics(classes, images, seed, ignored):
     guess, truth = (torch.from_numpy(rng.integers(0, kind, (images, 7, 5))) for kind in kinds)
     truth[torch.from_numpy(rng.random(truth.shape) < ignored)] = IGNORE
     truth[0, 0, 0] = 0
-    found = dense.figures(dense.stacked([dense.counts(g, t, classes) for g, t in zip(guess, truth, strict=True)]))
+    found = dense.metrics(dense.stacked([dense.counts(g, t, classes) for g, t in zip(guess, truth, strict=True)]))
     told = {"num_classes": classes, "ignore_index": IGNORE, "validate_args": False}
     iou = MulticlassJaccardIndex(average="macro", **told)(guess, truth)
     recall = MulticlassRecall(average=None, **told)(guess, truth)[truth[truth != IGNORE].unique()].mean()
@@ -101,11 +101,11 @@ def test_figures_are_those_of_torchmetrics(classes, images, seed, ignored):
 def test_figures_by_hand():
     guess = [torch.tensor([[0, 0, 1]]), torch.tensor([[1, 2, 0]])]
     truth = [torch.tensor([[0, 1, 1]]), torch.tensor([[1, IGNORE, 0]])]
-    evidence = dense.stacked([dense.counts(g, t, 4) for g, t in zip(guess, truth, strict=True)])
-    assert evidence["predicted"].tolist() == [[2, 1, 0, 0], [1, 1, 0, 0]]
+    per_image = dense.stacked([dense.counts(g, t, 4) for g, t in zip(guess, truth, strict=True)])
+    assert per_image["predicted"].tolist() == [[2, 1, 0, 0], [1, 1, 0, 0]]
     # class 0: 2 hits of 3 guesses and 2 true; class 1: 2 of 2 and 3; classes 2 and 3 occur on no labelled pixel
     expected = {"mIoU": 100 * 2 / 3, "mAcc": 100 * (1 + 2 / 3) / 2, "aAcc": 80}
-    assert dense.figures(evidence) == pytest.approx(expected)
+    assert dense.metrics(per_image) == pytest.approx(expected)
 
 
 def test_repeats_are_averaged_figure_by_figure():
@@ -114,17 +114,17 @@ def test_repeats_are_averaged_figure_by_figure():
     guess = torch.from_numpy(rng.integers(0, 3, (5, 2, 4, 4)))
     each = [dense.stacked([dense.counts(g, t, 3) for g, t in zip(repeat, truth, strict=True)]) for repeat in guess]
     together = {name: torch.stack([one[name] for one in each], 1) for name in each[0]}
-    means = {name: np.mean([dense.figures(one)[name] for one in each]) for name in ("mIoU", "mAcc", "aAcc")}
-    assert dense.figures(together) == pytest.approx(means)
+    means = {name: np.mean([dense.metrics(one)[name] for one in each]) for name in ("mIoU", "mAcc", "aAcc")}
+    assert dense.metrics(together) == pytest.approx(means)
 
 
 def test_ignored_masks_count_for_nothing():
     nothing = dense.counts(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 2)
     with pytest.raises(UserError, match="no pixel") as told:
-        dense.figures(dense.stacked([nothing]))
+        dense.metrics(dense.stacked([nothing]))
     assert told.value.code == 3
     something = dense.counts(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), 2)
-    assert perfect(dense.figures(dense.stacked([nothing, something])))
+    assert perfect(dense.metrics(dense.stacked([nothing, something])))
 
 
 # from maps to pixels
@@ -184,7 +184,7 @@ def test_judging_is_the_same_in_batches_of_any_size(size):
         return F.avg_pool2d(pixels, 16).repeat(1, 2, 1, 1)[:, :4]
 
     def judged(batch, keep):
-        return dense.judged(score, Colours(), data, lab(batch_size=batch, keep=keep), size)
+        return dense.judged(score, Colours(), data, lab(batch_size=batch, on_prediction=keep), size)
 
     alone, together = judged(1, lambda *_: None), judged(4, kept.__setitem__)
     assert all(torch.equal(alone[name], together[name]) for name in ("hit", "predicted", "true"))

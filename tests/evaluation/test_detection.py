@@ -97,16 +97,16 @@ def backbone():
 # Figures
 
 
-def oracle(evidence, kind):
+def oracle(per_image, kind):
     """pycocotools' six figures, fed as one feeds it with files."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
-        annotations = [{**a, "image_id": n} for n, entries in enumerate(evidence["truth"]) for a in entries]
+        annotations = [{**a, "image_id": n} for n, entries in enumerate(per_image["truth"]) for a in entries]
         gt = COCO()
         gt.dataset = {
-            "images": [{"id": n, "height": 240, "width": 280} for n in range(len(evidence["truth"]))],
+            "images": [{"id": n, "height": 240, "width": 280} for n in range(len(per_image["truth"]))],
             "annotations": [{"id": i + 1, **a} for i, a in enumerate(annotations)],
             "categories": [{"id": c} for c in (3, 7, 11)],
         }
@@ -114,7 +114,7 @@ def oracle(evidence, kind):
         drop = "bbox" if kind == "segm" else "segmentation"  # with both, loadRes would take a mask's area from its box
         found = [
             {**{k: v for k, v in d.items() if k != drop}, "image_id": n}
-            for n, entries in enumerate(evidence["found"])
+            for n, entries in enumerate(per_image["found"])
             for d in entries
         ]
         judge = COCOeval(gt, gt.loadRes(found), kind)
@@ -136,7 +136,7 @@ def outline(box, size):
 def random_evidence(seed, images=14, size=(240, 280)):
     """Things of all sizes, a fifth of them crowds, found with noise, or not; and what is not there, found."""
     rng = np.random.default_rng(seed)
-    evidence = {"truth": [], "found": []}
+    per_image = {"truth": [], "found": []}
 
     def box():
         side, aspect = np.exp(rng.uniform(np.log(8), np.log(160))), np.exp(rng.normal(0, 0.2))
@@ -185,55 +185,55 @@ def random_evidence(seed, images=14, size=(240, 280)):
                     "segmentation": outline(other, size)[0],
                 }
             )
-        evidence["truth"].append(there)
-        evidence["found"].append(found)
-    return evidence
+        per_image["truth"].append(there)
+        per_image["found"].append(found)
+    return per_image
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_are_those_of_pycocotools(seed):
-    evidence = random_evidence(seed)
-    figures = Detection().figures(evidence)
-    assert next(iter(figures)) == "box AP"
+    per_image = random_evidence(seed)
+    metrics = Detection().metrics(per_image)
+    assert next(iter(metrics)) == "box AP"
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        expected = oracle(evidence, kind)
+        expected = oracle(per_image, kind)
         assert min(expected.values()) > 0  # every range of sizes is put to the test
         for figure, value in expected.items():
-            assert figures[f"{name} {figure}"] == pytest.approx(value, abs=1e-10)
+            assert metrics[f"{name} {figure}"] == pytest.approx(value, abs=1e-10)
 
 
 def test_figures_of_some_images_and_of_one_image_twice():
-    evidence = random_evidence(1)
+    per_image = random_evidence(1)
     for chosen in ([0, 2, 3], [5, 5, 0, 8], [1, 0]):
-        some = {name: [entries[i] for i in chosen] for name, entries in evidence.items()}
+        some = {name: [entries[i] for i in chosen] for name, entries in per_image.items()}
         expected = {k: v for k, v in oracle(some, "bbox").items() if v >= 0}
         assert average_precision(some["truth"], some["found"], "bbox") == pytest.approx(expected, abs=1e-10)
 
 
 def test_what_is_found_as_it_is_scores_100():
-    evidence = random_evidence(2)
+    per_image = random_evidence(2)
     perfect = [
         [
             {**{k: t[k] for k in ("category_id", "bbox", "segmentation")}, "score": 0.5}
             for t in entries
             if not t["iscrowd"]
         ]
-        for entries in evidence["truth"]
+        for entries in per_image["truth"]
     ]
-    figures = Detection().figures({**evidence, "found": perfect})
-    assert len(figures) == 12
-    assert set(figures.values()) == {100.0}
+    metrics = Detection().metrics({**per_image, "found": perfect})
+    assert len(metrics) == 12
+    assert set(metrics.values()) == {100.0}
 
 
 def test_nothing_found_and_nothing_there():
-    evidence = random_evidence(2)
-    nothing = [[] for _ in evidence["truth"]]
-    assert set(Detection().figures({**evidence, "found": nothing}).values()) == {0.0}
-    assert Detection().figures({"truth": nothing, "found": evidence["found"]}) == {}
+    per_image = random_evidence(2)
+    nothing = [[] for _ in per_image["truth"]]
+    assert set(Detection().metrics({**per_image, "found": nothing}).values()) == {0.0}
+    assert Detection().metrics({"truth": nothing, "found": per_image["found"]}) == {}
 
 
 def test_figures_print_nothing(capfd):
-    Detection().figures(random_evidence(0))
+    Detection().metrics(random_evidence(0))
     assert capfd.readouterr() == ("", "")
 
 
@@ -394,7 +394,7 @@ SMALL = {"scale": 64, "batch_size": 2, "width": 16, "warmup": 4, "learning_rate"
 
 @pytest.fixture(scope="module")
 def taught(backbone):
-    """Masks or not -> evidence of a detector that was trained, what it kept, its figures before and after, and whether
+    """Masks or not -> per_image of a detector that was trained, what it kept, its figures before and after, and whether
     the backbone stayed as it was."""
 
     @cache
@@ -404,23 +404,23 @@ def taught(backbone):
         kept = {}
         untrained = Detection(**SMALL, steps=0)
         trained = Detection(**SMALL, steps=80 if masks else 120, freeze=True)
-        start = untrained.figures(untrained(backbone, train, val, lab()))
-        evidence = trained(backbone, train, val, lab(keep=kept.__setitem__))
+        start = untrained.metrics(untrained(backbone, train, val, lab()))
+        per_image = trained(backbone, train, val, lab(on_prediction=kept.__setitem__))
         same = all(torch.equal(backbone.state_dict()[name], tensor) for name, tensor in before.items())
-        return evidence, kept, start, trained.figures(evidence), same and not backbone.training
+        return per_image, kept, start, trained.metrics(per_image), same and not backbone.training
 
     return found
 
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_squares_are_found(taught, masks):
-    evidence, kept, start, figures, unchanged = taught(masks)
-    assert list(kept) == list(range(10)) and kept[3] == evidence["found"][3]
-    assert {d["category_id"] for entries in evidence["found"] for d in entries} <= {3, 7}
+    per_image, kept, start, metrics, unchanged = taught(masks)
+    assert list(kept) == list(range(10)) and kept[3] == per_image["found"][3]
+    assert {d["category_id"] for entries in per_image["found"] for d in entries} <= {3, 7}
     assert {d["image_id"] for d in kept[3]} == {103}
-    assert all(len(entries) <= 100 for entries in evidence["found"])
-    assert ("mask AP" in figures) is masks
-    assert figures["box AP50"] > start["box AP50"] + 20
+    assert all(len(entries) <= 100 for entries in per_image["found"])
+    assert ("mask AP" in metrics) is masks
+    assert metrics["box AP50"] > start["box AP50"] + 20
     assert unchanged
 
 
@@ -430,7 +430,7 @@ def test_boxes_of_other_images_teach_nothing(backbone, taught):
     for data in (train, val):
         object.__setattr__(data, "targets", [*data.targets[3:], *data.targets[:3]])
     detection = Detection(**SMALL, steps=120, freeze=True)
-    wrong = detection.figures(detection(backbone, train, val, lab()))["box AP50"]
+    wrong = detection.metrics(detection(backbone, train, val, lab()))["box AP50"]
     assert wrong < taught(False)[3]["box AP50"] / 4
 
 
@@ -507,8 +507,8 @@ def test_the_seed_decides_and_global_state_does_not(backbone):
 def test_images_without_anything_can_be_learnt_from(backbone):
     empty = squares(5, True).take([4])
     detection = Detection(**SMALL, steps=2)
-    evidence = detection(backbone, empty, squares(1, True), lab())
-    assert len(evidence["truth"]) == 1
+    per_image = detection(backbone, empty, squares(1, True), lab())
+    assert len(per_image["truth"]) == 1
 
 
 def test_half_precision_is_for_the_backbone_alone(backbone):
@@ -523,8 +523,8 @@ def test_half_precision_is_for_the_backbone_alone(backbone):
 def test_masks_in_one_of_the_sets_alone_are_left_out(backbone):
     for train, val in ((True, False), (False, True)):
         detection = Detection(**SMALL, steps=1)
-        figures = detection.figures(detection(backbone, squares(4, train), squares(2, val, seed=1), lab()))
-        assert "box AP" in figures and "mask AP" not in figures
+        metrics = detection.metrics(detection(backbone, squares(4, train), squares(2, val, seed=1), lab()))
+        assert "box AP" in metrics and "mask AP" not in metrics
 
 
 @pytest.mark.parametrize(

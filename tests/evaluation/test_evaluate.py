@@ -25,7 +25,7 @@ from gtsa.evaluation import evaluators
 from gtsa.evaluation.evaluators.finetune import Finetune
 from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.folds import folds_of, joined
-from gtsa.evaluation.tasks import Question
+from gtsa.evaluation.tasks import Task
 from gtsa.pretraining.settings import Pretrain
 
 QUICK = {
@@ -63,7 +63,7 @@ def test_a_class_may_be_missing_among_the_images_to_judge_by(places, tmp_path, c
     shutil.copytree(places / "val", tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "class b")
     report = asked(places, "knn", val=(str(tmp_path / "val"),))
-    assert report["results"][0]["figures"]["top1, k = 3"] == 100.0  # a and c keep their names
+    assert report["results"][0]["metrics"]["top1, k = 3"] == 100.0  # a and c keep their names
     assert "--val has no example of class b" in capsys.readouterr().out
     with pytest.raises(UserError, match="--val has classes that --train has no example of: class b"):
         asked(places, "knn", train=(str(tmp_path / "val"),), val=(str(places / "train"),))
@@ -72,8 +72,8 @@ def test_a_class_may_be_missing_among_the_images_to_judge_by(places, tmp_path, c
 def test_one_place_or_task_may_stand_for_several_and_paths_may_be_paths(places, tmp_path):
     usual = asked(places, "knn")
     given = {"train": str(places / "train"), "val": places / "val", "out": tmp_path / "out.json", "device": "cpu"}
-    assert gtsa.evaluate(WEIGHTS, "knn", **given, knn={**QUICK["knn"], "k": 3})["results"][0]["figures"] == {
-        "top1, k = 3": usual["results"][0]["figures"]["top1, k = 3"]
+    assert gtsa.evaluate(WEIGHTS, "knn", **given, knn={**QUICK["knn"], "k": 3})["results"][0]["metrics"] == {
+        "top1, k = 3": usual["results"][0]["metrics"]["top1, k = 3"]
     }
     assert (tmp_path / "out.json").exists()
 
@@ -105,7 +105,7 @@ def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "95 % intervals over images; most frequent class: 33.33 %" in " ".join(shown.split())
     assert "step 10/" in shown or "ETA 0 s" in shown  # a training tells how far it is, with a folder or without
-    assert linear["by_class"] == {}
+    assert linear["per_class"] == {}
 
 
 def test_classes_have_figures_of_their_own(tmp_path):
@@ -123,11 +123,11 @@ def test_classes_have_figures_of_their_own(tmp_path):
         WEIGHTS, "in_context", train=(tmp_path / "images", tmp_path / "masks"), folds=2, classes=tmp_path / "names.txt",
         in_context={"size": 64, "k": 3}, device="cpu",
     )["results"]  # fmt: skip
-    found = result["by_class"]["IoU"]
+    found = result["per_class"]["IoU"]
     assert list(found) == ["ground", "roof", "tree", "never"] and found["never"] is None
-    assert np.mean([v for v in found.values() if v is not None]) == pytest.approx(result["figures"]["mIoU"])
+    assert np.mean([v for v in found.values() if v is not None]) == pytest.approx(result["metrics"]["mIoU"])
     low, high = result["intervals"]["mIoU"]
-    assert low < result["figures"]["mIoU"] < high
+    assert low < result["metrics"]["mIoU"] < high
 
 
 def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_pa
     with pytest.raises(UserError, match="it failed"):
         asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"))
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert result["task"] == "knn" and result["figures"]["top1, k = 3"] == 100.0
+    assert result["task"] == "knn" and result["metrics"]["top1, k = 3"] == 100.0
 
 
 def test_results_are_not_overwritten(places, tmp_path):
@@ -156,7 +156,7 @@ def stopped(places, monkeypatch, tmp_path, task, **more):
     maker = evaluators.found()[task]
 
     def stops(self, backbone, train, val, lab):
-        lab.keep(0, torch.ones(3))
+        lab.on_prediction(0, torch.ones(3))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -221,7 +221,7 @@ def test_rotation_needs_images_alone(places, tmp_path):
         ({"train": places / "train", "val": tmp_path / "nested"}, 4),
     ):
         (result,) = asked(places, "rotation", **data)["results"]
-        assert result["images"]["judged"] == judged and "rotation accuracy" in result["figures"]
+        assert result["images"]["judged"] == judged and "rotation accuracy" in result["metrics"]
         assert not result["guessing"]
 
 
@@ -245,7 +245,7 @@ def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part)
     (same,) = gtsa.evaluate(str(finished / part), "health", val=tmp_path, device="cpu", workers=0, health=small)[
         "results"
     ]
-    assert own["figures"]["rank"] == pytest.approx(same["figures"]["rank"])
+    assert own["metrics"]["rank"] == pytest.approx(same["metrics"]["rank"])
 
 
 @pytest.mark.parametrize(
@@ -269,8 +269,8 @@ def test_several_questions_in_one_call(places, tmp_path):
     assert report["weights"]["source"] == WEIGHTS and len(report["weights"]["fingerprint"]) == 16
     assert report["versions"]["torch"] == version("torch") and report["versions"]["gtsa"] == gtsa.__version__
     knn, linear, rotation, health = report["results"]
-    assert knn["figures"] == {"top1, k = 3": 100.0, "top1, k = 1": 100.0}
-    assert list(linear["figures"]) == ["top1"]
+    assert knn["metrics"] == {"top1, k = 3": 100.0, "top1, k = 1": 100.0}
+    assert list(linear["metrics"]) == ["top1"]
     assert knn["settings"] == {"k": (3, 1), "temperature": 0.07, "resize": 64, "crop": 64}
     for result in (knn, linear, rotation):
         assert result["images"] == {"judged": 6, "trained_on": 12}
@@ -303,9 +303,9 @@ def test_folds_judge_every_image_once(places, task, tmp_path):
     report = asked(places, task, val=(), folds=4, predictions=str(tmp_path), work=str(tmp_path / "work"))
     (result,) = report["results"]
     assert result["images"] == {"judged": 12, "folds": 4}
-    assert all(np.isfinite(value) for value in result["figures"].values())
+    assert all(np.isfinite(value) for value in result["metrics"].values())
     if task == "knn":
-        assert result["figures"]["top1, k = 3"] == 100.0
+        assert result["metrics"]["top1, k = 3"] == 100.0
         with open(tmp_path / "knn" / "predictions.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [r["image"] for r in rows] == sorted(f"class {'abc'[i % 3]}/{i:02d}.png" for i in range(12))
@@ -321,7 +321,7 @@ def test_folds_are_a_partition_that_follows_from_the_seed():
 
 
 class Leaky:
-    """An evaluator whose evidence tells which images there were to learn from."""
+    """An evaluator whose per_image tells which images there were to learn from."""
 
     learns = True
 
@@ -331,10 +331,10 @@ class Leaky:
             "learnt": torch.stack([torch.bincount(torch.tensor(train), minlength=99)] * len(val)),
         }
 
-    def figures(self, evidence):
+    def metrics(self, per_image):
         return {
-            "images": evidence["image"].tolist(),
-            "learnt": torch.unique(torch.nonzero(evidence["learnt"])[:, 1]).tolist(),
+            "images": per_image["image"].tolist(),
+            "learnt": torch.unique(torch.nonzero(per_image["learnt"])[:, 1]).tolist(),
         }
 
 
@@ -345,14 +345,14 @@ class Places(list):
 
 @given(st.integers(6, 40), st.integers(3, 6), st.integers(0, 9))
 def test_for_every_fold_settings_are_judged_by_all_other_images_and_by_what_has_not_seen_it(images, folds, seed):
-    question = Question("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
-    evidence = question.evidence(None, EvalContext(None, "mean", seed, 1, 0))
-    told = question.without(evidence, seed)
+    question = Task("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
+    per_image = question.per_image(None, EvalContext(None, "mean", seed, 1, 0))
+    told = question.without(per_image, seed)
     assert len(told) == folds
-    for (_, fold), figures in zip(folds_of(images, folds, seed), told, strict=True):
-        assert sorted(figures["images"]) == sorted(set(range(images)) - set(fold))
-        assert not set(figures["learnt"]) & set(fold)
-    assert replace(question, pairs=False).without(evidence, seed) == []
+    for (_, fold), metrics in zip(folds_of(images, folds, seed), told, strict=True):
+        assert sorted(metrics["images"]) == sorted(set(range(images)) - set(fold))
+        assert not set(metrics["learnt"]) & set(fold)
+    assert replace(question, pairs=False).without(per_image, seed) == []
 
 
 def test_evidence_of_folds_is_put_together():

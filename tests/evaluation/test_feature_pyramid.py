@@ -58,7 +58,7 @@ def test_channel_norm_is_layer_norm_of_each_place():
 def test_it_learns_over_a_backbone():
     backbone = Backbone("test_vit", 64)
     maps = [t.patches.permute(0, 3, 1, 2) for t in backbone.blocks(torch.randn(1, 3, 64, 96), [1, 2, 3, 5])]
-    pyramid = Pyramid(backbone.width, 8)
+    pyramid = Pyramid(backbone.embed_dim, 8)
     made = pyramid(maps)
     assert [tuple(level.shape[-2:]) for level in made] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     sum(level.square().sum() for level in made).backward()

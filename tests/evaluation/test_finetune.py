@@ -76,7 +76,7 @@ def test_all_right_where_colour_tells(backbone):
     kept = {}
     task = Finetune(epochs=25, warmup=2, learning_rate=2e-2, layer_decay=0.9, **SMALL, **PLAIN)
     train, val = sets()
-    assert task.figures(task(backbone, train, val, lab(keep=kept.__setitem__))) == {"top1": 100.0}
+    assert task.metrics(task(backbone, train, val, lab(on_prediction=kept.__setitem__))) == {"top1": 100.0}
     assert [int(kept[i].argmax()) for i in range(len(val))] == val.targets
 
 
@@ -84,15 +84,15 @@ def test_chance_where_labels_are_shuffled(backbone):
     draw = np.random.default_rng(0)
     shuffled = [labelled(d.source.images, draw.permutation(d.targets).tolist(), classes="abcd") for d in sets(20)]
     task = Finetune(epochs=4, warmup=1, learning_rate=1e-2, **SMALL)
-    share = task.figures(task(backbone, *shuffled, lab()))["top1"]
+    share = task.metrics(task(backbone, *shuffled, lab()))["top1"]
     assert abs(share - 25) < 100 * 3 * (0.25 * 0.75 / 80) ** 0.5  # three standard deviations
 
 
 def test_top5_where_it_can_fail():
-    evidence = {"scores": torch.eye(6), "truth": torch.tensor([0, 1, 2, 3, 5, 4])}
-    figures = Finetune().figures(evidence)
-    assert figures["top1"] == pytest.approx(400 / 6)
-    assert list(figures) == ["top1", "top5"]
+    per_image = {"scores": torch.eye(6), "truth": torch.tensor([0, 1, 2, 3, 5, 4])}
+    metrics = Finetune().metrics(per_image)
+    assert metrics["top1"] == pytest.approx(400 / 6)
+    assert list(metrics) == ["top1", "top5"]
 
 
 def test_an_augmented_image_follows_from_seed_epoch_and_image_alone():

@@ -7,7 +7,7 @@ import torch
 from evaluating import Stub, cells, lab, labelled, noise
 from gtsa.evaluation.evaluators.health import FeatureHealth, rank_me, spread
 from gtsa.evaluation.intervals import interval
-from gtsa.pretraining.verdict import Figures, verdict
+from gtsa.pretraining.verdict import HealthSnapshot, verdict
 
 
 def test_rank_of_known_matrices():
@@ -45,9 +45,9 @@ def test_intervals_cover():
     assert covered == pytest.approx(0.95, abs=0.02)
 
 
-def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
+def metrics(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
     noise = torch.linspace(-0.01, 0.01, n, dtype=torch.float64)
-    return Figures(
+    return HealthSnapshot(
         {"region_score": region + noise, "rotation_accuracy": rotation + noise}
         | {name: value + 0 * noise for name, value in more.items()},
         rank,
@@ -59,19 +59,19 @@ def figures(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
 @pytest.mark.parametrize(
     ("now", "step", "word"),
     [
-        (figures(0.03), 200, "learning"),
-        (figures(0.015), 200, "too short to tell"),  # above 0 with its whole interval, and worth nothing
-        (figures(0.0, rotation=0.5), 200, "learning"),
-        (figures(0.0, rotation=0.265), 5000, "stalled"),
-        (figures(0.0), 200, "too short to tell"),
-        (figures(0.0), 5000, "stalled"),
-        (figures(0.0, rank=14.0), 240, "collapsing"),  # a loss of -0.95 that looks splendid
-        (figures(0.0, spread=0.05), 5000, "collapsing"),
-        (figures(-0.05), 5000, "stalled"),
+        (metrics(0.03), 200, "learning"),
+        (metrics(0.015), 200, "too short to tell"),  # above 0 with its whole interval, and worth nothing
+        (metrics(0.0, rotation=0.5), 200, "learning"),
+        (metrics(0.0, rotation=0.265), 5000, "stalled"),
+        (metrics(0.0), 200, "too short to tell"),
+        (metrics(0.0), 5000, "stalled"),
+        (metrics(0.0, rank=14.0), 240, "collapsing"),  # a loss of -0.95 that looks splendid
+        (metrics(0.0, spread=0.05), 5000, "collapsing"),
+        (metrics(-0.05), 5000, "stalled"),
     ],
 )
 def test_the_verdict_says_what_the_figures_support(now, step, word):
-    found = verdict(now, Figures({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8)), step)
+    found = verdict(now, HealthSnapshot({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8)), step)
     assert found.word == word
 
 
@@ -86,8 +86,8 @@ def test_the_verdict_says_what_the_figures_support(now, step, word):
     ],
 )
 def test_better_worse_and_not_distinguishable_are_three_cases(gain, words):
-    start = Figures({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8))
-    assert words in verdict(figures(gain), start, 500).reasons[0]
+    start = HealthSnapshot({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8))
+    assert words in verdict(metrics(gain), start, 500).reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -100,25 +100,25 @@ def test_better_worse_and_not_distinguishable_are_three_cases(gain, words):
     ],
 )
 def test_so_are_rotations_against_chance(share, words):
-    assert f"orientation is {words}" in verdict(figures(0.0, rotation=share), figures(0.0), 500).reasons[1]
+    assert f"orientation is {words}" in verdict(metrics(0.0, rotation=share), metrics(0.0), 500).reasons[1]
 
 
 def test_a_verdict_is_about_held_out_images_or_says_so():
-    start = figures(0.0)
-    assert "held-out images" in verdict(figures(0.1), start, 10).reasons[0]
-    assert "TRAINING images" in verdict(figures(0.1), start, 10, held_out=False).reasons[0]
+    start = metrics(0.0)
+    assert "held-out images" in verdict(metrics(0.1), start, 10).reasons[0]
+    assert "TRAINING images" in verdict(metrics(0.1), start, 10, held_out=False).reasons[0]
 
 
 def test_one_image_supports_nothing():
     """Nor is it a sign of collapse that a teacher tells nothing: that needs another image."""
-    now = figures(0.5, rotation=0.9, n=1, teacher_information=0.0)
-    assert verdict(now, figures(0.0, n=1), 100).word == "too short to tell"
+    now = metrics(0.5, rotation=0.9, n=1, teacher_information=0.0)
+    assert verdict(now, metrics(0.0, n=1), 100).word == "too short to tell"
 
 
 def asked(see, count=4, **options):
     task = FeatureHealth(resize=32, crop=32)
-    evidence = task(Stub(see), None, labelled(noise(count), kind="none"), lab(**options))
-    return task.figures(evidence), evidence["patches"]
+    per_image = task(Stub(see), None, labelled(noise(count), kind="none"), lab(**options))
+    return task.metrics(per_image), per_image["patches"]
 
 
 def test_any_weights_are_judged_by_their_patch_tokens():
@@ -126,9 +126,9 @@ def test_any_weights_are_judged_by_their_patch_tokens():
     every = cells((images - 0.5) / 0.25).flatten(0, 2).double().numpy()
     p = np.linalg.svd(every, compute_uv=False)
     p = p / p.sum()
-    figures, _ = asked(cells)
-    assert figures["rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
-    assert figures["width"] == 192
+    metrics, _ = asked(cells)
+    assert metrics["rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
+    assert metrics["width"] == 192
     assert asked(lambda images: torch.ones(len(images), 4, 4, 5))[0] == {
         "rank": pytest.approx(1, abs=1e-3), "spread": pytest.approx(0, abs=1e-6), "width": 5.0,
     }  # fmt: skip
@@ -136,18 +136,18 @@ def test_any_weights_are_judged_by_their_patch_tokens():
 
 def test_which_patches_are_looked_at_goes_with_seed_and_image(monkeypatch):
     monkeypatch.setattr("gtsa.evaluation.evaluators.health.TOKENS", 12)
-    (figures, patches), (_, again), (_, other) = asked(cells), asked(cells), asked(cells, seed=1)
+    (metrics, patches), (_, again), (_, other) = asked(cells), asked(cells), asked(cells, seed=1)
     assert [len(some) for some in patches] == [3, 3, 3, 3]
     assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(patches, other, strict=True))
-    assert figures["rank"] <= 12
+    assert metrics["rank"] <= 12
 
 
 def test_a_start_that_was_lucky_is_no_learning():
     """The views are always the same: what the untrained network names by luck it names at every look."""
-    start = figures(0.0, rotation=0.31)
-    assert verdict(figures(0.0, rotation=0.31), start, 200).word == "too short to tell"
-    assert verdict(figures(0.0, rotation=0.4), start, 200).word == "learning"
+    start = metrics(0.0, rotation=0.31)
+    assert verdict(metrics(0.0, rotation=0.31), start, 200).word == "too short to tell"
+    assert verdict(metrics(0.0, rotation=0.4), start, 200).word == "learning"
 
 
 @pytest.mark.parametrize(
@@ -159,24 +159,24 @@ def test_a_start_that_was_lucky_is_no_learning():
 )
 def test_a_teacher_that_says_the_same_of_all_images_is_no_learning(tells, word, reason):
     """Views of an image are still told from others', as by the collapsed DINO of the small experiment."""
-    found = verdict(figures(0.13, teacher_information=tells), figures(0.0), 1000)
+    found = verdict(metrics(0.13, teacher_information=tells), metrics(0.0), 1000)
     assert found.word == word
     assert any(reason in line for line in found.reasons)
-    assert found.figures["teacher_information"] == pytest.approx(tells)
+    assert found.metrics["teacher_information"] == pytest.approx(tells)
 
 
 def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():
-    start, now = figures(0.0), figures(0.5)
+    start, now = metrics(0.0), metrics(0.5)
     start.scores["region_score"][3] = 9.0  # would spoil the gain if images were taken for one another
     kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
-    now = Figures({k: v[kept] for k, v in now.scores.items()}, now.rank, now.spread, kept)
+    now = HealthSnapshot({k: v[kept] for k, v in now.scores.items()}, now.rank, now.spread, kept)
     found = verdict(now, start, 500)
-    assert found.figures["images"] == 7
-    assert found.figures["region_gain"] == pytest.approx(0.5)
+    assert found.metrics["images"] == 7
+    assert found.metrics["region_gain"] == pytest.approx(0.5)
 
 
 def test_one_image_has_no_interval():
-    found = verdict(figures(0.5, n=1), figures(0.0, n=1), 100)
+    found = verdict(metrics(0.5, n=1), metrics(0.0, n=1), 100)
     assert "no interval" in found.reasons[0]
     assert "inf" not in " ".join(found.reasons)
 

@@ -12,9 +12,9 @@ from gtsa.evaluation.evaluators.in_context import InContext
 from gtsa.models.backbone import Backbone
 
 
-def figures(train, val, backbone=None, settings=None, **options):
+def metrics(train, val, backbone=None, settings=None, **options):
     evaluator = InContext(**(settings or {}))
-    return evaluator.figures(evaluator(backbone or Colours(), train, val, lab(**options)))
+    return evaluator.metrics(evaluator(backbone or Colours(), train, val, lab(**options)))
 
 
 def coloured(make, images, **options):
@@ -24,25 +24,25 @@ def coloured(make, images, **options):
 
 def test_colours_are_retrieved_exactly():
     train, val = coloured(stripes, 6, height=96), coloured(stripes, 5, height=96, seed=1)
-    assert perfect(figures(train, val, settings={"size": 96, "k": 5}))
+    assert perfect(metrics(train, val, settings={"size": 96, "k": 5}))
 
 
 def test_every_pixel_that_is_a_patch_is_retrieved_exactly():
     train, val = coloured(blocks, 4), coloured(blocks, 3, seed=1)
-    assert perfect(figures(train, val, settings={"size": 256}))
+    assert perfect(metrics(train, val, settings={"size": 256}))
 
 
 def test_every_patch_of_a_vit_finds_itself():
     torch.manual_seed(0)
     data = coloured(blocks, 4)
     settings = {"size": 256, "k": 1, "memory": 10_000}
-    assert perfect(figures(data, data, Backbone("test_vit", 64).eval(), settings))
+    assert perfect(metrics(data, data, Backbone("test_vit", 64).eval(), settings))
 
 
 def test_shuffled_labels_give_chance():
     train = labelled(painted(blocks(6)), blocks(6, seed=1))
     val = labelled(painted(blocks(6, seed=2)), blocks(6, seed=3))
-    found = figures(train, val, settings={"size": 256})
+    found = metrics(train, val, settings={"size": 256})
     patches, chance = 6 * 16 * 16, 100 / len(PALETTE)
     assert found["aAcc"] == pytest.approx(chance, abs=5 * 100 * (0.25 * 0.75 / patches) ** 0.5)
 
@@ -57,8 +57,11 @@ def test_the_whole_evaluation_by_hand():
     masks = [torch.from_numpy(rng.integers(IGNORE, 3, (32, 32))) for _ in range(5)]
     kept = {}
     settings = {"size": 32, "k": 3, "temperature": 0.1}
-    figures(
-        labelled(pixels[:4], masks[:4], 3), labelled(pixels[4:], masks[4:], 3), settings=settings, keep=kept.__setitem__
+    metrics(
+        labelled(pixels[:4], masks[:4], 3),
+        labelled(pixels[4:], masks[4:], 3),
+        settings=settings,
+        on_prediction=kept.__setitem__,
     )
 
     mean, std = (np.array(values)[:, None, None] for values in Colours.normalisation)
@@ -93,8 +96,11 @@ def test_any_size_of_image(height, width):
     masks = stripes(3, height, width)
     masks[0][:4] = IGNORE
     kept = {}
-    found = figures(
-        labelled(painted(masks), masks), labelled(painted(masks), masks), settings={"size": 64}, keep=kept.__setitem__
+    found = metrics(
+        labelled(painted(masks), masks),
+        labelled(painted(masks), masks),
+        settings={"size": 64},
+        on_prediction=kept.__setitem__,
     )
     assert [kept[i].shape for i in range(3)] == [(height, width)] * 3
     assert 0 <= found["mIoU"] <= 100
@@ -103,7 +109,7 @@ def test_any_size_of_image(height, width):
 def test_a_seed_gives_the_same_and_memory_matters_little_where_colours_do():
     train, val = coloured(stripes, 6, height=96), coloured(stripes, 5, height=96, seed=1)
     some = {"size": 96, "k": 3, "memory": 40}
-    first, again = (figures(train, val, settings=some, seed=3) for _ in range(2))
+    first, again = (metrics(train, val, settings=some, seed=3) for _ in range(2))
     assert first == again
     assert perfect(first)
 
@@ -113,7 +119,7 @@ def test_the_backbone_is_left_as_it_was():
     backbone = Backbone("test_vit", 64).eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     data = coloured(stripes, 2)
-    figures(data, data, backbone, {"size": 64})
+    metrics(data, data, backbone, {"size": 64})
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert not backbone.training
 

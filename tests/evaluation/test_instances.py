@@ -38,7 +38,7 @@ def colours(images):
 
 def asked(train, val, **settings):
     task = Instances(**{**SMALL, **settings})
-    return task.figures(task(Stub(colours, 2), train, val, lab()))
+    return task.metrics(task(Stub(colours, 2), train, val, lab()))
 
 
 def test_all_are_named_where_colour_tells():
@@ -62,7 +62,7 @@ def test_it_is_scikit_learns_nearest_neighbours():
     for data, seed in ((train, 4), (val, 5)):
         data.source.images = noise(len(data), seed=seed)  # no two things alike, so that none are equally near
     task = Instances(k=7, size=32)
-    evidence = task(Stub(see, 2), train, val, lab())
+    per_image = task(Stub(see, 2), train, val, lab())
     vectors, truth = [], []
     for data in (train, val):
         rows, kinds = [], []
@@ -80,18 +80,18 @@ def test_it_is_scikit_learns_nearest_neighbours():
 
     oracle = KNeighborsClassifier(7, weights=votes).fit(vectors[0], truth[0])
     right = (oracle.predict(vectors[1]) == truth[1]).mean()
-    assert task.figures(evidence)["accuracy"] == pytest.approx(100 * right)
-    assert evidence["true"].sum(1).tolist() == [2] * 15
-    by_class = [(oracle.predict(vectors[1]) == truth[1])[truth[1] == c].mean() for c in np.unique(truth[1])]
-    assert task.figures(evidence)["mean accuracy"] == pytest.approx(100 * np.mean(by_class))
+    assert task.metrics(per_image)["accuracy"] == pytest.approx(100 * right)
+    assert per_image["true"].sum(1).tolist() == [2] * 15
+    per_class = [(oracle.predict(vectors[1]) == truth[1])[truth[1] == c].mean() for c in np.unique(truth[1])]
+    assert task.metrics(per_image)["mean accuracy"] == pytest.approx(100 * np.mean(per_class))
 
 
 def test_supercategories_are_named_where_the_file_tells_them():
     train, val = scenes(20, 0), scenes(10, 1)
     for data in (train, val):
         object.__setattr__(data, "groups", ("warm", "cold", "cold", "warm"))
-    evidence = Instances(**SMALL)(Stub(colours, 2), train, val, lab())
-    assert evidence["true"].shape == (10, 2)
+    per_image = Instances(**SMALL)(Stub(colours, 2), train, val, lab())
+    assert per_image["true"].shape == (10, 2)
     assert Instances(**SMALL, groups=False)(Stub(colours, 2), train, val, lab())["true"].shape == (10, 4)
 
 

@@ -36,26 +36,26 @@ def vectors(data):
 def test_equals_scikit_learn_on_random_features(k):
     train, val = sets()
     kept = {}
-    evidence = KNN(k=(k,), **SMALL)(Stub(cells), train, val, lab(keep=kept.__setitem__))
+    per_image = KNN(k=(k,), **SMALL)(Stub(cells), train, val, lab(on_prediction=kept.__setitem__))
     oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     oracle.fit(vectors(train), train.targets)
     shares, truth = oracle.predict_proba(vectors(val)), np.array(val.targets)
     np.testing.assert_allclose(torch.stack([kept[i] for i in range(len(val))]), shares, atol=2e-4)
     right = oracle.predict(vectors(val)) == truth
-    assert evidence[f"top1, k = {k}"].tolist() == right.tolist()
+    assert per_image[f"top1, k = {k}"].tolist() == right.tolist()
     best = np.argsort(-shares, kind="stable")[:, :5]
     voted = np.take_along_axis(shares, best, 1) > 0  # which of the classes without a vote comes fifth means nothing
-    assert evidence[f"top5, k = {k}"].tolist() == ((best == truth[:, None]) & voted).any(1).tolist()
+    assert per_image[f"top5, k = {k}"].tolist() == ((best == truth[:, None]) & voted).any(1).tolist()
 
 
 def test_all_right_where_features_solve_it_and_chance_where_labels_are_shuffled():
     kinds = [i % 4 for i in range(40)]
     train, val = (labelled(coloured(kinds, seed=seed), kinds, classes="abcd") for seed in (0, 1))
     task = KNN(k=(5,), **SMALL)
-    assert task.figures(task(Stub(cells), train, val, lab())) == {"top1, k = 5": 100.0}
+    assert task.metrics(task(Stub(cells), train, val, lab())) == {"top1, k = 5": 100.0}
     draw = np.random.default_rng(0)
     shuffled = [labelled(d.source.images, draw.permutation(d.targets).tolist(), classes="abcd") for d in (train, val)]
-    by_chance = task.figures(task(Stub(cells), *shuffled, lab()))["top1, k = 5"]
+    by_chance = task.metrics(task(Stub(cells), *shuffled, lab()))["top1, k = 5"]
     assert abs(by_chance - 25) < 100 * 3 * (0.25 * 0.75 / 40) ** 0.5  # three standard deviations
 
 
@@ -68,8 +68,8 @@ def test_top5_is_told_where_it_can_fail():
 def test_more_neighbours_than_images_are_left_out_aloud(monkeypatch):
     told = []
     monkeypatch.setattr(knn, "say", told.append)
-    evidence = KNN(**SMALL)(Stub(cells), *sets(train=50, val=5), lab())
-    assert list(evidence) == ["top1, k = 20", "top5, k = 20", "top1, k = 10", "top5, k = 10"]
+    per_image = KNN(**SMALL)(Stub(cells), *sets(train=50, val=5), lab())
+    assert list(per_image) == ["top1, k = 20", "top5, k = 20", "top1, k = 10", "top5, k = 10"]
     assert told == ["knn: k = 100, 200 left out, there are 50 training images"]
     with pytest.raises(UserError, match=r"there are 9 training images; give --knn\.k"):
         KNN(**SMALL)(Stub(cells), *sets(train=9, val=5), lab())

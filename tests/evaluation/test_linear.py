@@ -16,7 +16,7 @@ from gtsa.core.errors import UserError
 from gtsa.evaluation.evaluators.linear import Heads, Linear, mean_average_precision, tenth
 
 SMALL = {"resize": 32, "crop": 32}
-QUICK = {"steps": 60, "rates": (1e-3, 1e-2), **SMALL}
+QUICK = {"steps": 60, "learning_rates": (1e-3, 1e-2), **SMALL}
 
 
 def colours(images):
@@ -32,8 +32,8 @@ def problem(n=150, width=5, classes=3, seed=0):
     return torch.from_numpy(x).float()[:, None], torch.from_numpy(y)
 
 
-def taught(features, targets, classes, several=False, steps=400, rates=(5.0,), blocks=(1,)):
-    task = Linear(rates=rates, blocks=blocks, steps=steps, batch_size=len(features))
+def taught(features, targets, classes, several=False, steps=400, learning_rates=(5.0,), blocks=(1,)):
+    task = Linear(learning_rates=learning_rates, blocks=blocks, steps=steps, batch_size=len(features))
     heads = Heads(task.pairs, features.shape[-1], classes, several, 0)
     task._teach(heads, features, targets, torch.arange(len(features)), lab())
     return heads
@@ -50,7 +50,7 @@ def test_reaches_the_optimum_of_logistic_regression_for_several_classes():
     x, _ = problem()
     draw = np.random.default_rng(1)
     y = torch.from_numpy(x[:, 0].numpy() @ draw.standard_normal((5, 2)) + 2 * draw.standard_normal((150, 2)) > 0)
-    heads = taught(x, y, 2, several=True, rates=(10.0,))
+    heads = taught(x, y, 2, several=True, learning_rates=(10.0,))
     oracle = [LogisticRegression(C=np.inf, tol=1e-9).fit(x[:, 0], y[:, c]).predict_proba(x[:, 0])[:, 1] for c in (0, 1)]
     np.testing.assert_allclose(heads.shares(heads.scores(x, 0)), np.stack(oracle, 1), atol=1e-3)
 
@@ -58,8 +58,8 @@ def test_reaches_the_optimum_of_logistic_regression_for_several_classes():
 def test_every_pair_learns_by_gradient_descent_with_momentum_of_its_own():
     x = torch.randn(40, 4, 3, generator=torch.Generator().manual_seed(0))
     y = torch.arange(40) % 3
-    steps, rates = 50, (0.02, 0.3)
-    heads = taught(x, y, 3, steps=steps, rates=rates, blocks=(1, 4))
+    steps, learning_rates = 50, (0.02, 0.3)
+    heads = taught(x, y, 3, steps=steps, learning_rates=learning_rates, blocks=(1, 4))
     start = Heads(heads.pairs, 3, 3, False, 0)
     for pair, (rate, blocks) in enumerate(heads.pairs):
         w, b = (p.detach().double().clone().requires_grad_() for p in (start.weights[pair], start.biases[pair]))
@@ -98,16 +98,16 @@ def test_average_precision_is_scikit_learns(case):
 def test_figures_are_torchmetrics_on_random_scores():
     draw = torch.Generator().manual_seed(0)
     scores, truth = torch.randn(300, 12, generator=draw), torch.randint(12, (300,), generator=draw)
-    figures = Linear().figures({"scores": scores, "truth": truth})
+    metrics = Linear().metrics({"scores": scores, "truth": truth})
     for k in (1, 5):
         oracle = multiclass_accuracy(scores, truth, 12, average="micro", top_k=k)
-        assert figures[f"top{k}"] == pytest.approx(100 * float(oracle), abs=1e-4)
+        assert metrics[f"top{k}"] == pytest.approx(100 * float(oracle), abs=1e-4)
     several = torch.rand(300, 12, generator=draw) < 0.2
     oracle = multilabel_average_precision(scores.sigmoid(), several.long(), 12, average="macro")
-    assert Linear().figures({"scores": scores, "truth": several}) == {
+    assert Linear().metrics({"scores": scores, "truth": several}) == {
         "mAP": pytest.approx(100 * float(oracle), abs=1e-4)
     }
-    assert list(Linear().figures({"scores": scores[:, :5], "truth": truth % 5})) == ["top1"]
+    assert list(Linear().metrics({"scores": scores[:, :5], "truth": truth % 5})) == ["top1"]
 
 
 def four_colours(per=10, seeds=(0, 1), classes="abcd"):
@@ -117,18 +117,18 @@ def four_colours(per=10, seeds=(0, 1), classes="abcd"):
 
 def test_all_right_where_features_solve_it():
     task = Linear(**QUICK)
-    assert task.figures(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
+    assert task.metrics(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
     kinds = [i % 4 for i in range(40)]
     rows = [torch.tensor([k == 0, k == 1, k in (0, 2)]) for k in kinds]
-    sets = [labelled(coloured(kinds, seed=seed), rows, "several", "abc") for seed in (0, 1)]
-    assert task.figures(task(Stub(colours), *sets, lab())) == {"mAP": pytest.approx(100)}
+    sets = [labelled(coloured(kinds, seed=seed), rows, "multilabel", "abc") for seed in (0, 1)]
+    assert task.metrics(task(Stub(colours), *sets, lab())) == {"mAP": pytest.approx(100)}
 
 
 def test_chance_where_labels_are_shuffled():
     draw = np.random.default_rng(0)
     sets = [labelled(d.source.images, draw.permutation(d.targets).tolist(), classes="abcd") for d in four_colours(20)]
     task = Linear(**QUICK)
-    share = task.figures(task(Stub(colours), *sets, lab()))["top1"]
+    share = task.metrics(task(Stub(colours), *sets, lab()))["top1"]
     assert abs(share - 25) < 100 * 3 * (0.25 * 0.75 / 80) ** 0.5  # three standard deviations
 
 
@@ -183,7 +183,13 @@ def test_a_training_that_was_stopped_ends_where_the_other_one_does(tmp_path, mon
 
 
 def test_what_cannot_be_is_refused():
-    for wrong in ({"rates": ()}, {"rates": (0.0,)}, {"blocks": (0,)}, {"steps": 0}, {"batch_size": 0}):
+    for wrong in (
+        {"learning_rates": ()},
+        {"learning_rates": (0.0,)},
+        {"blocks": (0,)},
+        {"steps": 0},
+        {"batch_size": 0},
+    ):
         with pytest.raises(UserError, match="linear: "):
             Linear(**wrong)
     one = labelled(noise(1), [0])
@@ -191,12 +197,12 @@ def test_what_cannot_be_is_refused():
         Linear(**QUICK)(Stub(colours), one, one, lab())
 
 
-@pytest.mark.parametrize("rates", [(1e-9, 1e-2), (1e-2, 1e-9)])
-def test_the_pair_that_names_most_held_out_images_is_judged(rates, monkeypatch):
+@pytest.mark.parametrize("learning_rates", [(1e-9, 1e-2), (1e-2, 1e-9)])
+def test_the_pair_that_names_most_held_out_images_is_judged(learning_rates, monkeypatch):
     told = []
     monkeypatch.setattr("gtsa.evaluation.evaluators.linear.say", told.append)
-    task = Linear(**{**QUICK, "rates": rates})
-    assert task.figures(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
+    task = Linear(**{**QUICK, "learning_rates": learning_rates})
+    assert task.metrics(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
     assert "learning rate 0.01 on" in told[0] and "chosen on 4 images" in told[0]
 
 

@@ -60,7 +60,7 @@ def test_a_table_of_classes(tmp_path):
 
 
 def test_a_table_of_several_classes(tmp_path):
-    data = labelled(noise(1), [torch.tensor([True, False, True])], "several", "abc")
+    data = labelled(noise(1), [torch.tensor([True, False, True])], "multilabel", "abc")
     kept(tmp_path, data, [torch.tensor([0.1, 0.6, 0.7])])
     (row,) = table(tmp_path / "knn" / "predictions.csv")
     assert (row["truth"], row["prediction"], row["class 1"], row["score 1"]) == ("a; c", "b; c", "c", "0.7")

@@ -21,11 +21,17 @@ class Invariant(nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.patch, self.prefix, self.normalisation = inner, inner.patch, 0, inner.normalisation
+        self.inner, self.patch_size, self.num_prefix_tokens, self.normalisation = (
+            inner,
+            inner.patch_size,
+            0,
+            inner.normalisation,
+        )
 
     def blocks(self, images, which=(), norm=True):
         back = [
-            torch.rot90(self.inner(torch.rot90(images, turns, (-2, -1))).patches, -turns, (1, 2)) for turns in range(4)
+            torch.rot90(self.inner(torch.rot90(images, rotations, (-2, -1))).patches, -rotations, (1, 2))
+            for rotations in range(4)
         ]
         patches = torch.stack(back).mean(0)
         return [Tokens(patches, patches.new_zeros(len(patches), 0, 1))] * max(1, len(which))
@@ -59,10 +65,10 @@ def placed(images):
 
 def asked(backbone, train=24, val=40, images=lit, kind="none", **options):
     task = Rotation(**SMALL)
-    evidence = task(
+    per_image = task(
         backbone, labelled(images(train, 0), kind=kind), labelled(images(val, 1), kind=kind), lab(**options)
     )
-    return task.figures(evidence), evidence
+    return task.metrics(per_image), per_image
 
 
 def vit():
@@ -71,46 +77,46 @@ def vit():
 
 
 def test_an_invariant_backbone_names_no_rotation():
-    figures, evidence = asked(Invariant(vit()))
-    right = round(float(evidence["named"].sum() * 4))
+    metrics, per_image = asked(Invariant(vit()))
+    right = round(float(per_image["named"].sum() * 4))
     low, high = stats.binomtest(right, 160).proportion_ci()
     assert low <= 0.25 <= high
-    assert figures["rotation accuracy"] == pytest.approx(100 * right / 160)
-    assert figures["cosine turned back"] == pytest.approx(1, abs=1e-5)
-    assert figures["cosine as it lies"] < 1 - 1e-4
+    assert metrics["rotation accuracy"] == pytest.approx(100 * right / 160)
+    assert metrics["cosine turned back"] == pytest.approx(1, abs=1e-5)
+    assert metrics["cosine as it lies"] < 1 - 1e-4
 
 
 def test_its_cosine_as_it_lies_is_that_of_its_own_map_with_its_own_rotations():
     backbone = Invariant(Stub(cells))
     images = lit(3, 1)
-    figures, _ = asked(backbone, val=3)
+    metrics, _ = asked(backbone, val=3)
     pixels = (torch.stack(images).float() / 255 - 0.5) / 0.25
     maps = backbone(pixels).patches.double().numpy()
     maps /= np.linalg.norm(maps, axis=-1, keepdims=True)
-    lies = np.mean([(maps * np.rot90(maps, turns, (1, 2))).sum(-1).mean() for turns in (1, 2, 3)])
+    lies = np.mean([(maps * np.rot90(maps, rotations, (1, 2))).sum(-1).mean() for rotations in (1, 2, 3)])
     every = np.mean([(m.reshape(64, -1) @ m.reshape(64, -1).T).mean() for m in maps])
-    assert figures["cosine as it lies"] == pytest.approx(lies, abs=1e-5)
-    assert figures["cosine at random"] == pytest.approx(every, abs=1e-5)  # each position with each
+    assert metrics["cosine as it lies"] == pytest.approx(lies, abs=1e-5)
+    assert metrics["cosine at random"] == pytest.approx(every, abs=1e-5)  # each position with each
 
 
 def test_a_sensitive_backbone_names_them_all_and_knows_its_place():
-    figures, _ = asked(Stub(gradient))
-    assert figures["rotation accuracy"] == 100
-    assert figures["position R2"] == pytest.approx(1, abs=1e-6)
+    metrics, _ = asked(Stub(gradient))
+    assert metrics["rotation accuracy"] == 100
+    assert metrics["position R2"] == pytest.approx(1, abs=1e-6)
 
 
 def test_features_that_are_the_place_alone_lie_as_they_lie():
-    figures, _ = asked(Stub(placed))
-    assert figures["rotation accuracy"] == 25
-    assert figures["cosine as it lies"] == pytest.approx(1, abs=1e-6)
-    assert figures["cosine turned back"] < 0.9
-    assert figures["position R2"] == pytest.approx(1, abs=1e-6)
+    metrics, _ = asked(Stub(placed))
+    assert metrics["rotation accuracy"] == 25
+    assert metrics["cosine as it lies"] == pytest.approx(1, abs=1e-6)
+    assert metrics["cosine turned back"] < 0.9
+    assert metrics["position R2"] == pytest.approx(1, abs=1e-6)
 
 
 def test_noise_knows_nothing_of_its_place():
-    figures, _ = asked(Stub(cells), images=lambda count, seed: noise(count, 64, seed))
-    assert -0.05 < figures["position R2"] < 0.05
-    assert 15 < figures["rotation accuracy"] < 35
+    metrics, _ = asked(Stub(cells), images=lambda count, seed: noise(count, 64, seed))
+    assert -0.05 < metrics["position R2"] < 0.05
+    assert 15 < metrics["rotation accuracy"] < 35
 
 
 @pytest.mark.parametrize("strength", range(0, len(STRENGTHS), 2))
@@ -158,19 +164,19 @@ def test_masks_are_found_again_in_turned_images_by_features_that_turn():
         return labelled([colours[mask].permute(2, 0, 1).contiguous() for mask in masks], masks, "masks", "rgb")
 
     task = Rotation(**SMALL)
-    evidence = task(Stub(cells), scenes(6, 0), scenes(4, 1), lab())
-    assert evidence["hit"].shape == (4, 4, 3)
-    figures = task.figures(evidence)
-    assert figures["in-context mIoU upright"] == 100
-    assert figures["in-context mIoU turned"] == 100
-    alone = task.figures({name: values[:1] for name, values in evidence.items()})
+    per_image = task(Stub(cells), scenes(6, 0), scenes(4, 1), lab())
+    assert per_image["hit"].shape == (4, 4, 3)
+    metrics = task.metrics(per_image)
+    assert metrics["in-context mIoU upright"] == 100
+    assert metrics["in-context mIoU turned"] == 100
+    alone = task.metrics({name: values[:1] for name, values in per_image.items()})
     assert alone["in-context mIoU turned"] == 100
-    place_only = task.figures(task(Stub(placed), scenes(6, 0), scenes(4, 1), lab()))
+    place_only = task.metrics(task(Stub(placed), scenes(6, 0), scenes(4, 1), lab()))
     assert place_only["in-context mIoU turned"] < 60
 
 
 def test_no_labels_no_masks_figures():
-    figures, _ = asked(Stub(cells), val=2)
-    assert not any("mIoU" in name for name in figures)
+    metrics, _ = asked(Stub(cells), val=2)
+    assert not any("mIoU" in name for name in metrics)
     with pytest.raises(UserError, match="one training image is too few"):
         asked(Stub(cells), train=1)

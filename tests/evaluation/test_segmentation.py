@@ -32,7 +32,7 @@ def vit():
 
 def asked(train, val, backbone=None, settings=None, **options):
     evaluator = Segmentation(**(settings or QUICK))
-    return evaluator.figures(evaluator(backbone or Colours(), train, val, lab(**options)))
+    return evaluator.metrics(evaluator(backbone or Colours(), train, val, lab(**options)))
 
 
 def coloured(make, images, **options):
@@ -84,7 +84,7 @@ def test_images_of_any_size(head):
     masks[0] = torch.full_like(masks[0], IGNORE)
     data, kept = labelled(painted(masks), masks), {}
     settings = {"head": head, "size": 0, "crop": 64, "sliding": 40, "steps": 3, "batch_size": 3}
-    found = asked(data, data, vit(), settings, keep=kept.__setitem__)
+    found = asked(data, data, vit(), settings, on_prediction=kept.__setitem__)
     assert [kept[i].shape for i in range(4)] == [m.shape for m in masks]
     assert all(0 <= value <= 100 for value in found.values())
 
@@ -97,7 +97,7 @@ def test_windows_of_a_constant_image_are_the_whole():
     train, kept = labelled(painted(masks), masks), {0: {}, 32: {}}
     for sliding, pictures in kept.items():
         settings = {**QUICK, "size": 0, "crop": 64, "steps": 30, "sliding": sliding}
-        assert perfect(asked(train, train, backbone, settings, keep=pictures.__setitem__))
+        assert perfect(asked(train, train, backbone, settings, on_prediction=pictures.__setitem__))
     assert all(torch.equal(kept[0][i], kept[32][i]) for i in range(4))
 
 
@@ -251,23 +251,25 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
     settings = {**TUNED, "crop": 32, "head": head, "size": 0, "learning_rate": 1e-2}
     settings["accumulate"] = 2 if head == "fpn" else 1
 
-    def evidence(folder, train=data):
+    def per_image(folder, train=data):
         kept = {}
-        found = Segmentation(**settings)(vit(), train, data, lab(folder=tmp_path / folder, keep=kept.__setitem__))
+        found = Segmentation(**settings)(
+            vit(), train, data, lab(folder=tmp_path / folder, on_prediction=kept.__setitem__)
+        )
         return found, kept
 
-    whole, pictures = evidence("whole")
+    whole, pictures = per_image("whole")
     failing = labelled(painted(masks), masks)
     object.__setattr__(failing, "source", Failing(failing.source, 8, stop))  # in the fourth of six steps
     with pytest.raises(KeyboardInterrupt if stop is _power_cut else UserError):
-        evidence("cut", failing)
+        per_image("cut", failing)
     steps = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").glob("step-*"))
     assert steps == ["step-00000002" if stop is _power_cut else "step-00000004"]
-    resumed, again = evidence("cut")
+    resumed, again = per_image("cut")
     assert final_weights(tmp_path / "cut") == final_weights(tmp_path / "whole")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert all(torch.equal(pictures[i], again[i]) for i in pictures)
-    finished, _ = evidence("cut")  # nothing is left to train
+    finished, _ = per_image("cut")  # nothing is left to train
     assert all(torch.equal(whole[name], finished[name]) for name in whole)
 
 

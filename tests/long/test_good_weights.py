@@ -39,7 +39,7 @@ def good(tmp_path_factory):
                 Image.fromarray(stripes(kind, seed)).save(root / part / f"direction-{kind}" / f"{seed}.png")
     torch.manual_seed(0)
     encoder = Backbone("test_vit", 64)
-    head = torch.nn.Linear(encoder.width, 6)
+    head = torch.nn.Linear(encoder.embed_dim, 6)
     images = np.stack([stripes(kind, 2000 + i) for kind in range(6) for i in range(150)])
     mean, std = (torch.tensor(values)[:, None, None] for values in encoder.normalisation)
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
@@ -60,8 +60,8 @@ def good(tmp_path_factory):
 def adapted(good, out, data, **changes):
     given = {
         "init": str(good / "weights"), "steps": 200, "batch_size": 8, "learning_rate": 5e-3, "hold_out": 3,
-        "evaluate_every": 100, "method": "dino", "dino": {"hidden": 256, "bottleneck": 64, "momentum": 0.95},
-        "views": {"global_size": 64, "local_size": 32, "local_crops": 2}, "eval": ("knn",),
+        "evaluate_every": 100, "method": "dino", "dino": {"hidden_dim": 256, "bottleneck_dim": 64, "momentum": 0.95},
+        "views": {"global_crops_size": 64, "local_crops_size": 32, "local_crops_number": 2}, "eval": ("knn",),
         "eval_train": (str(good / "train"),), "eval_val": (str(good / "val"),), "eval_config": str(good / "eval.yaml"),
     }  # fmt: skip
     done = gtsa.pretrain(str(data), out=str(out), **given, **changes)
@@ -73,7 +73,7 @@ def adapted(good, out, data, **changes):
 def test_the_preset_keeps_what_going_on_as_from_scratch_destroys(good, scenes, tmp_path):
     kept, with_preset = adapted(good, tmp_path / "preset", scenes)
     lost, naive = adapted(
-        good, tmp_path / "naive", scenes, head_start=0.0, encoder_rate=1.0, layer_decay=1.0, anchor=0.0
+        good, tmp_path / "naive", scenes, freeze_encoder=0.0, encoder_lr_scale=1.0, layer_decay=1.0, gram_weight=0.0
     )
     assert with_preset[0] == naive[0] > 90  # chance is 16.7
     assert naive[-1] < naive[0] - 15

@@ -39,7 +39,7 @@ def test_every_method_is_killed_and_resumed_bit_for_bit(tmp_path, scenes, tiny_y
 
 def test_a_run_that_started_from_weights_is_killed_and_resumed(tmp_path, scenes, tiny_yaml, finished):
     given = ["--config", tiny_yaml, "--data", scenes, "--init", finished / "exports" / "timm"]
-    killed_and_resumed(tmp_path, *given, "--head-start", 0.25, "--encoder-rate", 1)
+    killed_and_resumed(tmp_path, *given, "--freeze-encoder", 0.25, "--encoder-lr-scale", 1)
 
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):

@@ -19,7 +19,7 @@ SETTINGS = {
     "evaluate_every": 400,
     "checkpoint_every": 800,
     "seed": 0,
-    "views": {"global_size": 96, "local_size": 48, "local_crops": 4},
+    "views": {"global_crops_size": 96, "local_crops_size": 48, "local_crops_number": 4},
     "gtsa": {"projector_dim": 128, "out_dim": 128, "predictor_dim": 128, "momentum": 0.99},
 }
 
@@ -46,13 +46,13 @@ def trained(tmp_path_factory):
 
 
 def test_orientation_is_learnt(trained):
-    assert trained.verdict.figures["rotation_accuracy"] > 0.9
+    assert trained.verdict.metrics["rotation_accuracy"] > 0.9
     assert trained.verdict.word == "learning"
 
 
 @pytest.mark.parametrize("what", ["region", "patch"])
 def test_the_true_region_and_place_are_found_better_than_by_the_untrained_network(trained, what):
-    assert trained.verdict.figures[f"{what}_gain_low"] > 0
+    assert trained.verdict.metrics[f"{what}_gain_low"] > 0
 
 
 def test_dino_does_not_collapse_on_the_sample(tmp_path):
@@ -64,13 +64,13 @@ def test_dino_does_not_collapse_on_the_sample(tmp_path):
     highest = max(losses[:50])  # of the first 500 steps; log K is 6.93
     assert np.mean(losses[-10:]) < highest - 0.3
     assert 0.3 < np.mean(entropies[-10:]) < 0.95
-    assert done.verdict.figures["teacher_information"] > 0.05
+    assert done.verdict.metrics["teacher_information"] > 0.05
     assert done.verdict.word == "learning"
 
 
 def test_dino_with_settings_for_large_data_collapses_on_the_sample_and_says_so(tmp_path):
     """The published temperatures with a teacher that follows fast."""
-    options = {"momentum": 0.99, "teacher_temperature": (0.04, 0.07)}
+    options = {"momentum": 0.99, "teacher_temp": (0.04, 0.07)}
     done = gtsa.pretrain(out=str(tmp_path / "run"), method="dino", steps=250, learning_rate=6e-4, dino=options)
-    assert done.verdict.figures["teacher_information"] < 0.002
+    assert done.verdict.metrics["teacher_information"] < 0.002
     assert done.verdict.word == "collapsing"

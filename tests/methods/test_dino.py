@@ -17,7 +17,7 @@ from gtsa.models.backbone import Backbone
 from gtsa.pretraining import plan
 from gtsa.pretraining.settings import Pretrain
 
-SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
+SMALL = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 8}
 
 
 def method(**settings):
@@ -92,7 +92,7 @@ def test_cross_view_by_hand():
 def test_temperatures_are_the_published_ones():
     """30 epochs of numpy.linspace(0.04, 0.07), then 0.07, in a run of 100."""
     published = np.concatenate([np.linspace(0.04, 0.07, 30), np.full(70, 0.07)])
-    schedule = method().teacher_temperature
+    schedule = method().teacher_temp
     assert [schedule(epoch / 100) for epoch in range(100)] == pytest.approx(published.tolist(), abs=1e-9)
 
 
@@ -114,8 +114,8 @@ def test_the_preset_follows_the_number_of_images():
     for images, prototypes, temperatures in ((38, 1024, (0.02, 0.02)), (10_000, 2048, (0.02, 0.02)),
                                              (118_287, 65536, (0.04, 0.07))):  # fmt: skip
         ready = Plan(validated(Pretrain, {"method": "dino"}), {})
-        plan.method(ready, DINO.sized, images)
-        assert (ready.settings.dino.prototypes, ready.settings.dino.teacher_temperature) == (prototypes, temperatures)
+        plan.method(ready, DINO.auto_settings, images)
+        assert (ready.settings.dino.num_prototypes, ready.settings.dino.teacher_temp) == (prototypes, temperatures)
 
 
 def test_the_centre_follows_the_teachers_logits_a_step_late():
@@ -193,7 +193,7 @@ def test_the_diagnosis_by_hand():
 
 def test_teacher_information_by_hand():
     """At the temperature of the end, without the centre; nothing once all prototypes, or one alone, fit all images."""
-    dino, seen = method(teacher_temperature=(0.5, 0.05)).eval(), views(4, 2, 1)
+    dino, seen = method(teacher_temp=(0.5, 0.05)).eval(), views(4, 2, 1)
     dino.centre.value[:] = torch.linspace(-0.1, 0.1, 32)
     pixels = seen.global_crops.pixels.flatten(0, 1)
     logits = (logits_by_hand(dino.teacher, pixels) - np.linspace(-0.1, 0.1, 32)) / 0.05
@@ -213,21 +213,33 @@ def test_images_that_look_alike_cannot_be_told_apart():
 
 
 def test_views_are_the_published_ones():
-    v = MultiCrop(**validated(Pretrain, {"method": "dino"}).views.model_dump() | {"global_size": 224})
-    assert (v.global_crops, v.local_crops, v.global_share, v.local_share) == (2, 8, (0.4, 1.0), (0.05, 0.4))
-    assert (v.brightness, v.contrast, v.saturation, v.hue, v.jitter, v.grey) == (0.4, 0.4, 0.2, 0.1, 0.8, 0.2)
-    assert (v.flip, v.rotations, v.blur, v.solarise) == (0.5, False, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
-    given = validated(Pretrain, {"method": "dino", "views": {"flip": 0.0, "rotations": True}}).views
-    assert (given.flip, given.rotations, given.solarise) == (0.0, True, (0.0, 0.2, 0.0))
-    assert validated(Pretrain, {}).views.flip == 0
+    v = MultiCrop(**validated(Pretrain, {"method": "dino"}).views.model_dump() | {"global_crops_size": 224})
+    assert (v.global_crops_number, v.local_crops_number, v.global_crops_scale, v.local_crops_scale) == (
+        2,
+        8,
+        (0.4, 1.0),
+        (0.05, 0.4),
+    )
+    assert (v.brightness, v.contrast, v.saturation, v.hue, v.color_jitter, v.grayscale) == (
+        0.4,
+        0.4,
+        0.2,
+        0.1,
+        0.8,
+        0.2,
+    )
+    assert (v.hflip, v.rotations, v.gaussian_blur, v.solarize) == (0.5, False, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0))
+    given = validated(Pretrain, {"method": "dino", "views": {"hflip": 0.0, "rotations": True}}).views
+    assert (given.hflip, given.rotations, given.solarize) == (0.0, True, (0.0, 0.2, 0.0))
+    assert validated(Pretrain, {}).views.hflip == 0
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"prototypes": 0}, "at least 1"),
-        ({"teacher_temperature": (0.0, 0.07)}, "above 0"),
-        ({"freeze": 2.0}, "from 0 to 1"),
+        ({"num_prototypes": 0}, "at least 1"),
+        ({"teacher_temp": (0.0, 0.07)}, "above 0"),
+        ({"freeze_last_layer": 2.0}, "from 0 to 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, told):
@@ -242,8 +254,8 @@ def test_without_a_class_token_it_is_refused():
 
 
 def test_gtsa_refuses_views_that_it_cannot_compare():
-    with pytest.raises(UserError, match=r"views.flip: must be 0 for gtsa"):
-        validated(Pretrain, {"views": {"flip": 0.5}})
+    with pytest.raises(UserError, match=r"views.hflip: must be 0 for gtsa"):
+        validated(Pretrain, {"views": {"hflip": 0.5}})
     with pytest.raises(UserError, match=r"views.local_overlap: must be above 0 for gtsa"):
         validated(Pretrain, {"views": {"local_overlap": 0.0}})
 

@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 from gtsa.methods.parts.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
 
 few = settings(deadline=None, max_examples=100)
-turns = st.integers(0, 3)
+rotations = st.integers(0, 3)
 cells_ = st.integers(1, 11)
 sides = st.integers(1, 16)
 
@@ -59,14 +59,14 @@ def close(a, b):
 
 
 @few
-@given(cases(), turns)
+@given(cases(), rotations)
 def test_pooled_and_rotated_is_roi_align_and_rot90(case, k):
     maps, box, cells = case
     close(rotate_maps(pool(maps, box[None], cells), torch.tensor([k]))[0], turned(aligned(maps, box, cells), k))
 
 
 @few
-@given(cases(), turns)
+@given(cases(), rotations)
 def test_gradients_are_those_of_roi_align_and_rot90(case, k):
     maps, box, cells = case
     maps.requires_grad_()
@@ -110,7 +110,7 @@ def test_pool_takes_leading_dimensions():
 
 
 @few
-@given(cases(square=True), turns)
+@given(cases(square=True), rotations)
 def test_pooling_commutes_with_rotation(case, k):
     maps, box, cells = case
     side, k_ = maps.shape[0], torch.tensor([k])
@@ -140,7 +140,7 @@ def test_rotations_are_the_cyclic_group_of_order_four(i, j):
         assert not torch.equal(rotate_maps(maps, a), rotate_maps(maps, b))
 
 
-@given(st.data(), st.integers(1, 20), turns)
+@given(st.data(), st.integers(1, 20), rotations)
 @few
 def test_rotate_boxes_follows_a_rectangle_in_a_rotated_image(data, side, k):
     x1, y1 = (data.draw(st.integers(0, side - 1)) for _ in range(2))
@@ -185,14 +185,14 @@ def test_places_are_where_the_colours_of_a_picture_say(seed, width, height, grid
     rng = np.random.default_rng(seed)
     x1, y1 = rng.integers(0, width // 2), rng.integers(0, height // 2)
     x2, y2 = rng.integers(x1 + 16, width + 1), rng.integers(y1 + 16, height + 1)
-    turns = int(rng.integers(4))
+    rotations = int(rng.integers(4))
     side = 8 * grid
     cut = torch.stack([x, y])[None, :, y1:y2, x1:x2].double()
     crop = torch.nn.functional.interpolate(cut, (side, side), mode="bilinear", antialias=True)[0]
-    seen = torch.rot90(crop, turns, (-2, -1))
+    seen = torch.rot90(crop, rotations, (-2, -1))
     means = torch.nn.functional.avg_pool2d(seen, 8).flatten(1).T
     box = torch.tensor([x1, y1, x2, y2], dtype=torch.float64)
-    found = places(box, torch.tensor(turns), side, grid)
+    found = places(box, torch.tensor(rotations), side, grid)
     assert found.shape == (grid * grid, 2)
     assert (found - means).abs().max() < 0.6  # px: interpolation holds the border
 

@@ -96,7 +96,7 @@ def the_overlap(a, b):
     return [max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]
 
 
-def in_frame(box, crop, side, turns):
+def in_frame(box, crop, side, rotations):
     """A box of the image in the pixels of a crop, after the crop's rotation (sections 2 and 3)."""
     x1, y1, x2, y2 = ((v - crop[i % 2]) * side / (crop[2 + i % 2] - crop[i % 2]) for i, v in enumerate(box))
     return {
@@ -104,7 +104,7 @@ def in_frame(box, crop, side, turns):
         1: (y1, side - x2, y2, side - x1),
         2: (side - x2, side - y2, side - x1, side - y1),
         3: (side - y2, x1, side - y1, x2),
-    }[turns]
+    }[rotations]
 
 
 def aligned(maps, box, cells):
@@ -121,8 +121,10 @@ def views_of(views, b):
     """Every view of image b: its size, its place, pixels, box and turns."""
     for size, crops in enumerate(views.groups):
         for v in range(crops.count):
-            box, turns = crops.boxes[b, v].tolist(), int(crops.turns[b, v])
-            yield SimpleNamespace(size=size, v=v, pixels=crops.pixels[b, v], box=box, turns=turns, side=crops.side)
+            box, rotations = crops.boxes[b, v].tolist(), int(crops.rotations[b, v])
+            yield SimpleNamespace(
+                size=size, v=v, pixels=crops.pixels[b, v], box=box, rotations=rotations, side=crops.side
+            )
 
 
 def region_of_pair(mine, theirs, view, seen, cells):
@@ -130,8 +132,8 @@ def region_of_pair(mine, theirs, view, seen, cells):
     pooled = []
     for maps, crop in ((mine, view), (theirs, seen)):
         scale = len(maps) / crop.side
-        pooled.append(aligned(maps, [scale * x for x in in_frame(common, crop.box, crop.side, crop.turns)], cells))
-    target = torch.rot90(pooled[1], view.turns - seen.turns, (0, 1))
+        pooled.append(aligned(maps, [scale * x for x in in_frame(common, crop.box, crop.side, crop.rotations)], cells))
+    target = torch.rot90(pooled[1], view.rotations - seen.rotations, (0, 1))
     return -cosines(pooled[0], target).mean()
 
 
@@ -152,7 +154,7 @@ def maps_of(method, view):
 
 def slow_losses(method, views, cells=CELLS, matches=MATCHES):
     """Lists over images of the region losses, patch losses and rotation losses."""
-    images = len(views.global_crops.turns)
+    images = len(views.global_crops.rotations)
     looked = [[(view, *maps_of(method, view)) for view in views_of(views, b)] for b in range(images)]
     region, patch, rotation = ([[] for _ in range(images)] for _ in range(3))
     for b in range(images):
@@ -162,7 +164,7 @@ def slow_losses(method, views, cells=CELLS, matches=MATCHES):
                     region[b].append(region_of_pair(mine, theirs, view, seen, cells[view.size]))
                     patch[b].append(patch_of_pair(mine, theirs, matches[view.size]))
             if logits is not None:
-                rotation[b].append(logits.exp().sum().log() - logits[view.turns])
+                rotation[b].append(logits.exp().sum().log() - logits[view.rotations])
     return region, patch, rotation
 
 
@@ -269,12 +271,12 @@ def test_patch_loss_starts_when_it_is_told_to(method):
 
 def test_rotation_accuracy_is_the_share_of_rotations_named():
     method, views = the_method(), the_views(2, 3)
-    right = [int(maps_of(method, view)[1].argmax()) == view.turns for b in range(2) for view in views_of(views, b)]
+    right = [int(maps_of(method, view)[1].argmax()) == view.rotations for b in range(2) for view in views_of(views, b)]
     assert method(views, 1.0)["rotation_accuracy"].item() == pytest.approx(np.mean(right))
     with torch.no_grad():
         method.rotation_head[-1].bias.copy_(torch.tensor([0, 0, 1e3, 0]))
     for crops in views.groups:
-        crops.turns.fill_(2)
+        crops.rotations.fill_(2)
     assert method(views, 1.0)["rotation_accuracy"] == 1
 
 
@@ -297,7 +299,7 @@ def test_losses_are_means_over_the_batch(method):
 def test_local_crops_may_be_of_one_patch(method):
     views = the_views(2, 1)
     local = views.local_crops
-    small = Crops(local.pixels[..., :8, :8], local.boxes, local.turns, local.colours)
+    small = Crops(local.pixels[..., :8, :8], local.boxes, local.rotations, local.colours)
     assert all(value.isfinite() for value in method(Views(views.global_crops, small), 1.0).values())
 
 
@@ -404,7 +406,7 @@ def test_regions_of_a_crop_with_itself_are_all_of_it():
 
 def slow_scores(method, views, b):
     """Region score and patch score of image b, one pair and one patch after the other."""
-    images = len(views.global_crops.turns)
+    images = len(views.global_crops.rotations)
     looked = [[(view, *maps_of(method, view)) for view in views_of(views, i)] for i in range(images)]
     common = {  # the mean vector of the student's maps of either size, and of the teacher's
         size: torch.stack([mine.mean((0, 1)) for row in looked for view, mine, *_ in row if view.size == size]).mean(0)
@@ -429,7 +431,7 @@ def slow_scores(method, views, b):
 def where(view, row, column, grid):
     """The centre of a patch in the image: turned back by going round the crop's centre, quarter by quarter."""
     x, y = (column + 0.5) / grid - 0.5, (row + 0.5) / grid - 0.5
-    for _ in range(view.turns):
+    for _ in range(view.rotations):
         x, y = -y, x  # a quarter-turn clockwise, y down
     x1, y1, x2, y2 = view.box
     return (x1 + (x + 0.5) * (x2 - x1), y1 + (y + 0.5) * (y2 - y1))
@@ -454,13 +456,13 @@ def nearness(mine, theirs, view, seen):
 
 def test_diagnosis_is_that_of_the_plain_loops(method):
     views = the_views(2, 1, images=3)
-    figures = method.diagnose(views)
+    metrics = method.diagnose(views)
     for b in range(3):
         region, patch = slow_scores(method, views, b)
-        assert figures["region_score"][b].item() == pytest.approx(region.item(), abs=1e-6)
-        assert figures["patch_score"][b].item() == pytest.approx(patch, abs=1e-6)
-    right = [[int(maps_of(method, v)[1].argmax()) == v.turns for v in views_of(views, b)] for b in range(3)]
-    assert figures["rotation_accuracy"].tolist() == pytest.approx([np.mean(r) for r in right])
+        assert metrics["region_score"][b].item() == pytest.approx(region.item(), abs=1e-6)
+        assert metrics["patch_score"][b].item() == pytest.approx(patch, abs=1e-6)
+    right = [[int(maps_of(method, v)[1].argmax()) == v.rotations for v in views_of(views, b)] for b in range(3)]
+    assert metrics["rotation_accuracy"].tolist() == pytest.approx([np.mean(r) for r in right])
 
 
 def test_a_common_vector_counts_for_nothing_and_hides_nothing(method, monkeypatch):
@@ -481,7 +483,7 @@ def test_maps_that_say_where_they_are_score_fully(method, monkeypatch):
     views = the_views(2, 0, images=3)
 
     def told(crops):
-        at = places(crops.boxes, crops.turns, crops.side, 6)  # [B, V, 36, 2]
+        at = places(crops.boxes, crops.rotations, crops.side, 6)  # [B, V, 36, 2]
         angle = at / 640 * (2 * math.pi)
         code = torch.cat([angle.cos(), angle.sin()], -1).unflatten(2, (6, 6))
         image = 3 * torch.eye(3, dtype=torch.float64)[:, None, None, None].expand(*code.shape[:-1], 3)
@@ -489,12 +491,12 @@ def test_maps_that_say_where_they_are_score_fully(method, monkeypatch):
 
     monkeypatch.setattr(method, "teacher_maps", told)
     monkeypatch.setattr(method, "student_maps", lambda crops: (told(crops), None))
-    figures = method.diagnose(views)
-    assert figures["region_score"].min() > 1
-    assert figures["patch_score"].min() > 0.8
+    metrics = method.diagnose(views)
+    assert metrics["region_score"].min() > 1
+    assert metrics["patch_score"].min() > 0.8
 
 
 def test_diagnosis_of_one_image_and_without_rotation():
-    figures = the_method(rotation_weight=0).diagnose(the_views(2, 1, images=1))
-    assert set(figures) == {"region_score", "patch_score"}
-    assert all(value.shape == (1,) and not value.requires_grad for value in figures.values())
+    metrics = the_method(rotation_weight=0).diagnose(the_views(2, 1, images=1))
+    assert set(metrics) == {"region_score", "patch_score"}
+    assert all(value.shape == (1,) and not value.requires_grad for value in metrics.values())

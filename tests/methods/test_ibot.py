@@ -11,7 +11,7 @@ from gtsa.methods.ibot import IBOT
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import Pretrain
 
-SMALL = {"prototypes": 32, "hidden": 24, "bottleneck": 8}
+SMALL = {"num_prototypes": 32, "hidden_dim": 24, "bottleneck_dim": 8}
 
 
 def method(**settings):
@@ -64,7 +64,7 @@ def test_hidden_patches_are_replaced_before_positions_are_added(hidden):
 
 def test_the_losses_are_the_published_ones(hidden):
     ibot, seen = method().eval(), views(2)
-    ibot.hidden = fixed(hidden)
+    ibot.mask = fixed(hidden)
     ibot.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
     ibot.patch_centre.value += torch.linspace(0.2, -0.2, 32, dtype=torch.float64)
     parts = ibot(seen, 0.5)
@@ -107,7 +107,7 @@ def test_where_nothing_is_hidden_it_is_dino():
 
 def test_the_centre_of_patches_is_the_mean_over_all_of_them(hidden):
     ibot = method().train()
-    ibot.hidden = fixed(hidden)
+    ibot.mask = fixed(hidden)
     steps = [views(2, seed=1), views(2, seed=2)]
     for seen in steps:
         ibot(seen, 0.5)
@@ -125,12 +125,12 @@ def test_the_centre_of_patches_is_the_mean_over_all_of_them(hidden):
 
 def test_gradients_reach_the_mask_token_and_no_teacher(hidden):
     ibot = method().train()
-    ibot.hidden = fixed(hidden)
+    ibot.mask = fixed(hidden)
     ibot(views(2), 0.5)["loss"].backward()
     assert ibot.mask_token.grad.abs().sum() > 0
     assert all(p.grad is None for p in ibot.teacher.parameters())
     ibot.zero_grad()
-    ibot.hidden = fixed(torch.zeros_like(hidden))
+    ibot.mask = fixed(torch.zeros_like(hidden))
     ibot(views(2), 0.5)["loss"].backward()
     assert ibot.mask_token.grad is not None  # a gradient of 0, which several processes wait for
 
@@ -138,19 +138,28 @@ def test_gradients_reach_the_mask_token_and_no_teacher(hidden):
 def test_half_of_the_crops_hide_a_tenth_to_a_half():
     torch.manual_seed(0)
     crops = views(1500, 2, 0).global_crops
-    share = method().hidden(crops, 14).double().mean((1, 2))
+    share = method().mask(crops, 14).double().mean((1, 2))
     assert abs((share > 0).double().mean() - 0.5) < 5 * (0.25 / 3000) ** 0.5
     assert share.max() <= 0.5 and share[share > 0].mean() > 0.25
 
 
 def test_views_are_the_published_ones():
     v = validated(Pretrain, {"method": "ibot"}).views
-    assert (v.global_share, v.local_share, v.local_crops, v.flip) == ((0.25, 1.0), (0.05, 0.25), 10, 0.5)
+    assert (v.global_crops_scale, v.local_crops_scale, v.local_crops_number, v.hflip) == (
+        (0.25, 1.0),
+        (0.05, 0.25),
+        10,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
-    [({"bottleneck": 0}, "at least 1"), ({"patch_weight": -1.0}, "not below"), ({"mask_share": (0.5, 0.1)}, "rising")],
+    [
+        ({"bottleneck_dim": 0}, "at least 1"),
+        ({"patch_weight": -1.0}, "not below"),
+        ({"mask_ratio": (0.5, 0.1)}, "rising"),
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, told):
     with pytest.raises(UserError, match=told):
@@ -158,7 +167,7 @@ def test_settings_that_mean_nothing_are_refused(wrong, told):
 
 
 def test_teacher_information_is_of_the_cls_token():
-    ibot, seen = method(teacher_temperature=(0.5, 0.05)).eval(), views(4, 2, 1)
+    ibot, seen = method(teacher_temp=(0.5, 0.05)).eval(), views(4, 2, 1)
     ibot.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
     cls = tokens_by_hand(ibot.teacher.encoder, seen.global_crops.pixels.flatten(0, 1))[:, 0]
     logits = head_by_hand(ibot.teacher.head, cls) - np.linspace(-0.3, 0.3, 32)

@@ -92,13 +92,13 @@ def test_lengths_of_vectors_do_not_count(scale, seed):
 @few
 @given(seeds)
 def test_rotation_is_cross_entropy(seed):
-    logits, turns = normal(seed, 2, 3, 4), torch.randint(4, (2, 3), generator=torch.Generator().manual_seed(seed))
-    loss = losses.rotation(logits, turns)
+    logits, rotations = normal(seed, 2, 3, 4), torch.randint(4, (2, 3), generator=torch.Generator().manual_seed(seed))
+    loss = losses.rotation(logits, rotations)
     assert loss.shape == (2, 3)
     for b in range(2):
         for v in range(3):
             row = logits[b, v].tolist()
-            expected = math.log(sum(map(math.exp, row))) - row[turns[b, v]]
+            expected = math.log(sum(map(math.exp, row))) - row[rotations[b, v]]
             assert loss[b, v].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -106,11 +106,11 @@ def test_rotation_is_cross_entropy(seed):
 def test_half_precision_inputs_lose_nothing(dtype):
     a, b = normal(0, 3, 3, 64, dtype=dtype), normal(1, 3, 3, 64, dtype=dtype)
     a = a * 300  # whose squares overflow in float16
-    logits, turns = normal(2, 5, 4, dtype=dtype), torch.tensor([0, 1, 2, 3, 0])
+    logits, rotations = normal(2, 5, 4, dtype=dtype), torch.tensor([0, 1, 2, 3, 0])
     for loss, inputs in (
         (losses.region, (a, b)),
         (lambda x, y: losses.patch_correspondence(x.flatten(0, 1), y.flatten(0, 1), 4), (a, b)),
-        (lambda x, y: losses.rotation(x, turns), (logits, logits)),
+        (lambda x, y: losses.rotation(x, rotations), (logits, logits)),
     ):
         exact = loss(*(x.double() for x in inputs)).flatten().tolist()
         assert loss(*inputs).flatten().tolist() == pytest.approx(exact, rel=1e-5, abs=1e-5)

@@ -117,7 +117,7 @@ def test_the_diagnosis_is_0_by_chance_and_1_for_a_perfect_painter(monkeypatch):
 
 def test_settings_of_a_run_are_the_published_ones():
     s = validated(Pretrain, {"method": "mae"})
-    assert (s.weight_decay, s.final_weight_decay, s.beta2, s.warmup, s.clip, s.drop_path) == (
+    assert (s.weight_decay, s.final_weight_decay, s.beta2, s.warmup, s.clip_grad, s.drop_path) == (
         0.05,
         0.05,
         0.95,
@@ -126,9 +126,15 @@ def test_settings_of_a_run_are_the_published_ones():
         0,
     )
     v = s.views
-    assert (v.global_crops, v.local_crops, v.global_share, v.flip, v.jitter) == (1, 0, (0.2, 1.0), 0.5, 0.0)
-    assert validated(Pretrain, {"method": "mae", "clip": 3.0}).clip == 3.0
-    assert MAE.rate == 1.5e-4
+    assert (v.global_crops_number, v.local_crops_number, v.global_crops_scale, v.hflip, v.color_jitter) == (
+        1,
+        0,
+        (0.2, 1.0),
+        0.5,
+        0.0,
+    )
+    assert validated(Pretrain, {"method": "mae", "clip_grad": 3.0}).clip_grad == 3.0
+    assert MAE.base_lr == 1.5e-4
 
 
 def test_a_model_that_cannot_leave_patches_out_is_refused():
@@ -137,7 +143,7 @@ def test_a_model_that_cannot_leave_patches_out_is_refused():
         encoder.visible(torch.zeros(1, 3, 56, 56), torch.tensor([[0]]))
 
 
-@pytest.mark.parametrize(("wrong", "told"), [({"mask_share": 1.0}, "below 1"), ({"decoder_dim": 30}, "multiple of 4")])
+@pytest.mark.parametrize(("wrong", "told"), [({"mask_ratio": 1.0}, "below 1"), ({"decoder_dim": 30}, "multiple of 4")])
 def test_settings_that_mean_nothing_are_refused(wrong, told):
     with pytest.raises(UserError, match=told):
         method(**wrong)

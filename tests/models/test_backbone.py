@@ -45,7 +45,7 @@ def test_tokens_are_those_of_timm(name, grid):
     patch, prefix = MODELS[name]
     x = images(*grid, patch)
     tokens, expected = ours(x), theirs.forward_features(x)
-    assert (ours.width, ours.patch, ours.prefix) == (48, patch, prefix)
+    assert (ours.embed_dim, ours.patch_size, ours.num_prefix_tokens) == (48, patch, prefix)
     assert tokens.patches.shape == (2, *grid, 48)
     assert tokens.prefix.shape == (2, prefix, 48)
     torch.testing.assert_close(tokens.patches.flatten(1, 2), expected[:, prefix:], rtol=1e-5, atol=1e-5)

@@ -38,7 +38,9 @@ def test_timm_opens_it_and_agrees(tmp_path, model):
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
         ours, tokens = backbone(images), opened.forward_features(images)
-        torch.testing.assert_close(tokens[:, backbone.prefix :], ours.patches.flatten(1, 2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            tokens[:, backbone.num_prefix_tokens :], ours.patches.flatten(1, 2), rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(opened(images), ours.patches.mean((1, 2)), rtol=0, atol=1e-5)
     config = timm.data.resolve_model_data_config(opened)
     assert tuple(config["mean"]) == (0.1, 0.2, 0.3)

@@ -122,7 +122,7 @@ def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
             super().__init__(groups, *rest)
 
     monkeypatch.setattr(module, "ScheduledAdamW", Seen)
-    gentle = {"head_start": rests, "encoder_rate": 0.3, "layer_decay": 0.5}
+    gentle = {"freeze_encoder": rests, "encoder_lr_scale": 0.3, "layer_decay": 0.5}
     run_ = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(start), **gentle, **{**QUICK, "steps": 2})
     encoder = load_backbone(str(run_.export))[0].vit
     depth = len(encoder.blocks)
@@ -151,7 +151,7 @@ def run_method(start):
 
 def test_the_encoder_rests_while_heads_learn(start, scenes, tmp_path):
     out = tmp_path / "run"
-    gtsa.pretrain(str(scenes), out=str(out), init=str(start), head_start=0.99, **QUICK)
+    gtsa.pretrain(str(scenes), out=str(out), init=str(start), freeze_encoder=0.99, **QUICK)
     begun = load_backbone(str(start))[0].vit.state_dict()
     tensors, _ = checkpoint.read(checkpoint.newest(out / "checkpoints")[0])
     for network in ("student", "teacher"):
@@ -175,8 +175,8 @@ def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scene
     millions, tensors = sum(p.numel() for p in encoder.parameters()) / 1e6, len(encoder.state_dict())
     assert f"test_vit, {millions:.1f} M parameters weights as above" in words
     assert f"{tensors} of {tensors} tensors loaded" in words
-    assert "encoder rests for 0 steps, then learns at 0.1 of" in words
-    assert "0.75 of that a block below; anchor 1" in words
+    assert "encoder frozen for 0 steps, then 0.1 of the rate" in words
+    assert "0.75 of that a block below; Gram weight 1" in words
     assert "likenesses between patches agree to 1.00 with those of the start" in words
     assert "with --eval and labelled images start and result can be chosen from" in words
     kept = read_yaml(out / "config.yaml")
@@ -193,10 +193,10 @@ def test_from_scratch_nothing_is_gentle():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"anchor": 1.0}, "anchor: .*give --init"),
-        ({"head_start": 1.0}, "head_start"),
+        ({"gram_weight": 1.0}, "gram_weight: .*give --init"),
+        ({"freeze_encoder": 1.0}, "freeze_encoder"),
         ({"layer_decay": 0.0}, "layer_decay"),
-        ({"encoder_rate": -1.0}, "encoder_rate"),
+        ({"encoder_lr_scale": -1.0}, "encoder_lr_scale"),
     ],
 )
 def test_mistakes_are_told(given, words):
@@ -209,7 +209,7 @@ def test_architectures_of_published_weights_are_adapted(model, scenes, tmp_path)
     """As timm's own folder of such a model would: the weights are random, the route is that of real ones."""
     patch = 14 if "14" in model else 16
     write(Backbone(model, 4 * patch, arguments={"depth": 2}), tmp_path / "weights")
-    sizes = {"views": {"global_size": 4 * patch, "local_size": 2 * patch, "local_crops": 2}}
+    sizes = {"views": {"global_crops_size": 4 * patch, "local_crops_size": 2 * patch, "local_crops_number": 2}}
     settings_ = {k: v for k, v in QUICK.items() if k != "model"} | sizes | {"steps": 2}
     run_ = gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(tmp_path / "weights"), **settings_)
     assert load_backbone(str(run_.export))[0].model == model
@@ -220,7 +220,7 @@ def test_architectures_of_published_weights_are_adapted(model, scenes, tmp_path)
 
 def test_stopped_and_resumed(start, scenes, tmp_path, monkeypatch):
     """See tests/long for kills at any moment."""
-    stopped_and_resumed(scenes, tmp_path, monkeypatch, init=str(start), head_start=0.25, encoder_rate=1.0)
+    stopped_and_resumed(scenes, tmp_path, monkeypatch, init=str(start), freeze_encoder=0.25, encoder_lr_scale=1.0)
 
 
 def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
@@ -258,7 +258,7 @@ class Asked(Answers):
     [((45, 30, 44), 0, "KEEP THE START: knn 90.00"), ((30, 45, 40), 2, "take step 2: knn 90.00, at the start 60.00")],
 )
 def test_the_best_is_exported_and_it_may_be_the_start(start, scenes, tmp_path, monkeypatch, counts, best, words):
-    monkeypatch.setattr(tasks, "questions", lambda _: [Asked(counts)])
+    monkeypatch.setattr(tasks, "open_tasks", lambda _: [Asked(counts)])
     asked = {"eval": ("knn",), "eval_val": ("x",), "evaluate_every": 2}
     out = tmp_path / "run"
     done = gtsa.pretrain(str(scenes), out=str(out), init=str(start), **{**QUICK, **asked, "steps": 4})

@@ -93,8 +93,8 @@ def test_what_would_take_less_is_told_until_it_is_no_longer_long():
     s = resolved(batch_size=40, steps=10_000).settings
     rows = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 22e6, 0)  # 111 hours
     assert [flags for flags, _ in rows] == [
-        "--views.global-size 112 --views.local-size 48",
-        "--views.local-crops 4",
+        "--views.global-crops-size 112 --views.local-crops-size 48",
+        "--views.local-crops-number 4",
         "--model vit_tiny_patch16_224",
     ]
     # patches: 4 x 2 x 14 x 14 + 3 x 8 x 6 x 6 = 2432 before; 4 x 2 x 7 x 7 + 3 x 8 x 3 x 3 = 608, with four crops 500
@@ -104,7 +104,10 @@ def test_what_would_take_less_is_told_until_it_is_no_longer_long():
 
 def test_steps_that_fit_are_told_where_nothing_else_is_enough():
     s = resolved(
-        model="test_vit", batch_size=40, steps=10_000, views={"global_size": 32, "local_size": 32, "local_crops": 2}
+        model="test_vit",
+        batch_size=40,
+        steps=10_000,
+        views={"global_crops_size": 32, "local_crops_size": 32, "local_crops_number": 2},
     ).settings
     ((flags, takes),) = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 3e5, 0)
     assert flags == f"--steps {12 * 3600 // 40}"

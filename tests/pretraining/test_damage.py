@@ -31,7 +31,7 @@ SMALL = {
     "checkpoint_every": 4,
     "evaluate_every": 5,
     "log_every": 3,
-    "views": {"global_size": 48, "local_size": 32, "local_crops": 1},
+    "views": {"global_crops_size": 48, "local_crops_size": 32, "local_crops_number": 1},
     "gtsa": {"projector_dim": 8, "out_dim": 8, "predictor_dim": 8},
 }
 
@@ -309,11 +309,11 @@ def test_every_damage_to_the_settings_is_found_or_harmless(begun):
     assert told(begun) == before
 
 
-@pytest.mark.parametrize("name", ["learning_rate: 6.2", "steps: 8", "momentum: 0.9", "- 32", "keep: 2"])
+@pytest.mark.parametrize("name", ["learning_rate: 6.2", "steps: 8", "momentum: 0.9", "- 32", "keep_checkpoints: 2"])
 def test_resume_says_which_setting_was_changed(begun, name):
     file = begun / "config.yaml"
     text = file.read_text()
-    name = name if name in text else name.replace("- 32", "local_size: 32")
+    name = name if name in text else name.replace("- 32", "local_crops_size: 32")
     assert name in text
     file.write_text(text.replace(name, name[:-1] + "6", 1))
     told = refused(4, "is not what the run was started with:\n", begun)
@@ -339,9 +339,9 @@ def test_what_may_change_may_change_twice(begun, whole, monkeypatch):
     """A resumed run that is killed before its next checkpoint has other settings than the checkpoint keeps."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunImages, "account", lambda *_: killed())
-        gtsa.pretrain(out=str(begun), resume=True, keep=3, steps=9)
+        gtsa.pretrain(out=str(begun), resume=True, keep_checkpoints=3, steps=9)
     gtsa.pretrain(out=str(begun), resume=True, workers=0, steps=8)
-    assert settings_of(begun)["keep"] == 3
+    assert settings_of(begun)["keep_checkpoints"] == 3
     assert final_weights(begun) == final_weights(whole)
 
 

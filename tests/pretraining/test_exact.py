@@ -133,11 +133,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(copied,
 
 
 def test_resume_refuses_other_settings(copied):
-    code, _, err = run("pretrain", "--out", copied, "--resume", "--learning-rate", "0.5", "--views.grey", "0.7")
+    code, _, err = run("pretrain", "--out", copied, "--resume", "--learning-rate", "0.5", "--views.grayscale", "0.7")
     assert code == 2
     assert "learning_rate:" in err
     assert "now 0.5" in err
-    assert "views.grey: 0.2, now 0.7" in err
+    assert "views.grayscale: 0.2, now 0.7" in err
 
 
 def test_one_folder_two_runs(tmp_path, scenes, tiny_yaml):

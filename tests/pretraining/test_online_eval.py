@@ -56,7 +56,7 @@ def test_the_best_checkpoint_is_a_run_by_itself(evaluated, coloured):
     assert not problems
     assert place.name == "step-00000006"  # the first of two that are as good
     found = gtsa.evaluate(str(evaluated / "best"), "knn", train=(str(coloured),), folds=3, knn={"k": (3,), "crop": 64})
-    assert found["results"][0]["figures"]["top1, k = 3"] == 100
+    assert found["results"][0]["metrics"]["top1, k = 3"] == 100
 
 
 def test_the_training_never_notices(evaluated, finished):
@@ -81,10 +81,10 @@ def test_mistakes_are_told_before_anything_is_trained(scenes, tmp_path, settings
 
 
 class Asked:
-    """A question of 50 images, whose evidence is whether a network was right about each."""
+    """A question of 50 images, whose per_image is whether a network was right about each."""
 
     name, val, folds = "knn", range(50), None
-    resampled = True
+    bootstrap = True
 
     def __init__(self):
         self.evaluator, self.times = self, 0
@@ -93,14 +93,14 @@ class Asked:
         self.times += 1
         return {"right": network}
 
-    def figures(self, evidence):
-        return {"top1": 100 * float(evidence["right"].double().mean()), "wrong": float((1 - evidence["right"]).sum())}
+    def metrics(self, per_image):
+        return {"top1": 100 * float(per_image["right"].double().mean()), "wrong": float((1 - per_image["right"]).sum())}
 
 
 @pytest.fixture
 def question(monkeypatch):
     asked = Asked()
-    monkeypatch.setattr(tasks, "questions", lambda _: [asked])
+    monkeypatch.setattr(tasks, "open_tasks", lambda _: [asked])
     return asked
 
 
@@ -169,5 +169,5 @@ def test_a_look_that_is_broken_off_keeps_no_best(question):
 
     run.online, run.training, run._looked = online, SimpleNamespace(missed=False), looked
     assert run._unless_stopped(5) is None
-    assert run.training.missed and online.best == before and 5 not in online.evidence
+    assert run.training.missed and online.best == before and 5 not in online.per_image
     assert online(5, right(40))[1]

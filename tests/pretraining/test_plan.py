@@ -10,8 +10,17 @@ from gtsa.cli.main import run
 from gtsa.pretraining import cost, plan
 from gtsa.training import checkpoint
 
-SMALL = ["--model", "test_vit", "--views.global-size", "48", "--views.local-size", "32", "--device", "cpu"]
-SMALL += ["--views.local-crops", "1", "--gtsa.projector-dim", "16", "--gtsa.out-dim", "16"]
+SMALL = [
+    "--model",
+    "test_vit",
+    "--views.global-crops-size",
+    "48",
+    "--views.local-crops-size",
+    "32",
+    "--device",
+    "cpu",
+]
+SMALL += ["--views.local-crops-number", "1", "--gtsa.projector-dim", "16", "--gtsa.out-dim", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,7 @@ def test_a_long_run_on_a_cpu_is_told_what_takes_less(images, monkeypatch, capfd)
     assert run(["pretrain", "--plan", "--data", images, *larger, "--batch-size", "4", "--steps", "9"]) == 0
     printed = capfd.readouterr().out
     assert "what takes less, each on top of the one before" in printed
-    assert "--views.global-size 48 --views.local-size 32: about " in printed
+    assert "--views.global-crops-size 48 --views.local-crops-size 32: about " in printed
 
 
 def test_out_is_needed_where_there_is_no_plan_to_show(capfd):

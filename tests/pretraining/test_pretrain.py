@@ -51,7 +51,7 @@ def test_the_losses_are_those_of_the_issue(finished):
 def test_the_export_is_the_teacher(finished):
     opened = timm.create_model(f"local-dir:{finished}/exports/timm", pretrained=True).eval()
     tensors, state = checkpoint.read(checkpoint.newest(finished / "checkpoints")[0])
-    side = TINY["views"]["global_size"]
+    side = TINY["views"]["global_crops_size"]
     teacher = Backbone(state["encoder"]["model"], side).eval()
     teacher.load_state_dict(
         {
@@ -181,9 +181,9 @@ def shallow(monkeypatch):
     "settings",
     [
         {"views": {**TINY["views"], "rotations": False}},
-        {"views": {**TINY["views"], "local_crops": 0}},
-        {"views": {**TINY["views"], "global_crops": 1, "local_crops": 3}},
-        {"views": {**TINY["views"], "global_crops": 3, "local_crops": 0}},
+        {"views": {**TINY["views"], "local_crops_number": 0}},
+        {"views": {**TINY["views"], "global_crops_number": 1, "local_crops_number": 3}},
+        {"views": {**TINY["views"], "global_crops_number": 3, "local_crops_number": 0}},
         {"gtsa": {**TINY["gtsa"], "region_target": "global"}},
         {"gtsa": {**TINY["gtsa"], "patch_weight": 0.0}},
         {"gtsa": {**TINY["gtsa"], "region_weight": 0.0}},
@@ -191,7 +191,10 @@ def shallow(monkeypatch):
         {"precision": "bf16"},
         {"accumulate": 2},
         {"model": "vit_small_patch16_dinov3"},
-        {"model": "vit_small_patch14_reg4_dinov2", "views": {"global_size": 56, "local_size": 28, "local_crops": 2}},
+        {
+            "model": "vit_small_patch14_reg4_dinov2",
+            "views": {"global_crops_size": 56, "local_crops_size": 28, "local_crops_number": 2},
+        },
     ],
     ids=str,
 )

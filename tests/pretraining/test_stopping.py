@@ -25,7 +25,7 @@ checkpoint_every: 3
 evaluate_every: 4
 log_every: 1
 device: cpu
-views: {global_size: 48, local_size: 32, local_crops: 1}
+views: {global_crops_size: 48, local_crops_size: 32, local_crops_number: 1}
 gtsa: {projector_dim: 16, out_dim: 16, predictor_dim: 16}
 """
 PRETRAIN = importlib.import_module("gtsa.pretraining.pretrain")

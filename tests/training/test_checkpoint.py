@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gtsa.core.errors import UserError
+from gtsa.core.migration import SCHEMA
 from gtsa.training import checkpoint
 
 TENSORS = {
@@ -20,7 +21,7 @@ def test_what_is_written_is_read(tmp_path):
     place = checkpoint.write(tmp_path, 7, TENSORS, {"skips": [1]})
     assert checkpoint.newest(tmp_path) == (place, [])
     tensors, state = checkpoint.read(place)
-    assert state == {"step": 7, "skips": [1]}
+    assert state == {"schema": SCHEMA, "step": 7, "skips": [1]}
     for stem, group in TENSORS.items():
         for name, tensor in group.items():
             assert torch.equal(tensors[stem][name], tensor)

@@ -76,14 +76,14 @@ def test_augmentation_is_that_of_the_cpu():
     colours = torch.rand(count, 2, len(Colour), generator=draw)
     colours[..., Colour.ORDER] = torch.arange(count)[:, None]
     colours[..., Colour.HUE] -= 0.5
-    colours[..., Colour.GREY] = (colours[..., Colour.GREY] > 0.8).float()
-    colours[..., Colour.SOLARISE] = (colours[..., Colour.SOLARISE] > 0.8).float()
-    turns = torch.randint(4, (count, 2), generator=draw)
-    seen = Views.of([Crops(pixels, torch.zeros(count, 2, 4, dtype=torch.float64), turns, colours)])
+    colours[..., Colour.GRAYSCALE] = (colours[..., Colour.GRAYSCALE] > 0.8).float()
+    colours[..., Colour.SOLARIZE] = (colours[..., Colour.SOLARIZE] > 0.8).float()
+    rotations = torch.randint(4, (count, 2), generator=draw)
+    seen = Views.of([Crops(pixels, torch.zeros(count, 2, 4, dtype=torch.float64), rotations, colours)])
     here, there = (
         augment.apply(seen, torch.device(device), (0.5,) * 3, (0.25,) * 3).global_crops for device in ("cpu", "cuda")
     )
-    assert there.pixels.device.type == there.boxes.device.type == there.turns.device.type == "cuda"
+    assert there.pixels.device.type == there.boxes.device.type == there.rotations.device.type == "cuda"
     far = (there.pixels.cpu() - here.pixels).abs() > 1e-3
     assert float(far.double().mean()) < 1e-3  # a value beside the threshold of solarisation, a hue beside a sector
 
@@ -94,8 +94,10 @@ def figures_on(device, name, kind):
     train, val = sets(kind)
     fabric = Fabric(accelerator=device, devices=1)
     network = copy.deepcopy(backbone()).to(fabric.device)
-    evidence = evaluator(network, train if evaluator.learns else None, val, EvalContext(fabric, batch_size=16, seed=3))
-    return evaluator.figures(evidence)
+    per_image = evaluator(
+        network, train if evaluator.uses_train_set else None, val, EvalContext(fabric, batch_size=16, seed=3)
+    )
+    return evaluator.metrics(per_image)
 
 
 @pytest.mark.parametrize(("name", "kind"), kinds())

@@ -27,11 +27,15 @@ def draw_views(data, folder, rank, ranks):
     from gtsa.data.sources import open_source
 
     source = open_source(data)
-    views = ViewSet(source, range(len(source)), MultiCrop(global_size=64, local_size=32, local_crops=2), seed=3)
+    views = ViewSet(
+        source, range(len(source)), MultiCrop(global_crops_size=64, local_crops_size=32, local_crops_number=2), seed=3
+    )
     drawn = {}
     for step, batch in enumerate(loader(views, StepSampler(len(source), 8, 5, 0, rank, ranks), workers=1)):
         for row, image in enumerate(batch.images.tolist()):
-            parts = [getattr(c, name)[row] for c in batch.groups for name in ("pixels", "boxes", "turns", "colours")]
+            parts = [
+                getattr(c, name)[row] for c in batch.groups for name in ("pixels", "boxes", "rotations", "colours")
+            ]
             digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()
             drawn.setdefault(str(step), []).append([image, digest])
     (folder / f"{ranks}-{rank}.json").write_text(json.dumps(drawn))
@@ -92,7 +96,7 @@ def test_two_processes_train_and_resume(tmp_path, scenes, tiny_yaml):
 def test_two_processes_share_dinos_centre(tmp_path, scenes, tiny_yaml):
     """The centre is of the logits of the whole batch, whoever made them."""
     config = tmp_path / "run.yaml"
-    heads = "dino: {prototypes: 64, hidden: 32, bottleneck: 16}\ndrop_path: 0.0\n"  # depth is drawn in each process
+    heads = "dino: {num_prototypes: 64, hidden_dim: 32, bottleneck_dim: 16}\ndrop_path: 0.0\n"  # depth is drawn in each process
     config.write_text(tiny_yaml.read_text().replace("steps: 12", "steps: 4") + "method: dino\n" + heads)
     found = []
     for processes in (1, 2):

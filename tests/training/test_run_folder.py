@@ -116,7 +116,9 @@ def test_resume_of_a_finished_run_looks_once(copied):
 
 
 def test_what_is_left_to_us_stays_as_it_was_resolved(copied):
-    gtsa.pretrain(out=str(copied), resume=True, precision="auto", learning_rate="auto", views={"local_size": "auto"})
+    gtsa.pretrain(
+        out=str(copied), resume=True, precision="auto", learning_rate="auto", views={"local_crops_size": "auto"}
+    )
     with pytest.raises(UserError, match="precision"):
         gtsa.pretrain(out=str(copied), resume=True, precision="bf16")
 
@@ -137,5 +139,5 @@ def test_a_held_out_image_that_goes_bad_is_named_and_left_out(tmp_path):
     name = names[held[0]]
     (data / name).write_bytes((data / name).read_bytes()[:50])
     done = gtsa.pretrain(out=str(out), resume=True)
-    assert done.verdict.figures["images"] == TINY["hold_out"] - 1
+    assert done.verdict.metrics["images"] == TINY["hold_out"] - 1
     assert name in (out / "train.log").read_text()

@@ -36,7 +36,7 @@ def settings(flat: dict[str, Any], model: Any, **more: Any) -> dict[str, Any] | 
 
 
 def _flags(model: Any, group: Group, prefix: str = "", skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
-    """A keyword for every setting of a model; sections become dotted flags (--views.local-crops)."""
+    """A keyword for every setting of a model; sections become dotted flags (--views.local-crops-number)."""
     flags, sections = [], []
     for name, field in model.model_fields.items():
         if name in skip:
@@ -72,7 +72,7 @@ def _keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"views__local_crops": 4} -> {"views": {"local_crops": 4}}"""
+    """{"views__local_crops_number": 4} -> {"views": {"local_crops_number": 4}}"""
     values: dict[str, Any] = {}
     for name, value in flat.items():
         section, _, key = name.rpartition("__")

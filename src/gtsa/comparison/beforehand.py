@@ -49,13 +49,13 @@ def check(rows: Sequence[Row], s: Any) -> None:
         elif row.source not in CONTROLS:
             load_backbone(row.source)
     labels: tasks.Opened = {}
-    list(jobs.questions_of(Job(rows[0], "images", 0), s, labels))
+    list(jobs.tasks_of(Job(rows[0], "images", 0), s, labels))
     for task in s.task:
         jobs.evaluator_of(task, s)
-    if s.looks:
-        tasks.questions(validated(Evaluate, jobs.looked(s), "looks"), labels)
-    if s.tune:
-        tuning.checked((question for *_, question in jobs.questions_of(Job(rows[0], "trial", 0), s, labels)), s)
+    if s.evaluate_every:
+        tasks.open_tasks(validated(Evaluate, jobs.looked(s), "evaluate_every"), labels)
+    if s.trials:
+        tuning.checked((question for *_, question in jobs.tasks_of(Job(rows[0], "trial", 0), s, labels)), s)
 
 
 def _settled_elsewhere(s: Any) -> None:
@@ -73,13 +73,13 @@ def _trainable(row: Row, s: Any, images: int) -> None:
     plan.start(ready, _model(told))
     plan.sizes(ready)
     method: Any = methods.found()[told.method]
-    plan.method(ready, method.sized, images)
+    plan.method(ready, method.auto_settings, images)
     plan.hold_out(ready, images)
-    plan.budget(ready, images - ready.settings.hold_out, method.rate)
+    plan.budget(ready, images - ready.settings.hold_out, method.base_lr)
     with torch.device("meta"):  # its constructor checks its options
-        encoder = Backbone(ready.settings.model, ready.settings.views.global_size)
+        encoder = Backbone(ready.settings.model, ready.settings.views.global_crops_size)
         method(encoder, **ready.settings.options)
-    if s.tune and row.tuned_as not in s.methods:
+    if s.trials and row.tuned_as not in s.methods:
         raise UserError(f"it takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
 
 

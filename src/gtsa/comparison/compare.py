@@ -78,8 +78,8 @@ def _networks(rows: Sequence[Row], s: Any, reports: Reports) -> None:
     say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
     say(f"progress of each: {s.out}/cells/*/*/log.txt")
     say(f"report, from the first network on: {s.out}/report.html")
-    if s.tune and (steps := tuning.steps_of(s)) < LONG:
-        say(f"trials of {steps:,} steps hardly tell settings apart; give --tune-steps {LONG:,} or more if you can")
+    if s.trials and (steps := tuning.steps_of(s)) < LONG:
+        say(f"trials of {steps:,} steps hardly tell settings apart; give --trial-steps {LONG:,} or more if you can")
     for what, stage in (("rows that learn nothing", untaught), ("trials", tuning.trials)):
         do_all(list(stage(rows, s)), s, what, reports)
     for row in rows:

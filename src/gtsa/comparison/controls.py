@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
-from gtsa.models.backbone import IMAGENET
+from gtsa.models.backbone import IMAGENET, Encoder
 
 BINS = 9  # of unsigned edge orientations
 
 
-class Control(nn.Module):
+class Control(Encoder):
     """``see`` makes patch tokens of images; every block says the same, and there is no token beside the patches."""
 
-    prefix, normalisation, fingerprint = 0, IMAGENET, "none"
+    num_prefix_tokens, patch_size = 0, 0
+    normalisation, fingerprint = IMAGENET, "none"
 
-    def __init__(self, patch: int) -> None:
+    def __init__(self, patch_size: int) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch_size = patch_size
         self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # says where it lies
 
     def see(self, images: Tensor) -> Tensor:
@@ -32,12 +31,10 @@ class Control(nn.Module):
         raise NotImplementedError
 
     @property
-    def width(self) -> int:
-        return self.see(torch.zeros(1, 3, 2 * self.patch, 2 * self.patch, device=self.nothing.device)).shape[-1]
-
-    @property
-    def vit(self) -> Any:
-        raise UserError("this task fine-tunes a network, and a control is none")
+    def embed_dim(self) -> int:
+        return self.see(torch.zeros(1, 3, 2 * self.patch_size, 2 * self.patch_size, device=self.nothing.device)).shape[
+            -1
+        ]
 
     def forward(self, images: Tensor) -> Tokens:
         return self.blocks(images)[-1]
@@ -53,7 +50,7 @@ class ColourAndEdges(Control):
     """
 
     def see(self, images: Tensor) -> Tensor:
-        half = self.patch // 2
+        half = self.patch_size // 2
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in self.normalisation)
         pixels = images * std + mean
         grey = pixels.mean(1, keepdim=True)
@@ -70,7 +67,7 @@ class ColourAndEdges(Control):
     def _quarters(self, maps: Tensor, half: int) -> Tensor:
         """Means over the four quarters of each patch: [N, C, H, W] -> [N, h, w, 4 C]."""
         cells = F.avg_pool2d(maps, half, half)
-        h, w = maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
+        h, w = maps.shape[-2] // self.patch_size, maps.shape[-1] // self.patch_size
         cells = cells[..., : 2 * h, : 2 * w].unflatten(-2, (h, 2)).unflatten(-1, (w, 2))  # type: ignore[no-untyped-call]
         return cells.permute(0, 2, 4, 3, 5, 1).flatten(3)  # type: ignore[no-any-return]
 
@@ -79,7 +76,7 @@ class Position(Control):
     """Where a patch lies, and nothing of what it shows: sines and cosines of row and column, from one turn to eight."""
 
     def see(self, images: Tensor) -> Tensor:
-        h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         rows, columns = ((torch.arange(n, device=images.device) + 0.5) / n for n in (h, w))
         turns = 2 * math.pi * torch.tensor([0.5, 1, 2, 4], device=images.device)
         down, across = (

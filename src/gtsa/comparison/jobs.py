@@ -4,7 +4,7 @@ A job leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report ne
 
 job.json                what the process was given that does the job
 result.json             settings, figures, costs, or why it failed; it is written last, and only then the job is done
-evidence.npz            what the figures follow from, image by image, for intervals; trials have none
+per_image.npz            what the figures follow from, image by image, for intervals; trials have none
 maps.png                feature maps of the same images for every row
 run/                    logs and export of the pretraining; its checkpoints go once the job is done
 """
@@ -21,9 +21,9 @@ from typing import Any
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare
 from gtsa.core.settings import merged, validated
-from gtsa.core.types import Evaluator
 from gtsa.data.sources import open_source
 from gtsa.evaluation import evaluators, tasks
+from gtsa.evaluation.evaluator import Evaluator
 from gtsa.evaluation.settings import Evaluate, EvaluatorSettings
 from gtsa.pretraining.settings import METHODS
 from gtsa.training.trainer import digest_of
@@ -77,7 +77,7 @@ def training_of(job: Job, s: Any) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in METHODS or k in sections}
 
 
-def questions_of(job: Job, s: Any, opened: tasks.Opened | None = None) -> Iterator[tuple[str, Any, tasks.Question]]:
+def tasks_of(job: Job, s: Any, opened: tasks.Opened | None = None) -> Iterator[tuple[str, Any, tasks.Task]]:
     """(feature, settings, question) of all that a job is asked; a trial is asked the primary tasks alone.
 
     Args:
@@ -96,7 +96,7 @@ def questions_of(job: Job, s: Any, opened: tasks.Opened | None = None) -> Iterat
         for tokens in s.tokens if vector and job.stage != "trial" else s.tokens[:1]:  # of several the first decides
             more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
             asked = validated(Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}")
-            for question in tasks.questions(asked, opened):
+            for question in tasks.open_tasks(asked, opened):
                 pairs = job.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
                 yield tokens if vector else "patches", asked, replace(question, pairs=pairs)
 

@@ -96,7 +96,7 @@ def _mark(less: Mapping[str, Any] | None) -> str:
 
 
 def _figures_table(summary: Mapping[str, Any]) -> str:
-    names = list(dict.fromkeys(name for line in summary["rows"] for name in line["figures"]))
+    names = list(dict.fromkeys(name for line in summary["rows"] for name in line["metrics"]))
     text = ["<h2>Figures</h2><p class=quiet>Means over seeds with 95 % intervals over seeds and images."]
     if any("less_untrained" in line for line in summary["rows"]):
         text.append(
@@ -108,7 +108,7 @@ def _figures_table(summary: Mapping[str, Any]) -> str:
     for line in summary["rows"]:
         text.append(f"<tr><td>{_name(line['row'], line['stage'])}<td>{len(line['seeds'])}")
         less = line.get("less_untrained", {})
-        text += [_interval(line["figures"].get(name), mark=_mark(less.get(name))) for name in names]
+        text += [_interval(line["metrics"].get(name), mark=_mark(less.get(name))) for name in names]
     return "".join(text) + "</table>"
 
 
@@ -194,8 +194,8 @@ def _trials_table(summary: Mapping[str, Any]) -> str:
     text.append("<table><tr><th>method<th>trial<th>settings<th>figures<th>taken by<th>its own verdict")
     choices = {choice["row"]: choice for choice in summary["choices"]}
     for t in summary["trials"]:
-        figures = ", ".join(f"{escape(name)} {value:.2f}" for name, value in t["figures"].items()) or t["status"]
-        text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(_words(t['settings']))}<td>{figures}")
+        metrics = ", ".join(f"{escape(name)} {value:.2f}" for name, value in t["metrics"].items()) or t["status"]
+        text.append(f"<tr><td>{escape(t['row'])}<td>{t['number']}<td>{escape(_words(t['settings']))}<td>{metrics}")
         text.append(f"<td>{_votes(choices.get(t['row']), t['number'])}<td>{escape(t['verdict']) or '-'}")
     return "".join(text) + "</table>"
 
@@ -240,7 +240,7 @@ def _failures(summary: Mapping[str, Any]) -> str:
 
 def _method(s: Any) -> Iterable[str]:
     tuned = (
-        f"Learning rate and the settings that each method names were chosen by {s.tune} trials of every method, its "
+        f"Learning rate and the settings that each method names were chosen by {s.trials} trials of every method, its "
         "preset and random ones, "
         + (
             "within the training images."
@@ -248,7 +248,7 @@ def _method(s: Any) -> Iterable[str]:
             else "for each fold by inner folds of the other images; what most folds choose is taken (see Trials)."
         )
         + " Variants and further rows take their method's choice, but for what they say themselves."
-        if s.tune
+        if s.trials
         else "Settings were taken as given; nothing was tuned."
     )
     yield f"Primary figure, named beforehand: {escape(s.primary)}. {tuned}"

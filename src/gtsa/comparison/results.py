@@ -15,13 +15,20 @@ from torch import Tensor
 from gtsa.comparison.jobs import FREE, Job, digest_for, training_of
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
+from gtsa.core.migration import SCHEMA
 from gtsa.core.settings import flat
-from gtsa.core.types import Evidence
+from gtsa.evaluation.evaluator import PerImage
 
 
 def commit(job: Job, s: Any, result: Mapping[str, Any]) -> None:
     """Writes a job's result, all of it or nothing."""
-    about = {"row": job.row.name, "stage": job.stage, "number": job.number, "digest": digest_for(job, s)}
+    about = {
+        "schema": SCHEMA,
+        "row": job.row.name,
+        "stage": job.stage,
+        "number": job.number,
+        "digest": digest_for(job, s),
+    }
     text = json.dumps({**about, **result}, indent=1) + "\n"
     store(folder_of(job, s) / "result.json", text.encode())
 
@@ -35,6 +42,8 @@ def result_of(job: Job, s: Any) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); remove it, and the job is done again", 4) from None
+    if result.get("schema", 1) != SCHEMA:
+        raise UserError(f"{file} was made by another version of gtsa; give another --out, or remove its folder", 4)
     if result.get("digest") != digest_for(job, s):
         why = _other(result, job, s)
         raise UserError(f"{file} was made with other settings ({why}); give another --out, or remove its folder", 4)
@@ -73,11 +82,11 @@ def said(result: Mapping[str, Any]) -> str:
     return words[-1] if words else ""
 
 
-def keep_evidence(job: Job, s: Any, evidence: Mapping[tuple[str, str], Evidence]) -> None:
-    """Writes {(task, feature): evidence}, for intervals."""
+def write_per_image(job: Job, s: Any, per_image: Mapping[tuple[str, str], PerImage]) -> None:
+    """Writes {(task, feature): per_image}, for intervals."""
     arrays: dict[str, Any] = {}
     lists: dict[str, Any] = {}
-    for (task, feature), found in evidence.items():
+    for (task, feature), found in per_image.items():
         for name, values in found.items():
             key = f"{task}/{feature}/{name}"
             if isinstance(values, Tensor):
@@ -88,20 +97,20 @@ def keep_evidence(job: Job, s: Any, evidence: Mapping[tuple[str, str], Evidence]
                 lists[key] = values
     packed = io.BytesIO()  # confusions of single images are mostly zeros
     np.savez_compressed(packed, **arrays)
-    store(folder_of(job, s) / "evidence.npz", packed.getvalue())
+    store(folder_of(job, s) / "per_image.npz", packed.getvalue())
     if lists:
-        store(folder_of(job, s) / "evidence.json", json.dumps(lists).encode())
+        store(folder_of(job, s) / "per_image.json", json.dumps(lists).encode())
 
 
-def evidence_of(job: Job, s: Any) -> dict[tuple[str, str], Evidence]:
-    """{(task, feature): evidence} of a job that is done, as it was kept."""
+def read_per_image(job: Job, s: Any) -> dict[tuple[str, str], PerImage]:
+    """{(task, feature): per_image} of a job that is done, as it was kept."""
     place = folder_of(job, s)
-    found: dict[tuple[str, str], Evidence] = {}
-    with np.load(place / "evidence.npz") as arrays:
+    found: dict[tuple[str, str], PerImage] = {}
+    with np.load(place / "per_image.npz") as arrays:
         for key, array in arrays.items():
             task, feature, name = key.split("/")
             found.setdefault((task, feature), {})[name] = torch.from_numpy(array)
-    lists = place / "evidence.json"
+    lists = place / "per_image.json"
     for key, values in (json.loads(lists.read_text()) if lists.exists() else {}).items():
         task, feature, name = key.split("/")
         found.setdefault((task, feature), {})[name] = values

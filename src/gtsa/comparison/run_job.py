@@ -22,17 +22,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from gtsa import methods
 from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
-from gtsa.comparison.jobs import SEED, Job, questions_of, read, training_of
-from gtsa.comparison.results import commit, folder_of, keep_evidence, result_of
+from gtsa.comparison.jobs import SEED, Job, read, tasks_of, training_of
+from gtsa.comparison.results import commit, folder_of, result_of, write_per_image
 from gtsa.core.drawing import squares
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
 from gtsa.core.stops import heard
-from gtsa.core.types import Evidence, Method, Views
+from gtsa.core.types import Method, Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import open_source
+from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
 from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.settings import Evaluate
@@ -55,7 +56,7 @@ def run(job: Job, s: Any) -> None:
     with _alone(place):
         if result_of(job, s) is not None:
             return
-        for leftover in ("evidence.npz", "evidence.json", "maps.png"):
+        for leftover in ("per_image.npz", "per_image.json", "maps.png"):
             (place / leftover).unlink(missing_ok=True)
         try:
             result = _run(job, s, place)
@@ -78,16 +79,16 @@ def _run(job: Job, s: Any, place: Path) -> dict[str, Any]:
     fabric = launch_fabric(ready.settings)
     backbone = backbone.to(fabric.device).eval()
     results = []
-    evidence: dict[tuple[str, str], Evidence] = {}
-    for feature, asked, question in questions_of(job, s):
+    per_image: dict[tuple[str, str], PerImage] = {}
+    for feature, asked, question in tasks_of(job, s):
         work = place / "work" / f"{question.name}-{feature}"
         lab = EvalContext(fabric, asked.tokens, SEED, asked.batch_size, ready.settings.workers, work)
-        found = evidence[question.name, feature] = question.evidence(backbone, lab)
-        figures = question.evaluator.figures(found)
-        result = {"task": question.name, "feature": feature, "figures": figures, "images": len(question.val)}
+        found = per_image[question.name, feature] = question.per_image(backbone, lab)
+        metrics = question.evaluator.metrics(found)
+        result = {"task": question.name, "feature": feature, "metrics": metrics, "images": len(question.val)}
         results.append(result | ({"without": without} if (without := question.without(found, SEED)) else {}))
     if job.stage != "trial":
-        keep_evidence(job, s, evidence)
+        write_per_image(job, s, per_image)
     if s.pictures and job.stage != "trial":
         _maps(backbone, s, place)
     shutil.rmtree(place / "work", ignore_errors=True)
@@ -99,9 +100,9 @@ def _trained(job: Job, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
     """The exported network of a run, and what the run was and cost."""
     given = training_of(job, s)
     folder = place / "run"
-    if s.looks and job.stage != "trial":
+    if s.evaluate_every and job.stage != "trial":
         given |= {"eval": jobs.primary_tasks(s), "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
-        given |= {"evaluate_every": max(1, given["steps"] // s.looks)}
+        given |= {"evaluate_every": s.evaluate_every}
         if s.evaluate:
             store(place / "eval.yaml", plain_yaml(s.evaluate).encode())
             given["eval_config"] = str(place / "eval.yaml")
@@ -135,7 +136,7 @@ def _untrained(job: Job, s: Any) -> Any:
         plan.start(ready, None)
         plan.sizes(ready)
         torch.manual_seed(job.number)  # as pretraining starts
-        return Backbone(s.model, ready.settings.views.global_size)
+        return Backbone(s.model, ready.settings.views.global_crops_size)
     return load_backbone(source)[0]
 
 
@@ -143,10 +144,12 @@ def flops_per_image(settings: Any) -> float:
     """Floating-point operations of a training step for one image, forward and backward; settings are resolved."""
     multicrop = MultiCrop(**settings.views.model_dump())
     method: Method = methods.found()[settings.method](
-        Backbone(settings.model, multicrop.global_size), **settings.options
+        Backbone(settings.model, multicrop.global_crops_size), **settings.options
     )
     method.train()
-    groups = [cost.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops > 0))]
+    groups = [
+        cost.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops_number > 0))
+    ]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         method(Views.of(groups), 1.0)["loss"].backward()
     return float(counter.get_total_flops()) / 2
@@ -182,7 +185,7 @@ def _maps(backbone: Any, s: Any, place: Path) -> None:
                 images.append(source.read(index))
             except BadImage:
                 continue
-    side = 16 * backbone.patch
+    side = 16 * backbone.patch_size
     gallery = squares(images, side)
     maps_strip(gallery, patch_maps(backbone, gallery)).save(place / "maps.png")
 

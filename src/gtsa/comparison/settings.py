@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from gtsa.core.errors import UserError
-from gtsa.core.settings import Auto, Count, Documented, Natural
+from gtsa.core.settings import AUTO, MISSING, Auto, Count, Documented, Missing, Natural
 from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.pretraining.settings import METHODS, MULTICROP
 
@@ -18,14 +18,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gtsa-no-rotation-prediction": {"method": "gtsa", "gtsa": {"rotation_weight": 0.0}},
     "gtsa-no-region-target": {"method": "gtsa", "gtsa": {"region_target": "global"}},
     "gtsa-no-patch-correspondence": {"method": "gtsa", "gtsa": {"patch_weight": 0.0}},
-    "gtsa-no-multi-crop": {"method": "gtsa", "views": {"local_crops": 0}},
+    "gtsa-no-multi-crop": {"method": "gtsa", "views": {"local_crops_number": 0}},
     "dino-gtsa-views": {
         "method": "dino",
         "views": {
             name: MULTICROP.arguments[name][1]
             for name in (
-                "rotations", "flip", "global_share", "local_share", "global_overlap", "local_overlap", "brightness",
-                "contrast", "saturation", "hue", "blur", "solarise",
+                "rotations", "hflip", "global_crops_scale", "local_crops_scale", "global_overlap", "local_overlap",
+                "brightness", "contrast", "saturation", "hue", "gaussian_blur", "solarize",
             )
         },
     },
@@ -47,9 +47,9 @@ class Compare(Documented):
     """Rows of weights as they are, e.g. timm:vit_small_patch16_224.dino."""
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Further rows (YAML and Python): {name: settings of gtsa pretrain}."""
-    data: str | None = None
+    data: str | Missing = MISSING
     """Images to pretrain on, as for 'gtsa pretrain'."""
-    out: str | None = None
+    out: str | Missing = MISSING
     """Folder for everything; the same command goes on with it."""
     model: str = "vit_small_patch16_224"
     """Name of a vision transformer of timm."""
@@ -77,23 +77,23 @@ class Compare(Documented):
     """The figure that decides, named beforehand: TASK:FIGURE, or the mean of several joined by +."""
     seeds: Annotated[int, Field(ge=1)] = 5
     """Runs of every row, each with another seed."""
-    tune: Natural = 0
+    trials: Natural = 0
     """Trials of settings for every method, its preset and random ones, as many for each; 0: settings are as given."""
-    tune_steps: Count | None = None
+    trial_steps: Count | None = None
     """Of a trial. Default: a third of --steps."""
-    rates: tuple[float, float] = (2.5e-4, 1e-3)
+    learning_rates: tuple[float, float] = (2.5e-4, 1e-3)
     """Range of learning rates that trials are drawn from."""
     equal_flops: bool = False
     """Beside runs of equal images, runs of equal floating-point operations: as many as the first method's."""
-    looks: Natural = 0
-    """Times that the primary tasks are asked on the way, for learning curves."""
+    evaluate_every: Natural = 0
+    """Steps between evaluations of the primary tasks during training, for learning curves. 0: none."""
     pictures: Natural = 4
     """Images whose feature maps the report shows."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else 32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs if there are any; each works at a run of its own."""
-    workers: Natural | Auto = "auto"
+    workers: Natural | Auto = AUTO
     """Processes that read images, for each run."""
     jobs: Count = 1
     """Networks at a time on each device; on a CPU they share its cores."""
@@ -122,8 +122,10 @@ class Compare(Documented):
         for part in self.primary.split("+"):
             if part.split(":")[0] not in self.task:
                 problems.append(f"primary: {part.split(':')[0]} is not among --task {' '.join(self.task)}")
-        if not 0 < self.rates[0] <= self.rates[1]:
-            problems.append(f"rates: 0 < low <= high, not {self.rates[0]:g} {self.rates[1]:g}")
+        if not 0 < self.learning_rates[0] <= self.learning_rates[1]:
+            problems.append(
+                f"learning_rates: 0 < low <= high, not {self.learning_rates[0]:g} {self.learning_rates[1]:g}"
+            )
         if problems:
             raise UserError("\n".join(problems))
         return self

@@ -20,11 +20,11 @@ import numpy as np
 
 from gtsa.comparison import jobs, report_page, tuning
 from gtsa.comparison.jobs import STAGES, Job
-from gtsa.comparison.results import evidence_of, result_of, said
+from gtsa.comparison.results import read_per_image, result_of, said
 from gtsa.comparison.rows import Row
 from gtsa.core.files import store
-from gtsa.core.types import Evidence
 from gtsa.evaluation import intervals
+from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.folds import some
 from gtsa.evaluation.intervals import Drawn, Estimate
 
@@ -51,7 +51,7 @@ def _csv(found: Sequence[tuple[Job, dict[str, Any]]]) -> str:
     table.writerow(["method", "stage", "seed", "task", "feature", "block", "metric", "value", "n"])
     for job, result in found:
         for entry in result.get("results", ()):
-            for metric, value in entry["figures"].items():
+            for metric, value in entry["metrics"].items():
                 where = job.row.name, job.stage, job.number, entry["task"], entry["feature"], "last"
                 table.writerow([*where, metric, repr(value), entry["images"]])
     return text.getvalue()
@@ -77,7 +77,7 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Job, dict[str, Any]]],
                 "stage": stage,
                 "seeds": sorted(c.number for c, _ in good),
                 "failed": {c.number: r["reason"] for c, r in mine if r["status"] != "done"},
-                "figures": {name: _told(intervals.estimate(value)) for name, value in answers.figures.items()},
+                "metrics": {name: _told(intervals.estimate(value)) for name, value in answers.metrics.items()},
                 "settings": {key: jobs.training_of(mine[0][0], s)[key] for key in mine[0][0].changes},
                 "costs": _costs([r for _, r in good]),
             }
@@ -93,7 +93,7 @@ def summarised(rows: Sequence[Row], found: Sequence[tuple[Job, dict[str, Any]]],
             "settings": dict(c.changes),
             "status": r["status"],
             "verdict": said(r),
-            "figures": _plain(r),
+            "metrics": _plain(r),
         }
         for c, r in found
         if c.stage == "trial"
@@ -106,7 +106,7 @@ def _all_less(answers: Answers, other: Answers) -> dict[str, Any]:
     """Every figure less the other row's, of those that both have."""
     return {
         name: _told(intervals.estimate(less))
-        for name in answers.figures
+        for name in answers.metrics
         if (less := answers.less(other, name)) is not None
     }
 
@@ -121,7 +121,7 @@ def _differences(drawn: Mapping[Key, Answers]) -> list[dict[str, Any]]:
 
 
 def _plain(result: Mapping[str, Any]) -> dict[str, float]:
-    return {f"{e['task']}:{n}": v for e in result.get("results", ()) for n, v in e["figures"].items()}
+    return {f"{e['task']}:{n}": v for e in result.get("results", ()) for n, v in e["metrics"].items()}
 
 
 @dataclass(frozen=True)
@@ -129,26 +129,26 @@ class Answers:
     """Figures of a row's networks, by name, with those of random choices of the images; and the networks' seeds."""
 
     seeds: tuple[int, ...]
-    figures: Mapping[str, Drawn]
+    metrics: Mapping[str, Drawn]
 
     def less(self, other: Answers, name: str) -> Drawn | None:
         """The difference, seed by seed, of the seeds that both have; None where there are none."""
         both = [seed for seed in self.seeds if seed in other.seeds]
-        if not both or name not in self.figures or name not in other.figures:
+        if not both or name not in self.metrics or name not in other.metrics:
             return None
-        mine, its = (each.figures[name].of_seeds([each.seeds.index(seed) for seed in both]) for each in (self, other))
+        mine, its = (each.metrics[name].of_seeds([each.seeds.index(seed) for seed in both]) for each in (self, other))
         return mine - its
 
 
 def _drawn(found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> dict[Key, Answers]:
     """What every row answered."""
-    evidence: dict[Key, dict[int, dict[tuple[str, str], Evidence]]] = {}
+    per_image: dict[Key, dict[int, dict[tuple[str, str], PerImage]]] = {}
     steady = {job.row.name for job, _ in found if not job.row.varies}
     for job, result in found:
         if job.stage in STAGES and result["status"] == "done":
-            evidence.setdefault((job.row.name, job.stage), {})[job.number] = evidence_of(job, s)
+            per_image.setdefault((job.row.name, job.stage), {})[job.number] = read_per_image(job, s)
     answers: dict[Key, Answers] = {}
-    for key, of_seeds in evidence.items():
+    for key, of_seeds in per_image.items():
         seeds, networks, named = tuple(of_seeds), list(of_seeds.values()), {}
         for task, feature in networks[0]:
             names, drawn = _of_task(task, [network[task, feature] for network in networks], s)
@@ -169,16 +169,16 @@ def _part(named: Mapping[str, Drawn], part: str) -> Drawn | None:
     return named.get(part) or next((value for name, value in named.items() if name.split(":")[0] == part), None)
 
 
-def _of_task(task: str, networks: Sequence[Evidence], s: Any) -> tuple[list[str], Drawn]:
+def _of_task(task: str, networks: Sequence[PerImage], s: Any) -> tuple[list[str], Drawn]:
     evaluator = jobs.evaluator_of(task, s)
-    names = list(evaluator.figures(networks[0]))
+    names = list(evaluator.metrics(networks[0]))
 
-    def figures(network: int, places: np.ndarray) -> np.ndarray:
-        values = evaluator.figures(some(networks[network], places))
+    def metrics(network: int, places: np.ndarray) -> np.ndarray:
+        values = evaluator.metrics(some(networks[network], places))
         return np.array([values.get(name, math.nan) for name in names])
 
     images = len(next(iter(networks[0].values())))
-    return names, intervals.draw(figures, len(networks), images)
+    return names, intervals.draw(metrics, len(networks), images)
 
 
 def _told(value: Estimate) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gtsa.pretraining.settings import METHODS
 Result = Mapping[str, Any]
 
 
-def checked(questions: Iterable[tasks.Question], s: Any) -> None:
+def checked(questions: Iterable[tasks.Task], s: Any) -> None:
     """Raises UserError where trials cannot be chosen without the images that the figures are of.
 
     Args:
@@ -31,12 +31,12 @@ def checked(questions: Iterable[tasks.Question], s: Any) -> None:
         lines = "; ".join(f"{name} {told.get(how, f'has {how} folds')}" for name, how in by.items())
         raise UserError(
             "primary: trials are chosen without the images that are judged, so its tasks must all learn from examples, "
-            f"with as many folds, or all have --val: {lines}. Give another --primary, or --tune 0"
+            f"with as many folds, or all have --val: {lines}. Give another --primary, or --trials 0"
         )
     if 2 in by.values():
         raise UserError(
             f"{', '.join(by)}: trials are chosen for each fold by folds of the other images, so two folds are too few; "
-            "give --folds 3 or more, or --tune 0"
+            "give --folds 3 or more, or --trials 0"
         )
 
 
@@ -44,13 +44,13 @@ def trials(rows: Sequence[Row], s: Any) -> Iterator[Job]:
     """The same number of settings for every method: its preset, and random ones."""
     for row in rows:
         if row.source is None and row.name == row.tuned_as:
-            for number in range(s.tune):
+            for number in range(s.trials):
                 yield Job(row, "trial", number, {"steps": steps_of(s), **drawn(row, number, s)})
 
 
 def steps_of(s: Any) -> int:
     """Of a trial."""
-    return int(s.tune_steps or max(1, s.steps // 3))
+    return int(s.trial_steps or max(1, s.steps // 3))
 
 
 def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def drawn(row: Row, number: int, s: Any) -> dict[str, Any]:
     The first trial is of the method's preset, in the middle of the rates: few draws may all be bad ones.
     """
     if number == 0:
-        return {"learning_rate": float(f"{math.sqrt(s.rates[0] * s.rates[1]):.3g}")}
+        return {"learning_rate": float(f"{math.sqrt(s.learning_rates[0] * s.learning_rates[1]):.3g}")}
     draw = np.random.default_rng([number, *row.name.encode()])
-    low, high = s.rates
+    low, high = s.learning_rates
     rate = float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.3g}")
-    search = METHODS[row.name].constants["search"]
+    search = METHODS[row.name].constants["search_space"]
     values = {key: choices[int(draw.integers(len(choices)))] for key, choices in search.items()}
     return {"learning_rate": rate, row.name: values}
 
@@ -95,8 +95,8 @@ def _choices(results: Mapping[int, Result], s: Any) -> list[int]:
     Args:
         results: of trials that did not fail, by number.
     """
-    figures = [_inner(result, s) for result in results.values()]
-    return [_best(results, dict(zip(results, of_fold, strict=True))) for of_fold in zip(*figures, strict=True)]
+    metrics = [_inner(result, s) for result in results.values()]
+    return [_best(results, dict(zip(results, of_fold, strict=True))) for of_fold in zip(*metrics, strict=True)]
 
 
 def _inner(result: Result, s: Any) -> list[float]:
@@ -105,14 +105,14 @@ def _inner(result: Result, s: Any) -> list[float]:
     entries = [entry for entry in result["results"] if entry["task"] in tasks]
     if "without" not in entries[0]:  # judged within the training images
         return [primary_of(result, s)]
-    figures = []
+    metrics = []
     for fold in range(len(entries[0]["without"])):
         try:
-            of_fold = {"results": [{**entry, "figures": entry["without"][fold]} for entry in entries]}
-            figures.append(primary_of(of_fold, s))
+            of_fold = {"results": [{**entry, "metrics": entry["without"][fold]} for entry in entries]}
+            metrics.append(primary_of(of_fold, s))
         except UserError:  # the other images do not show this figure
-            figures.append(math.nan)
-    return figures
+            metrics.append(math.nan)
+    return metrics
 
 
 def _best(results: Mapping[int, Result], primary: Mapping[int, float]) -> int:
@@ -137,10 +137,10 @@ def _part(results: Iterable[Mapping[str, Any]], part: str) -> float:
     task, _, figure = part.partition(":")
     for entry in results:
         if entry["task"] == task:
-            figures = entry["figures"]
-            if figure and figure not in figures:
-                raise UserError(f"--primary {part}: {task} has no such figure; it has {', '.join(figures)}")
-            return float(figures[figure] if figure else next(iter(figures.values()), math.nan))
+            metrics = entry["metrics"]
+            if figure and figure not in metrics:
+                raise UserError(f"--primary {part}: {task} has no such figure; it has {', '.join(metrics)}")
+            return float(metrics[figure] if figure else next(iter(metrics.values()), math.nan))
     raise UserError(f"--primary {part}: there is no result of {task}")
 
 

@@ -57,9 +57,9 @@ def declared(file: Path, name: str = "", base: str = "") -> Declared | None:
     return None
 
 
-def all_declared(folder: Path, base: str) -> dict[str, Declared]:
-    """{module: its class that has the base ``base``} of all modules in ``folder``; the base is one of core.types."""
-    inherited = declared(Path(__file__).with_name("types.py"), base)
+def all_declared(folder: Path, base: str, source: Path) -> dict[str, Declared]:
+    """{module: its class that has the base ``base``} of all modules in ``folder``; ``source`` defines the base."""
+    inherited = declared(source, base)
     assert inherited is not None
     found = {}
     for file in sorted(folder.glob("[!_]*.py")):

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Never, TypeAlias, TypeVar, get_args, get_origin
 
 import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -17,9 +17,18 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gtsa.core.errors import UserError
+from gtsa.core.migration import SCHEMA, migrated, name_now
 from gtsa.core.plugins import REQUIRED, Declared
 
-Auto = Literal["auto"]
+if TYPE_CHECKING:
+    # Once the plan is made every setting has a value, and this is its type to all who read it: none is auto or missing.
+    Auto: TypeAlias = Never
+    Missing: TypeAlias = Never
+else:
+    Auto = Literal["auto"]
+    Missing = None
+AUTO: Any = "auto"
+MISSING: Any = None
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -59,11 +68,19 @@ class Documented(Strict):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-def with_sections(base: type[Strict], name: str, sections: Mapping[str, type[Strict]], told: str) -> Any:
-    """``base`` and a section of further settings for each of ``sections``; ``told`` is their help."""
+def is_auto(value: object) -> bool:
+    """Whether a setting is left to gtsa."""
+    return value == "auto"
+
+
+S = TypeVar("S", bound=Strict)
+
+
+def with_sections(base: type[S], name: str, sections: Mapping[str, type[Strict]], help_of: str) -> type[S]:
+    """``base`` and a section of further settings for each of ``sections``, with their help."""
     base.model_config["use_attribute_docstrings"] = False  # has been done, and the sections have none
     fields: dict[str, Any] = {
-        key: (kind, Field(kind(), description=told.format(key))) for key, kind in sections.items()
+        key: (kind, Field(kind(), description=help_of.format(key))) for key, kind in sections.items()
     }
     return create_model(name, __base__=base, **fields)
 
@@ -93,7 +110,7 @@ def _described(docstring: str) -> dict[str, str]:
     return found
 
 
-def validated(model: Any, values: Mapping[str, Any], where: str = "") -> Any:
+def validated(model: type[S], values: Mapping[str, Any], where: str = "") -> S:
     """Settings from plain values. Raises one UserError with every mistake."""
     try:
         return model(**values)
@@ -129,6 +146,8 @@ def _told(error: Any, model: Any) -> tuple[str, str]:
     if not name:
         return name, str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
     if error["type"] == "extra_forbidden":
+        if now := name_now(".".join(key[:-1]), key[-1]):
+            return name, f"is called {now} now"
         near = difflib.get_close_matches(key[-1], list(getattr(known, "model_fields", {})), 1)
         return name, f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
     return name, f"{SHOWN.repr(error['input'])} {_lower(error['msg']).removeprefix('input ')}"
@@ -138,8 +157,12 @@ def _lower(text: str) -> str:
     return text[0].lower() + text[1:]
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file: plain values only, no duplicate keys, nothing it names is imported."""
+def read_yaml(path: str | Path, schema: int = SCHEMA) -> dict[str, Any]:
+    """The settings in a YAML file: plain values only, no duplicate keys, nothing it names is imported.
+
+    Args:
+        schema: of a file that does not say (see core.migration).
+    """
     try:
         with open(path, "rb") as file:
             text = file.read(LARGEST + 1)
@@ -159,7 +182,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: settings are lines of 'name: value'")
-    return values
+    return migrated(values, values.pop("schema", schema), f"--config {path}")
 
 
 def _insist_on_plain(values: Any) -> None:
@@ -184,9 +207,9 @@ def _insist_on_plain(values: Any) -> None:
             raise ValueError(f"{SHOWN.repr(value)} is of type {type(value).__name__}; quote what is to be text")
 
 
-def to_yaml(settings: Strict, only_given: bool = False) -> str:
+def to_yaml(settings: Strict) -> str:
     """Settings as YAML that ``read_yaml`` reads back."""
-    return plain_yaml(settings.model_dump(exclude_unset=only_given))
+    return plain_yaml({"schema": SCHEMA, **settings.model_dump()})
 
 
 def plain_yaml(values: Mapping[str, Any]) -> str:
@@ -237,10 +260,10 @@ def differences(old: Strict, new: Strict, prefix: str = "") -> list[str]:
 
 
 @dataclass
-class Plan:
+class Plan(Generic[S]):
     """Resolved settings, and a reason for each that was left to us."""
 
-    settings: Any
+    settings: S
     reasons: dict[str, str]
 
     def settle(self, reasons: dict[str, str], **values: Any) -> None:

@@ -189,7 +189,7 @@ class Progress:
             say(self.text)
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
-        figures = "  ".join(
+        metrics = "  ".join(
             f"{name.replace('_accuracy', '')} {100 * value:.0f} %"
             if name.endswith("accuracy")
             else f"{name} {value:.3f}"
@@ -198,7 +198,7 @@ class Progress:
         )
         return (
             f"step {step}/{self.steps}  ETA {lasting(self.clock.left(step))}  "
-            f"{self.images / values['seconds']:.1f} images/s  data {100 * values['waited']:.0f} %  {figures}"
+            f"{self.images / values['seconds']:.1f} images/s  data {100 * values['waited']:.0f} %  {metrics}"
         )
 
     def close(self) -> None:

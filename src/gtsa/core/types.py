@@ -35,9 +35,9 @@ class Colour(IntEnum):
     SATURATION = 2
     HUE = 3
     ORDER = 4  # 0 to 23: which permutation of the four above; -1: none of them
-    GREY = 5  # 1: greyscale
+    GRAYSCALE = 5  # 1: greyscale
     SIGMA = 6  # of the Gaussian blur in px; 0: none
-    SOLARISE = 7  # 1: the brighter half of the values is inverted
+    SOLARIZE = 7  # 1: the brighter half of the values is inverted
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Crops:
 
     pixels: Tensor  # [B, n, 3, S, S]; uint8 as cut by the workers, normalised floats after augment.apply
     boxes: Tensor  # [B, n, 4] float64: x1, y1, x2, y2 in the image, px
-    turns: Tensor  # [B, n] int64: quarter-turns counter-clockwise, 0 to 3
+    rotations: Tensor  # [B, n] int64: quarter-turns counter-clockwise, 0 to 3
     colours: Tensor  # [B, n, len(Colour)] float32: colour recipe, applied by augment.apply
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Crops:
         """The same crops with ``change`` done to every tensor, e.g. moved to a device."""
-        return Crops(change(self.pixels), change(self.boxes), change(self.turns), change(self.colours))
+        return Crops(change(self.pixels), change(self.boxes), change(self.rotations), change(self.colours))
 
     @property
     def count(self) -> int:
@@ -138,12 +138,12 @@ class Method(Objective):
     Its settings are its constructor's keyword arguments after the encoder, of plain types.
     """
 
-    published: ClassVar[Mapping[str, Any]] = {}  # settings of a run that it was published with, where they differ
-    rate: ClassVar[float] = 5e-4  # peak learning rate that it was published with, for a batch of 256
-    search: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that a search for its settings draws from
-    fewest_views: ClassVar[int] = 2  # of an image
-    sized: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # settings that are auto, from the number of images
-    compares_places: ClassVar[bool] = False  # of crops: so they have to meet, and must not be mirrored
+    published_settings: ClassVar[Mapping[str, Any]] = {}  # of a run, where they differ from the defaults
+    base_lr: ClassVar[float] = 5e-4  # peak learning rate that it was published with, for a batch of 256
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that a search for its settings draws from
+    min_views: ClassVar[int] = 2  # of an image
+    auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # those that are auto, from the number of images
+    needs_overlap: ClassVar[bool] = False  # of crops: so they have to meet, and must not be mirrored
 
     @property
     @abstractmethod
@@ -156,40 +156,6 @@ class Method(Objective):
 
         The first one is the one that a verdict is about. pretraining.verdict knows what to say of each.
         """
-
-
-Evidence = dict[str, Any]  # of an evaluation: tensors [images, ...] or lists with an entry for each image
-
-
-class Evaluator(ABC):
-    """One question about a backbone. Its settings are its constructor's keyword arguments, of plain types.
-
-    It answers in two steps, so that folds can be put together and intervals be drawn: evidence for every image, and
-    figures that follow from the evidence of any set of images.
-    """
-
-    labels: ClassVar[tuple[str, ...]] = ("classes",)  # kinds of labels it can take, the usual one first
-    learns: ClassVar[bool] = True  # from a training set
-    trains: ClassVar[bool] = False  # for long: all images are decoded before
-    resampled: ClassVar[bool] = True  # figures of random choices of images are quick, and mean something
-
-    @abstractmethod
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: Any) -> Evidence:
-        """Evidence of the images of ``val``, in their order.
-
-        Args:
-            backbone: gtsa.models.backbone.Backbone, on the device, in evaluation mode; it is left as it is.
-            train, val: gtsa.data.labels.Labelled; ``train`` is None where the evaluator does not learn.
-            lab: gtsa.evaluation.features.EvalContext, where it is done.
-        """
-
-    @abstractmethod
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        """The metrics, in per cent where they are shares; the first one is the one to compare by."""
-
-    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
-        """Metrics of each class, in the order of the classes, where there are such; NaN: there is nothing to say."""
-        return {}
 
 
 @dataclass

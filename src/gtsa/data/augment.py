@@ -35,16 +35,16 @@ def _finish(crops: Crops, device: torch.device, mean: tuple[float, ...], std: tu
     pixels = crops.pixels.to(device, non_blocking=True).flatten(0, 1).float() / 255
     if colour:
         pixels = recolour(pixels, crops.colours.flatten(0, 1))
-    turns = crops.turns.flatten()
+    rotations = crops.rotations.flatten()
     for k in (1, 2, 3):
-        chosen = (turns == k).nonzero()[:, 0].to(device)
+        chosen = (rotations == k).nonzero()[:, 0].to(device)
         pixels[chosen] = torch.rot90(pixels[chosen], k, (-2, -1))
     centre, scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     pixels = (pixels - centre) / scale
     return Crops(
         pixels.reshape(crops.pixels.shape),
         crops.boxes.to(device, non_blocking=True),
-        crops.turns.to(device, non_blocking=True),
+        crops.rotations.to(device, non_blocking=True),
         crops.colours,
     )
 
@@ -62,9 +62,9 @@ def recolour(images: Tensor, recipes: Tensor) -> Tensor:
         turn = ORDERS[order.clamp(min=0), position]
         for column, operation in _JITTER.items():
             _on(images, jittered & (turn == column), operation, recipes[:, column])
-    _on(images, recipes[:, Colour.GREY] > 0, lambda x, _: grey(x).expand_as(x), recipes[:, Colour.GREY])
+    _on(images, recipes[:, Colour.GRAYSCALE] > 0, lambda x, _: grey(x).expand_as(x), recipes[:, Colour.GRAYSCALE])
     _on(images, recipes[:, Colour.SIGMA] > 0, blurred, recipes[:, Colour.SIGMA])
-    _on(images, recipes[:, Colour.SOLARISE] > 0, lambda x, _: solarised(x), recipes[:, Colour.SOLARISE])
+    _on(images, recipes[:, Colour.SOLARIZE] > 0, lambda x, _: solarised(x), recipes[:, Colour.SOLARIZE])
     return images
 
 

@@ -103,7 +103,9 @@ def collate(views: list[Views]) -> Views:
     groups = []
     for crops in zip(*(v.groups for v in views), strict=True):
         groups.append(
-            Crops(*(torch.cat([getattr(c, part) for c in crops]) for part in ("pixels", "boxes", "turns", "colours")))
+            Crops(
+                *(torch.cat([getattr(c, part) for c in crops]) for part in ("pixels", "boxes", "rotations", "colours"))
+            )
         )
     return Views.of(groups, torch.cat([v.images for v in views]), [r for v in views for r in v.replaced])
 

@@ -22,22 +22,23 @@ class MultiCrop:
     """Draws and cuts the views of one image (GTSA, section 3.1 and the published settings).
 
     Attributes:
-        global_crops: how many the teacher sees too; at least one, and two views in all.
-        local_crops: how many the student alone sees.
-        global_size: side of a global crop, px.
-        local_size: side of a local crop, px.
-        global_share: range of a global crop's share of the image's area.
-        local_share: range of a local crop's share of the image's area.
+        global_crops_number: how many the teacher sees too; at least one, and two views in all.
+        local_crops_number: how many the student alone sees.
+        global_crops_size: side of a global crop, px.
+        local_crops_size: side of a local crop, px.
+        global_crops_scale: range of a global crop's share of the image's area.
+        local_crops_scale: range of a local crop's share of the image's area.
         aspect: range of width over height, drawn log-uniformly.
         global_overlap: a global crop shares more than this part of the image's area with every one drawn before it; 0:
             it may lie anywhere.
         local_overlap: a local crop shares more than this part of the image's area with every global crop; 0: anywhere.
         rotations: quarter-turns, uniform over the four; False leaves every crop upright.
-        flip: probability that a crop is mirrored left to right.
-        jitter: probability of colour jitter.
-        grey: probability of greyscale.
-        blur: probabilities of Gaussian blur: of the first global crop, of the other global crops, and of local crops.
-        solarise: probabilities, likewise, that the brighter half of the values is inverted.
+        hflip: probability that a crop is mirrored left to right.
+        color_jitter: probability of colour jitter.
+        grayscale: probability of greyscale.
+        gaussian_blur: probabilities of Gaussian blur: of the first global crop, of the other global crops, and of local
+            crops.
+        solarize: probabilities, likewise, that the brighter half of the values is inverted.
         brightness: of the jitter, a factor from 1 -+ this.
         contrast: of the jitter, a factor from 1 -+ this.
         saturation: of the jitter, a factor from 1 -+ this.
@@ -45,58 +46,58 @@ class MultiCrop:
         sigma: range of the blur's standard deviation, px.
     """
 
-    global_crops: int = 2
-    local_crops: int = 8
-    global_size: int = 224
-    local_size: int = 96
-    global_share: tuple[float, float] = (0.3, 1.0)
-    local_share: tuple[float, float] = (0.1, 0.3)
+    global_crops_number: int = 2
+    local_crops_number: int = 8
+    global_crops_size: int = 224
+    local_crops_size: int = 96
+    global_crops_scale: tuple[float, float] = (0.3, 1.0)
+    local_crops_scale: tuple[float, float] = (0.1, 0.3)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     global_overlap: float = 0.02
     local_overlap: float = 0.01
     rotations: bool = True
-    flip: float = 0.0
-    jitter: float = 0.8
+    hflip: float = 0.0
+    color_jitter: float = 0.8
     brightness: float = 0.8
     contrast: float = 0.8
     saturation: float = 0.8
     hue: float = 0.2
-    grey: float = 0.2
-    blur: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    grayscale: float = 0.2
+    gaussian_blur: tuple[float, float, float] = (0.2, 0.2, 0.2)
     sigma: tuple[float, float] = (0.1, 2.0)
-    solarise: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    solarize: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def __call__(self, image: Tensor, rng: Generator) -> Views:
         """Views (B = 1) of ``image`` [3, H, W] uint8; every draw comes from ``rng``."""
         height, width = image.shape[-2:]
         global_boxes, local_boxes = self.boxes(width, height, rng)
-        groups = [self._cut(image, global_boxes, self.global_size, [0] + [1] * (len(global_boxes) - 1), rng)]
+        groups = [self._cut(image, global_boxes, self.global_crops_size, [0] + [1] * (len(global_boxes) - 1), rng)]
         if local_boxes:
-            groups.append(self._cut(image, local_boxes, self.local_size, [2] * len(local_boxes), rng))
+            groups.append(self._cut(image, local_boxes, self.local_crops_size, [2] * len(local_boxes), rng))
         return Views.of(groups)
 
     def boxes(self, width: int, height: int, rng: Generator) -> tuple[list[Box], list[Box]]:
         """Boxes of the global and of the local crops in an image of ``width`` x ``height`` px."""
         global_boxes: list[Box] = []
-        for _ in range(self.global_crops):
+        for _ in range(self.global_crops_number):
             global_boxes.append(
-                self._box(width, height, self.global_share, self.global_overlap, tuple(global_boxes), rng)
+                self._box(width, height, self.global_crops_scale, self.global_overlap, tuple(global_boxes), rng)
             )
         local_boxes = [
-            self._box(width, height, self.local_share, self.local_overlap, tuple(global_boxes), rng)
-            for _ in range(self.local_crops)
+            self._box(width, height, self.local_crops_scale, self.local_overlap, tuple(global_boxes), rng)
+            for _ in range(self.local_crops_number)
         ]
         return global_boxes, local_boxes
 
     def detail(self, width: int, height: int) -> float:
         """The smallest scale of an image at which no drawn crop has to be enlarged (1 where it is needed in full)."""
         thinnest = min(self.aspect[0], 1 / self.aspect[1])
-        groups = [(self.global_size, self.global_share), (self.local_size, self.local_share)]
+        groups = [(self.global_crops_size, self.global_crops_scale), (self.local_crops_size, self.local_crops_scale)]
         return min(
             1.0,
             max(
                 side / min(width, height, math.sqrt(width * height * share[0] * thinnest))
-                for side, share in groups[: 2 if self.local_crops else 1]
+                for side, share in groups[: 2 if self.local_crops_number else 1]
             ),
         )
 
@@ -125,15 +126,15 @@ class MultiCrop:
     def _cut(self, image: Tensor, boxes: list[Box], side: int, kinds: list[int], rng: Generator) -> Crops:
         """Crops of one size. ``kinds``: the first global crop is 0, other global ones are 1, local ones 2."""
         pixels = torch.stack([_resized(image, box, side) for box in boxes])
-        turns = (rng.random(len(boxes)) * 4).astype(np.int64) * self.rotations
+        rotations = (rng.random(len(boxes)) * 4).astype(np.int64) * self.rotations
         recipes = self._recipes(kinds, rng)
-        if self.flip > 0:
-            mirrored = torch.from_numpy(rng.random(len(boxes)) < self.flip)
+        if self.hflip > 0:
+            mirrored = torch.from_numpy(rng.random(len(boxes)) < self.hflip)
             pixels[mirrored] = pixels[mirrored].flip(-1)
         return Crops(
             pixels[None],
             torch.tensor(boxes, dtype=torch.float64)[None],
-            torch.from_numpy(turns)[None],
+            torch.from_numpy(rotations)[None],
             torch.from_numpy(recipes)[None],
         )
 
@@ -148,12 +149,12 @@ class MultiCrop:
         ):
             recipe[:, column] = max(0.0, 1 - strength) + draws[:, column] * (1 + strength - max(0.0, 1 - strength))
         recipe[:, Colour.HUE] = (2 * draws[:, Colour.HUE] - 1) * self.hue
-        recipe[:, Colour.ORDER] = np.where(draws[:, 5] < self.jitter, (draws[:, 4] * 24).astype(int), -1)
-        recipe[:, Colour.GREY] = draws[:, 6] < self.grey
+        recipe[:, Colour.ORDER] = np.where(draws[:, 5] < self.color_jitter, (draws[:, 4] * 24).astype(int), -1)
+        recipe[:, Colour.GRAYSCALE] = draws[:, 6] < self.grayscale
         sigma = self.sigma[0] + draws[:, 8] * (self.sigma[1] - self.sigma[0])
-        recipe[:, Colour.SIGMA] = np.where(draws[:, 7] < np.take(self.blur, kinds), sigma, 0)
-        if any(self.solarise):
-            recipe[:, Colour.SOLARISE] = rng.random(len(kinds)) < np.take(self.solarise, kinds)
+        recipe[:, Colour.SIGMA] = np.where(draws[:, 7] < np.take(self.gaussian_blur, kinds), sigma, 0)
+        if any(self.solarize):
+            recipe[:, Colour.SOLARIZE] = rng.random(len(kinds)) < np.take(self.solarize, kinds)
         return recipe
 
 

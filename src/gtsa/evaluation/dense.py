@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gtsa.core.errors import UserError
-from gtsa.core.types import Evidence
 from gtsa.data.labels import IGNORE, Labelled
+from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.features import EvalContext, batches, normalised, read, resized
-from gtsa.models.backbone import Backbone
+from gtsa.models.backbone import Encoder
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
 
@@ -50,7 +50,7 @@ def resized_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def patches(backbone: Backbone, pixels: Tensor, lab: EvalContext) -> Tensor:
+def patches(backbone: Encoder, pixels: Tensor, lab: EvalContext) -> Tensor:
     """Patch tokens of the frozen backbone: normalised pixels [N, 3, H, W] -> [N, h, w, D] float32."""
     with lab.fabric.autocast():
         return backbone(pixels).patches.float()  # type: ignore[no-any-return]
@@ -95,8 +95,8 @@ def upsampled(scores: Tensor, seen: Sequence[int], size: Sequence[int], patch: i
 
 @torch.no_grad()
 def judged(
-    score: Scorer, backbone: Backbone, data: Labelled, lab: EvalContext, size: int, window: int = 0, stride: int = 0
-) -> Evidence:
+    score: Scorer, backbone: Encoder, data: Labelled, lab: EvalContext, size: int, window: int = 0, stride: int = 0
+) -> PerImage:
     """Pixel counts of every image, each pixel taken for the class of its highest score.
 
     Args:
@@ -106,12 +106,12 @@ def judged(
     found, index = [], 0
     for scenes in _alike(data, lab, size):
         seen = normalised(torch.stack([scene.pixels for scene in scenes]), backbone, lab.device)
-        whole = padded(seen, backbone.patch)
+        whole = padded(seen, backbone.patch_size)
         scores = slid(score, whole, window, stride) if stride else score(whole)
         for scene, each in zip(scenes, scores, strict=True):
-            classes = upsampled(each, seen.shape[-2:], scene.truth.shape, backbone.patch).argmax(0).cpu()
+            classes = upsampled(each, seen.shape[-2:], scene.truth.shape, backbone.patch_size).argmax(0).cpu()
             found.append(counts(classes, scene.truth, len(data.classes)))
-            lab.keep(index, as_map(classes, len(data.classes)))
+            lab.on_prediction(index, as_map(classes, len(data.classes)))
             index += 1
     return stacked(found)
 
@@ -139,12 +139,12 @@ def counts(classes: Tensor, truth: Tensor, count: int) -> dict[str, Tensor]:
     return {name: torch.bincount(values, minlength=count) for name, values in kinds.items()}
 
 
-def stacked(found: Sequence[dict[str, Tensor]]) -> Evidence:
-    """Counts of several images as evidence: {"hit", "predicted", "true": [images, C]}."""
+def stacked(found: Sequence[dict[str, Tensor]]) -> PerImage:
+    """Counts of several images as per_image: {"hit", "predicted", "true": [images, C]}."""
     return {name: torch.stack([each[name] for each in found]) for name in found[0]}
 
 
-def figures(evidence: Evidence) -> dict[str, float]:
+def metrics(per_image: PerImage) -> dict[str, float]:
     """mIoU, mAcc and aAcc in per cent, of pixel counts [images, C], or [images, repeats, C] and then their mean.
 
     Pixels of all images are put together first. The mean IoU is over classes that occur in truth or prediction, the
@@ -153,15 +153,15 @@ def figures(evidence: Evidence) -> dict[str, float]:
     Raises:
         UserError: nobody labelled a pixel of these images (3).
     """
-    hit, predicted, true = (evidence[name].sum(0).double() for name in ("hit", "predicted", "true"))
+    hit, predicted, true = (per_image[name].sum(0).double() for name in ("hit", "predicted", "true"))
     if not true.any():
         raise UserError("no pixel of the masks to judge by is labelled: all of them are ignored; see --ignore", 3)
     shares = {"mIoU": hit / (predicted + true - hit), "mAcc": hit / true, "aAcc": hit.sum(-1) / true.sum(-1)}
     return {name: 100 * float(share.nanmean()) for name, share in shares.items()}
 
 
-def by_class(evidence: Evidence) -> dict[str, list[float]]:
-    """Intersection over union of each class in per cent, of pixel counts as in ``figures``."""
-    hit, predicted, true = (evidence[name].sum(0).double() for name in ("hit", "predicted", "true"))
+def per_class(per_image: PerImage) -> dict[str, list[float]]:
+    """Intersection over union of each class in per cent, of pixel counts as in ``metrics``."""
+    hit, predicted, true = (per_image[name].sum(0).double() for name in ("hit", "predicted", "true"))
     share = hit / (predicted + true - hit)
     return {"IoU": (100 * (share.nanmean(0) if share.ndim > 1 else share)).tolist()}

@@ -22,9 +22,9 @@ from gtsa.core.errors import UserError
 from gtsa.core.files import clear_drafts, store
 from gtsa.core.settings import validated
 from gtsa.core.terminal import say, table
-from gtsa.core.types import Evidence
 from gtsa.data.labels import Labelled
 from gtsa.evaluation import intervals, predictions, tasks
+from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.weights import load_backbone
 from gtsa.training import threads
@@ -60,7 +60,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
         raise UserError(f"--work {s.work} is a file; give a folder")
     if s.predictions:
         predictions.insist_on_place(s.predictions, asked)
-    questions = tasks.questions(s)
+    questions = tasks.open_tasks(s)
     backbone, told = load_backbone(s.weights, s.network, s.model)
     say(told)
     fabric = launch_fabric(s)
@@ -91,11 +91,11 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> d
     return report
 
 
-def _asked(question: tasks.Question, backbone: Any, fabric: Fabric, s: Any) -> dict[str, Any]:
+def _asked(question: tasks.Task, backbone: Any, fabric: Fabric, s: Any) -> dict[str, Any]:
     """The answer to one question."""
     began = time.perf_counter()
     try:
-        evidence = question(backbone, fabric, s)
+        per_image = question(backbone, fabric, s)
     except torch.OutOfMemoryError:
         raise UserError(f"--task {question.name}: memory ran out; give a smaller --batch-size", 6) from None
     return {
@@ -104,10 +104,10 @@ def _asked(question: tasks.Question, backbone: Any, fabric: Fabric, s: Any) -> d
         "images": question.images,
         "classes": len(question.val.classes),
         "data": question.data,
-        "figures": question.evaluator.figures(evidence),
+        "metrics": question.evaluator.metrics(per_image),
         "guessing": _guessing(question.val),
-        "intervals": _intervals(question, evidence),
-        "by_class": _by_class(question, evidence),
+        "intervals": _intervals(question, per_image),
+        "per_class": _by_class(question, per_image),
         "seconds": time.perf_counter() - began,
     }
 
@@ -122,13 +122,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _intervals(question: tasks.Question, evidence: Evidence) -> dict[str, tuple[float, float]]:
+def _intervals(question: tasks.Task, per_image: PerImage) -> dict[str, tuple[float, float]]:
     """95 % intervals: other images could have been judged. Other trainings could have come out otherwise too."""
-    if not question.evaluator.resampled:
+    if not question.evaluator.bootstrap:
         return {}
-    names = list(question.evaluator.figures(evidence))
+    names = list(question.evaluator.metrics(per_image))
     try:
-        drawn = tasks.drawn(question, evidence, names)
+        drawn = tasks.drawn(question, per_image, names)
     except UserError:  # a choice of images that shows nothing
         return {}
     found = {name: intervals.of_images(drawn[number]) for number, name in enumerate(names)}
@@ -140,15 +140,15 @@ def _guessing(data: Labelled) -> dict[str, float]:
     if data.kind == "classes":
         counts = np.bincount([data.target(i) for i in range(len(data))])
         return {"most frequent class": 100 * float(counts.max() / len(data))}
-    if data.kind == "several":
+    if data.kind == "multilabel":
         shares = torch.stack([data.target(i) for i in range(len(data))]).double().mean(0)
         return {"mean share of a class": 100 * float(shares[shares > 0].mean())}
     return {}
 
 
-def _by_class(question: tasks.Question, evidence: Evidence) -> dict[str, dict[str, float | None]]:
+def _by_class(question: tasks.Task, per_image: PerImage) -> dict[str, dict[str, float | None]]:
     """Metrics of every class by its name; None where no image says anything of it."""
-    found = question.evaluator.by_class(evidence)
+    found = question.evaluator.per_class(per_image)
     names = question.val.classes
     if question.val.groups and any(len(values) != len(names) for values in found.values()):
         names = tuple(sorted(set(question.val.groups)))
@@ -169,7 +169,7 @@ def _show(result: Mapping[str, Any]) -> None:
     if between:
         how += "; 95 % intervals over images"
     how += "".join(f"; {name}: {value:.2f} %" for name, value in result["guessing"].items())
-    rows = [(name, f"{value:.2f}", between.get(name, "")) for name, value in result["figures"].items()]
+    rows = [(name, f"{value:.2f}", between.get(name, "")) for name, value in result["metrics"].items()]
     table(f"{result['task']} ({how})", rows)
 
 

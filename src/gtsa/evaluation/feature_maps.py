@@ -8,11 +8,11 @@ from PIL import Image
 from torch import Tensor
 
 from gtsa.core.drawing import GAP, new_sheet, to_image, write
-from gtsa.models.backbone import Backbone
+from gtsa.models.backbone import Encoder
 
 
 @torch.no_grad()
-def patch_maps(backbone: Backbone, images: Tensor) -> Tensor:
+def patch_maps(backbone: Encoder, images: Tensor) -> Tensor:
     """Patch tokens [n, h, w, D] of images [n, 3, s, s] in [0, 1]."""
     parameter = next(backbone.parameters())
     mean, std = (torch.tensor(v, device=parameter.device)[:, None, None] for v in backbone.normalisation)

@@ -17,7 +17,7 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.core.types import Tokens
 from gtsa.data.labels import Labelled
 from gtsa.data.pixels import BadImage
-from gtsa.models.backbone import Backbone
+from gtsa.models.backbone import Backbone, Encoder
 
 Pooling = Literal["mean", "cls", "both"]
 
@@ -38,7 +38,7 @@ class EvalContext:
         batch_size: images that go through the frozen backbone at once.
         workers: processes that read images.
         folder: where a long training keeps its checkpoints; None: it keeps none.
-        keep: told of every prediction, as (index in ``val``, prediction); what the user asked for with --predictions.
+        on_prediction: called with (index in ``val``, prediction) for every prediction; for --predictions.
     """
 
     fabric: Fabric
@@ -47,7 +47,7 @@ class EvalContext:
     batch_size: int = 32
     workers: int = 0
     folder: Path | None = None
-    keep: Callable[[int, Any], None] = _nothing
+    on_prediction: Callable[[int, Any], None] = _nothing
 
     @property
     def device(self) -> torch.device:
@@ -83,15 +83,22 @@ def centre(pixels: Tensor, resize: int, crop: int) -> Tensor:
     return pixels[:, top : top + crop, left : left + crop]
 
 
-def normalised(pixels: Tensor, backbone: Backbone, device: torch.device) -> Tensor:
+def fine_tunable(backbone: Encoder) -> Backbone:
+    """The same network, for a task that trains it. Raises UserError where it cannot be trained."""
+    if not isinstance(backbone, Backbone):
+        raise UserError("this task fine-tunes a network, and a control is none")
+    return backbone
+
+
+def normalised(pixels: Tensor, backbone: Encoder, device: torch.device) -> Tensor:
     """uint8 [N, 3, H, W] -> floats as the backbone was trained on, on ``device``."""
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in backbone.normalisation)
     return (pixels.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
-def whole_patches(side: int, backbone: Backbone) -> int:
+def whole_patches(side: int, backbone: Encoder) -> int:
     """``side`` px rounded to a multiple of the backbone's patch: 224 stays 224 for a patch of 14 or 16."""
-    return max(1, round(side / backbone.patch)) * backbone.patch
+    return max(1, round(side / backbone.patch_size)) * backbone.patch_size
 
 
 def pooled(tokens: Tokens, how: Pooling) -> Tensor:
@@ -136,30 +143,30 @@ def batches(
 
 @torch.no_grad()
 def tokens_of(
-    backbone: Backbone,
+    backbone: Encoder,
     data: Labelled,
     lab: EvalContext,
     resize: int,
     crop: int,
     which: Sequence[int] = (),
-    turns: Sequence[int] = (0,),
+    rotations: Sequence[int] = (0,),
 ) -> Iterator[list[Tokens]]:
     """Batches of tokens of the central square of every image, in order: for each of the blocks ``which``, or the last.
 
-    All of it for each of ``turns``: quarter-turns counter-clockwise, done to the square before the backbone sees it.
+    All of it for each of ``rotations``: quarter-turns counter-clockwise of the square that the backbone sees.
     """
     backbone.eval()
     for pixels in batches(_Centres(data, resize, crop), lab):
         squares = normalised(pixels, backbone, lab.device)
         with lab.fabric.autocast():
             found = [
-                tokens for turn in turns for tokens in backbone.blocks(torch.rot90(squares, turn, (-2, -1)), which)
+                tokens for turn in rotations for tokens in backbone.blocks(torch.rot90(squares, turn, (-2, -1)), which)
             ]
         yield [Tokens(tokens.patches.float(), tokens.prefix.float()) for tokens in found]
 
 
 def image_features(
-    backbone: Backbone, data: Labelled, lab: EvalContext, resize: int = 256, crop: int = 224, blocks: int = 1
+    backbone: Encoder, data: Labelled, lab: EvalContext, resize: int = 256, crop: int = 224, blocks: int = 1
 ) -> Tensor:
     """One vector an image, pooled as the lab says: [images, blocks, D], the last block last, on the host.
 

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from gtsa.core.types import Evidence
+from gtsa.evaluation.evaluator import PerImage
 
 
 def folds_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -31,8 +31,8 @@ def pairs_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], li
         yield np.setdiff1d(np.arange(images), judged).tolist(), judged
 
 
-def joined(parts: Sequence[Evidence]) -> Evidence:
-    """Evidence of several sets of images as one; what only some of them have is left out."""
+def joined(parts: Sequence[PerImage]) -> PerImage:
+    """PerImage of several sets of images as one; what only some of them have is left out."""
     names = [name for name in parts[0] if all(name in part for part in parts)]
     return {
         name: torch.cat([part[name] for part in parts])
@@ -42,10 +42,10 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
     }
 
 
-def some(evidence: Evidence, places: np.ndarray) -> Evidence:
-    """Evidence of the images at these places, which may repeat."""
+def some(per_image: PerImage, places: np.ndarray) -> PerImage:
+    """PerImage of the images at these places, which may repeat."""
     chosen = torch.from_numpy(places)
     return {
         name: values[chosen] if isinstance(values, torch.Tensor) else [values[i] for i in places]
-        for name, values in evidence.items()
+        for name, values in per_image.items()
     }

@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 DRAWS = 400
-Figures = Callable[[int, np.ndarray], np.ndarray]  # [F] of a seed's network, on the images at these places (may repeat)
+Metrics = Callable[[int, np.ndarray], np.ndarray]  # [F] of a seed's network, on the images at these places (may repeat)
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Drawn:
         return Drawn(self.values[:, figure, None], self.drawn[..., figure, None], self.images)
 
 
-def draw(figures: Figures, seeds: int, images: int, draws: int = DRAWS, seed: int = 0) -> Drawn:
+def draw(metrics: Metrics, seeds: int, images: int, draws: int = DRAWS, seed: int = 0) -> Drawn:
     """Asks for the figures of every seed's network; the choices of images follow from ``seed`` and their number."""
     chosen = np.random.default_rng(seed).integers(images, size=(draws, images))
-    values = np.array([figures(s, np.arange(images)) for s in range(seeds)])
-    return Drawn(values, np.array([[figures(s, places) for s in range(seeds)] for places in chosen]), images)
+    values = np.array([metrics(s, np.arange(images)) for s in range(seeds)])
+    return Drawn(values, np.array([[metrics(s, places) for s in range(seeds)] for places in chosen]), images)
 
 
 def mean_of(parts: list[Drawn]) -> Drawn:

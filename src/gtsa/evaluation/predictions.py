@@ -177,7 +177,7 @@ def names_of(images: Iterable[str]) -> list[str]:
 def told(data: Labelled, place: int, scores: Tensor) -> tuple[str, str]:
     """Truth and prediction of an image in words, for scores [C] of classes."""
     truth, classes = data.target(place), data.classes
-    if data.kind == "several":
+    if data.kind == "multilabel":
         words = ["; ".join(classes[int(i)] for i in chosen.nonzero()[:, 0]) for chosen in (truth, scores >= LIKELY)]
         return words[0], words[1]
     return classes[truth], classes[int(scores.argmax())]

@@ -13,7 +13,7 @@ from gtsa.core.seeds import Stream, generator
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation.dense import _alike, patches, resized_mask
 from gtsa.evaluation.features import EvalContext, normalised
-from gtsa.models.backbone import Backbone
+from gtsa.models.backbone import Encoder
 
 ROWS, COLUMNS = 2**10, 2**16  # of the block of similarities that a search holds at once
 
@@ -75,7 +75,7 @@ class Memory:
         return torch.cat(found)
 
 
-def remembered(backbone: Backbone, data: Labelled, lab: EvalContext, size: int, most: int) -> Memory:
+def remembered(backbone: Encoder, data: Labelled, lab: EvalContext, size: int, most: int) -> Memory:
     """At most ``most`` random patches of ``data``, spread evenly over its images; such as have labelled pixels.
 
     Args:
@@ -84,18 +84,18 @@ def remembered(backbone: Backbone, data: Labelled, lab: EvalContext, size: int, 
     Raises:
         UserError: nobody labelled a pixel of these images (3).
     """
-    grid, classes, images = size // backbone.patch, len(data.classes), len(data)
+    grid, classes, images = size // backbone.patch_size, len(data.classes), len(data)
     share = most // images + (generator(lab.seed, Stream.PATCH_MEMORY).permutation(images) < most % images)
     used = share.nonzero()[0].tolist()
     room = int(share.clip(max=grid**2).sum())
-    tokens = torch.empty(room, backbone.width, device=lab.device)
+    tokens = torch.empty(room, backbone.embed_dim, device=lab.device)
     labels = torch.empty(room, classes, device=lab.device)
     row, places = 0, iter(used)
     for scenes in _alike(data.take(used), lab, size):
         found = patches(backbone, normalised(torch.stack([s.pixels for s in scenes]), backbone, lab.device), lab)
         for scene, each in zip(scenes, found.flatten(1, 2), strict=True):
             index = next(places)
-            shares = shares_of(resized_mask(scene.truth, size, size), backbone.patch, classes)
+            shares = shares_of(resized_mask(scene.truth, size, size), backbone.patch_size, classes)
             known = shares.any(1).nonzero()[:, 0]
             order = generator(lab.seed, Stream.PATCH_MEMORY, index + 1).permutation(len(known))[: share[index]]
             chosen = known[torch.from_numpy(order)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gtsa.core.errors import UserError
-from gtsa.core.settings import Auto, Count, Documented, Natural, Strict, settings_of, with_sections
+from gtsa.core.settings import AUTO, Auto, Count, Documented, Natural, Strict, settings_of, with_sections
 from gtsa.evaluation import evaluators
 
 EvaluatorSettings: dict[str, type[Strict]] = {
@@ -16,7 +16,7 @@ EvaluatorSettings: dict[str, type[Strict]] = {
 }
 
 
-class _Evaluate(Documented):
+class EvaluateSettings(Documented):
     weights: str
     """A run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file."""
     task: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class _Evaluate(Documented):
     """Folds and every training follow from it."""
     batch_size: Count = 32
     """Images that go through the frozen backbone at once."""
-    workers: Natural | Auto = "auto"
+    workers: Natural | Auto = AUTO
     """Processes that read images."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else 32."""
@@ -63,7 +63,7 @@ class _Evaluate(Documented):
     """On one machine."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> _Evaluate:
+    def _consistent(self) -> EvaluateSettings:
         problems = []
         if not self.task:
             problems.append(f"task: name one or several of {', '.join(EvaluatorSettings)}")
@@ -86,7 +86,10 @@ class _Evaluate(Documented):
         return self
 
 
-_Evaluate.model_fields["task"].description = f"What to ask, one or several of {', '.join(EvaluatorSettings)}."
+EvaluateSettings.model_fields["task"].description = f"What to ask, one or several of {', '.join(EvaluatorSettings)}."
 
-Evaluate = with_sections(_Evaluate, "Evaluate", EvaluatorSettings, "Options of --task {}.")
-"""All settings of ``gtsa evaluate``: _Evaluate, and a section for each evaluation that there is."""
+if TYPE_CHECKING:
+    Evaluate = EvaluateSettings
+else:
+    Evaluate = with_sections(EvaluateSettings, "Evaluate", EvaluatorSettings, "Options of --task {}.")
+    """All settings of ``gtsa evaluate``: those above, and a section for each evaluation that there is."""

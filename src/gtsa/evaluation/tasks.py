@@ -17,13 +17,13 @@ from gtsa.core.errors import UserError
 from gtsa.core.files import IMAGES
 from gtsa.core.settings import read_yaml
 from gtsa.core.terminal import say
-from gtsa.core.types import Evaluator, Evidence
 from gtsa.data import labels
 from gtsa.data.labels import Labelled
 from gtsa.data.labels.unlabelled import unlabelled
 from gtsa.data.run_images import RunImages
 from gtsa.data.scan import scan
 from gtsa.evaluation import evaluators, intervals
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.folds import folds_of, joined, pairs_of, some
 from gtsa.evaluation.predictions import PredictionWriter
@@ -33,7 +33,7 @@ Opened = dict[tuple[Any, ...], Labelled]  # by places, kind and options
 
 
 @dataclass(frozen=True)
-class Question:
+class Task:
     """An evaluation, with what it learns from and what it is judged by; with folds these are the same images.
 
     ``pairs``: settings are to be chosen by it, for every fold without the images of that fold (see pairs_of).
@@ -42,22 +42,22 @@ class Question:
     name: str
     settings: Mapping[str, Any]
     evaluator: Evaluator
-    train: Labelled | None
+    train: Labelled  # empty where the evaluator uses no training set
     val: Labelled
     folds: int | None
     pairs: bool = False
 
-    def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> Evidence:
-        """The evidence of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
+    def __call__(self, backbone: Backbone, fabric: Fabric, s: Any) -> PerImage:
+        """The per_image of ``backbone``, which lies on the fabric's device; ``s`` as in config.Evaluate."""
         keeper = PredictionWriter(s.predictions, s.pictures, self.name, self.val)
         lab = EvalContext(fabric, s.tokens, s.seed, s.batch_size, s.workers, None, keeper)
         if s.work:
             lab.folder = Path(s.work) / self.name
-        evidence = self.evidence(backbone, lab, keeper)
+        per_image = self.per_image(backbone, lab, keeper)
         keeper.close()
-        return evidence
+        return per_image
 
-    def evidence(self, backbone: Any, lab: EvalContext, keeper: PredictionWriter | None = None) -> Evidence:
+    def per_image(self, backbone: Any, lab: EvalContext, keeper: PredictionWriter | None = None) -> PerImage:
         """What the figures follow from, of every judged image; with folds (or pairs of them) in their order."""
         if not self.folds:
             return self.evaluator(backbone, self.train, self.val, lab)
@@ -71,8 +71,8 @@ class Question:
             parts.append(self.evaluator(backbone, self.val.take(learnt), self.val.take(judged), lab))
         return joined(parts)
 
-    def without(self, evidence: Evidence, seed: int) -> list[dict[str, float]]:
-        """Of evidence of pairs, for every fold: the figures of all other images, of which nothing has seen the fold.
+    def without(self, per_image: PerImage, seed: int) -> list[dict[str, float]]:
+        """Of per_image of pairs, for every fold: the figures of all other images, of which nothing has seen the fold.
 
         None of a fold without which the images show nothing.
         """
@@ -87,7 +87,7 @@ class Question:
             has = np.array([set(fold) <= set(judged) for _, judged in splits])
             places = np.flatnonzero(has[pair] & ~np.isin(images, fold))
             try:
-                told.append(self.evaluator.figures(some(evidence, places)))
+                told.append(self.evaluator.metrics(some(per_image, places)))
             except UserError:
                 told.append({})
         return told
@@ -97,27 +97,27 @@ class Question:
         """How many images the figures are about."""
         if self.folds:
             return {"judged": len(self.val), "folds": self.folds}
-        return {"judged": len(self.val)} | ({"trained_on": len(self.train)} if self.train is not None else {})
+        return {"judged": len(self.val)} | ({"trained_on": len(self.train)} if len(self.train) else {})
 
     @property
     def data(self) -> dict[str, str]:
         """Fingerprints of the images with their labels."""
-        train = {"train": self.train.fingerprint} if self.train is not None and not self.folds else {}
+        train = {"train": self.train.fingerprint} if len(self.train) and not self.folds else {}
         return {**train, "val": self.val.fingerprint}
 
 
-def drawn(question: Question, evidence: Evidence, names: Sequence[str]) -> intervals.Drawn:
+def drawn(task: Task, per_image: PerImage, names: Sequence[str]) -> intervals.Drawn:
     """Figures by name, of all images and of random choices of them. Raises UserError where a choice shows nothing."""
 
-    def figures(_: int, places: np.ndarray) -> np.ndarray:
-        found = question.evaluator.figures(some(evidence, places))
+    def metrics(_: int, places: np.ndarray) -> np.ndarray:
+        found = task.evaluator.metrics(some(per_image, places))
         return np.array([found.get(name, math.nan) for name in names])
 
-    return intervals.draw(figures, 1, len(question.val), draws=200)
+    return intervals.draw(metrics, 1, len(task.val), draws=200)
 
 
-def questions(s: Any, shared: Opened | None = None) -> list[Question]:
-    """The questions that settings as in config.Evaluate ask, with their data checked.
+def open_tasks(s: Any, shared: Opened | None = None) -> list[Task]:
+    """The tasks that the settings name, with their data checked.
 
     Args:
         shared: labels that were opened for other settings; what is opened here joins them.
@@ -130,15 +130,15 @@ def questions(s: Any, shared: Opened | None = None) -> list[Question]:
     for name in s.task:
         settings = dict(getattr(s, name))
         evaluator = evaluators.found()[name](**settings)
-        folds = s.folds if evaluator.learns else None  # what does not learn is asked about all images at once
-        asked.append(Question(name, settings, evaluator, *_data(evaluator, name, s, opened), folds))
-    for where, data in {id(d): (w, d) for q in asked if q.evaluator.trains for w, d in _sides(q)}.values():
+        folds = s.folds if evaluator.uses_train_set else None  # what does not learn is asked about all images at once
+        asked.append(Task(name, settings, evaluator, *_data(evaluator, name, s, opened), folds))
+    for where, data in {id(d): (w, d) for q in asked if q.evaluator.trains_long for w, d in _sides(q)}.values():
         _decoded(where, data)
     return asked
 
 
-def _sides(question: Question) -> list[tuple[str, Labelled]]:
-    return [(w, d) for w, d in (("--train", question.train), ("--val", question.val)) if d is not None]
+def _sides(task: Task) -> list[tuple[str, Labelled]]:
+    return [(w, d) for w, d in (("--train", task.train), ("--val", task.val)) if len(d)]
 
 
 def _decoded(where: str, data: Labelled) -> None:
@@ -149,19 +149,19 @@ def _decoded(where: str, data: Labelled) -> None:
     problems.insist()
 
 
-def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelled | None, Labelled]:
+def _data(evaluator: Evaluator, name: str, s: Any, opened: Any) -> tuple[Labelled, Labelled]:
     if s.folds:
-        both = opened(s.train, evaluator.labels)
+        both = opened(s.train, evaluator.label_kinds)
         if s.folds > len(both):
             raise UserError(f"--folds {s.folds}: there are {len(both)} images")
-        return (both if evaluator.learns else None), both
-    if evaluator.learns and not s.train:
-        what = "IMAGES, without labels" if "none" in evaluator.labels else "IMAGES LABELS"
+        return (both if evaluator.uses_train_set else both.take(())), both
+    if evaluator.uses_train_set and not s.train:
+        what = "IMAGES, without labels" if "none" in evaluator.label_kinds else "IMAGES LABELS"
         raise UserError(f"--task {name} learns from examples: give --train {what}, or --folds N with --train alone")
-    val = opened(s.val, evaluator.labels) if s.val else _held_out(s.weights)
-    if not evaluator.learns:
-        return None, val
-    train = opened(s.train, evaluator.labels)
+    val = opened(s.val, evaluator.label_kinds) if s.val else _held_out(s.weights)
+    if not evaluator.uses_train_set:
+        return val.take(()), val
+    train = opened(s.train, evaluator.label_kinds)
     if train.kind != val.kind:
         kinds = [data.kind.replace("none", "no labels") for data in (train, val)]
         raise UserError(f"--train has {kinds[0]}, --val {kinds[1]}; give the same kind of labels", 3)
@@ -211,7 +211,7 @@ def _held_out(weights: str) -> Labelled:
             "--val is missing: give --val IMAGES, without labels (a run of gtsa has images of its own to be judged by, "
             f"and {weights} is none)"
         )
-    settings = SimpleNamespace(**{**read_yaml(run / "config.yaml"), "out": str(run)})
+    settings = SimpleNamespace(**{**read_yaml(run / "config.yaml", schema=1), "out": str(run)})
     try:
         pool = RunImages(settings.data, settings, say)
     except (UserError, OSError, ValueError, AttributeError) as error:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def declared() -> dict[str, plugins.Declared]:
     """{name: how its source declares it} of every method in this folder; imports none of them."""
-    return plugins.all_declared(Path(__file__).parent, "Method")
+    here = Path(__file__).parent
+    return plugins.all_declared(here, "Method", here.parent / "core" / "types.py")
 
 
 def found() -> dict[str, type[Method]]:

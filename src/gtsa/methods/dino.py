@@ -22,9 +22,9 @@ from gtsa.models.backbone import Backbone
 from gtsa.training.schedules import Cosine, Ramp
 
 VIEWS = {
-    "rotations": False, "flip": 0.5, "global_share": (0.4, 1.0), "local_share": (0.05, 0.4), "global_overlap": 0.0,
-    "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "blur": (1.0, 0.1, 0.5),
-    "solarise": (0.0, 0.2, 0.0),
+    "rotations": False, "hflip": 0.5, "global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4),
+    "global_overlap": 0.0, "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
+    "gaussian_blur": (1.0, 0.1, 0.5), "solarize": (0.0, 0.2, 0.0),
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Branch(nn.Module):
     def forward(self, crops: Crops, frozen: bool = False) -> Tensor:
         """Logits [B, V, K]."""
         logits: Tensor = self.head(self.encoder(crops.pixels.flatten(0, 1)).prefix[:, 0], frozen)
-        return logits.reshape(*crops.turns.shape, -1)
+        return logits.reshape(*crops.rotations.shape, -1)
 
 
 class DINO(Method):
@@ -46,64 +46,64 @@ class DINO(Method):
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
-        prototypes: K, the width of what the head says. auto: 65,536 as published; below 20,000 images 1,024 to 4,096.
-        hidden: width of the head's hidden layers.
-        bottleneck: width of what is compared with the prototypes.
-        student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
+        num_prototypes: K, outputs of the head. auto: 65,536 as published; 1,024 to 4,096 below 20,000 images.
+        hidden_dim: width of the head's hidden layers.
+        bottleneck_dim: width of what is compared with the prototypes.
+        student_temp: of the student's softmax.
+        teacher_temp: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
             0.07 as published; below 20,000 images 0.02, since small networks' heads tell images apart by less.
-        temperature_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
+        teacher_temp_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
             end value already.
-        freeze: time in which the student's prototypes stay as they are.
-        centre_momentum: share of the centre that is kept in a step.
+        freeze_last_layer: time in which the student's prototypes stay as they are.
+        center_momentum: share of the centre that is kept in a step.
         momentum: of the teacher at the start; it rises to 1 along a cosine.
     """
 
-    published: ClassVar = {"views": VIEWS}
-    sized: ClassVar = {"prototypes": prototypes_for, "teacher_temperature": temperatures_for}
-    search: ClassVar = {
+    published_settings: ClassVar = {"views": VIEWS}
+    auto_settings: ClassVar = {"num_prototypes": prototypes_for, "teacher_temp": temperatures_for}
+    search_space: ClassVar = {
         "momentum": (0.996, 0.997, 0.998, 0.999),  # small networks' teachers collapse with 0.99
-        "teacher_temperature": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
+        "teacher_temp": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
     }
 
     def __init__(
         self,
         encoder: Backbone,
-        prototypes: int = 65536,
-        hidden: int = 2048,
-        bottleneck: int = 256,
-        student_temperature: float = 0.1,
-        teacher_temperature: tuple[float, float] = (0.04, 0.07),
-        temperature_warmup: float = 0.29,
-        freeze: float = 0.01,
-        centre_momentum: float = 0.9,
+        num_prototypes: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        student_temp: float = 0.1,
+        teacher_temp: tuple[float, float] = (0.04, 0.07),
+        teacher_temp_warmup: float = 0.29,
+        freeze_last_layer: float = 0.01,
+        center_momentum: float = 0.9,
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        if min(prototypes, hidden, bottleneck) < 1:
-            raise UserError("dino: prototypes, hidden and bottleneck must be at least 1")
-        if min(student_temperature, *teacher_temperature) <= 0:
+        if min(num_prototypes, hidden_dim, bottleneck_dim) < 1:
+            raise UserError("dino: num_prototypes, hidden_dim and bottleneck_dim must be at least 1")
+        if min(student_temp, *teacher_temp) <= 0:
             raise UserError("dino: temperatures must be above 0; published are 0.1, and 0.04 to 0.07")
-        if not all(0 <= share <= 1 for share in (temperature_warmup, freeze, centre_momentum, momentum)):
-            raise UserError("dino: temperature_warmup, freeze, centre_momentum and momentum are from 0 to 1")
-        if not encoder.prefix:
+        if not all(0 <= share <= 1 for share in (teacher_temp_warmup, freeze_last_layer, center_momentum, momentum)):
+            raise UserError("dino: teacher_temp_warmup, freeze_last_layer, center_momentum, momentum: from 0 to 1")
+        if not encoder.num_prefix_tokens:
             raise UserError(f"dino reads the CLS token, and {encoder.model} has none; choose a model that has one")
-        encoder.feature = "cls"
-        self.student = Branch(encoder, PrototypeHead(encoder.width, prototypes, hidden, bottleneck))
+        encoder.pooling = "cls"
+        self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, num_prototypes, hidden_dim, bottleneck_dim))
         self.teacher = copy_of(self.student)
-        self.centre = Centre(prototypes, centre_momentum)
-        self.student_temperature = student_temperature
-        self.teacher_temperature = Ramp(*teacher_temperature, temperature_warmup)
-        self.freeze = freeze
+        self.centre = Centre(num_prototypes, center_momentum)
+        self.student_temp = student_temp
+        self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
+        self.freeze_last_layer = freeze_last_layer
         self.momentum = Cosine(momentum, 1.0)
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         teacher = self.teacher_says(views.global_crops, time)  # [B, G, K]
         found = []
         for size, crops in enumerate(views.groups):
-            logits = self.student(crops, frozen=time < self.freeze)  # [B, V, K]
+            logits = self.student(crops, frozen=time < self.freeze_last_layer)  # [B, V, K]
             pairs = pairs_of(size, crops.count, views.global_crops.count)
-            found.append(losses.cross_view(logits / self.student_temperature, teacher)[:, *pairs])  # [B, pairs]
+            found.append(losses.cross_view(logits / self.student_temp, teacher)[:, *pairs])  # [B, pairs]
         entropy = -(teacher * teacher.clamp(min=1e-12).log()).sum(-1).mean()
         return {"loss": torch.cat(found, 1).mean(), "teacher_entropy": entropy / math.log(teacher.shape[-1])}
 
@@ -122,7 +122,7 @@ class DINO(Method):
     def teacher_says(self, crops: Crops, time: float) -> Tensor:
         """Probabilities [B, G, K]."""
         logits = self.teacher(crops)
-        said = self.centre.sharpened(logits, self.teacher_temperature(time))
+        said = self.centre.sharpened(logits, self.teacher_temp(time))
         self.centre.gather(logits)
         return said
 
@@ -140,5 +140,5 @@ class DINO(Method):
         the end, as a share of what it could tell.
         """
         students, teacher = [self.student(crops) for crops in views.groups], self.teacher(views.global_crops)
-        said = self.centre.sharpened(teacher, self.teacher_temperature(1.0))
+        said = self.centre.sharpened(teacher, self.teacher_temp(1.0))
         return {"image_score": losses.told_apart(students, teacher), "teacher_information": losses.information(said)}

@@ -49,8 +49,8 @@ class GTSA(Method):
         momentum: of the teacher at the start; it rises to 1 along a cosine.
     """
 
-    compares_places = True
-    search: ClassVar = {"momentum": (0.99, 0.993, 0.996, 0.998)}
+    needs_overlap = True
+    search_space: ClassVar = {"momentum": (0.99, 0.993, 0.996, 0.998)}
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class GTSA(Method):
             )
         if not 0 <= momentum <= 1:
             raise UserError(f"gtsa.momentum: from 0 to 1, not {momentum}; published is 0.996")
-        self.student = Branch(encoder, GridProjector(encoder.width, projector_dim, out_dim))
+        self.student = Branch(encoder, GridProjector(encoder.embed_dim, projector_dim, out_dim))
         self.teacher = copy_of(self.student)
         self.predictor = GridPredictor(out_dim, predictor_dim)
-        self.rotation_head = RotationHead(encoder.width) if rotation_weight > 0 else None
+        self.rotation_head = RotationHead(encoder.embed_dim) if rotation_weight > 0 else None
         self.cells, self.matches = cells, matches
         self.region_weight, self.rotation_weight = region_weight, rotation_weight
         self.patch_weight = After(patch_start, patch_weight)
@@ -98,8 +98,8 @@ class GTSA(Method):
             if patch_weight > 0:
                 patch.append(self.patch_loss(maps, teacher, size)[:, *pairs])
             if logits is not None:
-                rotation.append(losses.rotation(logits, crops.turns))  # [B, V]
-                correct.append((logits.detach().argmax(-1) == crops.turns).float())
+                rotation.append(losses.rotation(logits, crops.rotations))  # [B, V]
+                correct.append((logits.detach().argmax(-1) == crops.rotations).float())
 
         parts = {"region": _mean(region)}
         loss = self.region_weight * parts["region"]
@@ -126,15 +126,15 @@ class GTSA(Method):
     def teacher_maps(self, crops: Crops) -> Tensor:
         """[B, G, h, w, C] projected maps of the teacher."""
         maps: Tensor = self.teacher.projector(self.teacher.encoder(crops.pixels.flatten(0, 1)).patches)
-        return maps.reshape(*crops.turns.shape, *maps.shape[1:])
+        return maps.reshape(*crops.rotations.shape, *maps.shape[1:])
 
     def student_maps(self, crops: Crops) -> tuple[Tensor, Tensor | None]:
         """Predicted maps [B, V, h, w, C], and rotation logits [B, V, 4] where rotation is predicted."""
         patches = self.student.encoder(crops.pixels.flatten(0, 1)).patches
-        maps = self.predictor(self.student.projector(patches)).unflatten(0, crops.turns.shape)
+        maps = self.predictor(self.student.projector(patches)).unflatten(0, crops.rotations.shape)
         if self.rotation_head is None:
             return maps, None
-        return maps, self.rotation_head(patches.mean((1, 2))).unflatten(0, crops.turns.shape)
+        return maps, self.rotation_head(patches.mean((1, 2))).unflatten(0, crops.rotations.shape)
 
     # The target that moves with the crop and turns with it (sections 3.2 and 3.3)
 
@@ -156,8 +156,8 @@ class GTSA(Method):
         cells = self.cells[size] if self.cells else round(0.7 * student.shape[2])
         mine = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
         target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, c, c, C]
-        turns = view.turns[:, None] - seen.turns[:, :, None]  # [B, G, V]
-        return mine, rotate_maps(target, turns).transpose(1, 2)
+        rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
+        return mine, rotate_maps(target, rotations).transpose(1, 2)
 
     # What looks alike, wherever it is (section 3.4)
 
@@ -201,14 +201,14 @@ class GTSA(Method):
             others.append(torch.stack(scores[1:]).mean(0) if scores[1:] else torch.zeros_like(scores[0]))
             nearer.append(_nearer(maps, teacher, crops, views.global_crops)[:, *pairs])
             if logits is not None:
-                correct.append((logits.argmax(-1) == crops.turns).float())
-        figures = {
+                correct.append((logits.argmax(-1) == crops.rotations).float())
+        metrics = {
             "region_score": (torch.cat(own, 1) - torch.cat(others, 1)).mean(1),
             "patch_score": torch.cat(nearer, 1).mean(1),
         }
         if correct:
-            figures["rotation_accuracy"] = torch.cat(correct, 1).mean(1)
-        return figures
+            metrics["rotation_accuracy"] = torch.cat(correct, 1).mean(1)
+        return metrics
 
 
 def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
@@ -218,8 +218,8 @@ def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
         Boxes [B, V, G, 4] in the views and [B, G, V, 4] in the teacher's crops.
     """
     common = overlap(view.boxes[:, :, None], seen.boxes[:, None])  # [B, V, G, 4] in the image
-    mine = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.turns[:, :, None], view.side)
-    theirs = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.turns[:, None], seen.side)
+    mine = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
+    theirs = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
     return mine, theirs.transpose(1, 2)
 
 
@@ -239,8 +239,8 @@ def _nearer(student: Tensor, teacher: Tensor, view: Crops, seen: Crops) -> Tenso
 
     Of each view the patches count whose centre lies in the teacher's crop.
     """
-    mine = places(view.boxes, view.turns, view.side, student.shape[2])[:, :, None]  # [B, V, 1, N, 2]
-    theirs = places(seen.boxes, seen.turns, seen.side, teacher.shape[2])[:, None]  # [B, 1, G, M, 2]
+    mine = places(view.boxes, view.rotations, view.side, student.shape[2])[:, :, None]  # [B, V, 1, N, 2]
+    theirs = places(seen.boxes, seen.rotations, seen.side, teacher.shape[2])[:, None]  # [B, 1, G, M, 2]
     box = seen.boxes[:, None, :, None]
     common = ((mine >= box[..., :2]) & (mine <= box[..., 2:])).all(-1)  # [B, V, G, N]
     similarity = F.normalize(student.flatten(2, 3), dim=-1)[:, :, None] @ (

@@ -21,9 +21,9 @@ from gtsa.models.backbone import Backbone
 from gtsa.training.schedules import Cosine, Ramp
 
 VIEWS = {
-    "rotations": False, "flip": 0.5, "global_share": (0.25, 1.0), "local_share": (0.05, 0.25), "local_crops": 10,
-    "global_overlap": 0.0, "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
-    "blur": (1.0, 0.1, 0.5), "solarise": (0.0, 0.2, 0.0),
+    "rotations": False, "hflip": 0.5, "global_crops_scale": (0.25, 1.0), "local_crops_scale": (0.05, 0.25),
+    "local_crops_number": 10, "global_overlap": 0.0, "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4,
+    "saturation": 0.2, "hue": 0.1, "gaussian_blur": (1.0, 0.1, 0.5), "solarize": (0.0, 0.2, 0.0),
 }  # fmt: skip
 
 
@@ -40,85 +40,88 @@ class IBOT(Method):
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
-        prototypes: K, the width of what the head says. auto: 8,192 as published; below 20,000 images 1,024 to 4,096.
-        hidden: width of the head's hidden layers.
-        bottleneck: width of what is compared with the prototypes.
-        student_temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
+        num_prototypes: K, outputs of the head. auto: 8,192 as published; 1,024 to 4,096 below 20,000 images.
+        hidden_dim: width of the head's hidden layers.
+        bottleneck_dim: width of what is compared with the prototypes.
+        student_temp: of the student's softmax.
+        teacher_temp: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
             0.07 as published; below 20,000 images 0.02, since small networks' heads tell images apart by less.
-        temperature_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
+        teacher_temp_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
             end value already.
-        mask_share: range of the part of a global crop's patches that are hidden from the student.
+        mask_ratio: range of the part of a global crop's patches that are hidden from the student.
         mask_probability: share of global crops that anything is hidden of.
         patch_weight: of the loss of hidden patches.
-        freeze: time in which the student's prototypes stay as they are.
-        centre_momentum: share of the centres that is kept in a step.
+        freeze_last_layer: time in which the student's prototypes stay as they are.
+        center_momentum: share of the centres that is kept in a step.
         momentum: of the teacher at the start; it rises to 1 along a cosine.
     """
 
-    published: ClassVar = {"views": VIEWS}
-    sized: ClassVar = {
-        "prototypes": lambda images: min(8192, prototypes_for(images)),
-        "teacher_temperature": temperatures_for,
+    published_settings: ClassVar = {"views": VIEWS}
+    auto_settings: ClassVar = {
+        "num_prototypes": lambda images: min(8192, prototypes_for(images)),
+        "teacher_temp": temperatures_for,
     }
-    search: ClassVar = {
+    search_space: ClassVar = {
         "momentum": (0.996, 0.997, 0.998, 0.999),  # small networks' teachers collapse with 0.99
-        "teacher_temperature": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
+        "teacher_temp": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
     }
 
     def __init__(
         self,
         encoder: Backbone,
-        prototypes: int = 8192,
-        hidden: int = 2048,
-        bottleneck: int = 256,
-        student_temperature: float = 0.1,
-        teacher_temperature: tuple[float, float] = (0.04, 0.07),
-        temperature_warmup: float = 0.29,
-        mask_share: tuple[float, float] = (0.1, 0.5),
+        num_prototypes: int = 8192,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        student_temp: float = 0.1,
+        teacher_temp: tuple[float, float] = (0.04, 0.07),
+        teacher_temp_warmup: float = 0.29,
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
         patch_weight: float = 1.0,
-        freeze: float = 0.01,
-        centre_momentum: float = 0.9,
+        freeze_last_layer: float = 0.01,
+        center_momentum: float = 0.9,
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        if min(prototypes, hidden, bottleneck) < 1:
-            raise UserError("ibot: prototypes, hidden and bottleneck must be at least 1")
-        if min(student_temperature, *teacher_temperature) <= 0 or patch_weight < 0:
+        if min(num_prototypes, hidden_dim, bottleneck_dim) < 1:
+            raise UserError("ibot: num_prototypes, hidden_dim and bottleneck_dim must be at least 1")
+        if min(student_temp, *teacher_temp) <= 0 or patch_weight < 0:
             raise UserError("ibot: temperatures must be above 0, and patch_weight not below")
-        shares = (temperature_warmup, freeze, centre_momentum, momentum, mask_probability, *mask_share)
-        if not all(0 <= share <= 1 for share in shares) or mask_share[0] > mask_share[1]:
+        shares = (teacher_temp_warmup, freeze_last_layer, center_momentum, momentum, mask_probability, *mask_ratio)
+        if not all(0 <= share <= 1 for share in shares) or mask_ratio[0] > mask_ratio[1]:
             raise UserError(
-                "ibot: mask_share (rising), mask_probability, temperature_warmup, freeze, centre_momentum and momentum "
-                "are from 0 to 1"
+                "ibot: mask_ratio (rising), mask_probability, teacher_temp_warmup, freeze_last_layer, center_momentum, "
+                "momentum: from 0 to 1"
             )
-        if not encoder.prefix:
+        if not encoder.num_prefix_tokens:
             raise UserError(f"ibot reads the CLS token, and {encoder.model} has none; choose a model that has one")
-        encoder.feature = "cls"
-        self.student = Branch(encoder, PrototypeHead(encoder.width, prototypes, hidden, bottleneck))
+        encoder.pooling = "cls"
+        self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, num_prototypes, hidden_dim, bottleneck_dim))
         self.teacher = copy_of(self.student)
-        self.mask_token = nn.Parameter(torch.zeros(1, encoder.width))
-        self.centre, self.patch_centre = Centre(prototypes, centre_momentum), Centre(prototypes, centre_momentum)
-        self.student_temperature = student_temperature
-        self.teacher_temperature = Ramp(*teacher_temperature, temperature_warmup)
-        self.mask_share, self.mask_probability, self.patch_weight = mask_share, mask_probability, patch_weight
-        self.freeze = freeze
+        self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
+        self.centre, self.patch_centre = (
+            Centre(num_prototypes, center_momentum),
+            Centre(num_prototypes, center_momentum),
+        )
+        self.student_temp = student_temp
+        self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
+        self.mask_ratio, self.mask_probability, self.patch_weight = mask_ratio, mask_probability, patch_weight
+        self.freeze_last_layer = freeze_last_layer
         self.momentum = Cosine(momentum, 1.0)
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
-        frozen, seen = time < self.freeze, views.global_crops
+        frozen, seen = time < self.freeze_last_layer, views.global_crops
         theirs = self._tokens(self.teacher, seen)
         logits = self._cls(self.teacher, theirs, seen)
-        said = self.centre.sharpened(logits, self.teacher_temperature(time))  # [B, G, K]
+        said = self.centre.sharpened(logits, self.teacher_temp(time))  # [B, G, K]
         self.centre.gather(logits)
-        hidden = self.hidden(seen, theirs.patches.shape[1]).to(theirs.patches.device)  # [B * G, h, w]
+        hidden = self.mask(seen, theirs.patches.shape[1]).to(theirs.patches.device)  # [B * G, h, w]
 
         found, mine = [], theirs
         for size, crops in enumerate(views.groups):
             tokens = self._tokens(self.student, crops, hidden if size == 0 else None)
             mine = tokens if size == 0 else mine
-            logits = self._cls(self.student, tokens, crops, frozen) / self.student_temperature  # [B, V, K]
+            logits = self._cls(self.student, tokens, crops, frozen) / self.student_temp  # [B, V, K]
             found.append(losses.cross_view(logits, said)[:, *pairs_of(size, crops.count, seen.count)])
         parts = {"view": torch.cat(found, 1).mean(), "patch": self._patch_loss(mine, theirs, hidden, time, frozen)}
         return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
@@ -135,11 +138,11 @@ class IBOT(Method):
 
     # What is hidden (section 3.3 and appendix)
 
-    def hidden(self, crops: Crops, side: int) -> Tensor:
+    def mask(self, crops: Crops, side: int) -> Tensor:
         """bool [B * G, side, side]: blocks of a random share of a part of the crops."""
-        count = crops.turns.numel()
+        count = crops.rotations.numel()
         draws = torch.rand(2, count)
-        low, high = self.mask_share
+        low, high = self.mask_ratio
         return masking.blocks((low + (high - low) * draws[0]) * (draws[1] < self.mask_probability), side)
 
     def _patch_loss(self, mine: Tokens, theirs: Tokens, hidden: Tensor, time: float, frozen: bool) -> Tensor:
@@ -148,9 +151,9 @@ class IBOT(Method):
             directions = self.teacher.head.directions(theirs.patches)
             mean = directions.mean((0, 1, 2), keepdim=True)[0]
             logits = self.teacher.head.compared(directions[hidden])
-            target = self.patch_centre.sharpened(logits, self.teacher_temperature(time))  # [M, K]
+            target = self.patch_centre.sharpened(logits, self.teacher_temp(time))  # [M, K]
             self.patch_centre.gather(self.teacher.head.compared(mean), rows=hidden.numel())
-        logits = self.student.head(mine.patches[hidden], frozen) / self.student_temperature
+        logits = self.student.head(mine.patches[hidden], frozen) / self.student_temp
         entropy = losses.cross_view(logits[:, None], target[:, None])[:, 0, 0]  # [M]
         counts = hidden.sum((1, 2)).clamp(min=1)[:, None, None].expand(hidden.shape)[hidden]
         return (entropy / counts).sum() / len(hidden) + 0 * self.mask_token.sum()  # DDP waits for its gradient
@@ -169,7 +172,7 @@ class IBOT(Method):
         """Logits [B, V, K] of the CLS tokens."""
         with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
             logits: Tensor = branch.head(tokens.prefix[:, 0], frozen)
-        return logits.reshape(*crops.turns.shape, -1)
+        return logits.reshape(*crops.rotations.shape, -1)
 
     # For evaluation
 
@@ -182,5 +185,5 @@ class IBOT(Method):
         """Per image, as of DINO, ``image_score`` and ``teacher_information``, both of the CLS token."""
         teacher = self._cls(self.teacher, self._tokens(self.teacher, views.global_crops), views.global_crops)
         students = [self._cls(self.student, self._tokens(self.student, crops), crops) for crops in views.groups]
-        said = self.centre.sharpened(teacher, self.teacher_temperature(1.0))
+        said = self.centre.sharpened(teacher, self.teacher_temp(1.0))
         return {"image_score": losses.told_apart(students, teacher), "teacher_information": losses.information(said)}

@@ -17,8 +17,8 @@ from gtsa.methods.parts import masking
 from gtsa.models.backbone import Backbone
 
 VIEWS = {
-    "global_crops": 1, "local_crops": 0, "global_share": (0.2, 1.0), "rotations": False, "flip": 0.5, "jitter": 0.0,
-    "grey": 0.0, "blur": (0.0, 0.0, 0.0),
+    "global_crops_number": 1, "local_crops_number": 0, "global_crops_scale": (0.2, 1.0), "rotations": False,
+    "hflip": 0.5, "color_jitter": 0.0, "grayscale": 0.0, "gaussian_blur": (0.0, 0.0, 0.0),
 }  # fmt: skip
 
 
@@ -29,36 +29,36 @@ class MAE(Method):
 
     Args:
         encoder: what is trained, and kept.
-        mask_share: part of the patches that are hidden.
+        mask_ratio: part of the patches that are hidden.
         decoder_dim: width of the decoder; a multiple of 64, or of 4 and one head wide.
         decoder_depth: its blocks.
         normalise: paint every patch with its own mean and deviation taken off.
     """
 
-    published: ClassVar = {
-        "views": VIEWS, "weight_decay": 0.05, "final_weight_decay": 0.05, "beta2": 0.95, "warmup": 0.05, "clip": 0.0,
-        "drop_path": 0.0, "final_learning_rate": 0.0,
+    published_settings: ClassVar = {
+        "views": VIEWS, "weight_decay": 0.05, "final_weight_decay": 0.05, "beta2": 0.95, "warmup": 0.05,
+        "clip_grad": 0.0, "drop_path": 0.0, "final_learning_rate": 0.0,
     }  # fmt: skip
-    rate = 1.5e-4
-    fewest_views = 1
-    search: ClassVar = {"mask_share": (0.5, 0.6, 0.75)}
+    base_lr = 1.5e-4
+    min_views = 1
+    search_space: ClassVar = {"mask_ratio": (0.5, 0.6, 0.75)}
 
     def __init__(
         self,
         encoder: Backbone,
-        mask_share: float = 0.75,
+        mask_ratio: float = 0.75,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         normalise: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 < mask_share < 1:
-            raise UserError(f"mae.mask_share: above 0 and below 1, not {mask_share}; published is 0.75")
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"mae.mask_ratio: above 0 and below 1, not {mask_ratio}; published is 0.75")
         if decoder_dim < 4 or decoder_dim % 4 or decoder_depth < 1:
             raise UserError("mae: decoder_dim must be a multiple of 4, and decoder_depth at least 1")
         self.student = nn.ModuleDict({"encoder": encoder})
-        self.decoder = Decoder(encoder.width, decoder_dim, decoder_depth, 3 * encoder.patch**2)
-        self.mask_share, self.normalise = mask_share, normalise
+        self.decoder = Decoder(encoder.embed_dim, decoder_dim, decoder_depth, 3 * encoder.patch_size**2)
+        self.mask_ratio, self.normalise = mask_ratio, normalise
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         pixels = views.global_crops.pixels.flatten(0, 1)
@@ -75,15 +75,15 @@ class MAE(Method):
             order: [N, P], a permutation of the patches for each image, of which the first ones are visible.
         """
         encoder = self.encoder
-        count = max(1, round((1 - self.mask_share) * order.shape[1]))
+        count = max(1, round((1 - self.mask_ratio) * order.shape[1]))
         tokens = encoder.visible(pixels, order[:, :count])
         hidden = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :count], False)
-        grid = pixels.shape[-2] // encoder.patch, pixels.shape[-1] // encoder.patch
-        return self.decoder(tokens[:, encoder.prefix :], order, grid), hidden
+        grid = pixels.shape[-2] // encoder.patch_size, pixels.shape[-1] // encoder.patch_size
+        return self.decoder(tokens[:, encoder.num_prefix_tokens :], order, grid), hidden
 
     def targets(self, pixels: Tensor) -> Tensor:
         """Pixels of every patch, [N, P, 3 p p], each patch with mean 0 and deviation 1 if so wanted."""
-        p = self.encoder.patch
+        p = self.encoder.patch_size
         n, c, height, width = pixels.shape
         cells = pixels.reshape(n, c, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
         cells = cells.reshape(n, self._patches(pixels), -1).to(torch.promote_types(pixels.dtype, torch.float32))
@@ -103,7 +103,7 @@ class MAE(Method):
         return self.student["encoder"]  # type: ignore[return-value]
 
     def _patches(self, pixels: Tensor) -> int:
-        return pixels.shape[-2] * pixels.shape[-1] // self.encoder.patch**2
+        return pixels.shape[-2] * pixels.shape[-1] // self.encoder.patch_size**2
 
     # For evaluation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -22,7 +23,39 @@ GRIDS = 16  # sizes whose resampling of positions is kept
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
 
 
-class Backbone(nn.Module):
+class Encoder(nn.Module, ABC):
+    """What an evaluation needs of a network: normalised images [N, C, H, W] -> Tokens."""
+
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation a channel, of pixels in [0, 1]
+
+    @property
+    @abstractmethod
+    def embed_dim(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> int:
+        """Side of a patch, px."""
+
+    @property
+    @abstractmethod
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS and registers."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights, 16 digits: the same for the same network, wherever it was read from."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tokens: ...
+
+    @abstractmethod
+    def blocks(self, images: Tensor, which: Sequence[int] = (), norm: bool = True) -> list[Tokens]:
+        """Tokens after some of the blocks."""
+
+
+class Backbone(Encoder):
     """A timm ViT of any width, depth and patch size: images [N, C, H, W] -> Tokens.
 
     Args:
@@ -48,20 +81,20 @@ class Backbone(nn.Module):
         self.model = model
         self.arguments = {"img_size": image_size, **(arguments or {})}
         self.normalisation = normalisation
-        self.feature: Literal["mean", "cls"] = "mean"  # one vector an image, as it was trained: what an export gives
+        self.pooling: Literal["mean", "cls"] = "mean"  # one vector an image, as it was trained: what an export gives
         self.vit = _create(model, drop_path_rate=drop_path, **self.arguments)
         self._resamplers: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     @property
-    def width(self) -> int:
+    def embed_dim(self) -> int:
         return cast(int, self.vit.num_features)
 
     @property
-    def patch(self) -> int:
+    def patch_size(self) -> int:
         return cast(int, self.vit.patch_embed.patch_size[0])
 
     @property
-    def prefix(self) -> int:
+    def num_prefix_tokens(self) -> int:
         return cast(int, self.vit.num_prefix_tokens)
 
     @property
@@ -101,10 +134,10 @@ class Backbone(nn.Module):
             raise UserError(f"{self.model} cannot leave patches out; choose a plain ViT, e.g. vit_small_patch16_224")
 
         def choose(_: Any, __: Any, tokens: Tensor) -> Tensor:
-            patches = tokens[:, self.prefix :].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
-            return torch.cat([tokens[:, : self.prefix], patches], dim=1)
+            patches = tokens[:, self.num_prefix_tokens :].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+            return torch.cat([tokens[:, : self.num_prefix_tokens], patches], dim=1)
 
-        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         handle = self.vit.patch_drop.register_forward_hook(choose)
         try:
             return self._whole(images, grid)
@@ -128,7 +161,7 @@ class Backbone(nn.Module):
             which: blocks; none: the network's own output, which is the last block's after the final norm.
             norm: put every block's tokens through the final norm.
         """
-        grid = images.shape[-2] // self.patch, images.shape[-1] // self.patch
+        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         if not which:
             outputs = [self._whole(images, grid)]
         else:
@@ -137,7 +170,10 @@ class Backbone(nn.Module):
                 replaced = {f"vit.{name}": value for name, value in positions.items()}
                 found = functional_call(_Blocks(self.vit, sorted(set(chosen)), norm), replaced, (images,))
             outputs = [found[sorted(set(chosen)).index(index)] for index in chosen]
-        return [Tokens(x[:, self.prefix :].reshape(len(x), *grid, -1), x[:, : self.prefix]) for x in outputs]
+        return [
+            Tokens(x[:, self.num_prefix_tokens :].reshape(len(x), *grid, -1), x[:, : self.num_prefix_tokens])
+            for x in outputs
+        ]
 
     def _whole(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """The network's own output, prefix first."""

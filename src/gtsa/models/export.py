@@ -141,11 +141,11 @@ def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:
     no_norm = "fc_norm" if "fc_norm" in parameters else "use_fc_norm"  # keys stay: the norm is the encoder's own
     side = backbone.arguments["img_size"]
     mean, std = backbone.normalisation
-    pool = "token" if backbone.feature == "cls" else "avg"
+    pool = "token" if backbone.pooling == "cls" else "avg"
     return {
         "architecture": backbone.model.split(".")[0],
         "num_classes": 0,
-        "num_features": backbone.width,
+        "num_features": backbone.embed_dim,
         "global_pool": pool,
         "model_args": {**backbone.arguments, "global_pool": pool, no_norm: False},
         "pretrained_cfg": {

@@ -146,7 +146,7 @@ def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
     if (
         any(type(block) is not Block or type(block.mlp.act) is not nn.GELU for block in vit.blocks)
         or any(not state_dict.PLAIN.fullmatch(name) or name.endswith("gamma") for name in state)
-        or backbone.prefix != 1
+        or backbone.num_prefix_tokens != 1
         or state["pos_embed"].shape[1] != 1 + math.prod(vit.patch_embed.grid_size)
     ):
         raise UserError(
@@ -158,14 +158,14 @@ def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
-        "hidden_size": backbone.width,
+        "hidden_size": backbone.embed_dim,
         "num_hidden_layers": len(vit.blocks),
         "num_attention_heads": first.attn.num_heads,
         "intermediate_size": first.mlp.fc1.out_features,
         "hidden_act": "gelu",
         "layer_norm_eps": first.norm1.eps,
         "image_size": side,
-        "patch_size": backbone.patch,
+        "patch_size": backbone.patch_size,
         "num_channels": 3,
         "qkv_bias": first.attn.qkv.bias is not None,
         "attention_probs_dropout_prob": 0.0,

@@ -46,7 +46,7 @@ class Weights:
     left: dict[str, int] = field(default_factory=dict)  # tensors that are not the encoder's, by part
     guessed: bool = False  # model and arguments, from the tensors alone
     remark: str = ""  # how they were told, or why not
-    feature: Literal["mean", "cls"] = "mean"  # what one vector an image is to be, where they say so
+    pooling: Literal["mean", "cls"] = "mean"  # what one vector an image is to be, where they say so
 
 
 def find(spec: str, network: str = "teacher") -> Weights:
@@ -118,7 +118,7 @@ def built(
     except (LookupError, ArithmeticError, AttributeError) as error:  # what timm makes of values that it never met
         raise UserError(f"{weights.source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
     if train_at is None:
-        backbone.feature = weights.feature
+        backbone.pooling = weights.pooling
         for norm in norms(backbone):
             norm.eps = norm.eps if weights.eps is None else weights.eps
     return backbone, load(weights, backbone) + (f"; {remark}" if remark else "")
@@ -219,7 +219,7 @@ def _from_checkpoint(place: Path, network: str) -> Weights:
             known["model"],
             _normalisation(*known["normalisation"]),
             known["arguments"],
-            feature=known.get("feature", "mean"),
+            pooling=known.get("pooling", "mean"),
         )
 
 
@@ -243,8 +243,8 @@ def _from_folder(path: Path) -> Weights:
             raise UserError(f"{path}: config.json has model_args {strange[0]}, which is no argument of a ViT", 4)
         if isinstance(arguments["img_size"], list):
             (arguments["img_size"],) = set(arguments["img_size"])  # squares alone
-        feature: Literal["mean", "cls"] = "cls" if arguments.get("global_pool") == "token" else "mean"
-        return Weights(tensors, str(path), str(config["architecture"]), known, arguments, feature=feature)
+        pooling: Literal["mean", "cls"] = "cls" if arguments.get("global_pool") == "token" else "mean"
+        return Weights(tensors, str(path), str(config["architecture"]), known, arguments, pooling=pooling)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

@@ -23,19 +23,19 @@ class Adaptation(Method):
     Args:
         method: what it is to learn by.
         start: the encoder as it was. It is no part of the state: it comes from where the weights came from.
-        anchor: weight of the mean squared change of cosines, in the first global crop of every image; 0: it is free.
+        gram_weight: weight of the mean squared change of cosines, in the first global crop of every image; 0: none.
     """
 
-    def __init__(self, method: Method, start: Backbone, anchor: float) -> None:
+    def __init__(self, method: Method, start: Backbone, gram_weight: float) -> None:
         super().__init__()
-        self.method, self.start, self.anchor = method, start, anchor
+        self.method, self.start, self.gram_weight = method, start, gram_weight
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = self.method(views, time)
-        if self.anchor == 0:
+        if self.gram_weight == 0:
             return parts
         change = losses.gram(*self._seen("student", views)).mean()
-        return {**parts, "loss": parts["loss"] + self.anchor * change, "change": change}
+        return {**parts, "loss": parts["loss"] + self.gram_weight * change, "change": change}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor) -> None:
         self.method.after_step(time, next_time, accepted)

@@ -152,7 +152,10 @@ def _finish(device: torch.device) -> None:
 
 
 def noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
-    n, side = ((multicrop.global_crops, multicrop.global_size), (multicrop.local_crops, multicrop.local_size))[size]
+    n, side = (
+        (multicrop.global_crops_number, multicrop.global_crops_size),
+        (multicrop.local_crops_number, multicrop.local_crops_size),
+    )[size]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(count, n, 3, side, side, generator=generator).to(device)
     boxes = torch.tensor([0.0, 0, side, side], dtype=torch.float64, device=device).expand(count, n, 4)
@@ -187,15 +190,16 @@ def _smaller(s: Any, weights: float) -> list[tuple[str, Any, float]]:
     """Flags, the views and the parameters that they lead to."""
     patch, views, found = patch_of(s.model), s.views, []
     sizes = {
-        f"{kind}_size": max(2, getattr(views, f"{kind}_size") // patch // 2) * patch for kind in ("global", "local")
+        f"{kind}_crops_size": max(2, getattr(views, f"{kind}_crops_size") // patch // 2) * patch
+        for kind in ("global", "local")
     }
     if sizes != {name: getattr(views, name) for name in sizes}:
         views = views.model_copy(update=sizes)
-        flags = f"--views.global-size {sizes['global_size']} --views.local-size {sizes['local_size']}"
+        flags = " ".join(f"--views.{name.replace('_', '-')} {size}" for name, size in sizes.items())
         found.append((flags, views, weights))
-    if views.local_crops >= 4:
-        views = views.model_copy(update={"local_crops": views.local_crops // 2})
-        found.append((f"--views.local-crops {views.local_crops}", views, weights))
+    if views.local_crops_number >= 4:
+        views = views.model_copy(update={"local_crops_number": views.local_crops_number // 2})
+        found.append((f"--views.local-crops-number {views.local_crops_number}", views, weights))
     if not s.init and weights > 2 * TINY[1] and patch == patch_of(TINY[0]):
         found.append((f"--model {TINY[0]}", views, TINY[1]))
     return found
@@ -203,6 +207,6 @@ def _smaller(s: Any, weights: float) -> list[tuple[str, Any, float]]:
 
 def _work(views: Any, patch: int, weights: float) -> float:
     """Weights times patches: the teacher passes forward, the student backward, too."""
-    large, small = (views.global_size // patch) ** 2, (views.local_size // patch) ** 2
-    seen: int = 4 * views.global_crops * large + 3 * views.local_crops * small
+    large, small = (views.global_crops_size // patch) ** 2, (views.local_crops_size // patch) ** 2
+    seen: int = 4 * views.global_crops_number * large + 3 * views.local_crops_number * small
     return weights * seen

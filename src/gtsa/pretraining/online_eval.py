@@ -6,8 +6,8 @@ from typing import Any
 
 from gtsa.core.errors import UserError
 from gtsa.core.settings import read_yaml, validated
-from gtsa.core.types import Evidence
 from gtsa.evaluation import intervals, tasks
+from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.backbone import Backbone
 from gtsa.training.devices import launch_fabric
@@ -28,26 +28,26 @@ class OnlineEvaluation:
         shared = {"weights": s.out, "seed": s.seed, "workers": s.workers, "precision": s.precision, "device": s.device}
         asked = {**shared, **more, **{key: value for key, value in given.items() if value}}
         self.settings = validated(Evaluate, asked, "--eval")
-        self.questions = tasks.questions(self.settings)
+        self.questions = tasks.open_tasks(self.settings)
         self.named, self.start_counts = s.keep_best or "", start_counts
         self.best: tuple[int, float] | None = None  # step and figure
-        self.evidence: dict[int, Evidence] = {}  # of the figure that is chosen by, at the start and at its best
+        self.per_image: dict[int, PerImage] = {}  # of the figure that is chosen by, at the start and at its best
 
     def __call__(self, step: int, backbone: Backbone) -> tuple[dict[str, float], bool]:
         """All figures, by task and name, and whether this is the best yet."""
         found: dict[str, float] = {}
         better = False
         for question in self.questions:
-            evidence = question(backbone, launch_fabric(self.settings), self.settings)
-            figures = question.evaluator.figures(evidence)
-            found |= {f"{question.name}: {name}": value for name, value in figures.items()}
+            per_image = question(backbone, launch_fabric(self.settings), self.settings)
+            metrics = question.evaluator.metrics(per_image)
+            found |= {f"{question.name}: {name}": value for name, value in metrics.items()}
             if question.name == self._task:
-                value = figures[self._figure(figures)]
+                value = metrics[self._figure(metrics)]
                 better = (self.best is None or value > self.best[1]) and (step > 0 or self.start_counts)
                 if better:
                     self.best = step, value
                 if better or step == 0:
-                    self.evidence = {s: e for s, e in self.evidence.items() if s == 0} | {step: evidence}
+                    self.per_image = {s: e for s, e in self.per_image.items() if s == 0} | {step: per_image}
         return found, better
 
     def choice(self, start: Backbone | None, best: Backbone) -> str:
@@ -66,13 +66,13 @@ class OnlineEvaluation:
         question = next(q for q in self.questions if q.name == self._task)
         both = []
         for at, network in ((step, best), (0, start)):
-            if at not in self.evidence:
-                self.evidence[at] = question(network, launch_fabric(self.settings), self.settings)
-            both.append(self.evidence[at])
-        names = [self._figure(question.evaluator.figures(both[0]))]
-        before = question.evaluator.figures(both[1])[names[0]]
+            if at not in self.per_image:
+                self.per_image[at] = question(network, launch_fabric(self.settings), self.settings)
+            both.append(self.per_image[at])
+        names = [self._figure(question.evaluator.metrics(both[0]))]
+        before = question.evaluator.metrics(both[1])[names[0]]
         told = f"take step {step}: {self.named} {value:.2f}, at the start {before:.2f}"
-        if not question.evaluator.resampled:
+        if not question.evaluator.bootstrap:
             return told
         try:
             drawn = [tasks.drawn(question, each, names) for each in both]
@@ -90,9 +90,9 @@ class OnlineEvaluation:
     def _task(self) -> str:
         return self.named.partition(":")[0]
 
-    def _figure(self, figures: dict[str, float]) -> str:
+    def _figure(self, metrics: dict[str, float]) -> str:
         """The name of the figure that is chosen by. Raises UserError where there is no such figure."""
         figure = self.named.partition(":")[2]
-        if figure and figure not in figures:
-            raise UserError(f"--keep-best {self.named}: {self._task} has no such figure; it has {', '.join(figures)}")
-        return figure or next(iter(figures))
+        if figure and figure not in metrics:
+            raise UserError(f"--keep-best {self.named}: {self._task} has no such figure; it has {', '.join(metrics)}")
+        return figure or next(iter(metrics))

@@ -37,7 +37,7 @@ from gtsa.pretraining import cost, plan
 from gtsa.pretraining.adaptation import Adaptation
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.requested import described, requested_settings, written
-from gtsa.pretraining.verdict import Figures, HealthMonitor, Verdict, advice, verdict
+from gtsa.pretraining.verdict import HealthMonitor, HealthSnapshot, Verdict, advice, verdict
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import disk_error, launch_fabric, on_rank_zero, resolve_device, resolve_workers
 from gtsa.training.optim import ScheduledAdamW, by_dimension
@@ -63,7 +63,7 @@ def pretrain(data: Any = None, **settings: Any) -> Trained:
     Args:
         data: folder, list file, or any torch Dataset of images; None: the sample that comes with gtsa.
         settings: as listed by ``gtsa pretrain --help`` and in ``gtsa.pretraining.settings``; sections are
-            dictionaries, e.g. ``views={"local_crops": 4}``.
+            dictionaries, e.g. ``views={"local_crops_number": 4}``.
 
     Raises:
         UserError: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
@@ -141,7 +141,9 @@ class _Pretraining:
         self, data: Any, found: weights.Weights | None, ready: Plan, fabric: Fabric, run: RunFolder | None
     ) -> None:
         self.plan, self.fabric, self.run = ready, fabric, run
-        self.start: Figures | None = None  # the network at step 0, and its maps of the gallery: of the first process
+        self.start: HealthSnapshot | None = (
+            None  # the network at step 0, and its maps of the gallery: of the first process
+        )
         self.start_maps: Tensor | None = None
         self.gallery: Tensor | None = None
         self.multicrop = MultiCrop(**ready.settings.views.model_dump())
@@ -153,9 +155,9 @@ class _Pretraining:
         files = on_rank_zero(fabric, scanned) or {}
         images = fabric.broadcast(on_rank_zero(fabric, lambda: run_images.count(files, self.settings.out)) or 0)
         kind = methods.found()[self.settings.method]
-        plan.method(ready, kind.sized, images)
+        plan.method(ready, kind.auto_settings, images)
         plan.hold_out(ready, images)
-        plan.budget(ready, images - self.settings.hold_out, kind.rate)
+        plan.budget(ready, images - self.settings.hold_out, kind.base_lr)
         self.method, self.loaded = self._networks(found)
         self.origin = self.method.start.fingerprint if isinstance(self.method, Adaptation) else ""
         resolve_workers(ready)
@@ -179,7 +181,7 @@ class _Pretraining:
             self._learning(),
             warmup_then(Cosine(s.learning_rate, s.final_learning_rate), s.warmup, s.steps),
             Cosine(s.weight_decay, s.final_weight_decay),
-            s.clip,
+            s.clip_grad,
             (0.9, s.beta2),
         )
         again = f"{command()} pretrain --out {shlex.quote(s.out)} --resume"
@@ -235,14 +237,14 @@ class _Pretraining:
 
     def _networks(self, found: weights.Weights | None) -> tuple[Method, str]:
         """The method with its initial weights, which follow from the seed, and what was loaded."""
-        s, size = self.settings, self.multicrop.global_size
+        s, size = self.settings, self.multicrop.global_crops_size
         torch.manual_seed(s.seed)
         method: Any = methods.found()[s.method]
         if found is None:
             return method(Backbone(s.model, size, s.drop_path), **s.options), ""
         encoder, loaded = weights.built(found, s.model, size, s.drop_path)
         start = copy_of(encoder)
-        return Adaptation(method(encoder, **s.options), start, s.anchor), loaded
+        return Adaptation(method(encoder, **s.options), start, s.gram_weight), loaded
 
     def _learning(self) -> list[dict[str, Any]]:
         """All that is trained. The encoder starts later and learns slower than the rest, where that was asked for.
@@ -251,12 +253,12 @@ class _Pretraining:
         has missed the warm-up, and has one of its own.
         """
         s, encoder = self.settings, self.method.encoders["student"]
-        if (s.head_start, s.encoder_rate, s.layer_decay) == (0, 1, 1):
+        if (s.freeze_encoder, s.encoder_lr_scale, s.layer_decay) == (0, 1, 1):
             return by_dimension(self.method.parameters())
         assert isinstance(encoder, Backbone)
-        risen = s.head_start + s.warmup if s.head_start else 0.0
+        risen = s.freeze_encoder + s.warmup if s.freeze_encoder else 0.0
         layers = [
-            {**group, "rate": Ramp(0.0, s.encoder_rate * share, risen, s.head_start)}
+            {**group, "rate": Ramp(0.0, s.encoder_lr_scale * share, risen, s.freeze_encoder)}
             for share, group in encoder.layers(s.layer_decay)
         ]
         slow = {id(p) for group in layers for p in group["params"]}
@@ -266,7 +268,7 @@ class _Pretraining:
         """What the run is compared with: the network at step 0."""
         with doing(f"step 0: looking at {len(self.pool.looked_at)} images"):
             self.start = self.health(self.method)
-            self.gallery = self.pool.gallery(2 * self.multicrop.global_size)
+            self.gallery = self.pool.gallery(2 * self.multicrop.global_crops_size)
             self.start_maps = patch_maps(self._teacher, self.gallery)
         self._judge(0)
 
@@ -284,7 +286,7 @@ class _Pretraining:
             self.online.best = tuple(state["best"])
         kept = tensors["start"]
         scores = {k.removeprefix("score."): v for k, v in kept.items() if k.startswith("score.")}
-        self.start = Figures(scores, float(kept["rank"]), float(kept["spread"]), kept["images"])
+        self.start = HealthSnapshot(scores, float(kept["rank"]), float(kept["spread"]), kept["images"])
         self.start_maps, self.gallery = kept["maps"], kept["gallery"].float() / 255
 
     def _kept(self) -> Kept:
@@ -294,7 +296,7 @@ class _Pretraining:
                 "model": self._teacher.model,
                 "arguments": self._teacher.arguments,
                 "normalisation": self._teacher.normalisation,
-                "feature": self._teacher.feature,
+                "pooling": self._teacher.pooling,
             },
             "settings": written(self.settings),
             "origin": self.origin,
@@ -329,7 +331,7 @@ class _Pretraining:
         return on_rank_zero(self.fabric, lambda: self._unless_stopped(step))
 
     def _unless_stopped(self, step: int) -> Verdict | None:
-        before = (self.online.best, self.online.evidence) if self.online else None
+        before = (self.online.best, self.online.per_image) if self.online else None
         try:
             with stops.looking():
                 if step:
@@ -338,7 +340,7 @@ class _Pretraining:
         except stops.Broken:
             self.training.missed = True
             if self.online and before:  # it is taken again: what it found so far was not kept
-                self.online.best, self.online.evidence = before
+                self.online.best, self.online.per_image = before
         return None
 
     def _looked(self, step: int) -> Verdict:
@@ -350,7 +352,7 @@ class _Pretraining:
             now = self.health(self.method)
         self.pool.unreadable(now.replaced, f"look at step {step}: ")
         seen = verdict(now, self.start, step, bool(self.pool.held_out))
-        self.run.log(step, seen.figures, "health.jsonl", verdict=seen.word)
+        self.run.log(step, seen.metrics, "health.jsonl", verdict=seen.word)
         maps = patch_maps(self._teacher, self.gallery)
         picture = io.BytesIO()
         strip(self.gallery, self.start_maps, maps, step).save(picture, "PNG")
@@ -363,9 +365,9 @@ class _Pretraining:
         if self.online is None or self.run is None:
             return
         with doing(f"step {step}: evaluating by {', '.join(self.settings.eval)}"):
-            figures, better = self.online(step, self._teacher)
-        self.run.log(step, figures, "evaluations.jsonl")
-        say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+            metrics, better = self.online(step, self._teacher)
+        self.run.log(step, metrics, "evaluations.jsonl")
+        say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
         if better:
             self.training.save(step, *self._kept(), folder=self.run.path("best", "checkpoints"))
 
@@ -396,7 +398,7 @@ class _Pretraining:
                 "  -> nothing was asked on the way: with --eval and labelled images start and result can be chosen from"
             )
         say(f"\npictures: {out}/pictures (your images as feature maps, at the start and now)")
-        what = {"mean": "mean of the patch tokens", "cls": "the CLS token"}[self._teacher.feature]
+        what = {"mean": "mean of the patch tokens", "cls": "the CLS token"}[self._teacher.pooling]
         say(f'load it:  timm.create_model("local-dir:{place}", pretrained=True)  # model(x): {what}')
         self.fabric.barrier()
         return Trained(out, place, seen, choice)

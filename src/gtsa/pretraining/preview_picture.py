@@ -71,7 +71,7 @@ def _as_seen(seen: list[Tensor], views: Views, hues: list[Hue]) -> Image.Image:
         across = 900 // (side + GAP)
         for n, tile in enumerate(tiles):
             place = (n % across * (side + GAP), y + n // across * (side + 30))
-            rows.append((tile, side, place, f"{names[i]} turned {90 * int(crops.turns[0, n])}°", hues[i]))
+            rows.append((tile, side, place, f"{names[i]} turned {90 * int(crops.rotations[0, n])}°", hues[i]))
             i += 1
         y += -(-len(tiles) // across) * (side + 30)
     sheet = new_sheet(900, y)
@@ -94,14 +94,14 @@ def _target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.Image
     others = [v for v in range(view.count) if size == 1 or v != 0]
     if not others:
         return new_sheet(900, 1)
-    v, g = next((v for v in others if view.turns[0, v] != seen.turns[0, 0]), others[0]), 0
+    v, g = next((v for v in others if view.rotations[0, v] != seen.rotations[0, 0]), others[0]), 0
     mine, theirs = regions(view, seen)
     upright = _turned(seen)[0, g], _turned(view)[0, v]  # [S, S, 3] as each network gets it, colours left out
     box_t, box_v = theirs[0, g, v], mine[0, v, g]
     target = pool(upright[0].double(), box_t[None], cells)[0]
-    turned = rotate_maps(target, view.turns[0, v] - seen.turns[0, g])
+    turned = rotate_maps(target, view.rotations[0, v] - seen.rotations[0, g])
     student = pool(upright[1].double(), box_v[None], cells)[0]
-    k = int(view.turns[0, v] - seen.turns[0, g]) % 4
+    k = int(view.rotations[0, v] - seen.rotations[0, g]) % 4
     names = f"G{g + 1}", f"{'G' if size == 0 else 'L'}{v + 1}"
     tiles = [
         (f"teacher sees {names[0]}", _boxed(upright[0], box_t, hues[g], cells)),
@@ -124,7 +124,7 @@ def _target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.Image
 
 def _turned(crops: Crops) -> Tensor:
     """uint8 crops, turned: [B, n, S, S, 3] in [0, 1]."""
-    return rotate_maps(crops.pixels.permute(0, 1, 3, 4, 2).float() / 255, crops.turns)
+    return rotate_maps(crops.pixels.permute(0, 1, 3, 4, 2).float() / 255, crops.rotations)
 
 
 def _boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:

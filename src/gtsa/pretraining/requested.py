@@ -18,8 +18,8 @@ from gtsa.training import checkpoint
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
-    "checkpoint_every", "evaluate_every", "keep", "eval", "eval_train", "eval_val", "eval_folds", "eval_config",
-    "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic", "plan",
+    "checkpoint_every", "evaluate_every", "keep_checkpoints", "eval", "eval_train", "eval_val", "eval_folds",
+    "eval_config", "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic", "plan",
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
     if kept is None and seal is None and not _unsealed_but_whole(out):
         raise UserError(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
     try:
-        base = read_yaml(where)
+        base = read_yaml(where, schema=1)
         now = validated(Pretrain, base) if kept else None
     except UserError as remedy:
         if kept is None and seal is not False:

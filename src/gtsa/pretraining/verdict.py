@@ -35,7 +35,7 @@ LONG = 1_000  # steps from which a run without progress counts as stalled
 
 
 @dataclass
-class Figures:
+class HealthSnapshot:
     """One look at a network: per-image scores [images], and how its features fill their space."""
 
     scores: dict[str, Tensor]
@@ -63,7 +63,7 @@ class HealthMonitor:
         self.draws = draws or max(1, 64 // max(1, len(views)))
 
     @torch.no_grad()
-    def __call__(self, method: Method) -> Figures:
+    def __call__(self, method: Method) -> HealthSnapshot:
         training = method.training
         method.eval()
         scores: dict[str, list[Tensor]] = {}
@@ -87,7 +87,7 @@ class HealthMonitor:
         chosen = evenly(torch.cat(tokens))
         if not torch.isfinite(chosen).all():
             raise UserError("training diverged: features are not finite; start anew with a lower --learning-rate", 5)
-        return Figures(means, rank_me(chosen), spread(chosen), seen, list(replaced.values()))
+        return HealthSnapshot(means, rank_me(chosen), spread(chosen), seen, list(replaced.values()))
 
     def _batches(self) -> Iterator[Views]:
         count = len(self.views)
@@ -102,10 +102,10 @@ class Verdict:
 
     word: str  # learning, too short to tell, stalled, collapsing
     reasons: list[str]
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
-def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> Verdict:
+def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: bool = True) -> Verdict:
     """Compares a network with itself at step 0, image by image.
 
     What counts as learnt lies above chance, or above step 0, with its whole interval, and by a margin: a network that
@@ -114,33 +114,33 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
     where = "held-out images" if held_out else "TRAINING images (none were held out)"
     common = now.images[torch.isin(now.images, start.images)]
     images = len(common)
-    figures: dict[str, Any] = {"images": images}
+    metrics: dict[str, Any] = {"images": images}
     reasons: list[str] = []
     learnt: dict[str, bool] = {}
     for name in now.scores:
         if name in SCORES:
             gain = interval(now.of(name, common) - start.of(name, common))
-            figures |= _named(name.replace("score", "gain"), gain)
+            metrics |= _named(name.replace("score", "gain"), gain)
             reasons.append(_better(name, gain, f"{images} {where}"))
             learnt[name] = _clear(gain, 0, MARGIN)
     if "rotation_accuracy" in now.scores:
         accuracy = now.of("rotation_accuracy", common)
-        turns = interval(accuracy)
-        learnt["rotation"] = _clear(turns, CHANCE, MARGIN)
+        rotations = interval(accuracy)
+        learnt["rotation"] = _clear(rotations, CHANCE, MARGIN)
         if "rotation_accuracy" in start.scores:  # views are always the same: the start may have been lucky with them
             learnt["rotation"] &= _clear(interval(accuracy - start.of("rotation_accuracy", common)), 0, MARGIN)
-        figures |= _named("rotation_accuracy", turns)
-        reasons.append(_rotation(turns, learnt["rotation"]))
+        metrics |= _named("rotation_accuracy", rotations)
+        reasons.append(_rotation(rotations, learnt["rotation"]))
     if "agreement" in now.scores:
-        figures["agreement"] = kept = float(now.of("agreement", common).mean())
+        metrics["agreement"] = kept = float(now.of("agreement", common).mean())
         reasons.append(f"likenesses between patches agree to {kept:.2f} with those of the start (1: as they were)")
     mute = False
     if "teacher_information" in now.scores and images > 1:
-        figures["teacher_information"] = told = float(now.of("teacher_information", common).mean())
+        metrics["teacher_information"] = told = float(now.of("teacher_information", common).mean())
         mute = told < MUTE
         does = "says nearly the same of all images" if mute else "tells images apart"
         reasons.append(f"the teacher {does}: {100 * told:.2g} % of what it could tell of each")
-    figures |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
+    metrics |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(
         f"features {'have shrunk' if shrunk else 'keep their room'}: effective rank {now.rank:.1f} (step 0: "
@@ -155,7 +155,7 @@ def verdict(now: Figures, start: Figures, step: int, held_out: bool = True) -> V
         word = "too short to tell"
     else:
         word = "stalled"
-    return Verdict(word, reasons, figures)
+    return Verdict(word, reasons, metrics)
 
 
 def _named(name: str, values: Interval) -> dict[str, float]:
@@ -191,6 +191,6 @@ def advice(word: str) -> str:
         "stalled": "more varied images, a larger batch or a higher --learning-rate may help",
         "collapsing": (
             "start anew with a lower --learning-rate, a higher momentum of the teacher, or (dino, ibot) a lower "
-            "teacher_temperature"
+            "teacher_temp"
         ),
     }[word]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
+from gtsa.core.migration import SCHEMA, migrated
 
 if TYPE_CHECKING:  # a command line that is wrong is answered without torch
     from torch import Tensor
@@ -59,7 +60,7 @@ def write(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], k
         for stem, group in tensors.items():
             tidy = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             listed[f"{stem}.safetensors"] = _store(draft / f"{stem}.safetensors", safetensors.torch.save(tidy))
-        listed[STATE] = _store(draft / STATE, _json({"step": step, **state}))
+        listed[STATE] = _store(draft / STATE, _json({"schema": SCHEMA, "step": step, **state}))
         _store(draft / MANIFEST, _json({"format": FORMAT, "files": listed}))
         files.flush(draft)
         if place.exists():  # the same step again, from a run that went back to an older checkpoint
@@ -149,7 +150,7 @@ def read(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
     listed = [Path(file) for file in sorted(_manifest(place))]
     tensors = {f.stem: safetensors.torch.load_file(place / f) for f in listed if f.suffix == ".safetensors"}
-    return tensors, json.loads((place / STATE).read_bytes())
+    return tensors, _state(place)
 
 
 def newest_state(folder: Path) -> dict[str, Any]:
@@ -157,8 +158,17 @@ def newest_state(folder: Path) -> dict[str, Any]:
     for place in listing(folder):
         with suppress(OSError, Damaged, ValueError, KeyError):
             if _digest(place / STATE) == _manifest(place)[STATE]:
-                return dict(json.loads((place / STATE).read_bytes()))
+                return _state(place)
     return {}
+
+
+def _state(place: Path) -> dict[str, Any]:
+    """The state under the names of today."""
+    state = json.loads((place / STATE).read_bytes())
+    schema = state.get("schema", 1)
+    if "settings" in state:
+        state["settings"] = migrated(state["settings"], schema, str(place))
+    return migrated(state, schema, str(place))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Trainer:
         objective: what is trained; moved to the device.
         optimizer: over its parameters.
         settings: ``steps``, ``batch_size``, ``accumulate``, ``seed``, ``log_every``, ``evaluate_every``,
-            ``checkpoint_every``, ``keep`` and ``out``.
+            ``checkpoint_every``, ``keep_checkpoints`` and ``out``.
         fabric: the engine.
         run: the folder of logs and checkpoints; None in all processes but the first.
         again: the command that goes on with a training that was stopped.
@@ -226,7 +226,9 @@ class Trainer:
                 **words,
             }
             tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **self._window(), **more}
-            checkpoint.write(folder or self.run.checkpoints, step, tensors, state, 1 if folder else self.settings.keep)
+            checkpoint.write(
+                folder or self.run.checkpoints, step, tensors, state, 1 if folder else self.settings.keep_checkpoints
+            )
         if not folder:
             self.fabric.barrier()
 
@@ -331,7 +333,7 @@ def teach(
     run = RunFolder(folder, resume=True)
     settings = SimpleNamespace(
         steps=steps, batch_size=batch_size, accumulate=accumulate, seed=seed, log_every=log_every, evaluate_every=steps,
-        checkpoint_every=checkpoint_every, keep=1, out=str(folder),
+        checkpoint_every=checkpoint_every, keep_checkpoints=1, out=str(folder),
     )  # fmt: skip
     try:
         training = Trainer(objective, optimizer, settings, fabric, run, "the same command")

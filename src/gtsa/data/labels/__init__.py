@@ -22,7 +22,7 @@ from torch import Tensor
 from gtsa.core.errors import UserError, escaped
 from gtsa.data.sources import Source
 
-Kind = Literal["none", "classes", "several", "masks", "boxes"]
+Kind = Literal["none", "classes", "multilabel", "masks", "boxes"]
 IGNORE = -1  # of a mask: pixels that nobody labelled
 SHOWN = 20  # problems that are told one by one
 LONGEST = 400  # characters of one
@@ -197,7 +197,7 @@ def open_labelled(images: str, labels: str | None, kind: Kind, **options: Any) -
     wanted = {
         "none": "a folder of images",
         "classes": "class folders, a CSV with columns path and label, or iNaturalist JSON",
-        "several": "a JSON object of image names with lists of classes, or FILE:PART where it is in parts",
+        "multilabel": "a JSON object of image names with lists of classes, or FILE:PART where it is in parts",
         "masks": "a folder of PNG masks with the images' names",
         "boxes": "a COCO JSON file",
     }[kind]

@@ -38,7 +38,7 @@ class Several:
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:
         return (
-            kind == "several"
+            kind == "multilabel"
             and labels is not None
             and divided(labels)[0].lower().endswith(".json")
             and os.path.isdir(images)

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from gtsa.core import plugins
 
 if TYPE_CHECKING:
-    from gtsa.core.types import Evaluator
+    from gtsa.evaluation.evaluator import Evaluator
 
 
 def declared() -> dict[str, plugins.Declared]:
     """{name: how its source declares it} of every evaluator in this folder; imports none of them."""
-    return plugins.all_declared(Path(__file__).parent, "Evaluator")
+    here = Path(__file__).parent
+    return plugins.all_declared(here, "Evaluator", here.with_name("evaluator.py"))
 
 
 def found() -> dict[str, type[Evaluator]]:
     """{name: class} of every evaluator in this folder; the name is the module's."""
-    from gtsa.core.types import Evaluator
+    from gtsa.evaluation.evaluator import Evaluator
 
     return plugins.classes(sys.modules[__name__], Evaluator)  # type: ignore[type-abstract]

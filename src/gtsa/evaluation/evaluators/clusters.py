@@ -14,10 +14,11 @@ from torch import Tensor
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.terminal import say
-from gtsa.core.types import Evaluator, Evidence
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation import dense
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, batches, normalised, whole_patches
+from gtsa.models.backbone import Encoder
 
 FEWEST, MOST = 5, 256  # tokens a cluster that are needed, and that are looked at to find it (faiss's default)
 
@@ -32,18 +33,18 @@ class Clusters(Evaluator):
         repeats: times that clusters are found, from different starts; the figures are the mean.
     """
 
-    labels = ("masks",)
-    resampled = False
-    learns = False
+    label_kinds = ("masks",)
+    bootstrap = False
+    uses_train_set = False
 
     def __init__(self, k: int = 500, dimensions: int = 50, size: int = 448, repeats: int = 5) -> None:
         if min(k, dimensions, size, repeats) < 1:
             raise UserError("clusters: k, dimensions, size and repeats must be at least 1")
         self.k, self.dimensions, self.size, self.repeats = k, dimensions, size, repeats
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         size, classes = whole_patches(self.size, backbone), len(val.classes)
-        total = len(val) * (size // backbone.patch) ** 2
+        total = len(val) * (size // backbone.patch_size) ** 2
         k = min(self.k, max(1, total // FEWEST))
         if k < self.k:
             say(f"clusters: {k:,} instead of {self.k:,}: there are {total:,} patches, and each needs {FEWEST}")
@@ -64,18 +65,18 @@ class Clusters(Evaluator):
                 for match, clusters in zip(matched, cells, strict=True)
             ]
             found.append(dense.stacked([dense.counts(each, truth, classes) for each in taken]))
-            lab.keep(index, dense.as_map(taken[0], classes))
+            lab.on_prediction(index, dense.as_map(taken[0], classes))
         return {**dense.stacked(found), "clusters": torch.full((len(val),), k)}
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        return {**dense.figures(evidence), "clusters": float(evidence["clusters"].double().mean())}
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        return {**dense.metrics(per_image), "clusters": float(per_image["clusters"].double().mean())}
 
-    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
-        return dense.by_class(evidence)
+    def per_class(self, per_image: PerImage) -> dict[str, list[float]]:
+        return dense.per_class(per_image)
 
-    def _maps(self, backbone: Any, val: Labelled, lab: EvalContext, size: int, k: int) -> Tensor:
+    def _maps(self, backbone: Encoder, val: Labelled, lab: EvalContext, size: int, k: int) -> Tensor:
         """The cluster of every patch in every repeat: [images, repeats, h, w]."""
-        grid = size // backbone.patch
+        grid = size // backbone.patch_size
         looked_at = np.zeros(len(val) * grid**2, bool)
         looked_at[generator(lab.seed, Stream.CLUSTERS).permutation(len(looked_at))[: MOST * k]] = True
         sample, at = [], 0
@@ -108,7 +109,7 @@ def _clustered(tokens: np.ndarray, dimensions: int, k: int, starts: list[int]) -
         return simple, [KMeans(k, n_init=1, random_state=start).fit(components) for start in starts]
 
 
-def _tokens(backbone: Any, data: Labelled, lab: EvalContext, size: int) -> Iterator[np.ndarray]:
+def _tokens(backbone: Encoder, data: Labelled, lab: EvalContext, size: int) -> Iterator[np.ndarray]:
     """Patch tokens [n, D] of all images in order, a batch of images at a time."""
     for scenes in batches(dense.Scenes(data, size), lab, list):
         pixels = normalised(torch.stack([scene.pixels for scene in scenes]), backbone, lab.device)

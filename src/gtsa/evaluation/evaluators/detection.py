@@ -11,13 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
-from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
+from gtsa.core.types import Draw, Examples, Objective
 from gtsa.data.labels import Boxes, Labelled
 from gtsa.data.loader import StepSampler
 from gtsa.evaluation.average_precision import average_precision, corner, encoded, pasted
 from gtsa.evaluation.detection_crops import draw, fitted, seen
-from gtsa.evaluation.features import EvalContext, batches, normalised, read, resized
+from gtsa.evaluation.evaluator import Evaluator, PerImage
+from gtsa.evaluation.features import EvalContext, batches, fine_tunable, normalised, read, resized
 from gtsa.evaluation.heads.mask_rcnn import LONGEST, Detector, Target
+from gtsa.models.backbone import Encoder
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Steps, warmup_then
 from gtsa.training.trainer import teach
@@ -45,9 +47,9 @@ class Detection(Evaluator):
         width: channels of pyramid and head.
     """
 
-    labels = ("boxes",)
-    trains = True
-    resampled = False
+    label_kinds = ("boxes",)
+    trains_long = True
+    bootstrap = False
 
     def __init__(
         self,
@@ -76,20 +78,22 @@ class Detection(Evaluator):
         self.weight_decay, self.drop_path = weight_decay, drop_path
         self.warmup, self.freeze, self.width = warmup, freeze, width
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         masks = train.has_masks and val.has_masks
         with torch.random.fork_rng(devices=[]):  # the layers' own initialisation knows the global state alone
             torch.manual_seed(lab.seed)
-            detector = Detector(backbone, len(train.classes), masks, self.width, self.drop_path, self.freeze)
+            detector = Detector(
+                fine_tunable(backbone), len(train.classes), masks, self.width, self.drop_path, self.freeze
+            )
         detector = detector.to(lab.device)
         self._train(detector, train, lab)
         return judged(detector.eval(), val, lab, self.scale)
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
         return {
             f"{name} {figure}": value
             for kind, name in (("bbox", "box"), ("segm", "mask"))
-            for figure, value in average_precision(evidence["truth"], evidence["found"], kind).items()
+            for figure, value in average_precision(per_image["truth"], per_image["found"], kind).items()
         }
 
     def _train(self, detector: Detector, data: Labelled, lab: EvalContext) -> None:
@@ -203,22 +207,22 @@ class _Whole(Dataset[tuple[Tensor, tuple[int, int]]]):
 
 
 @torch.no_grad()
-def judged(detector: Detector, data: Labelled, lab: EvalContext, scale: int) -> Evidence:
+def judged(detector: Detector, data: Labelled, lab: EvalContext, scale: int) -> PerImage:
     """What is there and what is found in every image, as COCO dictionaries.
 
     Images go by one at a time: what pads a batch to one size would be seen by the others' patches.
     """
-    evidence: Evidence = {"truth": [], "found": []}
+    per_image: PerImage = {"truth": [], "found": []}
     for batch in batches(_Whole(data, scale), lab, list):
         for pixels, size in batch:
             with lab.fabric.autocast():
                 _, (result,) = detector([normalised(pixels, detector.backbone, lab.device)])
-            index = len(evidence["found"])
+            index = len(per_image["found"])
             found = results(result, data, index, tuple(pixels.shape[-2:]), size)
-            lab.keep(index, found)
-            evidence["found"].append(found)
-            evidence["truth"].append(truth(data, index, detector.masks))
-    return evidence
+            lab.on_prediction(index, found)
+            per_image["found"].append(found)
+            per_image["truth"].append(truth(data, index, detector.masks))
+    return per_image
 
 
 def results(

@@ -20,9 +20,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
-from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
+from gtsa.core.types import Draw, Examples, Objective
+from gtsa.data.labels import Labelled
 from gtsa.data.loader import StepSampler
-from gtsa.evaluation.features import EvalContext, Pooling, normalised, pooled, read, tokens_of, whole_patches
+from gtsa.evaluation.evaluator import Evaluator, PerImage
+from gtsa.evaluation.features import (
+    EvalContext,
+    Pooling,
+    fine_tunable,
+    normalised,
+    pooled,
+    read,
+    tokens_of,
+    whole_patches,
+)
+from gtsa.models.backbone import Backbone, Encoder
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine, warmup_then
 from gtsa.training.trainer import teach
@@ -51,8 +63,8 @@ class Finetune(Evaluator):
         crop: side in px of what the network sees.
     """
 
-    labels = ("classes",)
-    trains = True
+    label_kinds = ("classes",)
+    trains_long = True
 
     def __init__(
         self,
@@ -90,27 +102,27 @@ class Finetune(Evaluator):
         self.mixup, self.cutmix, self.erasing, self.magnitude = mixup, cutmix, erasing, magnitude
         self.smoothing, self.resize, self.crop = smoothing, resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         crop = whole_patches(self.crop, backbone)
-        network = Classifier(backbone, len(train.classes), lab.tokens, self.drop_path).to(lab.device)
+        network = Classifier(fine_tunable(backbone), len(train.classes), lab.tokens, self.drop_path).to(lab.device)
         self._teach(network, train, crop, lab)
         network.eval()
         scores = []
         with torch.no_grad():
             for (tokens,) in tokens_of(network.backbone, val, lab, max(self.resize, crop), crop):
                 scores.append(network.head(pooled(tokens, lab.tokens)).float().cpu())
-        evidence = {"scores": torch.cat(scores), "truth": torch.tensor([val.target(i) for i in range(len(val))])}
-        for index, row in enumerate(evidence["scores"].softmax(-1)):
-            lab.keep(index, row)
-        return evidence
+        per_image = {"scores": torch.cat(scores), "truth": torch.tensor([val.target(i) for i in range(len(val))])}
+        for index, row in enumerate(per_image["scores"].softmax(-1)):
+            lab.on_prediction(index, row)
+        return per_image
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        scores, truth = evidence["scores"], evidence["truth"][:, None]
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        scores, truth = per_image["scores"], per_image["truth"][:, None]
         ks = (1, 5) if scores.shape[1] > 5 else (1,)
         hits = {k: (scores.topk(k, dim=-1).indices == truth).any(-1).double().mean() for k in ks}
         return {f"top{k}": 100 * float(share) for k, share in hits.items()}
 
-    def _teach(self, network: Classifier, train: Any, crop: int, lab: EvalContext) -> None:
+    def _teach(self, network: Classifier, train: Labelled, crop: int, lab: EvalContext) -> None:
         batch = self.batch_size
         steps = max(1, round(self.epochs * len(train) / batch))
         rate = warmup_then(Cosine(self.learning_rate * batch / 256, 1e-6), self.warmup / self.epochs, steps)
@@ -150,14 +162,14 @@ class Finetune(Evaluator):
 class Classifier(Objective):
     """A copy of a backbone with a linear head, which starts at zero."""
 
-    def __init__(self, backbone: Any, classes: int, tokens: Pooling, drop_path: float) -> None:
+    def __init__(self, backbone: Backbone, classes: int, tokens: Pooling, drop_path: float) -> None:
         super().__init__()
         self.tokens: Pooling = tokens
         self.backbone = deepcopy(backbone).requires_grad_(True)
         blocks = self.backbone.vit.blocks
         for block, rate in zip(blocks, np.linspace(0, drop_path, len(blocks)), strict=True):
             block.drop_path1, block.drop_path2 = DropPath(float(rate)), DropPath(float(rate))
-        self.head = nn.Linear(backbone.width * (2 if tokens == "both" else 1), classes)
+        self.head = nn.Linear(backbone.embed_dim * (2 if tokens == "both" else 1), classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -175,7 +187,7 @@ def parameter_groups(network: Classifier, decay: float) -> list[dict[str, Any]]:
 class Augmented(Dataset[tuple[Tensor, int, int]]):
     """Draw -> (uint8 [3, crop, crop], class, image): cut, mirrored, RandAugment by (seed, epoch, image)."""
 
-    def __init__(self, data: Any, crop: int, magnitude: int, mean: tuple[float, ...], seed: int) -> None:
+    def __init__(self, data: Labelled, crop: int, magnitude: int, mean: tuple[float, ...], seed: int) -> None:
         policy = f"rand-m{magnitude}-mstd0.5-inc1" if magnitude else None
         self.data, self.seed = data, seed
         self.change = create_transform(

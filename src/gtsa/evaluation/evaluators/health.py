@@ -10,14 +10,14 @@ sees: whether it says something else of another image.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gtsa.core.seeds import Stream, generator
-from gtsa.core.types import Evaluator, Evidence
+from gtsa.data.labels import Labelled
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, tokens_of, whole_patches
+from gtsa.models.backbone import Encoder
 
 TOKENS = 4096  # rows of the matrix whose rank is taken
 
@@ -33,14 +33,14 @@ class FeatureHealth(Evaluator):
         crop: central square that the backbone sees, px.
     """
 
-    labels = ("none",)
-    learns = False
-    resampled = False
+    label_kinds = ("none",)
+    uses_train_set = False
+    bootstrap = False
 
     def __init__(self, resize: int = 256, crop: int = 224) -> None:
         self.resize, self.crop = resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         crop = whole_patches(self.crop, backbone)
         found: list[Tensor] = []
         for (tokens,) in tokens_of(backbone, val, lab, max(self.resize, crop), crop):
@@ -51,8 +51,8 @@ class FeatureHealth(Evaluator):
                 found.append(patches[order[: max(1, -(-TOKENS // len(val)))]].clone())
         return {"patches": found}
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        chosen = evenly(torch.cat(list(evidence["patches"])))
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        chosen = evenly(torch.cat(list(per_image["patches"])))
         return {"rank": rank_me(chosen), "spread": spread(chosen), "width": float(chosen.shape[1])}
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa.core.errors import UserError
-from gtsa.core.types import Evaluator, Evidence
+from gtsa.data.labels import Labelled
 from gtsa.evaluation import dense
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, whole_patches
 from gtsa.evaluation.retrieval import remembered
+from gtsa.models.backbone import Encoder
 
 
 class InContext(Evaluator):
@@ -24,14 +24,14 @@ class InContext(Evaluator):
         size: side of the square that images are brought to, px.
     """
 
-    labels = ("masks",)
+    label_kinds = ("masks",)
 
     def __init__(self, k: int = 30, temperature: float = 0.02, memory: int = 10_240, size: int = 512) -> None:
         if min(k, memory, size) < 1 or temperature <= 0:
             raise UserError("in_context: k, memory and size must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.memory, self.size = k, temperature, memory, size
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         size = whole_patches(self.size, backbone)
         memory = remembered(backbone, train, lab, size, self.memory)
 
@@ -42,8 +42,8 @@ class InContext(Evaluator):
 
         return dense.judged(score, backbone, val, lab, size)
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        return dense.figures(evidence)
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        return dense.metrics(per_image)
 
-    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
-        return dense.by_class(evidence)
+    def per_class(self, per_image: PerImage) -> dict[str, list[float]]:
+        return dense.per_class(per_image)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa.core.errors import UserError
-from gtsa.core.types import Evaluator, Evidence
 from gtsa.data.labels import Boxes, Labelled
 from gtsa.evaluation import dense
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, batches, normalised, whole_patches
 from gtsa.evaluation.retrieval import nearest, votes_of
+from gtsa.models.backbone import Encoder
 
 
 class Instances(Evaluator):
@@ -27,14 +26,14 @@ class Instances(Evaluator):
         groups: name supercategories, where the file tells them, instead of categories.
     """
 
-    labels = ("boxes",)
+    label_kinds = ("boxes",)
 
     def __init__(self, k: int = 20, temperature: float = 0.07, size: int = 448, groups: bool = True) -> None:
         if min(k, size) < 1 or temperature <= 0:
             raise UserError("instances: k and size must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.size, self.groups = k, temperature, size, groups
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         names, numbers = self._classes(train)
         memory, known, _ = self._things(backbone, train, lab)
         queries, truth, images = self._things(backbone, val, lab)
@@ -49,16 +48,16 @@ class Instances(Evaluator):
         counts[1].index_put_((images, truth), torch.ones_like(truth), accumulate=True)
         return {"hit": counts[0], "true": counts[1]}
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
         """Share of the things that are named rightly, and the mean over classes of that share, in per cent."""
-        hit, true = evidence["hit"].sum(0).double(), evidence["true"].sum(0).double()
+        hit, true = per_image["hit"].sum(0).double(), per_image["true"].sum(0).double()
         if not true.any():
             raise UserError("instances: there is no thing among the images to judge by", 3)
         return {"accuracy": 100 * float(hit.sum() / true.sum()), "mean accuracy": 100 * float((hit / true).nanmean())}
 
-    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
+    def per_class(self, per_image: PerImage) -> dict[str, list[float]]:
         """Of each supercategory, or class."""
-        return {"accuracy": (100 * evidence["hit"].sum(0).double() / evidence["true"].sum(0)).tolist()}
+        return {"accuracy": (100 * per_image["hit"].sum(0).double() / per_image["true"].sum(0)).tolist()}
 
     def _classes(self, data: Labelled) -> tuple[tuple[str, ...], Tensor]:
         """Names of what is told apart, and the number of each of the data's classes among them."""
@@ -67,7 +66,7 @@ class Instances(Evaluator):
         names = tuple(sorted(set(data.groups)))
         return names, torch.tensor([names.index(group) for group in data.groups])
 
-    def _things(self, backbone: Any, data: Labelled, lab: EvalContext) -> tuple[Tensor, Tensor, Tensor]:
+    def _things(self, backbone: Encoder, data: Labelled, lab: EvalContext) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors [n, D] of all things but crowds, their classes [n], and which image each is in [n]."""
         if not data.has_masks:
             raise UserError("instances: things are told by their masks, and these labels have boxes alone", 3)

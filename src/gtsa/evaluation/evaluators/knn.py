@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from gtsa.core.errors import UserError
 from gtsa.core.terminal import say
-from gtsa.core.types import Evaluator, Evidence
+from gtsa.data.labels import Labelled
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, image_features
 from gtsa.evaluation.retrieval import nearest, votes_of
+from gtsa.models.backbone import Encoder
 
 
 class KNN(Evaluator):
@@ -24,7 +24,7 @@ class KNN(Evaluator):
         crop: central square that the backbone sees, px.
     """
 
-    labels = ("classes",)
+    label_kinds = ("classes",)
 
     def __init__(
         self, k: tuple[int, ...] = (20, 10, 100, 200), temperature: float = 0.07, resize: int = 256, crop: int = 224
@@ -33,7 +33,7 @@ class KNN(Evaluator):
             raise UserError("knn: k must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.resize, self.crop = k, temperature, resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         possible = [k for k in self.k if k <= len(train)]
         if not possible:
             raise UserError(f"knn: there are {len(train)} training images; give --knn.k of at most that")
@@ -46,18 +46,18 @@ class KNN(Evaluator):
         classes = torch.tensor([train.target(i) for i in range(len(train))], device=lab.device)
         truth = torch.tensor([val.target(i) for i in range(len(val))], device=lab.device)
         similarity, places = nearest(queries, memory, max(possible))
-        evidence: Evidence = {}
+        per_image: PerImage = {}
         for k in possible:
             votes = votes_of(similarity[:, :k], classes[places[:, :k]], len(train.classes), self.temperature)
             best = votes.topk(min(5, votes.shape[1]), dim=-1)
             right = (best.indices == truth[:, None]) & (best.values > 0)  # without a vote, order decides, not likeness
-            evidence[f"top1, k = {k}"] = right[:, 0].cpu()
+            per_image[f"top1, k = {k}"] = right[:, 0].cpu()
             if len(train.classes) > 5:
-                evidence[f"top5, k = {k}"] = right.any(-1).cpu()
+                per_image[f"top5, k = {k}"] = right.any(-1).cpu()
             if k == possible[0]:
                 for index, row in enumerate((votes / votes.sum(-1, keepdim=True)).cpu()):
-                    lab.keep(index, row)
-        return evidence
+                    lab.on_prediction(index, row)
+        return per_image
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        return {name: 100 * float(right.double().mean()) for name, right in evidence.items()}
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        return {name: 100 * float(right.double().mean()) for name, right in per_image.items()}

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.terminal import say
-from gtsa.core.types import Evaluator, Evidence, Examples, Objective
+from gtsa.core.types import Examples, Objective
+from gtsa.data.labels import Labelled
 from gtsa.data.loader import StepSampler
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, image_features
+from gtsa.models.backbone import Encoder
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine
 from gtsa.training.trainer import teach
@@ -34,7 +37,7 @@ class Linear(Evaluator):
     just that, but for the first steps, in which its momentum needs no run-up.
 
     Args:
-        rates: learning rates, for a batch of 256; they are scaled by batch / 256.
+        learning_rates: learning learning_rates, for a batch of 256; they are scaled by batch / 256.
         blocks: how many of the last blocks' features are put side by side.
         steps: of training. auto: 100 epochs, at least 1,000 and at most 12,500 steps.
         batch_size: images a step.
@@ -42,11 +45,11 @@ class Linear(Evaluator):
         crop: central square that the backbone sees, px.
     """
 
-    labels = ("classes", "several")
+    label_kinds = ("classes", "multilabel")
 
     def __init__(
         self,
-        rates: tuple[float, ...] = RATES,
+        learning_rates: tuple[float, ...] = RATES,
         blocks: tuple[int, ...] = (1, 4),
         steps: int | Literal["auto"] = "auto",
         batch_size: int = 128,
@@ -54,16 +57,16 @@ class Linear(Evaluator):
         crop: int = 224,
     ) -> None:
         if (
-            min(rates, default=0) <= 0
+            min(learning_rates, default=0) <= 0
             or min(blocks, default=0) < 1
             or batch_size < 1
             or (steps != "auto" and steps < 1)
         ):
-            raise UserError("linear: rates must be above 0; blocks, steps and batch_size at least 1")
-        self.rates, self.blocks, self.steps, self.batch_size = rates, blocks, steps, batch_size
+            raise UserError("linear: learning_rates must be above 0; blocks, steps and batch_size at least 1")
+        self.learning_rates, self.blocks, self.steps, self.batch_size = learning_rates, blocks, steps, batch_size
         self.resize, self.crop = resize, crop
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         if len(train) < 2:
             raise UserError("linear: one training image is too few: one learns, another chooses the learning rate")
         learnt, judged = (
@@ -71,7 +74,7 @@ class Linear(Evaluator):
         )
         targets, truth = (_targets(data) for data in (train, val))
         held_out = tenth(targets, lab.seed)
-        heads = Heads(self.pairs, learnt.shape[-1], len(train.classes), train.kind == "several", lab.seed)
+        heads = Heads(self.pairs, learnt.shape[-1], len(train.classes), train.kind == "multilabel", lab.seed)
         self._teach(heads, learnt, targets, torch.nonzero(~held_out)[:, 0], lab)
         best = int(heads.quality(learnt[held_out], targets[held_out]).argmax())
         rate, blocks = self.pairs[best]
@@ -82,21 +85,21 @@ class Linear(Evaluator):
         )
         scores = heads.scores(judged, best)
         for index, row in enumerate(heads.shares(scores)):
-            lab.keep(index, row)
+            lab.on_prediction(index, row)
         return {"scores": scores, "truth": truth}
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        scores, truth = evidence["scores"], evidence["truth"]
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        scores, truth = per_image["scores"], per_image["truth"]
         if truth.ndim == 2:
             return {"mAP": 100 * mean_average_precision(scores, truth)}
-        figures = {"top1": 100 * top(scores, truth, 1)}
+        metrics = {"top1": 100 * top(scores, truth, 1)}
         if scores.shape[1] > 5:
-            figures["top5"] = 100 * top(scores, truth, 5)
-        return figures
+            metrics["top5"] = 100 * top(scores, truth, 5)
+        return metrics
 
     @property
     def pairs(self) -> list[tuple[float, int]]:
-        return [(rate, blocks) for rate in self.rates for blocks in self.blocks]
+        return [(rate, blocks) for rate in self.learning_rates for blocks in self.blocks]
 
     def _teach(self, heads: Heads, features: Tensor, targets: Tensor, rows: Tensor, lab: EvalContext) -> None:
         """Teaches the heads what the images ``rows`` are."""
@@ -129,12 +132,12 @@ class Heads(Objective):
 
     Args:
         width: of one block's features.
-        several: classes do not exclude one another.
+        multilabel: classes do not exclude one another.
     """
 
-    def __init__(self, pairs: list[tuple[float, int]], width: int, classes: int, several: bool, seed: int) -> None:
+    def __init__(self, pairs: list[tuple[float, int]], width: int, classes: int, multilabel: bool, seed: int) -> None:
         super().__init__()
-        self.pairs, self.several = pairs, several
+        self.pairs, self.multilabel = pairs, multilabel
         draw = torch.Generator().manual_seed(seed)
         self.weights = nn.ParameterList(0.01 * torch.randn(classes, width * n, generator=draw) for _, n in pairs)
         self.biases = nn.ParameterList(torch.zeros(classes) for _ in pairs)
@@ -158,7 +161,7 @@ class Heads(Objective):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of each pair, [pairs]."""
-        if self.several:
+        if self.multilabel:
             truth = targets.float().expand_as(logits)
             return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((1, 2))
         entropy = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
@@ -168,7 +171,7 @@ class Heads(Objective):
     def quality(self, features: Tensor, targets: Tensor) -> Tensor:
         """What a pair is chosen by, [pairs]: top-1 accuracy or mAP, and where these are equal the lower loss."""
         scores = torch.stack([self.scores(features, pair) for pair in range(len(self.pairs))])
-        measure = mean_average_precision if self.several else top
+        measure = mean_average_precision if self.multilabel else top
         right = torch.tensor([measure(row, targets) for row in scores], dtype=torch.float64).nan_to_num()
         order = self.losses(scores, targets).argsort(descending=True, stable=True).argsort()
         return right + order * 1e-9
@@ -181,13 +184,13 @@ class Heads(Objective):
 
     def shares(self, scores: Tensor) -> Tensor:
         """Logits as probabilities."""
-        return scores.sigmoid() if self.several else scores.softmax(-1)
+        return scores.sigmoid() if self.multilabel else scores.softmax(-1)
 
 
-def _targets(data: Any) -> Tensor:
+def _targets(data: Labelled) -> Tensor:
     """int64 [images] for one class an image, bool [images, classes] for several."""
     found = [data.target(i) for i in range(len(data))]
-    return torch.stack(found) if data.kind == "several" else torch.tensor(found)
+    return torch.stack(found) if data.kind == "multilabel" else torch.tensor(found)
 
 
 def tenth(targets: Tensor, seed: int) -> Tensor:

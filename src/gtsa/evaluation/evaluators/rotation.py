@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa.core.errors import UserError
-from gtsa.core.types import Evaluator, Evidence, Tokens
+from gtsa.core.types import Tokens
+from gtsa.data.labels import Labelled
 from gtsa.evaluation import dense
+from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import EvalContext, pooled, tokens_of, whole_patches
 from gtsa.evaluation.retrieval import remembered
+from gtsa.models.backbone import Encoder
 
 STRENGTHS = 10.0 ** torch.arange(-8, 3, dtype=torch.float64)  # of the ridge penalty, times the mean eigenvalue
 HELD_OUT = 5  # one of so many training images chooses the strength
@@ -43,12 +46,12 @@ class Rotation(Evaluator):
         size: side of the square that images with masks are brought to for in-context retrieval, px.
     """
 
-    labels = ("masks", "classes", "several", "none")
+    label_kinds = ("masks", "classes", "multilabel", "none")
 
     def __init__(self, resize: int = 256, crop: int = 224, size: int = 512) -> None:
         self.resize, self.crop, self.size = resize, crop, size
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         if len(train) < 2:
             raise UserError("rotation: one training image is too few: one learns, another chooses the strength")
         turn, place = self._taught(backbone, train, lab)
@@ -56,56 +59,56 @@ class Rotation(Evaluator):
         for tokens in self._turned(backbone, val, lab):
             for name, values in {**_cosines(tokens), **_named(tokens, turn, lab), **_placed(tokens, place)}.items():
                 found.setdefault(name, []).append(values.double().cpu())
-        evidence: Evidence = {name: torch.cat(values) for name, values in found.items()}
-        return evidence | self._in_context(backbone, train, val, lab) if val.kind == "masks" else evidence
+        per_image: PerImage = {name: torch.cat(values) for name, values in found.items()}
+        return per_image | self._in_context(backbone, train, val, lab) if val.kind == "masks" else per_image
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        means = {name: float(values.double().mean()) for name, values in evidence.items()}
-        figures = {
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        means = {name: float(values.double().mean()) for name, values in per_image.items()}
+        metrics = {
             "rotation accuracy": 100 * means["named"],
             "cosine as it lies": means["as it lies"],
             "cosine turned back": means["turned back"],
             "cosine at random": means["at random"],
             "position R2": 1 - means["squared error"] / means["squares"],
         }
-        if "true" in evidence:  # pixel counts [images, turns, classes]
-            for name, turns in (("upright", slice(0, 1)), ("turned", slice(1, 4))):
-                counted = {key: evidence[key][:, turns] for key in ("hit", "predicted", "true")}
-                figures[f"in-context mIoU {name}"] = dense.figures(counted)["mIoU"]
-        return figures
+        if "true" in per_image:  # pixel counts [images, turns, classes]
+            for name, rotations in (("upright", slice(0, 1)), ("turned", slice(1, 4))):
+                counted = {key: per_image[key][:, rotations] for key in ("hit", "predicted", "true")}
+                metrics[f"in-context mIoU {name}"] = dense.metrics(counted)["mIoU"]
+        return metrics
 
-    def _turned(self, backbone: Any, data: Any, lab: EvalContext) -> Iterator[list[Tokens]]:
+    def _turned(self, backbone: Encoder, data: Labelled, lab: EvalContext) -> Iterator[list[Tokens]]:
         """Batches of the images' tokens, for 0 to 3 quarter-turns counter-clockwise."""
         crop = whole_patches(self.crop, backbone)
-        return tokens_of(backbone, data, lab, max(self.resize, crop), crop, turns=range(4))
+        return tokens_of(backbone, data, lab, max(self.resize, crop), crop, rotations=range(4))
 
-    def _taught(self, backbone: Any, train: Any, lab: EvalContext) -> tuple[Tensor, Tensor]:
+    def _taught(self, backbone: Encoder, train: Labelled, lab: EvalContext) -> tuple[Tensor, Tensor]:
         """Linear maps from a vector to the four turns, and from a patch to its row and column."""
         moments: list[Any] = [[0, 0], [0, 0]]  # of turns and places; of images that learn, and of those that choose
         first = 0
         for tokens in self._turned(backbone, train, lab):
-            vectors, turns = _vectors(tokens, lab)
+            vectors, rotations = _vectors(tokens, lab)
             patches, places = _patches(tokens[0])
             chooses = (torch.arange(first, first + len(places), device=lab.device) % HELD_OUT == 0).long()
             first += len(places)
             for part in (0, 1):
                 mine = chooses == part
-                moments[0][part] += moments_of(vectors[mine], turns[mine])
+                moments[0][part] += moments_of(vectors[mine], rotations[mine])
                 moments[1][part] += moments_of(patches[mine], places[mine])
         (turns_learn, turns_choose), (places_learn, places_choose) = moments
         return ridge(turns_learn, turns_choose, 4), ridge(places_learn, places_choose, 2)
 
-    def _in_context(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def _in_context(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         """Pixel counts for 0 to 3 quarter-turns of the images to judge by: [images, 4, classes]."""
-        size, quiet = whole_patches(self.size, backbone), replace(lab, keep=lambda index, prediction: None)
+        size, quiet = whole_patches(self.size, backbone), replace(lab, on_prediction=lambda index, prediction: None)
         memory = remembered(backbone, train, lab, size, MEMORY)
 
-        def score(pixels: Tensor, turns: int) -> Tensor:
-            tokens = dense.patches(backbone, torch.rot90(pixels, turns, (-2, -1)), lab)
+        def score(pixels: Tensor, rotations: int) -> Tensor:
+            tokens = dense.patches(backbone, torch.rot90(pixels, rotations, (-2, -1)), lab)
             found = memory(F.normalize(tokens, dim=-1).flatten(0, 2), NEIGHBOURS, TEMPERATURE)
-            return torch.rot90(found.view(*tokens.shape[:3], -1), -turns, (1, 2)).permute(0, 3, 1, 2)
+            return torch.rot90(found.view(*tokens.shape[:3], -1), -rotations, (1, 2)).permute(0, 3, 1, 2)
 
-        four = [dense.judged(partial(score, turns=turns), backbone, val, quiet, size) for turns in range(4)]
+        four = [dense.judged(partial(score, rotations=rotations), backbone, val, quiet, size) for rotations in range(4)]
         return {name: torch.stack([counted[name] for counted in four], dim=1) for name in four[0]}
 
 
@@ -123,25 +126,25 @@ def _patches(tokens: Tokens) -> tuple[Tensor, Tensor]:
     return patches.flatten(1, 2), places.expand(len(patches), *places.shape)
 
 
-def _named(tokens: list[Tokens], turn: Tensor, lab: EvalContext) -> Evidence:
+def _named(tokens: list[Tokens], turn: Tensor, lab: EvalContext) -> PerImage:
     vectors, truth = _vectors(tokens, lab)
     right = predicted(vectors, turn).argmax(-1) == truth.argmax(-1)
     return {"named": right.double().mean(1)}
 
 
-def _placed(tokens: list[Tokens], place: Tensor) -> Evidence:
+def _placed(tokens: list[Tokens], place: Tensor) -> PerImage:
     patches, truth = _patches(tokens[0])
     error = (predicted(patches, place) - truth).square().sum((1, 2))
     return {"squared error": error, "squares": truth.double().square().sum((1, 2))}  # they lie around 0
 
 
-def _cosines(tokens: list[Tokens]) -> Evidence:
+def _cosines(tokens: list[Tokens]) -> PerImage:
     upright, *turned = (F.normalize(view.patches, dim=-1) for view in tokens)
     pairs = {
         "as it lies": [(upright * view).sum(-1).mean((1, 2)) for view in turned],
         "turned back": [
-            (upright * torch.rot90(view, -turns, (1, 2))).sum(-1).mean((1, 2))
-            for turns, view in enumerate(turned, start=1)
+            (upright * torch.rot90(view, -rotations, (1, 2))).sum(-1).mean((1, 2))
+            for rotations, view in enumerate(turned, start=1)
         ],
         "at random": [(upright.mean((1, 2)) * view.mean((1, 2))).sum(-1) for view in turned],
     }

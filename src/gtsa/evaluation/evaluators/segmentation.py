@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
-from gtsa.core.types import Draw, Evaluator, Evidence, Examples, Objective
+from gtsa.core.types import Draw, Examples, Objective
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.data.loader import StepSampler
 from gtsa.data.pixels import NEUTRAL
 from gtsa.evaluation import dense
-from gtsa.evaluation.features import EvalContext, normalised, read, resized, whole_patches
+from gtsa.evaluation.evaluator import Evaluator, PerImage
+from gtsa.evaluation.features import EvalContext, fine_tunable, normalised, read, resized, whole_patches
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
+from gtsa.models.backbone import Encoder
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Polynomial, warmup_then
 from gtsa.training.trainer import teach
@@ -51,8 +53,8 @@ class Segmentation(Evaluator):
         sliding: stride in px of sliding windows; 0: whole images are seen at once.
     """
 
-    labels = ("masks",)
-    trains = True
+    label_kinds = ("masks",)
+    trains_long = True
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Segmentation(Evaluator):
                 "segmentation: flip and warmup are shares, the learning rate is above 0, weight decay not below"
             )
 
-    def __call__(self, backbone: Any, train: Any, val: Any, lab: EvalContext) -> Evidence:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
         size = self.size and whole_patches(self.size, backbone)
         crop = whole_patches(self.crop, backbone)
         with torch.random.fork_rng([]):  # torch's layers draw their first weights from the global generator
@@ -130,16 +132,16 @@ class Segmentation(Evaluator):
         stride = self.sliding and whole_patches(self.sliding, backbone)
         return dense.judged(score, backbone, val, lab, size, crop, stride)
 
-    def figures(self, evidence: Evidence) -> dict[str, float]:
-        return dense.figures(evidence)
+    def metrics(self, per_image: PerImage) -> dict[str, float]:
+        return dense.metrics(per_image)
 
-    def by_class(self, evidence: Evidence) -> dict[str, list[float]]:
-        return dense.by_class(evidence)
+    def per_class(self, per_image: PerImage) -> dict[str, list[float]]:
+        return dense.per_class(per_image)
 
-    def _network(self, backbone: Any, classes: int) -> nn.Module:
+    def _network(self, backbone: Encoder, classes: int) -> nn.Module:
         if self.head == "fpn":
-            return SemanticFPN(copy.deepcopy(backbone), classes, self.flat)
-        return nn.Sequential(nn.BatchNorm2d(backbone.width), nn.Conv2d(backbone.width, classes, 1))
+            return SemanticFPN(copy.deepcopy(fine_tunable(backbone)), classes, self.flat)
+        return nn.Sequential(nn.BatchNorm2d(backbone.embed_dim), nn.Conv2d(backbone.embed_dim, classes, 1))
 
     def _optimizer(self, network: nn.Module) -> ScheduledAdamW:
         rate = warmup_then(Polynomial(self.learning_rate), self.warmup, self.steps)

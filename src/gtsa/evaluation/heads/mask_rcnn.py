@@ -49,10 +49,10 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = _twin(backbone, 0.0 if freeze else drop_path).requires_grad_(not freeze)
-        self.freeze, self.masks, self.patch = freeze, masks, backbone.patch
+        self.freeze, self.masks, self.patch = freeze, masks, backbone.patch_size
         depth = len(self.backbone.vit.blocks)
         self.which = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
-        self.pyramid = Pyramid(backbone.width, width)
+        self.pyramid = Pyramid(backbone.embed_dim, width)
         heads = _heads(self.patch, classes, masks, width)
         self.proposals, self.regions = heads.rpn, heads.roi_heads
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtsa.evaluation.heads.feature_pyramid import Pyramid
+from gtsa.models.backbone import Backbone
 
 
 class SemanticFPN(nn.Module):
@@ -20,11 +21,11 @@ class SemanticFPN(nn.Module):
     Feature Pyramid Networks, arXiv 1901.02446, section 3.1).
     """
 
-    def __init__(self, backbone: Any, classes: int, flat: bool) -> None:
+    def __init__(self, backbone: Backbone, classes: int, flat: bool) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_()
         self.which = [math.ceil(len(backbone.vit.blocks) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
-        self.pyramid = Pyramid(backbone.width, 256, flat)
+        self.pyramid = Pyramid(backbone.embed_dim, 256, flat)
         self.levels = nn.ModuleList(
             nn.ModuleList(_convolution(128 if deep else 256, 128) for deep in range(max(1, level)))
             for level in range(4)

@@ -26,8 +26,8 @@ def inside(boxes: Tensor, crops: Tensor, side: int) -> Tensor:
     return (boxes - crops[..., corner]) * scale[..., corner]
 
 
-def rotate_boxes(boxes: Tensor, turns: Tensor, side: float) -> Tensor:
-    """Boxes [..., 4] in a square of ``side`` after ``turns`` [...] quarter-turns counter-clockwise of that square."""
+def rotate_boxes(boxes: Tensor, rotations: Tensor, side: float) -> Tensor:
+    """Boxes [..., 4] in a square of ``side`` after its rotation by ``rotations`` [...] quarter-turns."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     turned = torch.stack(
         [
@@ -38,34 +38,34 @@ def rotate_boxes(boxes: Tensor, turns: Tensor, side: float) -> Tensor:
         ],
         dim=-2,
     )
-    index = (turns % 4).expand(boxes.shape[:-1])[..., None, None].expand(*boxes.shape[:-1], 1, 4)
+    index = (rotations % 4).expand(boxes.shape[:-1])[..., None, None].expand(*boxes.shape[:-1], 1, 4)
     return turned.gather(-2, index).squeeze(-2)
 
 
-def places(crops: Tensor, turns: Tensor, side: float, grid: int) -> Tensor:
+def places(crops: Tensor, rotations: Tensor, side: float, grid: int) -> Tensor:
     """Where in the image the centres of a crop's ``grid`` x ``grid`` patches lie, in the order of its tokens.
 
     Args:
         crops: [..., 4] in the image, px, each resized to a square of ``side`` px.
-        turns: [...] quarter-turns counter-clockwise of that square.
+        rotations: [...] quarter-turns counter-clockwise of that square.
 
     Returns:
         [..., grid * grid, 2]: x and y in the image, px.
     """
     centre = (torch.arange(grid, device=crops.device, dtype=crops.dtype) + 0.5) * (side / grid)
     y, x = (values.flatten() for values in torch.meshgrid(centre, centre, indexing="ij"))
-    points = torch.stack([x, y, x, y], dim=-1).expand(*turns.shape, grid * grid, 4)
-    upright = rotate_boxes(points, -turns[..., None], side)[..., :2]
+    points = torch.stack([x, y, x, y], dim=-1).expand(*rotations.shape, grid * grid, 4)
+    upright = rotate_boxes(points, -rotations[..., None], side)[..., :2]
     corner, opposite = crops[..., None, :2], crops[..., None, 2:]
     return corner + upright * ((opposite - corner) / side)
 
 
-def rotate_maps(maps: Tensor, turns: Tensor) -> Tensor:
-    """Square maps [..., s, s, C] turned by ``turns`` [...] quarter-turns counter-clockwise: exact, no interpolation."""
+def rotate_maps(maps: Tensor, rotations: Tensor) -> Tensor:
+    """Square maps [..., s, s, C] rotated by ``rotations`` [...] quarter-turns: exact, no interpolation."""
     side = maps.shape[-2]
     places = torch.arange(side * side, device=maps.device).reshape(side, side)
     source = torch.stack([torch.rot90(places, k).flatten() for k in range(4)])  # [4, s*s]
-    index = source[turns % 4][..., None].expand(*turns.shape, side * side, maps.shape[-1])
+    index = source[rotations % 4][..., None].expand(*rotations.shape, side * side, maps.shape[-1])
     return maps.flatten(-3, -2).gather(-2, index).reshape(maps.shape)
 
 

@@ -46,10 +46,10 @@ def patch_correspondence(student: Tensor, teacher: Tensor, matches: int) -> Tens
     return -(kept[0] + kept[1]) / 2
 
 
-def rotation(logits: Tensor, turns: Tensor) -> Tensor:
+def rotation(logits: Tensor, rotations: Tensor) -> Tensor:
     """Cross-entropy over the four quarter-turns: logits [..., 4], turns [...] -> [...]."""
-    loss = F.cross_entropy(_lifted(logits).flatten(0, -2), turns.flatten(), reduction="none")
-    return loss.reshape(turns.shape)
+    loss = F.cross_entropy(_lifted(logits).flatten(0, -2), rotations.flatten(), reduction="none")
+    return loss.reshape(rotations.shape)
 
 
 def cross_view(student: Tensor, teacher: Tensor) -> Tensor:

@@ -19,16 +19,22 @@ class PrototypeHead(nn.Module):
     weight norm, its magnitudes fixed to 1 (Caron et al. 2021, appendix C).
     """
 
-    def __init__(self, width: int, prototypes: int = 65536, hidden: int = 2048, bottleneck: int = 256) -> None:
+    def __init__(
+        self, width: int, num_prototypes: int = 65536, hidden_dim: int = 2048, bottleneck_dim: int = 256
+    ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(width, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.prototypes = nn.Linear(bottleneck, prototypes, bias=False)
+        self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
 
     def forward(self, tokens: Tensor, frozen: bool = False) -> Tensor:
         """``frozen``: no gradient reaches the prototypes."""
