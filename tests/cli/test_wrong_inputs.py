@@ -165,8 +165,8 @@ FILES = [
     (COMPARE, "pretrain: {hold_out: 6}", 2, "leaves nothing of 6 images"),
     (COMPARE, "rows: {x: {method: {a: b}}}", 2, "rows: x.method"),
     (COMPARE, "rows: {x: 3}", 2, "rows.x"),
-    (COMPARE, "rows: {'': {}}", 2, "is to name a folder"),
-    (COMPARE, f"rows: {{{'x' * 300}: {{}}}}", 2, "is to name a folder"),
+    (COMPARE, "rows: {'': {}}", 2, "cannot be a folder name"),
+    (COMPARE, f"rows: {{{'x' * 300}: {{}}}}", 2, "cannot be a folder name"),
     (COMPARE, "rows: {x: {resume: true}}", 2, "rows: x: resume is set by the comparison"),
     ([*but(COMPARE, "--train", "{}/scenes"), "--evaluate-every", "2"], "tasks: {knn: {train: ['{}/classes']}}", 3, "class folder"),
 ]  # fmt: skip

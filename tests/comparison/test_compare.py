@@ -21,13 +21,13 @@ from PIL import Image
 from conftest import shared
 from forking import fork
 from gtsa.cli.main import run
-from gtsa.comparison import compare, jobs, queue, report_page, run_job, stages, summary
+from gtsa.comparison import compare, conclusions, jobs, queue, report, report_page, run_job, stages, summary
 from gtsa.comparison.jobs import Job
-from gtsa.comparison.results import commit, folder_of, result_of
-from gtsa.comparison.rows import rows_of
+from gtsa.comparison.results import commit, folder_of, read_result
+from gtsa.comparison.rows import make_rows
 from gtsa.comparison.settings import ABLATIONS, Compare
-from gtsa.comparison.stages import finals
-from gtsa.comparison.tuning import choices, chosen, drawn, primary_of, trials
+from gtsa.comparison.stages import list_final_jobs
+from gtsa.comparison.tuning import choose_settings, compute_primary, list_trial_jobs, sample_settings, summarise_choices
 from gtsa.core.errors import UserError
 from gtsa.core.settings import plain_yaml, validated
 from gtsa.evaluation import intervals
@@ -73,18 +73,22 @@ def settings(data, out, **more):
     return {**SMALL, "data": images, "train": (images, str(data / "masks")), "out": str(out), **more}
 
 
-def checked(*arguments, **more):
+def validate(*arguments, **more):
     return validated(Compare, settings(*arguments, **more))
 
 
-def here(monkeypatch):
+def run_jobs_here(monkeypatch):
     """Cells are done in this process, which saves the imports of another."""
 
-    def apart(job, s, free):
-        run_job.run(job, s)
-        return f"{job.name} {primary_of(found, s)}" if (found := result_of(job, s))["status"] == "done" else job.name
+    def apart(job, config, free):
+        run_job.run(job, config)
+        return (
+            f"{job.name} {compute_primary(found, config)}"
+            if (found := read_result(job, config))["status"] == "done"
+            else job.name
+        )
 
-    monkeypatch.setattr(queue, "in_process", apart)
+    monkeypatch.setattr(queue, "run_in_process", apart)
 
 
 def results(out):
@@ -104,8 +108,10 @@ def whole(data, tmp_path_factory):
 
 def compared(data, out):
     with pytest.MonkeyPatch.context() as patch:
-        here(patch)
-        with pytest.raises(UserError, match="failed: broken/images-0, broken/images-1; the report says why") as caught:
+        run_jobs_here(patch)
+        with pytest.raises(
+            UserError, match="failed: broken/images-0, broken/images-1; the report has the reasons"
+        ) as caught:
             compare.compare(**settings(data, out, rows={"broken": {"method": "gtsa", "learning_rate": 1e30}}))
         assert caught.value.code == 7
 
@@ -115,7 +121,7 @@ def test_every_row_is_asked_with_every_seed(whole):
     assert list(lines[0]) == ["method", "stage", "seed", "task", "feature", "block", "metric", "value", "n"]
     seen = {(line["method"], line["seed"], line["task"]) for line in lines}
     tasks = ("segmentation", "in_context")
-    assert {(m, s, t) for m in ("gtsa", "dino", "untrained") for s in "01" for t in tasks} <= seen
+    assert {(m, seed, t) for m in ("gtsa", "dino", "untrained") for seed in "01" for t in tasks} <= seen
     assert ("colour", "0", "in_context") in seen and ("colour", "1", "in_context") not in seen
     assert all(line["n"] == "10" for line in lines)
     by_hand = [float(x["value"]) for x in lines if x["method"] == "dino" and x["metric"] == "mIoU"]
@@ -145,13 +151,13 @@ def test_differences_are_of_the_same_seeds():
 
     def answers(seeds, values):
         places = list(range(len(seeds)))
-        return summary.Answers(seeds, {"primary": Drawn(np.array(values)[:, None], draws[:, places], 7)})
+        return summary.RowMetrics(seeds, {"primary": Drawn(np.array(values)[:, None], draws[:, places], 7)})
 
     whole, without = answers((0, 1, 2), [1.0, 10.0, 100.0]), answers((0, 2), [3.0, 400.0])
-    assert without.less(whole, "primary").values[:, 0].tolist() == [2.0, 300.0]
-    assert whole.less(without, "primary").drawn[:, 1, 0] == pytest.approx(draws[:, 2, 0] - draws[:, 1, 0])
-    assert whole.less(answers((3,), [1.0]), "primary") is None and whole.less(without, "mAP") is None
-    one = intervals.estimate(whole.less(answers((1,), [1.0]), "primary"))
+    assert without.subtract(whole, "primary").values[:, 0].tolist() == [2.0, 300.0]
+    assert whole.subtract(without, "primary").drawn[:, 1, 0] == pytest.approx(draws[:, 2, 0] - draws[:, 1, 0])
+    assert whole.subtract(answers((3,), [1.0]), "primary") is None and whole.subtract(without, "mAP") is None
+    one = intervals.estimate(whole.subtract(answers((1,), [1.0]), "primary"))
     assert (one.mean, one.low, one.seeds) == (9.0, -np.inf, 1)  # a seed that others lack says nothing here
 
 
@@ -181,16 +187,16 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
     more, shared = {"rows": {"broken": {"method": "gtsa", "learning_rate": 1e30}}}, whole
     whole = shutil.copytree(shared, tmp_path / "out")
     before = (whole / "results.json").read_text(), (whole / "report.html").read_text().replace(str(shared), str(whole))
-    monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("all is done"))
+    monkeypatch.setattr(queue, "run_in_process", lambda *_: pytest.fail("all is done"))
     with pytest.raises(UserError, match="failed: broken/images-0"):
         compare.compare(**settings(data, whole, **more))
     assert "all rows and seeds: done, 9 of 9 networks" in capsys.readouterr().out
     assert ((whole / "results.json").read_text(), (whole / "report.html").read_text()) == before
     done = []
     told = results(whole)
-    here(monkeypatch)
+    run_jobs_here(monkeypatch)
     run = run_job.run
-    monkeypatch.setattr(run_job, "run", lambda job, s: (done.append(job.name), run(job, s)))
+    monkeypatch.setattr(run_job, "run", lambda job, config: (done.append(job.name), run(job, config)))
     (whole / "cells/dino/images-1/result.json").unlink()  # as a kill just before the end leaves it
     (whole / "cells/gtsa/images-0/result.json").unlink()
     with pytest.raises(UserError, match="failed: broken/images-0"):
@@ -200,25 +206,25 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(whole, data, monk
 
 
 def test_the_report_grows_with_every_network(data, tmp_path, monkeypatch):
-    here(monkeypatch)
-    seen, write = [], compare.summary.write
+    run_jobs_here(monkeypatch)
+    seen, write = [], report.write_report
 
     def written(*arguments):
         place = write(*arguments)
         seen.append(len(results(tmp_path)["rows"]))
         return place
 
-    monkeypatch.setattr(compare.summary, "write", written)
+    monkeypatch.setattr(report, "write_report", written)
     compare.compare(**settings(data, tmp_path, methods=("mae",), controls=("colour", "position"), seeds=2))
     assert seen[0] in (1, 2) and seen == sorted(seen) and seen[-1] == 3  # the next network does not wait for the report
     assert [line["row"] for line in results(tmp_path)["rows"]] == ["mae", "colour", "position"]
 
 
 def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp_path, monkeypatch):
-    here(monkeypatch)
+    run_jobs_here(monkeypatch)
     asked = settings(data, tmp_path, primary="in_context:mIoUU", controls=("position",))
     with pytest.raises(
-        UserError, match="--primary in_context:mIoUU: in_context has no such figure; it has mIoU, mAcc, aAcc"
+        UserError, match="--primary in_context:mIoUU: in_context has no metric mIoUU; available: mIoU, mAcc, aAcc"
     ):
         compare.compare(**asked)
     assert [place.name for place in (tmp_path / "cells").iterdir()] == ["position"]
@@ -227,34 +233,39 @@ def test_a_figure_that_there_is_not_is_told_before_anything_is_trained(data, tmp
 def test_results_of_other_settings_are_not_taken(whole, data):
     less = {**SMALL["pretrain"], "gtsa": {"projector_dim": 16, "out_dim": 16}}
     with pytest.raises(UserError, match=r"made with other settings \(gtsa.predictor_dim: 16, now not given\); give"):
-        list(map(lambda job: result_of(job, s), finals(rows_of(s := checked(data, whole, pretrain=less)), s)))
+        list(
+            map(
+                lambda job: read_result(job, config),
+                list_final_jobs(make_rows(config := validate(data, whole, pretrain=less)), config),
+            )
+        )
     with pytest.raises(UserError, match=r"made with other settings \(steps: 2, now 3\); give another --out") as told:
         compare.compare(**settings(data, whole, steps=3))
     assert told.value.code == 4
 
 
 def test_a_comparison_goes_on_where_its_folders_were_moved_to(data, tmp_path, monkeypatch):
-    here(monkeypatch)
+    run_jobs_here(monkeypatch)
     more = {"methods": ("mae",), "seeds": 1, "controls": ("colour",), "train": ("images", "masks")}
     shutil.copytree(data, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
-    monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("all is done"))
+    monkeypatch.setattr(queue, "run_in_process", lambda *_: pytest.fail("all is done"))
     compare.compare(**settings(data, "out", **more) | {"data": "images"})
     shutil.copy("images/0.png", "images/10.png")
-    jobs._images.cache_clear()  # as in a process of its own
-    with pytest.raises(
-        UserError, match=r"other settings \(its images, its questions, or settings that were not kept\)"
-    ):
+    jobs._digest_image_names.cache_clear()  # as in a process of its own
+    with pytest.raises(UserError, match=r"other settings \(its images, its tasks, or settings that were not stored\)"):
         compare.compare(**settings(data, "out", **more) | {"data": "images"})
 
 
 def test_jobs_are_done_at_the_same_time(data, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=60)  # breaks if one waits for the other
     monkeypatch.setattr(
-        queue, "in_process", lambda job, s, free, apart=queue.in_process: (both.wait(), apart(job, s, free))[1]
+        queue,
+        "run_in_process",
+        lambda job, config, free, apart=queue.run_in_process: (both.wait(), apart(job, config, free))[1],
     )
     compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
 
@@ -270,7 +281,7 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, at_onc
     def run(self, command, env, **_):
         time.sleep(0.2)  # so that no place is free again before all are taken
         given.append(
-            (env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS"), jobs.read(Path(command[-1]))[1].workers)
+            (env.get("CUDA_VISIBLE_DEVICES"), env.get("OMP_NUM_THREADS"), jobs.read_job(Path(command[-1]))[1].workers)
         )
         return 1
 
@@ -281,8 +292,8 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, at_onc
     for module in ("gtsa.comparison.queue", "gtsa.training.devices"):
         monkeypatch.setattr(f"{module}.cores", lambda: 16)
     monkeypatch.setattr(queue.Processes, "run", run)
-    s = checked(data, tmp_path, device="auto", seeds=4, jobs=at_once, methods=("mae",), controls=())
-    queue.do_all(list(finals(rows_of(s), s)), s, "runs")
+    config = validate(data, tmp_path, device="auto", seeds=4, jobs=at_once, methods=("mae",), controls=())
+    queue.run_jobs("runs", list(list_final_jobs(make_rows(config), config)), config)
     devices = sorted(str(number % gpus) if gpus else "" for number in range(4))
     assert sorted(device or "" for device, *_ in given) == devices
     assert {used for _, used, _ in given} == {threads}
@@ -291,45 +302,45 @@ def test_gpus_and_cores_are_shared_out(data, tmp_path, monkeypatch, gpus, at_onc
 
 def test_nothing_more_is_begun_after_a_stop(data, tmp_path, monkeypatch, capsys):
     begun = []
-    here(monkeypatch)
+    run_jobs_here(monkeypatch)
     monkeypatch.setattr(
         queue,
-        "in_process",
-        lambda job, s, free, apart=queue.in_process: (begun.append(job.name), apart(job, s, free))[1],
+        "run_in_process",
+        lambda job, config, free, apart=queue.run_in_process: (begun.append(job.name), apart(job, config, free))[1],
     )
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare.summary, "write", interrupted)  # Ctrl-C while the first report is written
-    with pytest.raises(UserError, match="^stopped on request; the same command goes on$") as told:
+    monkeypatch.setattr(report, "write_report", interrupted)  # Ctrl-C while the first report is written
+    with pytest.raises(UserError, match="^stopped on request; the same command resumes the comparison$") as told:
         compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=8, controls=()))
     assert told.value.code == 75
     assert len(begun) < 4  # the first, and what had been begun by then
-    assert "stopping: no more networks are begun" in capsys.readouterr().out
+    assert "stopping: no more networks are started" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_leaves_a_report_and_no_process(data, tmp_path, monkeypatch, capsys, number):
     """The control is done; the first training is at work, as a process that would take an hour."""
-    here(monkeypatch)
-    at_once, codes = queue.in_process, []
+    run_jobs_here(monkeypatch)
+    at_once, codes = queue.run_in_process, []
 
-    def apart(job, s, free):
+    def apart(job, config, free):
         if job.row.source:
-            return at_once(job, s, free)
+            return at_once(job, config, free)
         threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
         codes.append(free.processes.run([sys.executable, "-c", "import time; time.sleep(3600)"]))
         raise UserError("stopped on request", 75)
 
-    monkeypatch.setattr(queue, "in_process", apart)
+    monkeypatch.setattr(queue, "run_in_process", apart)
     arguments = settings(data, tmp_path, methods=("mae",), seeds=1, controls=("position",))
     (tmp_path / "c.yaml").write_text(plain_yaml(arguments))
     assert run(["compare", "--config", str(tmp_path / "c.yaml")]) == 75
     assert codes == [-signal.SIGTERM]
     told = capsys.readouterr().err.splitlines()
     place = tmp_path / "report.html"
-    assert told == [f"gtsa: stopped on request; the same command goes on; what is done by now: {place}"]
+    assert told == [f"gtsa: stopped on request; the same command resumes the comparison; results so far: {place}"]
     assert [line["row"] for line in results(tmp_path)["rows"]] == ["position"] and place.exists()
 
 
@@ -343,11 +354,13 @@ def test_a_figure_that_an_untrained_network_reaches_is_marked():
 
     rows = [line("gtsa", a=(2, 1, 3), b=(0.5, -1, 2), c=(-2, -3, -1), d=(9, None, None)), line("untrained")]
     del rows[1]["less_untrained"]
-    shown = report_page._figures_table({"rows": rows})
+    shown = report_page._make_metrics_table(rows)
     a, b, c, d = shown.split("<tr><td>gtsa")[1].split("<tr>")[0].split("<td>")[2:]
-    assert "untrained" not in a + d and "as untrained" in b and "below untrained" in c
+    assert (
+        "untrained" not in a + d and "not distinguishable from untrained" in b and "significantly below untrained" in c
+    )
     assert "untrained" not in shown.split("<tr><td>untrained")[1]
-    assert "95 % interval of the difference holds 0" in " ".join(shown.split())
+    assert "95 % interval of the difference from the untrained network contains 0" in " ".join(shown.split())
 
 
 def test_every_row_is_compared_with_the_untrained_network(whole):
@@ -364,9 +377,9 @@ def test_every_row_is_compared_with_the_untrained_network(whole):
 
 def test_one_value_for_several_is_taken_as_one(data, tmp_path, monkeypatch):
     """As the verbs take it: knn: {k: 3}. Refused or not, it is the same before and after training."""
-    s = checked(data, tmp_path, evaluate={"knn": {"k": 3}}, task=("knn",), primary="knn")
-    assert jobs.evaluator_of("knn", s).k == (3,)
-    assert rows_of(s.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
+    config = validate(data, tmp_path, evaluate={"knn": {"k": 3}}, task=("knn",), primary="knn")
+    assert jobs.make_evaluator("knn", config).k == (3,)
+    assert make_rows(config.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
 
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path, monkeypatch):
@@ -382,7 +395,7 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path,
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    here(monkeypatch)
+    run_jobs_here(monkeypatch)
     for name in ("killed", "straight"):
         compare.compare(**settings(data, tmp_path / name, **more))
     assert results(tmp_path / "killed") == results(tmp_path / "straight")
@@ -392,14 +405,20 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path,
 
 
 def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, tmp_path):
-    s = checked(data, tmp_path, trials=40, methods=("gtsa", "dino", "mae"))
-    rows = rows_of(s)
-    found = list(trials(rows, s))
+    config = validate(data, tmp_path, trials=40, methods=("gtsa", "dino", "mae"))
+    rows = make_rows(config)
+    found = list(list_trial_jobs(rows, config))
     assert [sum(c.row.name == m for c in found) for m in ("gtsa", "dino", "mae")] == [40] * 3
     rates = [c.changes["learning_rate"] for c in found]
     assert 2.5e-4 <= min(rates) < 3e-4 and 8e-4 < max(rates) <= 1e-3 and len(set(rates)) > 100
-    assert drawn(rows[1], 7, s) == drawn(rows[1], 7, s) != drawn(rows[1], 8, s)
-    assert {jobs.training_of(job, s)["seed"] for job in found} == {1000}  # or seeds would be chosen, not settings
+    assert (
+        sample_settings(rows[1], 7, config)
+        == sample_settings(rows[1], 7, config)
+        != sample_settings(rows[1], 8, config)
+    )
+    assert {jobs.make_pretrain_settings(job, config)["seed"] for job in found} == {
+        1000
+    }  # or seeds would be chosen, not settings
     for job in found:
         if job.number == 0:  # the preset: few random draws may all be bad ones
             assert job.changes == {"steps": 1, "learning_rate": 5e-4}
@@ -407,7 +426,7 @@ def test_trials_are_as_many_for_every_method_and_follow_from_their_number(data, 
         assert job.changes[job.row.name].keys() == METHODS[job.row.name].constants["search_space"].keys()
 
 
-def tried(job, s, good, without=(), **more):
+def tried(job, config, good, without=(), **more):
     """Commits a trial with this primary figure, and without the images of each fold; or one that failed."""
     tasks, inner = ("segmentation", "in_context"), [{"mIoU": value} for value in without]
     entries = [
@@ -418,20 +437,24 @@ def tried(job, s, good, without=(), **more):
     result = (
         {"status": "done", "reason": "", "results": entries, **more} if good else {"status": "failed", "reason": "x"}
     )
-    folder_of(job, s).mkdir(parents=True)
-    commit(job, s, result)
+    folder_of(job, config).mkdir(parents=True)
+    commit(job, config, result)
 
 
 def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
-    s = checked(data, tmp_path, trials=3, ablate=("gtsa-no-rotation", "dino-rotations"))
-    rows = rows_of(s)
-    for job in trials(rows, s):
-        tried(job, s, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[job.row.name][job.number])
-    best = {"gtsa": drawn(rows[0], 1, s), "dino": drawn(rows[1], 1, s)}
+    config = validate(data, tmp_path, trials=3, ablate=("gtsa-no-rotation", "dino-rotations"))
+    rows = make_rows(config)
+    for job in list_trial_jobs(rows, config):
+        tried(job, config, {"gtsa": (1.0, 5.0, 3.0), "dino": (1.0, 2.0, None)}[job.row.name][job.number])
+    best = {"gtsa": sample_settings(rows[0], 1, config), "dino": sample_settings(rows[1], 1, config)}
     for row in rows:
         if row.tuned_as:
-            assert chosen(row, rows, s) == best[row.tuned_as]
-    by_name = {job.row.name: jobs.training_of(job, s) for job in finals(rows, s) if job.row.source is None}
+            assert choose_settings(row, rows, config) == best[row.tuned_as]
+    by_name = {
+        job.row.name: jobs.make_pretrain_settings(job, config)
+        for job in list_final_jobs(rows, config)
+        if job.row.source is None
+    }
     assert by_name["gtsa-no-rotation"]["learning_rate"] == best["gtsa"]["learning_rate"]
     assert by_name["gtsa-no-rotation"]["views"] == {**SMALL["pretrain"]["views"], "rotations": False}
     assert by_name["dino-rotations"]["dino"] == {**SMALL["pretrain"]["dino"], **best["dino"]["dino"]}
@@ -440,49 +463,52 @@ def test_the_best_trial_is_taken_by_its_method_and_its_variants(data, tmp_path):
 
 @pytest.mark.parametrize(("words", "best"), [(("learning", "collapsing"), 0), (("collapsing", "collapsing"), 1)])
 def test_a_trial_that_collapsed_is_taken_only_where_all_did(data, tmp_path, words, best):
-    s = checked(data, tmp_path, trials=2, methods=("dino",))
-    rows = rows_of(s)
-    for job, good, word in zip(trials(rows, s), (1.0, 2.0), words, strict=True):
-        tried(job, s, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
-    assert chosen(rows[0], rows, s) == drawn(rows[0], best, s)
+    config = validate(data, tmp_path, trials=2, methods=("dino",))
+    rows = make_rows(config)
+    for job, good, word in zip(list_trial_jobs(rows, config), (1.0, 2.0), words, strict=True):
+        tried(job, config, good, curve=[{"step": 1, "verdict": "learning"}, {"step": 2, "verdict": word}])
+    assert choose_settings(rows[0], rows, config) == sample_settings(rows[0], best, config)
 
 
 def test_what_most_folds_choose_is_taken(data, tmp_path):
-    s = checked(data, tmp_path, trials=3, folds=3)
-    rows = rows_of(s)
+    config = validate(data, tmp_path, trials=3, folds=3)
+    rows = make_rows(config)
     inner = {  # by fold, and last of all images; the best of all images is the first trial
         "gtsa": ([1.0, 9.0, 1.0, 9.0], [2.0, 3.0, 4.0, 3.0], [1.0, 1.0, 1.0, 1.0]),
         "dino": ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]),
     }
-    for job in trials(rows, s):
+    for job in list_trial_jobs(rows, config):
         *of_folds, good = inner[job.row.name][job.number]
-        tried(job, s, good, without=of_folds)
-    found = [(job, result_of(job, s)) for job in trials(rows, s)]
+        tried(job, config, good, without=of_folds)
+    found = [(job, read_result(job, config)) for job in list_trial_jobs(rows, config)]
     told = [{"row": "gtsa", "taken": 1, "of_folds": [1, 0, 1]}, {"row": "dino", "taken": 2, "of_folds": [2, 2, 2]}]
-    assert choices(found, s) == told
-    assert [chosen(row, rows, s) for row in rows[:2]] == [drawn(rows[0], 1, s), drawn(rows[1], 2, s)]
-    (line,) = report_page.unsteady(told)
-    assert "gtsa has the settings of trial 1, the choice of 2 of 3 folds; without" in line and "0 (fold 2)" in line
+    assert summarise_choices(found, config) == told
+    assert [choose_settings(row, rows, config) for row in rows[:2]] == [
+        sample_settings(rows[0], 1, config),
+        sample_settings(rows[1], 2, config),
+    ]
+    (line,) = conclusions.describe_disagreements(told)
+    assert "gtsa uses the settings of trial 1, chosen by 2 of 3 folds. Without" in line and "0 (fold 2)" in line
     within = [
         (job, {**result, "results": [{k: v for k, v in e.items() if k != "without"} for e in result["results"]]})
         for job, result in found
     ]
-    told = choices(within, s)
+    told = summarise_choices(within, config)
     assert told == [{"row": "gtsa", "taken": 0, "of_folds": [0]}, {"row": "dino", "taken": 2, "of_folds": [2]}]
-    assert report_page.unsteady(told) == []
+    assert conclusions.describe_disagreements(told) == []
 
 
 @pytest.mark.parametrize("metrics", [{}, {"mIoU": math.nan}, {"mAcc": 1.0}])
 def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_path, metrics):
-    s = checked(data, tmp_path, trials=2, folds=3, methods=("mae",))
+    config = validate(data, tmp_path, trials=2, folds=3, methods=("mae",))
     found = []
-    for job, good in zip(trials(rows_of(s), s), (2.0, 1.0), strict=True):
-        tried(job, s, good, without=[good] * 3)
-        result = result_of(job, s)
+    for job, good in zip(list_trial_jobs(make_rows(config), config), (2.0, 1.0), strict=True):
+        tried(job, config, good, without=[good] * 3)
+        result = read_result(job, config)
         if job.number == 0:
             result["results"][1]["without"][1] = metrics
         found.append((job, result))
-    assert choices(found, s) == [{"row": "mae", "taken": 0, "of_folds": [0, 1, 0]}]
+    assert summarise_choices(found, config) == [{"row": "mae", "taken": 0, "of_folds": [0, 1, 0]}]
 
 
 @pytest.mark.parametrize(
@@ -496,12 +522,12 @@ def test_a_trial_that_shows_nothing_without_a_fold_is_not_its_choice(data, tmp_p
     ],
 )
 def test_operations_are_told_with_the_prefix_that_fits(count, told):
-    assert report_page._flops(count) == told
+    assert report_page._format_flops(count) == told
 
 
 def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
     """Of networks that were trained: for every fold by figures of the other images, from probes that saw none of it."""
-    here(monkeypatch)
+    run_jobs_here(monkeypatch)
     asked = []
     learn = Segmentation.__call__
 
@@ -518,8 +544,8 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
     assert sorted(sorted(judged) for _, judged in pairs) == sorted(
         sorted(one[1] | other[1]) for one, other in itertools.combinations(folds, 2)
     )
-    s = checked(data, tmp_path, **more, primary="segmentation:mIoU")
-    found = [result_of(job, s)["results"][0] for job in trials(rows_of(s), s)]
+    config = validate(data, tmp_path, **more, primary="segmentation:mIoU")
+    found = [read_result(job, config)["results"][0] for job in list_trial_jobs(make_rows(config), config)]
     good = [[metrics["mIoU"] for metrics in result["without"]] for result in found]
     assert not list(tmp_path.glob("cells/mae/trial-*/per_image*")) and list(
         tmp_path.glob("cells/mae/images-0/per_image*")
@@ -531,10 +557,12 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
 
 
 def test_what_a_row_says_itself_counts_more_than_trials(data, tmp_path):
-    s = checked(data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}})
-    row = next(row for row in rows_of(s) if row.name == "mine")
+    config = validate(
+        data, tmp_path, rows={"mine": {"method": "gtsa", "learning_rate": 7e-4, "gtsa": {"momentum": 0.5}}}
+    )
+    row = next(row for row in make_rows(config) if row.name == "mine")
     tried = {"learning_rate": 1e-4, "gtsa": {"momentum": 0.9, "matches": 3}, "steps": 9}
-    given = jobs.training_of(Job(row, "flops", 0, tried), s)
+    given = jobs.make_pretrain_settings(Job(row, "flops", 0, tried), config)
     assert (given["learning_rate"], given["steps"]) == (7e-4, 9)
     assert given["gtsa"] == {**SMALL["pretrain"]["gtsa"], "momentum": 0.5, "matches": 3}
 
@@ -549,19 +577,19 @@ def test_the_page_says_first_what_was_lost_and_that_nothing_was_learnt():
         line("untrained", 0.1, -1.0, 1.0),
         line("colour", 5.0, 4.0, 6.0),
     ]
-    collapsed, *told = report_page.verdicts({"reference": "gtsa", "rows": rows})
+    collapsed, *told = conclusions.describe_verdicts("gtsa", rows)
     assert "2 of 3 runs of dino collapsed" in collapsed
-    assert "Nothing that gtsa has learnt shows" in told[0]
-    assert "worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
-    assert "better than dino" in told[2] and "+3.00 (95 % interval +2.00 to +4.00)" in told[2]
+    assert "gtsa is not distinguishable from untrained on the primary metric" in told[0]
+    assert "significantly worse than colour" in told[1] and "-5.00 (95 % interval -6.00 to -4.00)" in told[1]
+    assert "significantly better than dino" in told[2] and "+3.00 (95 % interval +2.00 to +4.00)" in told[2]
 
 
 def test_trials_are_judged_within_the_training_images(data, tmp_path):
     images, masks = str(data / "images"), str(data / "masks")
-    s = checked(data, tmp_path, folds=None, val=(images, masks))
-    row = rows_of(s)[0]
+    config = validate(data, tmp_path, folds=None, val=(images, masks))
+    row = make_rows(config)[0]
     for stage, folds in (("trial", 5), ("images", None)):
-        for _, asked, question in jobs.tasks_of(Job(row, stage, 0), s):
+        for _, asked, question in jobs.open_tasks(Job(row, stage, 0), config):
             assert asked.folds == folds
             assert question.val.fingerprint == question.train.fingerprint  # here the same images
             assert bool(question.folds) is (folds is not None)
@@ -573,21 +601,21 @@ def test_tasks_of_the_same_labels_open_them_once(data, tmp_path, monkeypatch):
     shutil.copy(images / "0.png", images / "without.png")
     monkeypatch.setattr("gtsa.data.labels.masks.say", seen.append)
     places, tasks = (str(images), str(data / "masks")), ("segmentation", "in_context", "rotation")
-    s = checked(data, tmp_path, train=places, task=tasks)
-    places = [len(question.val) for _, _, question in jobs.tasks_of(Job(rows_of(s)[0], "images", 0), s)]
+    config = validate(data, tmp_path, train=places, task=tasks)
+    places = [len(question.val) for _, _, question in jobs.open_tasks(Job(make_rows(config)[0], "images", 0), config)]
     assert places == [10, 10, 10]
     assert seen[0] == "1 of 11 images have no mask and are left out"
     assert [": pixels: " in line for line in seen] == [False, True]
 
 
 def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
-    s = checked(data, tmp_path)
+    config = validate(data, tmp_path)
     parts = [
         {"task": t, "metrics": {"mIoU": v, "aAcc": 90.0}} for t, v in (("segmentation", 10.0), ("in_context", 30.0))
     ]
-    assert primary_of({"results": parts}, s) == 20
-    with pytest.raises(UserError, match="no such figure; it has mIoU, aAcc"):
-        primary_of({"results": parts}, s.model_copy(update={"primary": "segmentation:mAP"}))
+    assert compute_primary({"results": parts}, config) == 20
+    with pytest.raises(UserError, match="segmentation has no metric mAP; available: mIoU, aAcc"):
+        compute_primary({"results": parts}, config.model_copy(update={"primary": "segmentation:mAP"}))
 
 
 # Wrong input
@@ -595,21 +623,21 @@ def test_the_primary_figure_is_the_mean_of_its_parts(data, tmp_path):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_variants_are_valid(name, data, tmp_path):
-    s = checked(data, tmp_path, ablate=(name,))
-    row = next(row for row in rows_of(s) if row.name == name)
-    validated(Pretrain, jobs.training_of(Job(row, "images", 0), s))
+    config = validate(data, tmp_path, ablate=(name,))
+    row = next(row for row in make_rows(config) if row.name == name)
+    validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), config))
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ({"methods": ("gtsa", "nothing")}, "there is no 'nothing'; there is dino"),
-        ({"methods": ("gtsa", "gtsa")}, "each once"),
+        ({"methods": ("gtsa", "nothing")}, "unknown method 'nothing'; available: dino"),
+        ({"methods": ("gtsa", "gtsa")}, "each only once"),
         ({"ablate": ("gtsa-no-head",)}, "gtsa-no-rotation"),
         ({"controls": ("magic",)}, "untrained"),
         ({"primary": "knn:top1"}, "not among --task"),
-        ({"rows": {"gtsa": {}}}, "two rows are called gtsa"),
-        ({"rows": {"../up": {}}}, "letters, digits"),
+        ({"rows": {"gtsa": {}}}, "two rows have the name gtsa"),
+        ({"rows": {"../up": {}}}, "only letters, digits"),
         ({"rows": {"mine": {"stepz": 3}}}, "row mine: stepz: there is no such setting, did you mean steps"),
         ({"learning_rates": (1e-3, 1e-4)}, "low <= high"),
         ({"train": ("nowhere", "nothing")}, "nowhere"),
@@ -619,23 +647,23 @@ def test_variants_are_valid(name, data, tmp_path):
         ({"rows": {"mine": {"init": "random:vit_tiny_patch16_224"}}}, "does not fit test_vit"),
         ({"model": "resnet50"}, "no plain vision transformer"),
         ({"tasks": {"knn": {}}}, "tasks: knn is not among --task"),
-        ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "trials": 1}, "add it to --methods"),
+        ({"methods": ("gtsa",), "ablate": ("dino-rotations",), "trials": 1}, "add dino to --methods"),
         ({"evaluate": {"segmentation": {"size": "x"}}}, "--task segmentation: segmentation.size: 'x'"),
         ({"evaluate": {"knn": {"k": "x"}}}, "--task segmentation: knn.k: 'x'"),
         (
             {"evaluate_every": 1, "folds": None, "val": (), "tasks": {t: {"folds": 2} for t in SMALL["evaluate"]}},
             "evaluate_every: val: give",
         ),
-        ({"pretrain": {"out": "x"}}, "pretrain: out is set by the comparison itself"),
+        ({"pretrain": {"out": "x"}}, "pretrain: out is set by the comparison; remove it here"),
         ({"pretrain": {"dino": {"momentum": 2.0}}}, "momentum: from 0 to 1"),
         ({"evaluate": {"segmentation": {"stepz": 3}}}, "--task segmentation: segmentation.stepz: there is no such"),
         (
             {"trials": 1},
-            "segmentation, in_context: trials are chosen for each fold by folds of the other images, so two",
+            "segmentation, in_context: trials are chosen for each fold by inner folds of the other images, so two",
         ),
         (
             {"trials": 1, "folds": 3, "task": ("segmentation", "clusters"), "primary": "segmentation+clusters"},
-            "segmentation has 3 folds; clusters learns nothing, so it has no folds. Give another --primary, or --trials 0",
+            "segmentation has 3 folds; clusters is not trained, so it has no folds. Give another --primary, or --trials 0",
         ),
         (
             {"trials": 1, "folds": 3, "tasks": {"in_context": {"folds": 4}}},
@@ -644,7 +672,7 @@ def test_variants_are_valid(name, data, tmp_path):
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_trained(wrong, told, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(queue, "in_process", lambda *_: pytest.fail("nothing is to be trained"))
+    monkeypatch.setattr(queue, "run_in_process", lambda *_: pytest.fail("nothing is to be trained"))
     with pytest.raises(UserError, match=re.escape(told)):
         compare.compare(**{**settings(data, tmp_path / "out"), **wrong})
     assert not (tmp_path / "out").exists()
@@ -656,7 +684,7 @@ def test_a_folder_that_cannot_be_made_frees_the_device(tmp_path, monkeypatch):
     free = queue.Devices([""])
     monkeypatch.setattr(queue, "folder_of", lambda *_: tmp_path / "file" / "cell")
     with pytest.raises(NotADirectoryError):
-        queue.in_process(None, None, free)
+        queue.run_in_process(None, None, free)
     assert free.qsize() == 1
 
 
@@ -666,7 +694,7 @@ def test_runs_of_equal_operations_have_as_many_steps_as_the_first_methods_operat
     """MAE does 10 an image and GTSA 25, so GTSA has 100 x 10 / 25 steps; those of the first method are there already."""
     flops = {"mae": 10.0, "gtsa": 25.0, "dino": 3.0}
 
-    def found(job, s):  # of DINO there is no result yet, and a control has no steps
+    def found(job, config):  # of DINO there is no result yet, and a control has no steps
         name = job.row.name
         return (
             None
@@ -674,10 +702,10 @@ def test_runs_of_equal_operations_have_as_many_steps_as_the_first_methods_operat
             else {"flops_per_image": flops.get(name, 1.0)} | ({"steps": 100} if name in flops else {})
         )
 
-    monkeypatch.setattr(stages, "answered", found)
-    s = checked(
+    monkeypatch.setattr(stages, "read_successful_result", found)
+    config = validate(
         data, tmp_path, methods=("mae", "gtsa", "dino"), controls=("position",), seeds=2, steps=100, equal_flops=True
     )
-    jobs_found = list(stages.at_equal_flops(rows_of(s), s))
+    jobs_found = list(stages.list_equal_flops_jobs(make_rows(config), config))
     assert [(job.name, job.changes["steps"]) for job in jobs_found] == [("gtsa/flops-0", 40), ("gtsa/flops-1", 40)]
-    assert list(stages.at_equal_flops(rows_of(s), s.model_copy(update={"equal_flops": False}))) == []
+    assert list(stages.list_equal_flops_jobs(make_rows(config), config.model_copy(update={"equal_flops": False}))) == []

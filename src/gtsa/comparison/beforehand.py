@@ -1,9 +1,8 @@
-"""What can be wrong with a comparison, told before hours of training."""
+"""Checks a comparison before hours of training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -11,9 +10,9 @@ from gtsa import methods
 from gtsa.comparison import jobs, tuning
 from gtsa.comparison.jobs import Job
 from gtsa.comparison.rows import Row
-from gtsa.comparison.settings import CONTROLS
+from gtsa.comparison.settings import CONTROLS, Compare
 from gtsa.core.errors import UserError
-from gtsa.core.settings import Plan, validated
+from gtsa.core.settings import Plan, is_auto, validated
 from gtsa.data.sources import open_source
 from gtsa.evaluation import tasks
 from gtsa.evaluation.settings import Evaluate
@@ -23,66 +22,74 @@ from gtsa.pretraining import plan
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import resolve_device
 
-OURS = ("data", "out", "seed", "resume", "overwrite")  # settings of gtsa pretrain that a comparison makes itself
-ASKED = (  # and of gtsa evaluate
+# Settings that the comparison itself sets
+OF_PRETRAIN = ("data", "out", "seed", "resume", "overwrite")
+OF_EVALUATE = (
     "weights", "task", "tokens", "seed", "network", "model", "out", "predictions", "pictures", "work", "device",
     "devices", "nodes", "precision", "workers",
 )  # fmt: skip
 
 
-def check(rows: Sequence[Row], s: Any) -> None:
-    """Opens everything once: images, settings and weights of every row, settings and labels of every question.
+def check(rows: Sequence[Row], settings: Compare) -> None:
+    """Opens everything once: images, settings and weights of every row, settings and labels of every task.
 
     Raises:
-        UserError: something is wrong, of whatever kind.
+        UserError: anything is wrong.
     """
-    _settled_elsewhere(s)
-    if not (images := len(open_source(s.data))):
-        raise UserError(f"--data {s.data}: no images", 3)
-    resolve_device(validated(Evaluate, jobs.engine_of(s)))
+    _check_reserved_settings(settings)
+    if not (images := len(open_source(settings.data))):
+        raise UserError(f"--data {settings.data}: no images", 3)
+    resolve_device(validated(Evaluate, jobs.make_device_settings(settings)))
     for row in rows:
         if row.source is None:
             try:
-                _trainable(row, s, images)
-            except UserError as remedy:
-                raise UserError(f"row {row.name}: {remedy}", remedy.code) from None
+                _check_trained_row(row, settings, images)
+            except UserError as error:
+                raise UserError(f"row {row.name}: {error}", error.code) from None
         elif row.source not in CONTROLS:
             load_backbone(row.source)
     labels: tasks.Opened = {}
-    list(jobs.tasks_of(Job(rows[0], "images", 0), s, labels))
-    for task in s.task:
-        jobs.evaluator_of(task, s)
-    if s.evaluate_every:
-        tasks.open_tasks(validated(Evaluate, jobs.looked(s), "evaluate_every"), labels)
-    if s.trials:
-        tuning.checked((question for *_, question in jobs.tasks_of(Job(rows[0], "trial", 0), s, labels)), s)
+    list(jobs.open_tasks(Job(rows[0], "images", 0), settings, labels))
+    for task in settings.task:
+        jobs.make_evaluator(task, settings)
+    if settings.evaluate_every:
+        online = validated(Evaluate, jobs.make_online_evaluation_settings(settings), "evaluate_every")
+        tasks.open_tasks(online, labels)
+    if settings.trials:
+        of_trial = jobs.open_tasks(Job(rows[0], "trial", 0), settings, labels)
+        tuning.check_tasks((task for *_, task in of_trial), settings)
 
 
-def _settled_elsewhere(s: Any) -> None:
-    """Raises UserError for settings of files that a comparison makes itself, or that have no meaning in it."""
-    lists = [("pretrain", s.pretrain, (*OURS, "method")), ("evaluate", s.evaluate, ASKED)]
-    lists += [(f"rows: {name}", settings, OURS) for name, settings in s.rows.items()]
-    lists += [(f"tasks: {name}", settings, ASKED) for name, settings in s.tasks.items()]
-    if wrong := [f"{where}: {key}" for where, settings, ours in lists for key in settings if key in ours]:
-        raise UserError("\n".join(f"{line} is set by the comparison itself; leave it out here" for line in wrong))
+def _check_reserved_settings(settings: Compare) -> None:
+    """Raises UserError if a section has settings that the comparison itself sets."""
+    sections: list[tuple[str, Mapping[str, object], Collection[str]]] = [
+        ("pretrain", settings.pretrain, (*OF_PRETRAIN, "method")),
+        ("evaluate", settings.evaluate, OF_EVALUATE),
+        *((f"rows: {name}", section, OF_PRETRAIN) for name, section in settings.rows.items()),
+        *((f"tasks: {name}", section, OF_EVALUATE) for name, section in settings.tasks.items()),
+    ]
+    if wrong := [f"{name}: {key}" for name, section, reserved in sections for key in section if key in reserved]:
+        raise UserError("\n".join(f"{name} is set by the comparison; remove it here" for name in wrong))
 
 
-def _trainable(row: Row, s: Any, images: int) -> None:
-    told = validated(Pretrain, jobs.training_of(Job(row, "images", 0), s) | {"out": s.out})
-    ready = Plan(told, {})
-    plan.start(ready, _model(told))
-    plan.sizes(ready)
-    method: Any = methods.found()[told.method]
-    plan.method(ready, method.auto_settings, images)
-    plan.hold_out(ready, images)
-    plan.budget(ready, images - ready.settings.hold_out, method.base_lr)
-    with torch.device("meta"):  # its constructor checks its options
-        encoder = Backbone(ready.settings.model, ready.settings.views.global_crops_size)
-        method(encoder, **ready.settings.options)
-    if s.trials and row.tuned_as not in s.methods:
-        raise UserError(f"it takes the settings of {row.tuned_as}, which is not tried: add it to --methods")
+def _check_trained_row(row: Row, settings: Compare, images: int) -> None:
+    pretrain = validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), settings) | {"out": settings.out})
+    resolved = Plan(pretrain, {})
+    plan.start(resolved, _read_model(pretrain))
+    plan.sizes(resolved)
+    method = methods.found()[pretrain.method]
+    plan.method(resolved, method.auto_settings, images)
+    plan.hold_out(resolved, images)
+    plan.budget(resolved, images - resolved.settings.hold_out, method.base_lr)
+    with torch.device("meta"):  # the constructor checks the options of the method; no memory is used
+        encoder = Backbone(resolved.settings.model, resolved.settings.views.global_crops_size)
+        method(encoder, **resolved.settings.options)
+    if settings.trials and row.tuned_as not in settings.methods:
+        raise UserError(f"it takes its settings from the trials of {row.tuned_as}: add {row.tuned_as} to --methods")
 
 
-def _model(told: Any) -> str | None:
-    """The model of the weights that a row starts from. Raises UserError where they are not of the row's own (4)."""
-    return load_backbone(told.init, model=None if told.model == "auto" else told.model)[0].model if told.init else None
+def _read_model(pretrain: Pretrain) -> str | None:
+    """The model of the initial weights of a row. Raises UserError if they do not fit the model of the row (4)."""
+    if not pretrain.init:
+        return None
+    return load_backbone(pretrain.init, model=None if is_auto(pretrain.model) else pretrain.model)[0].model

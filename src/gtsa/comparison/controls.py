@@ -1,4 +1,4 @@
-"""Features that nothing was learnt for: what a method has to beat. They look like backbones to an evaluation."""
+"""Controls: features without any training, which a method has to beat. Evaluations use them like backbones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gtsa.core.types import Tokens
 from gtsa.models.backbone import IMAGENET, Encoder
 
-BINS = 9  # of unsigned edge orientations
+BINS = 9  # of unsigned gradient orientations
 
 
 class Control(Encoder):
-    """``see`` makes patch tokens of images; every block says the same, and there is no token beside the patches."""
+    """Patch features computed by a formula. They are the output of every block; there are no prefix tokens."""
 
     num_prefix_tokens, patch_size = 0, 0
     normalisation, fingerprint = IMAGENET, "none"
@@ -24,66 +24,69 @@ class Control(Encoder):
     def __init__(self, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # says where it lies
+        self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)  # empty; it holds the device
 
-    def see(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> [N, h, w, width]."""
+    def compute_patches(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> features of patches [N, h, w, D]."""
         raise NotImplementedError
 
     @property
     def embed_dim(self) -> int:
-        return self.see(torch.zeros(1, 3, 2 * self.patch_size, 2 * self.patch_size, device=self.nothing.device)).shape[
-            -1
-        ]
+        side = 2 * self.patch_size
+        return self.compute_patches(torch.zeros(1, 3, side, side, device=self.nothing.device)).shape[-1]
 
     def forward(self, images: Tensor) -> Tokens:
         return self.blocks(images)[-1]
 
     def blocks(self, images: Tensor, which: Sequence[int] = (), norm: bool = True) -> list[Tokens]:
-        patches = self.see(images.float())
+        patches = self.compute_patches(images.float())
         return [Tokens(patches, patches.new_zeros(len(patches), 0, patches.shape[-1]))] * max(1, len(which))
 
 
 class ColourAndEdges(Control):
-    """Mean colours of each quarter of a patch, and of each quarter a histogram of oriented gradients (Dalal and Triggs
-    2005): nine unsigned orientations, weighed by magnitude, each patch of unit length.
+    """Mean colour and histogram of oriented gradients (Dalal and Triggs 2005) of each quarter of a patch.
+
+    The histograms have nine unsigned orientations, weighted by magnitude; those of a patch together have unit length.
     """
 
-    def see(self, images: Tensor) -> Tensor:
-        half = self.patch_size // 2
+    def compute_patches(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in self.normalisation)
         pixels = images * std + mean
         grey = pixels.mean(1, keepdim=True)
-        across = F.pad(grey, (1, 1, 0, 0), mode="replicate")
-        down = F.pad(grey, (0, 0, 1, 1), mode="replicate")
-        x, y = across[..., 2:] - across[..., :-2], down[..., 2:, :] - down[..., :-2, :]
-        size, angle = (x.square() + y.square()).sqrt(), torch.remainder(torch.atan2(y, x), math.pi) * (BINS / math.pi)
+        padded_x = F.pad(grey, (1, 1, 0, 0), mode="replicate")
+        padded_y = F.pad(grey, (0, 0, 1, 1), mode="replicate")
+        dx, dy = padded_x[..., 2:] - padded_x[..., :-2], padded_y[..., 2:, :] - padded_y[..., :-2, :]
+        magnitude = (dx.square() + dy.square()).sqrt()
+        angle = torch.remainder(torch.atan2(dy, dx), math.pi) * (BINS / math.pi)  # in bins
         bins = torch.arange(BINS, device=images.device)[:, None, None]
-        apart = (angle - bins - 0.5).abs()
-        share = (1 - torch.minimum(apart, BINS - apart)).clamp(min=0) * size  # shared between neighbouring bins
-        edges = F.normalize(self._quarters(share, half), dim=-1)
-        return torch.cat([self._quarters(pixels, half) - 0.5, edges], dim=-1)
+        distance = (angle - bins - 0.5).abs()
+        distance = torch.minimum(distance, BINS - distance)
+        histograms = (1 - distance).clamp(min=0) * magnitude  # linear interpolation between neighbouring bins
+        edges = F.normalize(self._average_quarters(histograms), dim=-1)
+        return torch.cat([self._average_quarters(pixels) - 0.5, edges], dim=-1)
 
-    def _quarters(self, maps: Tensor, half: int) -> Tensor:
+    def _average_quarters(self, maps: Tensor) -> Tensor:
         """Means over the four quarters of each patch: [N, C, H, W] -> [N, h, w, 4 C]."""
-        cells = F.avg_pool2d(maps, half, half)
+        half = self.patch_size // 2
+        means = F.avg_pool2d(maps, half, half)
         h, w = maps.shape[-2] // self.patch_size, maps.shape[-1] // self.patch_size
-        cells = cells[..., : 2 * h, : 2 * w].unflatten(-2, (h, 2)).unflatten(-1, (w, 2))  # type: ignore[no-untyped-call]
-        return cells.permute(0, 2, 4, 3, 5, 1).flatten(3)  # type: ignore[no-any-return]
+        means = means[..., : 2 * h, : 2 * w].unflatten(-2, (h, 2)).unflatten(-1, (w, 2))  # type: ignore[no-untyped-call]
+        return means.permute(0, 2, 4, 3, 5, 1).flatten(3)  # type: ignore[no-any-return]
 
 
 class Position(Control):
-    """Where a patch lies, and nothing of what it shows: sines and cosines of row and column, from one turn to eight."""
+    """Position of a patch, without its content: sines and cosines of row and column, half a period to four."""
 
-    def see(self, images: Tensor) -> Tensor:
+    def compute_patches(self, images: Tensor) -> Tensor:
         h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         rows, columns = ((torch.arange(n, device=images.device) + 0.5) / n for n in (h, w))
-        turns = 2 * math.pi * torch.tensor([0.5, 1, 2, 4], device=images.device)
-        down, across = (
-            torch.cat([(p[:, None] * turns).sin(), (p[:, None] * turns).cos()], dim=1) for p in (rows, columns)
+        frequencies = 2 * math.pi * torch.tensor([0.5, 1, 2, 4], device=images.device)
+        of_rows, of_columns = (
+            torch.cat([(p[:, None] * frequencies).sin(), (p[:, None] * frequencies).cos()], dim=1)
+            for p in (rows, columns)
         )
-        found = torch.cat([down[:, None].expand(h, w, -1), across[None].expand(h, w, -1)], dim=-1)
-        return found.expand(len(images), h, w, -1)
+        positions = torch.cat([of_rows[:, None].expand(h, w, -1), of_columns[None].expand(h, w, -1)], dim=-1)
+        return positions.expand(len(images), h, w, -1)
 
 
 CONTROLS: dict[str, type[Control]] = {"colour": ColourAndEdges, "position": Position}

@@ -1,12 +1,12 @@
-"""Jobs of a comparison: each is one network of a row, trained and evaluated by all tasks.
+"""Jobs of a comparison. A job is one network of a row: it is trained, then evaluated on all tasks.
 
-A job leaves a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
+Each job has a folder ``OUT/cells/ROW/STAGE-NUMBER`` with all that the report needs:
 
-job.json                what the process was given that does the job
-result.json             settings, figures, costs, or why it failed; it is written last, and only then the job is done
-per_image.npz            what the figures follow from, image by image, for intervals; trials have none
+job.json                the job and the settings of the comparison, for the process that runs the job
+result.json             settings, metrics and costs, or the reason of a failure; written last: then the job is done
+per_image.npz           results of every image, for intervals; trials have none
 maps.png                feature maps of the same images for every row
-run/                    logs and export of the pretraining; its checkpoints go once the job is done
+run/                    logs and export of the pretraining; its checkpoints are removed when the job is done
 """
 
 from __future__ import annotations
@@ -28,123 +28,140 @@ from gtsa.evaluation.settings import Evaluate, EvaluatorSettings
 from gtsa.pretraining.settings import METHODS
 from gtsa.training.trainer import digest_of
 
-STAGES = {"images": "equal images", "flops": "equal operations"}  # of what the report tells
-TRIED = 1_000  # seed of all trials: the same start and images for all settings, and those of no run
-FREE = ("device", "workers", "devices", "precision")  # settings that decide no more than the last digits
-SEED = 0  # of all evaluations: every network is asked alike, so that images and folds pair up
+STAGES = {"images": "equal images", "flops": "equal operations"}  # the stages in the report
+TRIAL_SEED = 1_000  # of all trials: equal initialisation and images for all settings; no final run has this seed
+UNCOMPARED = ("device", "workers", "devices", "precision")  # settings that change at most the last digits of a result
+EVALUATION_SEED = 0  # of all evaluations: images and folds are the same for every network, so results are paired
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network of a row. ``stage``: trial, images (the common number of images) or flops (of operations)."""
+    """One network of a row. ``stage``: trial, images (equal number of images) or flops (equal operations)."""
 
     row: Row
     stage: str
-    number: int  # the seed; of a trial its number
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of the row's settings
+    number: int  # the seed; for a trial its number
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to the settings of the row
 
     @property
     def name(self) -> str:
         return f"{self.row.name}/{self.stage}-{self.number}"
 
 
-def written(job: Job, s: Any) -> str:
-    """A job as JSON, with the settings of the comparison: all that the process for it needs."""
-    return json.dumps({"settings": json.loads(s.model_dump_json()), "job": asdict(job)}, indent=1)
+def job_to_json(job: Job, settings: Compare) -> str:
+    """A job with the settings of the comparison as JSON: the complete input of the process that runs it."""
+    return json.dumps({"settings": json.loads(settings.model_dump_json()), "job": asdict(job)}, indent=1)
 
 
-def read(path: Path) -> tuple[Job, Any]:
-    """The job that ``written`` wrote, and the settings."""
-    found = json.loads(path.read_text())
-    job = found["job"]
-    return Job(Row(**job.pop("row")), **job), validated(Compare, found["settings"])
+def read_job(path: Path) -> tuple[Job, Compare]:
+    """Reads back what ``job_to_json`` wrote."""
+    content = json.loads(path.read_text())
+    job = content["job"]
+    return Job(Row(**job.pop("row")), **job), validated(Compare, content["settings"])
 
 
-# What a job is to do
+# Settings of a job
 
 
-def training_of(job: Job, s: Any) -> dict[str, Any]:
+def make_pretrain_settings(job: Job, settings: Compare) -> dict[str, Any]:
     """Settings of gtsa pretrain for a job."""
-    given: dict[str, Any] = {
-        "model": s.model, "steps": s.steps, "batch_size": s.batch_size, "precision": s.precision, "device": s.device,
-        "workers": s.workers, "devices": 1,
+    combined: dict[str, Any] = {
+        "model": settings.model, "steps": settings.steps, "batch_size": settings.batch_size,
+        "precision": settings.precision, "device": settings.device, "workers": settings.workers, "devices": 1,
     }  # fmt: skip
     steps = {"steps": job.changes["steps"]} if "steps" in job.changes else {}
-    for more in (s.pretrain, job.changes, job.row.settings, steps):  # a row's own words count more than its trials
-        given = merged(given, more)
-    given |= {"data": s.data, "seed": job.number if job.stage != "trial" else TRIED}
-    sections = {"views", given["method"]}
-    return {k: v for k, v in given.items() if k not in METHODS or k in sections}
+    for overrides in (settings.pretrain, job.changes, job.row.settings, steps):  # the row overrides its trials
+        combined = merged(combined, overrides)
+    combined |= {"data": settings.data, "seed": job.number if job.stage != "trial" else TRIAL_SEED}
+    sections = {"views", combined["method"]}
+    return {key: value for key, value in combined.items() if key not in METHODS or key in sections}
 
 
-def tasks_of(job: Job, s: Any, opened: tasks.Opened | None = None) -> Iterator[tuple[str, Any, tasks.Task]]:
-    """(feature, settings, question) of all that a job is asked; a trial is asked the primary tasks alone.
+def open_tasks(
+    job: Job, settings: Compare, opened: tasks.Opened | None = None
+) -> Iterator[tuple[str, Evaluate, tasks.Task]]:
+    """(feature, evaluation settings, task) of every evaluation of a job. A trial has only the primary tasks.
 
     Args:
-        opened: labels that were opened for other jobs; what is opened here joins them.
+        opened: labels that are already open; newly opened labels are added to it.
     """
     opened = {} if opened is None else opened
-    wanted = primary_tasks(s) if job.stage == "trial" else s.task
-    for task in s.task:
-        if task not in wanted:
+    trial = job.stage == "trial"
+    for name in settings.task:
+        if trial and name not in list_primary_tasks(settings):
             continue
-        shared = told_of(task, s)
-        if job.stage == "trial" and shared["val"]:  # settings are chosen within the training images
+        shared = merge_task_settings(name, settings)
+        inner_folds = trial and not shared["val"]
+        if trial and shared["val"]:  # settings are chosen on the training images alone
             shared |= {"val": (), "folds": shared["folds"] or 5}
-        given = {k: v for k, v in shared.items() if v is not None and v != ()}
-        vector = task in ("knn", "linear", "finetune", "rotation")
-        for tokens in s.tokens if vector and job.stage != "trial" else s.tokens[:1]:  # of several the first decides
-            more = {"tokens": tokens, "seed": SEED, "precision": s.precision, "device": s.device, "workers": s.workers}
-            asked = validated(Evaluate, {"weights": "-", "task": (task,), **more, **given}, f"--task {task}")
-            for question in tasks.open_tasks(asked, opened):
-                pairs = job.stage == "trial" and bool(question.folds) and not told_of(task, s)["val"]
-                yield tokens if vector else "patches", asked, replace(question, pairs=pairs)
+        given = {"seed": EVALUATION_SEED, **_device_settings(settings), **_without_missing(shared)}
+        vector = name in ("knn", "linear", "finetune", "rotation")
+        for tokens in settings.tokens if vector and not trial else settings.tokens[:1]:  # the first decides
+            evaluate = validated(
+                Evaluate, {"weights": "-", "task": (name,), "tokens": tokens, **given}, f"--task {name}"
+            )
+            for task in tasks.open_tasks(evaluate, opened):
+                feature = tokens if vector else "patches"
+                yield feature, evaluate, replace(task, pairs=inner_folds and bool(task.folds))
 
 
-def told_of(task: str, s: Any) -> dict[str, Any]:
-    """Settings of gtsa evaluate for a task: the common ones, and over these its own."""
-    return {"train": s.train, "val": s.val, "folds": s.folds, **s.evaluate, **s.tasks.get(task, {})}
+def merge_task_settings(task: str, settings: Compare) -> dict[str, Any]:
+    """Settings of gtsa evaluate for a task: the common ones, overridden by those of the task."""
+    return {**_data_settings(settings), **settings.evaluate, **settings.tasks.get(task, {})}
 
 
-def evaluator_of(task: str, s: Any) -> Evaluator:
-    given = validated(EvaluatorSettings[task], told_of(task, s).get(task, {}), f"--task {task}")
-    return evaluators.found()[task](**dict(given))
+def make_evaluator(task: str, settings: Compare) -> Evaluator:
+    options = merge_task_settings(task, settings).get(task, {})
+    return evaluators.found()[task](**dict(validated(EvaluatorSettings[task], options, f"--task {task}")))
 
 
-def primary_tasks(s: Any) -> tuple[str, ...]:
-    """The tasks that the primary figure is of, each once."""
-    return tuple(dict.fromkeys(part.split(":")[0] for part in s.primary.split("+")))
+def list_primary_tasks(settings: Compare) -> tuple[str, ...]:
+    """The tasks of the primary metric, each once."""
+    return tuple(dict.fromkeys(part.split(":")[0] for part in settings.primary.split("+")))
 
 
-def looked(s: Any) -> dict[str, Any]:
-    """Settings of gtsa evaluate for what is asked during training."""
-    shared = {"train": s.train, "val": s.val, "folds": s.folds}
-    given = {"weights": "-", "task": primary_tasks(s), **s.evaluate, **shared}
-    return {k: v for k, v in given.items() if v is not None and v != ()}
+def make_online_evaluation_settings(settings: Compare) -> dict[str, Any]:
+    """Settings of gtsa evaluate for evaluations during training."""
+    tasks_and_options = {"weights": "-", "task": list_primary_tasks(settings), **settings.evaluate}
+    return _without_missing({**tasks_and_options, **_data_settings(settings)})
 
 
-def engine_of(s: Any) -> dict[str, Any]:
-    """Settings of gtsa evaluate that say where it runs."""
-    on = {"precision": s.precision, "device": s.device, "workers": s.workers}
-    return {"weights": "-", "task": ("health",), "val": ("-",), **on}
+def make_device_settings(settings: Compare) -> dict[str, Any]:
+    """Settings of gtsa evaluate that choose device, precision and workers."""
+    return {"weights": "-", "task": ("health",), "val": ("-",), **_device_settings(settings)}
 
 
-def digest_for(job: Job, s: Any) -> str:
-    """Of all that decides a job's figures: a result that was made for something else is not taken."""
-    told = {"source": job.row.source, "model": s.model}
+def _data_settings(settings: Compare) -> dict[str, Any]:
+    return {"train": settings.train, "val": settings.val, "folds": settings.folds}
+
+
+def _device_settings(settings: Compare) -> dict[str, Any]:
+    return {"precision": settings.precision, "device": settings.device, "workers": settings.workers}
+
+
+def _without_missing(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None and value != ()}
+
+
+# Identity of a job
+
+
+def compute_digest(job: Job, settings: Compare) -> str:
+    """Digest of all settings that decide the metrics of a job. A result with a different digest is refused."""
+    network = {"source": job.row.source, "model": settings.model}
     if job.row.source is None:
-        told = training_of(job, s) | {"data": _images(s.data)}
-    asked = (s.task, s.train, s.val, s.folds, s.tokens, s.evaluate, s.tasks)
-    primary = (s.primary, "inner folds") if job.stage == "trial" else ""
-    whole = job.name, {k: v for k, v in told.items() if k not in FREE}, asked, primary
-    return digest_of(json.dumps(whole, sort_keys=True))[:16]  # as JSON, which knows no tuples: YAML has none either
+        network = make_pretrain_settings(job, settings) | {"data": _digest_image_names(settings.data)}
+    evaluation = (
+        settings.task, settings.train, settings.val, settings.folds, settings.tokens, settings.evaluate, settings.tasks
+    )  # fmt: skip
+    primary = (settings.primary, "inner folds") if job.stage == "trial" else ""
+    compared = {key: value for key, value in network.items() if key not in UNCOMPARED}
+    everything = job.name, compared, evaluation, primary
+    return digest_of(json.dumps(everything, sort_keys=True))[:16]  # tuples and lists are the same in JSON, as in YAML
 
 
 @functools.cache
-def _images(data: str) -> str:
-    """Digest of the images' names, so that a comparison can go on wherever its data lie."""
+def _digest_image_names(data: str) -> str:
+    """Digest of the names of the images, so that a comparison can be resumed after its data were moved."""
     source = open_source(data)
     return digest_of(*(source.name(index) for index in range(len(source))))
-
-
-# What it leaves

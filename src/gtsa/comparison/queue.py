@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, one at a time on each device or several."""
+"""Runs jobs in separate processes, one or several at a time on each device."""
 
 from __future__ import annotations
 
@@ -8,62 +8,68 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import torch
 
 from gtsa.comparison import tuning
-from gtsa.comparison.jobs import Job, written
-from gtsa.comparison.results import commit, folder_of, result_of, said
+from gtsa.comparison.jobs import Job, job_to_json
+from gtsa.comparison.results import Result, commit, folder_of, get_final_verdict, read_result
+from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
+from gtsa.core.settings import is_auto
 from gtsa.core.stops import Processes
 from gtsa.core.terminal import lasting, say
 from gtsa.training.devices import cores, readers
 
-STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)  # how a process ends on request
+# Exit codes of a process that was stopped on request
+STOPPED = (75, 129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM)
 
 
-def do_all(wanted: Sequence[Job], s: Any, what: str, after: Callable[[], Any] = lambda: None) -> None:
-    """Does jobs that are not done, ``s.jobs`` at a time on each device, each in a process of its own.
+def run_jobs(
+    title: str, jobs: Sequence[Job], settings: Compare, after_each: Callable[[], object] = lambda: None
+) -> None:
+    """Runs the jobs that have no result yet, ``settings.jobs`` at a time on each device.
 
     Args:
-        what: they are, for the user.
-        after: called once a job is done.
+        title: name of the jobs in messages.
+        after_each: called after every job.
     """
-    left = [job for job in wanted if result_of(job, s) is None]
-    if not left:
-        if wanted:
-            say(f"{what}: done, {len(wanted)} of {len(wanted)} networks")
+    open_jobs = [job for job in jobs if read_result(job, settings) is None]
+    if not open_jobs:
+        if jobs:
+            say(f"{title}: done, {len(jobs)} of {len(jobs)} networks")
         return
-    gpus = torch.cuda.device_count() if s.device != "cpu" and torch.cuda.is_available() else 0
-    free = Devices([str(device) if gpus else "" for device in list(range(max(1, gpus))) * s.jobs])
-    if gpus and s.workers == "auto":
-        s = s.model_copy(update={"workers": readers(free.maxsize)})
+    gpus = torch.cuda.device_count() if settings.device != "cpu" and torch.cuda.is_available() else 0
+    devices = Devices([str(device) if gpus else "" for device in list(range(max(1, gpus))) * settings.jobs])
+    if gpus and is_auto(settings.workers):
+        settings = settings.model_copy(update={"workers": readers(devices.maxsize)})
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU"
-    say(f"{what}: {len(left)} of {len(wanted)} networks to do, on {where}, {free.maxsize} at a time")
-    began = time.monotonic()
-    pool = ThreadPoolExecutor(free.maxsize)
+    say(f"{title}: {len(open_jobs)} of {len(jobs)} networks to do, on {where}, {devices.maxsize} at a time")
+    started = time.monotonic()
+    pool = ThreadPoolExecutor(devices.maxsize)
     try:
-        for number, told in enumerate(pool.map(lambda job: in_process(job, s, free), left), start=1):
-            rest = (time.monotonic() - began) / number * (len(left) - number)
-            say(f"{number}/{len(left)}  {told}" + (f"; about {lasting(rest)} for the others" if rest else ""))
-            after()
-    except BaseException:  # those in the queue are gone with the loop; those at work are waited for
-        say("stopping: no more networks are begun, and those at work come to a stop first")
-        free.processes.stop()
+        lines = pool.map(lambda job: run_in_process(job, settings, devices), open_jobs)
+        for number, line in enumerate(lines, start=1):
+            left = (time.monotonic() - started) / number * (len(open_jobs) - number)
+            say(f"{number}/{len(open_jobs)}  {line}" + (f"; about {lasting(left)} left" if left else ""))
+            after_each()
+    except BaseException:  # waiting jobs are cancelled below; running jobs save a checkpoint and end
+        say("stopping: no more networks are started; those that run save and end first")
+        devices.processes.stop()
         raise
     finally:
         try:
             pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:  # once more: at once
-            free.processes.stop(signal.SIGKILL)
+        except KeyboardInterrupt:  # a second request ends the processes at once
+            devices.processes.stop(signal.SIGKILL)
             raise
 
 
 class Devices(Queue[str]):
-    """Devices that are free, and the processes on those that are not."""
+    """The queue of free devices, and the processes that run on the others."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(len(names))
@@ -72,33 +78,48 @@ class Devices(Queue[str]):
             self.put(name)
 
 
-def in_process(job: Job, s: Any, free: Devices) -> str:
-    """Does a job in a process of its own. Returns a line about it."""
-    device, place = free.get(), folder_of(job, s)
-    try:  # whatever happens, the device is free again: the next job waits for one
-        place.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
-        store(place / "job.json", written(job, s).encode())
-        if device:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
-        if free.maxsize > 1:  # threads that wait for one another must not outnumber the cores
-            share = cores() // free.maxsize // (2 if device else 1)  # on a GPU the other half reads images
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-        with open(place / "log.txt", "a") as log:
-            command = [sys.executable, "-m", "gtsa.comparison.run_job", str(place / "job.json")]
-            code = free.processes.run(command, env=environment, stdout=log, stderr=log)
-    finally:
-        free.put(device)
-    result = result_of(job, s)
-    if result is None and (code in STOPPED or free.processes.stopping):
-        raise UserError("stopped on request; the same command goes on", 75)
+def run_in_process(job: Job, settings: Compare, devices: Devices) -> str:
+    """Runs a job in its own process on the next free device. Returns one line about the result."""
+    device, folder = devices.get(), folder_of(job, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        store(folder / "job.json", job_to_json(job, settings).encode())
+        with open(folder / "log.txt", "a") as log:
+            command = [sys.executable, "-m", "gtsa.comparison.run_job", str(folder / "job.json")]
+            environment = _make_environment(device, devices.maxsize)
+            code = devices.processes.run(command, env=environment, stdout=log, stderr=log)
+    finally:  # after any error too: another job may wait for the device
+        devices.put(device)
+    result = read_result(job, settings)
+    if result is None and (code in STOPPED or devices.processes.stopping):
+        raise UserError("stopped on request; the same command resumes the comparison", 75)
     if result is None:
-        how = f"signal {-code}" if code < 0 else f"code {code}"
-        why = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
-        commit(job, s, {"status": "failed", "reason": f"its process ended with {how}{why}; see {place}/log.txt"})
-        result = result_of(job, s) or {}
+        commit(job, settings, _make_failure(code, folder))
+        result = read_result(job, settings) or {}
+    return f"{job.name}: {_describe_result(result, settings)}"
+
+
+def _make_environment(device: str, processes: int) -> dict[str, str]:
+    """Environment variables of a process on a device ("" is the CPU), one of several ``processes`` at a time."""
+    environment = dict(os.environ)
+    if device:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible != [""] else device
+    if processes > 1:  # more threads than cores would wait for one another
+        threads = cores() // processes // (2 if device else 1)  # with a GPU the other half reads images
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    return environment
+
+
+def _make_failure(code: int, folder: Path) -> Result:
+    """The result of a process that ended without one."""
+    end = f"signal {-code}" if code < 0 else f"code {code}"
+    reason = ", most likely for lack of memory" if code == -signal.SIGKILL else ""
+    return {"status": "failed", "reason": f"its process ended with {end}{reason}; see {folder}/log.txt"}
+
+
+def _describe_result(result: Result, settings: Compare) -> str:
     if result["status"] != "done":
-        return f"{job.name}: FAILED: {result['reason']}"
-    collapsed = ", COLLAPSING by its own verdict" if said(result) == "collapsing" else ""
-    return f"{job.name}: primary {tuning.primary_of(result, s):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"
+        return f"FAILED: {result['reason']}"
+    collapsed = ", COLLAPSING by its verdict" if get_final_verdict(result) == "collapsing" else ""
+    return f"primary {tuning.compute_primary(result, settings):.2f}, {result['seconds_in_all']:.0f} s{collapsed}"

@@ -1,121 +1,161 @@
-"""What a job leaves, and reading it back."""
+"""Reads and writes the results of jobs."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gtsa.comparison.jobs import FREE, Job, digest_for, training_of
+from gtsa.comparison.jobs import UNCOMPARED, Job, compute_digest, make_pretrain_settings
+from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.migration import SCHEMA
 from gtsa.core.settings import flat
 from gtsa.evaluation.evaluator import PerImage
 
-
-def commit(job: Job, s: Any, result: Mapping[str, Any]) -> None:
-    """Writes a job's result, all of it or nothing."""
-    about = {
-        "schema": SCHEMA,
-        "row": job.row.name,
-        "stage": job.stage,
-        "number": job.number,
-        "digest": digest_for(job, s),
-    }
-    text = json.dumps({**about, **result}, indent=1) + "\n"
-    store(folder_of(job, s) / "result.json", text.encode())
+CurveEntry = dict[str, Any]  # a line of a run's logs: "step", and scores, rank, verdict or metrics
 
 
-def result_of(job: Job, s: Any) -> dict[str, Any] | None:
-    """A job's result, if there is one. Raises UserError where it was made with other settings (4)."""
-    file = folder_of(job, s) / "result.json"
+class TaskResult(TypedDict, total=False):
+    """Metrics of one task. ``without`` (trials only): for every fold, the metrics of all other images."""
+
+    task: str
+    feature: str
+    metrics: dict[str, float]
+    images: int
+    without: list[dict[str, float]]
+
+
+class Result(TypedDict, total=False):
+    """Content of result.json. A failed job has only ``status`` and ``reason``; only trained rows have costs."""
+
+    schema: int
+    row: str
+    stage: str
+    number: int
+    digest: str
+    status: str  # done or failed
+    reason: str  # of a failure
+    settings: dict[str, Any]
+    steps: int
+    images_seen: int
+    flops_per_image: float
+    seconds: float  # of training
+    peak_memory: int
+    device: str
+    torch: str
+    curve: list[CurveEntry]
+    weights: str
+    results: list[TaskResult]
+    seconds_in_all: float
+
+
+def folder_of(job: Job, settings: Compare) -> Path:
+    return Path(settings.out) / "cells" / job.row.name / f"{job.stage}-{job.number}"
+
+
+def commit(job: Job, settings: Compare, result: Result) -> None:
+    """Writes the result of a job, completely or not at all."""
+    identity = Result(
+        schema=SCHEMA,
+        row=job.row.name,
+        stage=job.stage,
+        number=job.number,
+        digest=compute_digest(job, settings),
+    )
+    text = json.dumps({**identity, **result}, indent=1) + "\n"
+    store(folder_of(job, settings) / "result.json", text.encode())
+
+
+def read_result(job: Job, settings: Compare) -> Result | None:
+    """The result of a job, or None if it has none yet. Raises UserError if it was made with other settings (4)."""
+    file = folder_of(job, settings) / "result.json"
     try:
-        result: dict[str, Any] = json.loads(file.read_text())
+        result: Result = json.loads(file.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); remove it, and the job is done again", 4) from None
+        raise UserError(f"{file} cannot be read ({error}); remove it to run the job again", 4) from None
     if result.get("schema", 1) != SCHEMA:
         raise UserError(f"{file} was made by another version of gtsa; give another --out, or remove its folder", 4)
-    if result.get("digest") != digest_for(job, s):
-        why = _other(result, job, s)
-        raise UserError(f"{file} was made with other settings ({why}); give another --out, or remove its folder", 4)
+    if result.get("digest") != compute_digest(job, settings):
+        changes = _describe_changes(result, job, settings)
+        raise UserError(f"{file} was made with other settings ({changes}); give another --out, or remove its folder", 4)
     return result
 
 
-def _other(result: Mapping[str, Any], job: Job, s: Any) -> str:
-    """What differs between a result's settings, where they were kept, and those that are asked for now."""
-    if "settings" not in result or job.row.source is not None:
-        then = now = {}
-    else:
-        then, now = (_compared(settings) for settings in (result["settings"], training_of(job, s)))
-    differ = [
-        f"{name}: {then.get(name, 'not given')}, now {now.get(name, 'not given')}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    return "; ".join(differ) or "its images, its questions, or settings that were not kept"
+def _describe_changes(result: Result, job: Job, settings: Compare) -> str:
+    """The settings that differ between a stored result and the present comparison, as far as they were stored."""
+    changes = []
+    if "settings" in result and job.row.source is None:
+        old, new = _flatten(result["settings"]), _flatten(make_pretrain_settings(job, settings))
+        changes = [
+            f"{name}: {old.get(name, 'not given')}, now {new.get(name, 'not given')}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+    return "; ".join(changes) or "its images, its tasks, or settings that were not stored"
 
 
-def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of pretraining by their dotted names, as JSON has them, without places and looks."""
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Pretraining settings by dotted name, with JSON types, without paths and online evaluations."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return flat({k: v for k, v in plain.items() if k not in (*FREE, "data", "out") and not k.startswith("eval")})
+    ignored = (*UNCOMPARED, "data", "out")
+    return flat({key: value for key, value in plain.items() if key not in ignored and not key.startswith("eval")})
 
 
-def answered(job: Job, s: Any) -> dict[str, Any] | None:
-    """A job's result, if there is one and it is no failure."""
-    result = result_of(job, s)
+def read_successful_result(job: Job, settings: Compare) -> Result | None:
+    """The result of a job, or None if it has none yet or failed."""
+    result = read_result(job, settings)
     return result if result and result["status"] == "done" else None
 
 
-def said(result: Mapping[str, Any]) -> str:
-    """What a job's run said of itself in the end, e.g. collapsing; nothing where there was none to say it."""
-    words = [entry["verdict"] for entry in result.get("curve", ()) if "verdict" in entry]
-    return words[-1] if words else ""
+def get_final_verdict(result: Result) -> str:
+    """The last verdict of a run, e.g. collapsing; empty if the run has no verdict."""
+    verdicts: list[str] = [entry["verdict"] for entry in result.get("curve", ()) if "verdict" in entry]
+    return verdicts[-1] if verdicts else ""
 
 
-def write_per_image(job: Job, s: Any, per_image: Mapping[tuple[str, str], PerImage]) -> None:
+# Results of every image
+
+
+def write_per_image(job: Job, settings: Compare, per_image: Mapping[tuple[str, str], PerImage]) -> None:
     """Writes {(task, feature): per_image}, for intervals."""
-    arrays: dict[str, Any] = {}
-    lists: dict[str, Any] = {}
-    for (task, feature), found in per_image.items():
-        for name, values in found.items():
+    arrays: dict[str, Any] = {}  # Any, as savez has keyword arguments of other types
+    lists: dict[str, Sequence[object]] = {}
+    for (task, feature), results in per_image.items():
+        for name, values in results.items():
             key = f"{task}/{feature}/{name}"
             if isinstance(values, Tensor):
                 arrays[key] = values.cpu().numpy()
-            elif values and all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values):
+            elif values and all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
                 arrays[key] = torch.stack(list(values)).cpu().numpy()
             else:
                 lists[key] = values
-    packed = io.BytesIO()  # confusions of single images are mostly zeros
-    np.savez_compressed(packed, **arrays)
-    store(folder_of(job, s) / "per_image.npz", packed.getvalue())
+    buffer = io.BytesIO()  # compressed, because confusion matrices of single images are mostly zeros
+    np.savez_compressed(buffer, **arrays)
+    store(folder_of(job, settings) / "per_image.npz", buffer.getvalue())
     if lists:
-        store(folder_of(job, s) / "per_image.json", json.dumps(lists).encode())
+        store(folder_of(job, settings) / "per_image.json", json.dumps(lists).encode())
 
 
-def read_per_image(job: Job, s: Any) -> dict[tuple[str, str], PerImage]:
-    """{(task, feature): per_image} of a job that is done, as it was kept."""
-    place = folder_of(job, s)
-    found: dict[tuple[str, str], PerImage] = {}
-    with np.load(place / "per_image.npz") as arrays:
+def read_per_image(job: Job, settings: Compare) -> dict[tuple[str, str], PerImage]:
+    """{(task, feature): per_image} of a job that is done, as ``write_per_image`` wrote it."""
+    folder = folder_of(job, settings)
+    per_image: dict[tuple[str, str], PerImage] = {}
+    with np.load(folder / "per_image.npz") as arrays:
         for key, array in arrays.items():
             task, feature, name = key.split("/")
-            found.setdefault((task, feature), {})[name] = torch.from_numpy(array)
-    lists = place / "per_image.json"
-    for key, values in (json.loads(lists.read_text()) if lists.exists() else {}).items():
+            per_image.setdefault((task, feature), {})[name] = torch.from_numpy(array)
+    file = folder / "per_image.json"
+    for key, values in (json.loads(file.read_text()) if file.exists() else {}).items():
         task, feature, name = key.split("/")
-        found.setdefault((task, feature), {})[name] = values
-    return found
-
-
-def folder_of(job: Job, s: Any) -> Path:
-    return Path(s.out) / "cells" / job.row.name / f"{job.stage}-{job.number}"
+        per_image.setdefault((task, feature), {})[name] = values
+    return per_image

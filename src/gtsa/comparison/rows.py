@@ -1,4 +1,4 @@
-"""Rows of a comparison: methods, ablations, controls, weights."""
+"""Rows of a comparison: methods, ablations, further settings, controls and given weights."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gtsa.comparison.settings import ABLATIONS
+from gtsa.comparison.settings import ABLATIONS, Compare
 from gtsa.core.errors import UserError
 from gtsa.pretraining.settings import METHODS
 
-LONGEST = 200  # characters of a folder's name
+LONGEST = 200  # characters of a folder name
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the comparison.
+    """One row of the comparison.
 
     Attributes:
-        settings: of gtsa pretrain, for a row that is trained.
-        source: weights or control, for a row that is not.
-        tuned_as: the method whose trials choose its settings.
+        settings: settings of gtsa pretrain, if the row is trained.
+        source: weights or the name of a control, if the row is not trained.
+        tuned_as: the method whose trials choose the settings of the row.
     """
 
     name: str
@@ -30,35 +30,39 @@ class Row:
 
     @property
     def varies(self) -> bool:
-        """Whether another seed gives another network."""
+        """Whether a different seed gives a different network."""
         return self.source is None or self.source == "untrained"
 
 
-def rows_of(s: Any) -> list[Row]:
-    """All rows, in the order of the report. Raises UserError where a name is not known or there twice."""
-    rows = [Row(name, {"method": name}, tuned_as=name) for name in s.methods]
-    for name in s.ablate:
+def make_rows(settings: Compare) -> list[Row]:
+    """All rows, in the order of the report. Raises UserError if a name is unknown or occurs twice."""
+    rows = [Row(name, {"method": name}, tuned_as=name) for name in settings.methods]
+    for name in settings.ablate:
         if name not in ABLATIONS:
-            raise UserError(f"--ablate: there is no {name!r}; there is {', '.join(ABLATIONS)}")
+            raise UserError(f"--ablate: unknown variant {name!r}; available: {', '.join(ABLATIONS)}")
         rows.append(Row(name, ABLATIONS[name], tuned_as=str(ABLATIONS[name]["method"])))
-    for name, settings in s.rows.items():
-        method = settings.get("method", "gtsa")
-        if method not in tuple(METHODS):  # of whatever type
-            raise UserError(f"rows: {name}.method: there is no {method!r:.100}; there is {', '.join(METHODS)}")
-        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") or len(name) > LONGEST:
-            raise UserError(
-                f"rows: {name[:100]!r} is to name a folder: letters, digits, - _ and . alone, at most {LONGEST}"
-            )
-        rows.append(Row(name, {"method": method, **settings}, tuned_as=method))
-    rows += [Row(name, source=name) for name in s.controls]
-    rows += [Row(_name(source), source=source) for source in s.weights]
+    rows += [_make_further_row(name, row_settings) for name, row_settings in settings.rows.items()]
+    rows += [Row(name, source=name) for name in settings.controls]
+    rows += [Row(_make_name(source), source=source) for source in settings.weights]
     names = [row.name for row in rows]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two rows are called {twice[0]}; name each once")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two rows have the name {duplicates[0]}; give each row its own name")
     return rows
 
 
-def _name(source: str) -> str:
-    """Of the row of these weights: it names a folder, too."""
+def _make_further_row(name: str, row_settings: Mapping[str, Any]) -> Row:
+    method = row_settings.get("method", "gtsa")
+    if method not in tuple(METHODS):  # compared with ==, because the value may be unhashable
+        raise UserError(f"rows: {name}.method: unknown method {method!r:.100}; available: {', '.join(METHODS)}")
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith(".") or len(name) > LONGEST:
+        raise UserError(
+            f"rows: {name[:100]!r} cannot be a folder name; use only letters, digits, -, _ and . (not first), and at "
+            f"most {LONGEST} characters"
+        )
+    return Row(name, {"method": method, **row_settings}, tuned_as=method)
+
+
+def _make_name(source: str) -> str:
+    """The row name of given weights. It is also a folder name."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in source)[-LONGEST:]
     return name if name.strip(".") else "weights"

@@ -1,4 +1,4 @@
-"""Doing a job: its network is made, asked everything, and committed."""
+"""Runs one job: trains its network, evaluates it on all tasks, and stores the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from gtsa import methods
 from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
-from gtsa.comparison.jobs import SEED, Job, read, tasks_of, training_of
-from gtsa.comparison.results import commit, folder_of, result_of, write_per_image
+from gtsa.comparison.jobs import EVALUATION_SEED, Job, read_job
+from gtsa.comparison.results import CurveEntry, Result, TaskResult, commit, folder_of, read_result, write_per_image
+from gtsa.comparison.settings import Compare
 from gtsa.core.drawing import squares
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
 from gtsa.core.stops import heard
-from gtsa.core.types import Method, Views
+from gtsa.core.types import Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import open_source
@@ -37,7 +38,7 @@ from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
 from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.settings import Evaluate
-from gtsa.models.backbone import Backbone, patch_of
+from gtsa.models.backbone import Backbone, Encoder, patch_of
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining import cost, plan
 from gtsa.pretraining.pretrain import pretrain
@@ -46,155 +47,196 @@ from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 from gtsa.training.threads import considerate
 
 
-def run(job: Job, s: Any) -> None:
-    """Trains and asks a job's network, and commits its result; a mistake or fault is a result too.
+def run(job: Job, settings: Compare) -> None:
+    """Runs a job and stores its result. Errors of the user and faults of gtsa are stored as failures.
 
     Raises:
-        UserError: stopped on request (75); the same call goes on.
+        UserError: stopped on request (75); the same call resumes the job.
     """
-    place = folder_of(job, s)
-    with _alone(place):
-        if result_of(job, s) is not None:
+    folder = folder_of(job, settings)
+    with _locked(folder):
+        if read_result(job, settings) is not None:
             return
         for leftover in ("per_image.npz", "per_image.json", "maps.png"):
-            (place / leftover).unlink(missing_ok=True)
+            (folder / leftover).unlink(missing_ok=True)
+        result: Result
         try:
-            result = _run(job, s, place)
-        except UserError as remedy:
-            if remedy.code == 75:
+            result = _train_and_evaluate(job, settings, folder)
+        except UserError as error:
+            if error.code == 75:
                 raise
-            result = {"status": "failed", "reason": str(remedy)}
-        except Exception as error:  # a fault of ours must not stop the other jobs; the log has its traceback
+            result = {"status": "failed", "reason": str(error)}
+        except Exception as error:  # a fault of gtsa must not stop the other jobs; the log has the traceback
             traceback.print_exc()
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        commit(job, s, result)
-        shutil.rmtree(place / "run" / "checkpoints", ignore_errors=True)
+        commit(job, settings, result)
+        shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
 
 
-def _run(job: Job, s: Any, place: Path) -> dict[str, Any]:
-    began = time.perf_counter()
-    backbone, costs = _trained(job, s, place) if job.row.source is None else (_untrained(job, s), {})
-    ready = resolve_device(validated(Evaluate, jobs.engine_of(s)))
-    resolve_workers(ready)
-    fabric = launch_fabric(ready.settings)
-    backbone = backbone.to(fabric.device).eval()
-    results = []
-    per_image: dict[tuple[str, str], PerImage] = {}
-    for feature, asked, question in tasks_of(job, s):
-        work = place / "work" / f"{question.name}-{feature}"
-        lab = EvalContext(fabric, asked.tokens, SEED, asked.batch_size, ready.settings.workers, work)
-        found = per_image[question.name, feature] = question.per_image(backbone, lab)
-        metrics = question.evaluator.metrics(found)
-        result = {"task": question.name, "feature": feature, "metrics": metrics, "images": len(question.val)}
-        results.append(result | ({"without": without} if (without := question.without(found, SEED)) else {}))
+def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result:
+    started = time.perf_counter()
+    backbone: Encoder
+    if job.row.source is None:
+        backbone, training = _train(job, settings, folder)
+    else:
+        backbone, training = _make_untrained(job.row.source, job.number, settings), Result()
+    results, per_image = _evaluate(backbone, job, settings, folder / "work")
     if job.stage != "trial":
-        write_per_image(job, s, per_image)
-    if s.pictures and job.stage != "trial":
-        _maps(backbone, s, place)
-    shutil.rmtree(place / "work", ignore_errors=True)
-    taken = {"seconds_in_all": time.perf_counter() - began}
-    return {"status": "done", "reason": "", **costs, "weights": backbone.fingerprint, "results": results, **taken}
-
-
-def _trained(job: Job, s: Any, place: Path) -> tuple[Any, dict[str, Any]]:
-    """The exported network of a run, and what the run was and cost."""
-    given = training_of(job, s)
-    folder = place / "run"
-    if s.evaluate_every and job.stage != "trial":
-        given |= {"eval": jobs.primary_tasks(s), "eval_train": s.train, "eval_val": s.val, "eval_folds": s.folds}
-        given |= {"evaluate_every": s.evaluate_every}
-        if s.evaluate:
-            store(place / "eval.yaml", plain_yaml(s.evaluate).encode())
-            given["eval_config"] = str(place / "eval.yaml")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    pretrain(**given, out=str(folder), resume=True)
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    backbone, _ = load_backbone(str(folder))
-    used = validated(Pretrain, read_yaml(folder / "config.yaml"))
-    return backbone, {
-        "settings": json.loads(json.dumps(given)),
-        "steps": used.steps,
-        "images_seen": used.steps * used.batch_size,
-        "flops_per_image": flops_per_image(used),
-        "seconds": _seconds(folder),
-        "peak_memory": memory,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and used.device != "cpu" else "cpu",
-        "torch": torch.__version__,
-        "curve": _curve(folder),
+        write_per_image(job, settings, per_image)
+    if settings.pictures and job.stage != "trial":
+        _draw_feature_maps(backbone, settings, folder / "maps.png")
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return {
+        "status": "done",
+        "reason": "",
+        **training,
+        "weights": backbone.fingerprint,
+        "results": results,
+        "seconds_in_all": time.perf_counter() - started,
     }
 
 
-def _untrained(job: Job, s: Any) -> Any:
-    source = job.row.source or ""
+# The network
+
+
+def _train(job: Job, settings: Compare, folder: Path) -> tuple[Backbone, Result]:
+    """Trains a network, or resumes its training. Returns the exported network, and settings and costs of the run."""
+    options = jobs.make_pretrain_settings(job, settings)
+    if settings.evaluate_every and job.stage != "trial":
+        options |= _make_online_evaluation_options(settings, folder)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    run_folder = folder / "run"
+    pretrain(**options, out=str(run_folder), resume=True)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    backbone, _ = load_backbone(str(run_folder))
+    resolved = validated(Pretrain, read_yaml(run_folder / "config.yaml"))
+    return backbone, {
+        "settings": json.loads(json.dumps(options)),
+        "steps": resolved.steps,
+        "images_seen": resolved.steps * resolved.batch_size,
+        "flops_per_image": count_flops_per_image(resolved),
+        "seconds": _sum_seconds(run_folder),
+        "peak_memory": memory,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and resolved.device != "cpu" else "cpu",
+        "torch": torch.__version__,
+        "curve": _read_curve(run_folder),
+    }
+
+
+def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str, Any]:
+    """Settings of gtsa pretrain for evaluations during training."""
+    options: dict[str, Any] = {
+        "eval": jobs.list_primary_tasks(settings),
+        "eval_train": settings.train,
+        "eval_val": settings.val,
+        "eval_folds": settings.folds,
+        "evaluate_every": settings.evaluate_every,
+    }
+    if settings.evaluate:
+        store(folder / "eval.yaml", plain_yaml(settings.evaluate).encode())
+        options["eval_config"] = str(folder / "eval.yaml")
+    return options
+
+
+def _make_untrained(source: str, seed: int, settings: Compare) -> Encoder:
+    """A control, an untrained network, or given weights."""
     if source in CONTROLS:
-        return CONTROLS[source](patch_of(s.model))
+        return CONTROLS[source](patch_of(settings.model))
     if source == "untrained":
-        views = validated(Pretrain, {"model": s.model, **s.pretrain})
-        ready = Plan(views, {})
-        plan.start(ready, None)
-        plan.sizes(ready)
-        torch.manual_seed(job.number)  # as pretraining starts
-        return Backbone(s.model, ready.settings.views.global_crops_size)
+        resolved = Plan(validated(Pretrain, {"model": settings.model, **settings.pretrain}), {})
+        plan.start(resolved, None)
+        plan.sizes(resolved)
+        torch.manual_seed(seed)  # the same initial weights as in pretraining
+        return Backbone(settings.model, resolved.settings.views.global_crops_size)
     return load_backbone(source)[0]
 
 
-def flops_per_image(settings: Any) -> float:
-    """Floating-point operations of a training step for one image, forward and backward; settings are resolved."""
-    multicrop = MultiCrop(**settings.views.model_dump())
-    method: Method = methods.found()[settings.method](
-        Backbone(settings.model, multicrop.global_crops_size), **settings.options
-    )
+def count_flops_per_image(resolved: Pretrain) -> float:
+    """Floating-point operations of a training step per image, forward and backward.
+
+    Args:
+        resolved: settings without auto.
+    """
+    multicrop = MultiCrop(**resolved.views.model_dump())
+    encoder = Backbone(resolved.model, multicrop.global_crops_size)
+    method = methods.found()[resolved.method](encoder, **resolved.options)
     method.train()
-    groups = [
-        cost.noise(multicrop, size, 2, torch.device("cpu")) for size in range(1 + (multicrop.local_crops_number > 0))
-    ]
+    sizes = 1 + (multicrop.local_crops_number > 0)
+    groups = [cost.noise(multicrop, size, 2, torch.device("cpu")) for size in range(sizes)]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         method(Views.of(groups), 1.0)["loss"].backward()
     return float(counter.get_total_flops()) / 2
 
 
-def _seconds(folder: Path) -> float:
-    """Of all steps, whatever interrupted them."""
-    total, before = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+def _sum_seconds(run_folder: Path) -> float:
+    """Training time of all steps, without interruptions."""
+    total, last_step = 0.0, 0
+    for line in (run_folder / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        total, before = total + entry["seconds"] * (entry["step"] - before), entry["step"]
+        total, last_step = total + entry["seconds"] * (entry["step"] - last_step), entry["step"]
     return total
 
 
-def _curve(folder: Path) -> list[dict[str, Any]]:
-    """Figures on the way, step by step: evaluations and health."""
-    found: dict[int, dict[str, Any]] = {}
+def _read_curve(run_folder: Path) -> list[CurveEntry]:
+    """Metrics during training by step: health and evaluations."""
+    entries: dict[int, CurveEntry] = {}
     for name in ("health.jsonl", "evaluations.jsonl"):
-        file = folder / name
+        file = run_folder / name
         for line in file.read_text().splitlines() if file.exists() else ():
             entry = json.loads(line)
-            found.setdefault(entry["step"], {}).update(entry)
-    return [found[step] for step in sorted(found)]
+            entries.setdefault(entry["step"], {}).update(entry)
+    return [entries[step] for step in sorted(entries)]
 
 
-def _maps(backbone: Any, s: Any, place: Path) -> None:
-    """Feature maps of the first images of the data, the same for every row."""
-    source = open_source(s.data)
+# Evaluation
+
+
+def _evaluate(
+    backbone: Encoder, job: Job, settings: Compare, work: Path
+) -> tuple[list[TaskResult], dict[tuple[str, str], PerImage]]:
+    """Evaluates a network on all tasks of the job: metrics of every task, and the results of every image."""
+    resolved = resolve_device(validated(Evaluate, jobs.make_device_settings(settings)))
+    resolve_workers(resolved)
+    fabric = launch_fabric(resolved.settings)
+    backbone = backbone.to(fabric.device).eval()
+    results: list[TaskResult] = []
+    per_image: dict[tuple[str, str], PerImage] = {}
+    for feature, evaluate, task in jobs.open_tasks(job, settings):
+        folder = work / f"{task.name}-{feature}"
+        workers = resolved.settings.workers
+        context = EvalContext(fabric, evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder)
+        of_task = per_image[task.name, feature] = task.per_image(backbone, context)
+        metrics = task.evaluator.metrics(of_task)
+        result = TaskResult(task=task.name, feature=feature, metrics=metrics, images=len(task.val))
+        if without := task.without(of_task, EVALUATION_SEED):
+            result["without"] = without
+        results.append(result)
+    return results, per_image
+
+
+def _draw_feature_maps(backbone: Encoder, settings: Compare, file: Path) -> None:
+    """Draws feature maps of the first readable images of the data, the same for every row."""
+    source = open_source(settings.data)
     images: list[Tensor] = []
     for index in range(len(source)):
-        if len(images) < s.pictures:
-            try:
-                images.append(source.read(index))
-            except BadImage:
-                continue
-    side = 16 * backbone.patch_size
-    gallery = squares(images, side)
-    maps_strip(gallery, patch_maps(backbone, gallery)).save(place / "maps.png")
+        if len(images) == settings.pictures:
+            break
+        with suppress(BadImage):
+            images.append(source.read(index))
+    gallery = squares(images, 16 * backbone.patch_size)
+    maps_strip(gallery, patch_maps(backbone, gallery)).save(file)
+
+
+# The process
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Waits until no other process works at this job, e.g. one that outlived a comparison that was killed."""
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / ".lock", "a") as file:
+def _locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process runs this job, e.g. one that outlived a killed comparison."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
@@ -203,13 +245,13 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 def main(path: Path) -> None:
-    """What a process does that was made for one job."""
+    """Entry point of the process of a job."""
     try:
         with heard(), considerate():
-            run(*read(path))
-    except UserError as remedy:
-        print(f"gtsa: {remedy}", file=sys.stderr)
-        sys.exit(remedy.code)
+            run(*read_job(path))
+    except UserError as error:
+        print(f"gtsa: {error}", file=sys.stderr)
+        sys.exit(error.code)
     except KeyboardInterrupt:
         print("gtsa: stopped on request", file=sys.stderr)
         sys.exit(75)

@@ -31,91 +31,91 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     },
     "dino-rotations": {"method": "dino", "views": {"rotations": True}},
 }  # fmt: skip
-"""Variants of methods: what ``gtsa compare --ablate`` takes."""
+"""Variants of methods, for ``gtsa compare --ablate``."""
 
 
 class Compare(Documented):
     """All settings of ``gtsa compare``."""
 
     methods: tuple[str, ...] = ("gtsa", "dino")
-    """What to compare; the first one is what the others are compared with."""
+    """Methods to compare. The first is the reference: all others are compared with it."""
     ablate: tuple[str, ...] = ()
-    """Variants of methods, each a row."""
+    """Variants of methods; each is a row."""
     controls: tuple[str, ...] = CONTROLS
-    """Rows that learn nothing: untrained networks, colour and edges of each patch, its position."""
+    """Rows without training: untrained networks, colour and edges of each patch, position of each patch."""
     weights: tuple[str, ...] = ()
-    """Rows of weights as they are, e.g. timm:vit_small_patch16_224.dino."""
+    """Rows of given weights, without further training, e.g. timm:vit_small_patch16_224.dino."""
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Further rows (YAML and Python): {name: settings of gtsa pretrain}."""
     data: str | Missing = MISSING
-    """Images to pretrain on, as for 'gtsa pretrain'."""
+    """Images for pretraining, as in 'gtsa pretrain'."""
     out: str | Missing = MISSING
-    """Folder for everything; the same command goes on with it."""
+    """Folder for all results. The same command resumes the comparison in it."""
     model: str = "vit_small_patch16_224"
-    """Name of a vision transformer of timm."""
+    """timm name of a vision transformer."""
     steps: Count = 5000
-    """Of every run."""
+    """Training steps of every run."""
     batch_size: Count = 128
-    """Images a step, the same for all methods."""
+    """Images per step, the same for all methods."""
     pretrain: dict[str, Any] = Field(default_factory=dict)
-    """Further settings of every run (YAML and Python), as for 'gtsa pretrain', e.g. views or a method's section."""
+    """Further settings of every run (YAML and Python), as in 'gtsa pretrain', e.g. views or a method's section."""
     task: tuple[str, ...] = ("segmentation", "in_context")
-    """What to ask, as in 'gtsa evaluate --task'."""
+    """Evaluations, as in 'gtsa evaluate --task'."""
     train: tuple[str, ...] = ()
-    """IMAGES [LABELS] to learn from; several tasks with labels of their own: see tasks."""
+    """IMAGES [LABELS] to train the evaluations on. If tasks need different labels, see tasks."""
     val: tuple[str, ...] = ()
-    """IMAGES [LABELS] to judge by."""
+    """IMAGES [LABELS] to evaluate on."""
     folds: Annotated[int, Field(ge=2)] | None = None
-    """Takes the place of --val."""
+    """Cross-validation folds of --train, instead of --val."""
     tokens: tuple[Literal["mean", "cls", "both"], ...] = ("mean",)
-    """What one vector an image is made of, for tasks that want one; each is asked."""
+    """Tokens that become one vector per image, for tasks that use one. Every choice is evaluated."""
     evaluate: dict[str, Any] = Field(default_factory=dict)
-    """Further settings of the evaluations (YAML and Python), as for 'gtsa evaluate', e.g. ignore."""
+    """Further settings of the evaluations (YAML and Python), as in 'gtsa evaluate', e.g. ignore."""
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings of single tasks over these (YAML and Python): {task: {train: ..., val: ..., folds: ...}}."""
+    """Settings of single tasks (YAML and Python), over the above: {task: {train: ..., val: ..., folds: ...}}."""
     primary: str = "segmentation:mIoU+in_context:mIoU"
-    """The figure that decides, named beforehand: TASK:FIGURE, or the mean of several joined by +."""
+    """The metric that decides, fixed beforehand: TASK:METRIC, or the mean of several joined by +."""
     seeds: Annotated[int, Field(ge=1)] = 5
-    """Runs of every row, each with another seed."""
+    """Runs of every row, each with a different seed."""
     trials: Natural = 0
-    """Trials of settings for every method, its preset and random ones, as many for each; 0: settings are as given."""
+    """Trials of settings per method: its preset, then random ones. 0: the settings are used as given."""
     trial_steps: Count | None = None
-    """Of a trial. Default: a third of --steps."""
+    """Training steps of a trial. Default: a third of --steps."""
     learning_rates: tuple[float, float] = (2.5e-4, 1e-3)
-    """Range of learning rates that trials are drawn from."""
+    """Range from which the trials sample learning rates."""
     equal_flops: bool = False
-    """Beside runs of equal images, runs of equal floating-point operations: as many as the first method's."""
+    """Adds runs with as many floating-point operations as the first method's runs of equal images."""
     evaluate_every: Natural = 0
-    """Steps between evaluations of the primary tasks during training, for learning curves. 0: none."""
+    """Steps between evaluations of the primary tasks during training, for learning curves. 0: no evaluation."""
     pictures: Natural = 4
-    """Images whose feature maps the report shows."""
+    """Number of images whose feature maps the report shows."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else 32."""
+    """auto: bf16 on a GPU that supports it, else 32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPUs if there are any; each works at a run of its own."""
+    """auto: all GPUs if any, else the CPU. Every GPU trains a different network."""
     workers: Natural | Auto = AUTO
-    """Processes that read images, for each run."""
+    """Processes that read images, per run."""
     jobs: Count = 1
-    """Networks at a time on each device; on a CPU they share its cores."""
+    """Networks at a time per device. On a CPU they share its cores."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Compare:
         problems = []
         if not self.data:
-            problems.append("data: give the images to pretrain on")
+            problems.append("data: give the images for pretraining")
         if not self.out:
-            problems.append("out: name a folder")
+            problems.append("out: give a folder")
         for name in self.methods:
             if name not in METHODS:
-                problems.append(f"methods: there is no {name!r}; there is {', '.join(METHODS)}")
+                problems.append(f"methods: unknown method {name!r}; available: {', '.join(METHODS)}")
         if len(set(self.methods)) < len(self.methods) or not self.methods:
-            problems.append("methods: name at least one, each once")
+            problems.append("methods: give at least one, and each only once")
         for name in self.controls:
             if name not in CONTROLS:
-                problems.append(f"controls: there is no {name!r}; there is {', '.join(CONTROLS)}")
+                problems.append(f"controls: unknown control {name!r}; available: {', '.join(CONTROLS)}")
         for name in self.task:
             if name not in EvaluatorSettings:
-                problems.append(f"task: there is no {name!r}; there is {', '.join(EvaluatorSettings)}")
+                problems.append(f"task: unknown task {name!r}; available: {', '.join(EvaluatorSettings)}")
         for name in self.tasks:
             if name not in self.task:
                 problems.append(f"tasks: {name} is not among --task {' '.join(self.task)}")
@@ -124,11 +124,11 @@ class Compare(Documented):
                 problems.append(f"primary: {part.split(':')[0]} is not among --task {' '.join(self.task)}")
         if not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             problems.append(
-                f"learning_rates: 0 < low <= high, not {self.learning_rates[0]:g} {self.learning_rates[1]:g}"
+                f"learning_rates: must be 0 < low <= high, not {self.learning_rates[0]:g} {self.learning_rates[1]:g}"
             )
         if problems:
             raise UserError("\n".join(problems))
         return self
 
 
-Compare.model_fields["ablate"].description = f"Variants of methods, each a row: {', '.join(ABLATIONS)}."
+Compare.model_fields["ablate"].description = f"Variants of methods; each is a row: {', '.join(ABLATIONS)}."

@@ -1,4 +1,4 @@
-"""Which jobs there are. What comes later follows from the results of what came before, and from nothing else."""
+"""The jobs of each stage. The jobs of a stage depend only on the settings and on the results of earlier stages."""
 
 from __future__ import annotations
 
@@ -8,50 +8,61 @@ from typing import Any
 
 from gtsa.comparison import tuning
 from gtsa.comparison.jobs import Job
-from gtsa.comparison.results import answered
+from gtsa.comparison.results import read_successful_result
 from gtsa.comparison.rows import Row
+from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 
 
-def untaught(rows: Sequence[Row], s: Any) -> Iterator[Job]:
-    """Rows that learn nothing, once: what is wrong with a question shows before hours of training."""
+def list_untrained_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
+    """One job for every row without training. These run first, so that a wrong task fails before hours of training."""
     yield from (Job(row, "images", 0) for row in rows if row.source is not None)
 
 
-def finals(rows: Sequence[Row], s: Any) -> Iterator[Job]:
-    """Every row with every seed, seed by seed, so that there is something to compare early."""
-    settings: dict[str, dict[str, Any] | UserError] = {}
-    for number in range(s.seeds):
+def list_final_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
+    """Every row with every seed. The seed is the outer loop, so that rows can be compared early."""
+    changes_of_rows: dict[str, dict[str, Any] | UserError] = {}
+    for seed in range(settings.seeds):
         for row in rows:
-            if number and not row.varies:
+            if seed and not row.varies:
                 continue
             if row.source is not None:
-                yield Job(row, "images", number)
+                yield Job(row, "images", seed)
                 continue
-            if row.name not in settings:
-                settings[row.name] = tuned(row, rows, s)
-            changes = settings[row.name]
+            if row.name not in changes_of_rows:
+                changes_of_rows[row.name] = choose_settings_or_error(row, rows, settings)
+            changes = changes_of_rows[row.name]
             if not isinstance(changes, UserError):
-                yield Job(row, "images", number, changes)
+                yield Job(row, "images", seed, changes)
 
 
-def tuned(row: Row, rows: Sequence[Row], s: Any) -> dict[str, Any] | UserError:
-    """The settings that a row's trials choose, or why there are none."""
+def choose_settings_or_error(row: Row, rows: Sequence[Row], settings: Compare) -> dict[str, Any] | UserError:
+    """The settings that the trials of a row choose, or the reason why there are none."""
     try:
-        return tuning.chosen(row, rows, s)
-    except UserError as remedy:
-        return remedy
+        return tuning.choose_settings(row, rows, settings)
+    except UserError as error:
+        return error
 
 
-def at_equal_flops(rows: Sequence[Row], s: Any) -> Iterator[Job]:
-    """Runs of every method whose operations are those of the first method's."""
-    if not s.equal_flops:
+def list_equal_flops_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
+    """Runs of the other methods with as many operations as the runs of the first method."""
+    if not settings.equal_flops:
         return
-    costs = {job.row.name: r["flops_per_image"] for job in finals(rows, s) if (r := answered(job, s)) and "steps" in r}
-    if rows[0].name not in costs:
+    reference, flops = rows[0].name, {}
+    for job in list_final_jobs(rows, settings):
+        result = read_successful_result(job, settings)
+        if result and "steps" in result:
+            flops[job.row.name] = result["flops_per_image"]
+    if reference not in flops:
         return
-    for job in finals(rows, s):
-        name = job.row.name
-        if name in costs and name != rows[0].name:
-            steps = max(1, round(s.steps * costs[rows[0].name] / costs[name]))
+    for job in list_final_jobs(rows, settings):
+        if job.row.name in flops and job.row.name != reference:
+            steps = max(1, round(settings.steps * flops[reference] / flops[job.row.name]))
             yield replace(job, stage="flops", changes={**job.changes, "steps": steps})
+
+
+def list_reported_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
+    """All jobs of the report."""
+    yield from list_final_jobs(rows, settings)
+    yield from list_equal_flops_jobs(rows, settings)
+    yield from tuning.list_trial_jobs(rows, settings)

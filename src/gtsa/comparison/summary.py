@@ -1,204 +1,280 @@
-"""The report of a comparison: a long table, all figures as JSON, and one page that needs nothing else.
-
-It is a function of the committed results alone.
-"""
+"""Statistics of a comparison: metrics with intervals, differences between rows, trials and costs, as plain values."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from gtsa.comparison import jobs, report_page, tuning
+from gtsa.comparison import jobs, tuning
 from gtsa.comparison.jobs import STAGES, Job
-from gtsa.comparison.results import read_per_image, result_of, said
+from gtsa.comparison.results import Result, get_final_verdict, read_per_image
 from gtsa.comparison.rows import Row
-from gtsa.core.files import store
+from gtsa.comparison.settings import Compare
 from gtsa.evaluation import intervals
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.folds import some
-from gtsa.evaluation.intervals import Drawn, Estimate
+from gtsa.evaluation.intervals import Drawn
 
 Key = tuple[str, str]  # row and stage
-UNTRAINED: Key = ("untrained", "images")  # what no figure says anything without
+UNTRAINED: Key = ("untrained", "images")  # every metric is compared with this row
 
 
-def write(rows: Sequence[Row], wanted: Iterable[Job], s: Any) -> Path:
-    """Writes results.csv, results.json and report.html into the comparison's folder; returns the last."""
-    done = [(job, result_of(job, s)) for job in wanted]
-    found = [(job, result) for job, result in done if result is not None]
-    place = Path(s.out)
-    store(place / "results.csv", _csv(found).encode())
-    summary = summarised(rows, found, s)
-    store(place / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
-    store(place / "report.html", report_page.html(summary, found, s).encode())
-    return place / "report.html"
+class Interval(TypedDict):
+    """A mean over seeds with its 95 % interval; without ends if there is only one seed or one image."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+    images: int
 
 
-def _csv(found: Sequence[tuple[Job, dict[str, Any]]]) -> str:
-    """One line for every value: what a statistician wants to start from."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["method", "stage", "seed", "task", "feature", "block", "metric", "value", "n"])
-    for job, result in found:
-        for entry in result.get("results", ()):
-            for metric, value in entry["metrics"].items():
-                where = job.row.name, job.stage, job.number, entry["task"], entry["feature"], "last"
-                table.writerow([*where, metric, repr(value), entry["images"]])
-    return text.getvalue()
+class Difference(Interval):
+    """The primary metric of a row minus that of another row."""
+
+    row: str
+    stage: str
+    less_row: str
+    less_stage: str
 
 
-# Figures with intervals
+class Costs(TypedDict, total=False):
+    """Costs of the runs of a row; empty if the row is not trained."""
+
+    steps: int
+    images_seen: int
+    gflops_per_image: float
+    petaflops: float
+    minutes: float
+    peak_gib: float
+    device: str
+    verdicts: dict[str, int]
 
 
-def summarised(rows: Sequence[Row], found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> dict[str, Any]:
-    """All that the page tells, as plain values."""
+class _RowSummary(TypedDict):
+    row: str
+    stage: str
+    seeds: list[int]
+    failed: dict[int, str]
+    metrics: dict[str, Interval]
+    settings: dict[str, Any]
+    costs: Costs
+
+
+class RowSummary(_RowSummary, total=False):
+    """One row in one stage. ``less_reference`` and ``less_untrained``: every metric minus that of the other row."""
+
+    less_reference: dict[str, Interval]
+    less_untrained: dict[str, Interval]
+
+
+class TrialSummary(TypedDict):
+    row: str
+    number: int
+    settings: dict[str, Any]
+    status: str
+    verdict: str
+    metrics: dict[str, float]
+
+
+class Summary(TypedDict):
+    """Content of results.json."""
+
+    reference: str
+    primary: str
+    seeds: int
+    rows: list[RowSummary]
+    trials: list[TrialSummary]
+    choices: list[tuning.Choice]
+    differences: list[Difference]
+
+
+def summarise(rows: Sequence[Row], results: Sequence[tuple[Job, Result]], settings: Compare) -> Summary:
+    """All content of the report page except pictures and curves."""
+    metrics = _bootstrap_rows(results, settings)
     reference = rows[0].name
-    drawn = _drawn(found, s)
-    lines = []
+    summaries = []
     for stage in STAGES:
         for row in rows:
-            mine = [(c, r) for c, r in found if c.row.name == row.name and c.stage == stage]
-            if not mine:
-                continue
-            good = [(c, r) for c, r in mine if r["status"] == "done"]
-            answers = drawn.get((row.name, stage), Answers((), {}))
-            line: dict[str, Any] = {
-                "row": row.name,
-                "stage": stage,
-                "seeds": sorted(c.number for c, _ in good),
-                "failed": {c.number: r["reason"] for c, r in mine if r["status"] != "done"},
-                "metrics": {name: _told(intervals.estimate(value)) for name, value in answers.metrics.items()},
-                "settings": {key: jobs.training_of(mine[0][0], s)[key] for key in mine[0][0].changes},
-                "costs": _costs([r for _, r in good]),
-            }
-            if (row.name, stage) != (reference, "images"):
-                line["less_reference"] = _all_less(answers, drawn.get((reference, "images"), Answers((), {})))
-            if (row.name, stage) != UNTRAINED and UNTRAINED in drawn:
-                line["less_untrained"] = _all_less(answers, drawn[UNTRAINED])
-            lines.append(line)
-    trials = [
-        {
-            "row": c.row.name,
-            "number": c.number,
-            "settings": dict(c.changes),
-            "status": r["status"],
-            "verdict": said(r),
-            "metrics": _plain(r),
-        }
-        for c, r in found
-        if c.stage == "trial"
-    ]
-    told = {"reference": reference, "primary": s.primary, "seeds": s.seeds, "rows": lines, "trials": trials}
-    return told | {"choices": tuning.choices(found, s), "differences": _differences(drawn)}
-
-
-def _all_less(answers: Answers, other: Answers) -> dict[str, Any]:
-    """Every figure less the other row's, of those that both have."""
+            of_row = [(job, result) for job, result in results if job.row.name == row.name and job.stage == stage]
+            if of_row:
+                summaries.append(_summarise_row((row.name, stage), of_row, metrics, (reference, "images"), settings))
     return {
-        name: _told(intervals.estimate(less))
-        for name in answers.metrics
-        if (less := answers.less(other, name)) is not None
+        "reference": reference,
+        "primary": settings.primary,
+        "seeds": settings.seeds,
+        "rows": summaries,
+        "trials": [_summarise_trial(job, result) for job, result in results if job.stage == "trial"],
+        "choices": tuning.summarise_choices(results, settings),
+        "differences": _compute_differences(metrics),
     }
 
 
-def _differences(drawn: Mapping[Key, Answers]) -> list[dict[str, Any]]:
-    """Of the primary figure, every row less every other."""
-    return [
-        {"row": one[0], "stage": one[1], "less_row": other[0], "less_stage": other[1]} | _told(intervals.estimate(less))
-        for one, other in permutations(drawn, 2)
-        if (less := drawn[one].less(drawn[other], "primary")) is not None
-    ]
+def _summarise_row(
+    key: Key,
+    results: Sequence[tuple[Job, Result]],
+    metrics: Mapping[Key, RowMetrics],
+    reference: Key,
+    settings: Compare,
+) -> RowSummary:
+    successful = [(job, result) for job, result in results if result["status"] == "done"]
+    empty = RowMetrics((), {})
+    of_row = metrics.get(key, empty)
+    first = results[0][0]
+    summary: RowSummary = {
+        "row": key[0],
+        "stage": key[1],
+        "seeds": sorted(job.number for job, _ in successful),
+        "failed": {job.number: result["reason"] for job, result in results if result["status"] != "done"},
+        "metrics": {name: _to_interval(value) for name, value in of_row.metrics.items()},
+        "settings": {name: jobs.make_pretrain_settings(first, settings)[name] for name in first.changes},
+        "costs": _summarise_costs([result for _, result in successful]),
+    }
+    if key != reference:
+        summary["less_reference"] = _subtract_all(of_row, metrics.get(reference, empty))
+    if key != UNTRAINED and UNTRAINED in metrics:
+        summary["less_untrained"] = _subtract_all(of_row, metrics[UNTRAINED])
+    return summary
 
 
-def _plain(result: Mapping[str, Any]) -> dict[str, float]:
-    return {f"{e['task']}:{n}": v for e in result.get("results", ()) for n, v in e["metrics"].items()}
+def _summarise_trial(job: Job, result: Result) -> TrialSummary:
+    return {
+        "row": job.row.name,
+        "number": job.number,
+        "settings": dict(job.changes),
+        "status": result["status"],
+        "verdict": get_final_verdict(result),
+        "metrics": {
+            f"{entry['task']}:{name}": value
+            for entry in result.get("results", ())
+            for name, value in entry["metrics"].items()
+        },
+    }
+
+
+def _summarise_costs(results: Sequence[Result]) -> Costs:
+    trained = [result for result in results if "steps" in result]
+    if not trained:
+        return {}
+    first = trained[0]
+    return {
+        "steps": first["steps"],
+        "images_seen": first["images_seen"],
+        "gflops_per_image": first["flops_per_image"] / 1e9,
+        "petaflops": first["flops_per_image"] * first["images_seen"] / 1e15,
+        "minutes": float(np.median([result["seconds"] for result in trained])) / 60,
+        "peak_gib": float(np.median([result["peak_memory"] for result in trained])) / 2**30,
+        "device": first["device"],
+        "verdicts": dict(Counter(verdict for result in trained if (verdict := get_final_verdict(result)))),
+    }
+
+
+# Bootstrap
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Figures of a row's networks, by name, with those of random choices of the images; and the networks' seeds."""
+class RowMetrics:
+    """Metrics of the networks of a row, by name, each with its bootstrap over images; and the seeds of the networks."""
 
     seeds: tuple[int, ...]
     metrics: Mapping[str, Drawn]
 
-    def less(self, other: Answers, name: str) -> Drawn | None:
-        """The difference, seed by seed, of the seeds that both have; None where there are none."""
-        both = [seed for seed in self.seeds if seed in other.seeds]
-        if not both or name not in self.metrics or name not in other.metrics:
+    def subtract(self, other: RowMetrics, name: str) -> Drawn | None:
+        """The difference of a metric, paired by seed; None if the rows have no common seed."""
+        common = [seed for seed in self.seeds if seed in other.seeds]
+        if not common or name not in self.metrics or name not in other.metrics:
             return None
-        mine, its = (each.metrics[name].of_seeds([each.seeds.index(seed) for seed in both]) for each in (self, other))
-        return mine - its
+        own, others = (row.metrics[name].of_seeds([row.seeds.index(seed) for seed in common]) for row in (self, other))
+        return own - others
 
 
-def _drawn(found: Sequence[tuple[Job, dict[str, Any]]], s: Any) -> dict[Key, Answers]:
-    """What every row answered."""
+def _subtract_all(metrics: RowMetrics, other: RowMetrics) -> dict[str, Interval]:
+    """Every common metric minus that of the other row."""
+    differences = {name: metrics.subtract(other, name) for name in metrics.metrics}
+    return {name: _to_interval(difference) for name, difference in differences.items() if difference is not None}
+
+
+def _compute_differences(metrics: Mapping[Key, RowMetrics]) -> list[Difference]:
+    """The primary metric of every row minus that of every other row."""
+    differences: list[Difference] = []
+    for one, other in permutations(metrics, 2):
+        difference = metrics[one].subtract(metrics[other], "primary")
+        if difference is not None:
+            differences.append(
+                {
+                    "row": one[0],
+                    "stage": one[1],
+                    "less_row": other[0],
+                    "less_stage": other[1],
+                    **_to_interval(difference),
+                }
+            )
+    return differences
+
+
+def _to_interval(drawn: Drawn) -> Interval:
+    estimate = intervals.estimate(drawn)
+    finite = math.isfinite(estimate.low)
+    return {
+        "mean": estimate.mean,
+        "low": estimate.low if finite else None,
+        "high": estimate.high if finite else None,
+        "seeds": estimate.seeds,
+        "images": estimate.images,
+    }
+
+
+def _bootstrap_rows(results: Sequence[tuple[Job, Result]], settings: Compare) -> dict[Key, RowMetrics]:
     per_image: dict[Key, dict[int, dict[tuple[str, str], PerImage]]] = {}
-    steady = {job.row.name for job, _ in found if not job.row.varies}
-    for job, result in found:
+    for job, result in results:
         if job.stage in STAGES and result["status"] == "done":
-            per_image.setdefault((job.row.name, job.stage), {})[job.number] = read_per_image(job, s)
-    answers: dict[Key, Answers] = {}
-    for key, of_seeds in per_image.items():
-        seeds, networks, named = tuple(of_seeds), list(of_seeds.values()), {}
-        for task, feature in networks[0]:
-            names, drawn = _of_task(task, [network[task, feature] for network in networks], s)
-            if key[0] in steady:  # another seed would have given the same
-                seeds, drawn = tuple(range(s.seeds)), drawn.of_seeds([0] * s.seeds)
-            for number, name in enumerate(names):
-                named[f"{task}:{name}" if feature in ("patches", s.tokens[0]) else f"{task}:{name} ({feature})"] = (
-                    drawn[number]
-                )
-        parts = [_part(named, part) for part in s.primary.split("+")]
-        if all(part is not None for part in parts) and len({part.images for part in parts if part}) == 1:
-            named = {"primary": intervals.mean_of([part for part in parts if part]), **named}
-        answers[key] = Answers(seeds, named)
-    return answers
+            per_image.setdefault((job.row.name, job.stage), {})[job.number] = read_per_image(job, settings)
+    varying = {job.row.name for job, _ in results if job.row.varies}
+    return {key: _bootstrap_row(of_seeds, key[0] in varying, settings) for key, of_seeds in per_image.items()}
 
 
-def _part(named: Mapping[str, Drawn], part: str) -> Drawn | None:
-    return named.get(part) or next((value for name, value in named.items() if name.split(":")[0] == part), None)
+def _bootstrap_row(
+    per_image: Mapping[int, Mapping[tuple[str, str], PerImage]], varies: bool, settings: Compare
+) -> RowMetrics:
+    """
+    Args:
+        per_image: of the network of each seed.
+        varies: whether the seed makes a difference. If not, the only network stands for all seeds.
+    """
+    seeds, networks = tuple(per_image) if varies else tuple(range(settings.seeds)), list(per_image.values())
+    metrics: dict[str, Drawn] = {}
+    for task, feature in networks[0]:
+        names, drawn = _bootstrap_task(task, [network[task, feature] for network in networks], settings)
+        if not varies:
+            drawn = drawn.of_seeds([0] * settings.seeds)
+        suffix = "" if feature in ("patches", settings.tokens[0]) else f" ({feature})"
+        metrics |= {f"{task}:{name}{suffix}": drawn[index] for index, name in enumerate(names)}
+    parts = [part for name in settings.primary.split("+") if (part := _find_metric(metrics, name)) is not None]
+    complete = len(parts) == len(settings.primary.split("+"))
+    if complete and len({part.images for part in parts}) == 1:
+        metrics = {"primary": intervals.mean_of(parts), **metrics}
+    return RowMetrics(seeds, metrics)
 
 
-def _of_task(task: str, networks: Sequence[PerImage], s: Any) -> tuple[list[str], Drawn]:
-    evaluator = jobs.evaluator_of(task, s)
+def _find_metric(metrics: Mapping[str, Drawn], part: str) -> Drawn | None:
+    """The metric TASK:METRIC, or the first one of TASK."""
+    return metrics.get(part) or next((value for name, value in metrics.items() if name.split(":")[0] == part), None)
+
+
+def _bootstrap_task(task: str, networks: Sequence[PerImage], settings: Compare) -> tuple[list[str], Drawn]:
+    """Names of the metrics of a task, and their values for every network."""
+    evaluator = jobs.make_evaluator(task, settings)
     names = list(evaluator.metrics(networks[0]))
 
-    def metrics(network: int, places: np.ndarray) -> np.ndarray:
-        values = evaluator.metrics(some(networks[network], places))
+    def compute(network: int, indices: np.ndarray) -> np.ndarray:
+        values = evaluator.metrics(some(networks[network], indices))
         return np.array([values.get(name, math.nan) for name in names])
 
     images = len(next(iter(networks[0].values())))
-    return names, intervals.draw(metrics, len(networks), images)
-
-
-def _told(value: Estimate) -> dict[str, Any]:
-    sure = math.isfinite(value.low)
-    ends = {"low": value.low, "high": value.high} if sure else {"low": None, "high": None}
-    return {"mean": value.mean, **ends, "seeds": value.seeds, "images": value.images}
-
-
-def _costs(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    trained = [r for r in results if "steps" in r]
-    if not trained:
-        return {}
-    per_image = trained[0]["flops_per_image"]
-    return {
-        "steps": trained[0]["steps"],
-        "images_seen": trained[0]["images_seen"],
-        "gflops_per_image": per_image / 1e9,
-        "petaflops": per_image * trained[0]["images_seen"] / 1e15,
-        "minutes": float(np.median([r["seconds"] for r in trained])) / 60,
-        "peak_gib": float(np.median([r["peak_memory"] for r in trained])) / 2**30,
-        "device": trained[0]["device"],
-        "verdicts": dict(Counter(word for r in trained if (word := said(r)))),
-    }
+    return names, intervals.draw(compute, len(networks), images)
