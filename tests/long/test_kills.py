@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_compare import data, results, settings
+from comparing import data, results, settings
 from test_exact import ended_after, lines_of
 
 from conftest import SMALL_HEADS, final_weights, run, start

@@ -16,8 +16,8 @@ from gtsa.comparison.stages import (
     choose_settings_or_error,
     list_equal_flops_jobs,
     list_final_jobs,
+    list_jobs_without_training,
     list_reported_jobs,
-    list_untrained_jobs,
 )
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
@@ -61,8 +61,8 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: object) -> Pat
         with _stops_with_report(report, settings):
             _announce(settings)
 
-            # Rows that learn nothing: a wrong task fails here, before hours of training
-            run_jobs("rows that learn nothing", list(list_untrained_jobs(rows, settings)), settings, report.update)
+            # Rows that learn nothing (controls, given weights): a wrong task fails here, before hours of training
+            run_jobs("rows without training", list(list_jobs_without_training(rows, settings)), settings, report.update)
 
             # Trials: short runs that choose the settings of every method
             run_jobs("trials", list(tuning.list_trial_jobs(rows, settings)), settings, report.update)

@@ -41,7 +41,7 @@ class Job:
     row: Row
     stage: str
     number: int  # the seed; for a trial its number
-    changes: Mapping[str, Any] = field(default_factory=dict)  # to the settings of the row
+    changes: Mapping[str, object] = field(default_factory=dict)  # to the settings of the row
 
     @property
     def name(self) -> str:
@@ -120,26 +120,26 @@ def list_primary_tasks(settings: Compare) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.split(":")[0] for part in settings.primary.split("+")))
 
 
-def make_online_evaluation_settings(settings: Compare) -> dict[str, Any]:
+def make_online_evaluation_settings(settings: Compare) -> dict[str, object]:
     """Settings of gtsa evaluate for evaluations during training."""
     tasks_and_options = {"weights": "-", "task": list_primary_tasks(settings), **settings.evaluate}
     return _without_missing({**tasks_and_options, **_data_settings(settings)})
 
 
-def make_device_settings(settings: Compare) -> dict[str, Any]:
+def make_device_settings(settings: Compare) -> dict[str, object]:
     """Settings of gtsa evaluate that choose device, precision and workers."""
     return {"weights": "-", "task": ("health",), "val": ("-",), **_device_settings(settings)}
 
 
-def _data_settings(settings: Compare) -> dict[str, Any]:
+def _data_settings(settings: Compare) -> dict[str, object]:
     return {"train": settings.train, "val": settings.val, "folds": settings.folds}
 
 
-def _device_settings(settings: Compare) -> dict[str, Any]:
+def _device_settings(settings: Compare) -> dict[str, object]:
     return {"precision": settings.precision, "device": settings.device, "workers": settings.workers}
 
 
-def _without_missing(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_missing(values: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None and value != ()}
 
 
@@ -148,7 +148,7 @@ def _without_missing(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def compute_digest(job: Job, settings: Compare) -> str:
     """Digest of all settings that decide the metrics of a job. A result with a different digest is refused."""
-    network = {"source": job.row.source, "model": settings.model}
+    network: dict[str, object] = {"source": job.row.source, "model": settings.model}
     if job.row.source is None:
         network = make_pretrain_settings(job, settings) | {"data": _digest_image_names(settings.data)}
     evaluation = (

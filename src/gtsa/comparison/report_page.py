@@ -6,7 +6,6 @@ import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
@@ -158,7 +157,7 @@ def _format_votes(choice: Choice | None, number: int) -> str:
     return f"<b>{text}</b>" if number == choice["taken"] else text
 
 
-def _format_settings(settings: Mapping[str, Any]) -> str:
+def _format_settings(settings: Mapping[str, object]) -> str:
     """E.g. learning_rate 0.001, dino.momentum 0.996."""
     return ", ".join(
         f"{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"

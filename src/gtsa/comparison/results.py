@@ -43,7 +43,7 @@ class Result(TypedDict, total=False):
     digest: str
     status: str  # done or failed
     reason: str  # of a failure
-    settings: dict[str, Any]
+    settings: dict[str, object]
     steps: int
     images_seen: int
     flops_per_image: float
@@ -104,9 +104,9 @@ def _describe_changes(result: Result, job: Job, settings: Compare) -> str:
     return "; ".join(changes) or "its images, its tasks, or settings that were not stored"
 
 
-def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(settings: Mapping[str, object]) -> dict[str, object]:
     """Pretraining settings by dotted name, with JSON types, without paths and online evaluations."""
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    plain: dict[str, object] = json.loads(json.dumps(settings))
     ignored = (*UNCOMPARED, "data", "out")
     return flat({key: value for key, value in plain.items() if key not in ignored and not key.startswith("eval")})
 

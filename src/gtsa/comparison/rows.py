@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from gtsa.comparison.settings import ABLATIONS, Compare
 from gtsa.core.errors import UserError
@@ -24,7 +23,7 @@ class Row:
     """
 
     name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     source: str | None = None
     tuned_as: str | None = None
 
@@ -50,7 +49,7 @@ def make_rows(settings: Compare) -> list[Row]:
     return rows
 
 
-def _make_further_row(name: str, row_settings: Mapping[str, Any]) -> Row:
+def _make_further_row(name: str, row_settings: Mapping[str, object]) -> Row:
     method = row_settings.get("method", "gtsa")
     if method not in tuple(METHODS):  # compared with ==, because the value may be unhashable
         raise UserError(f"rows: {name}.method: unknown method {method!r:.100}; available: {', '.join(METHODS)}")

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,9 +124,9 @@ def _train(job: Job, settings: Compare, folder: Path) -> tuple[Backbone, Result]
     }
 
 
-def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str, Any]:
+def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str, object]:
     """Settings of gtsa pretrain for evaluations during training."""
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "eval": jobs.list_primary_tasks(settings),
         "eval_train": settings.train,
         "eval_val": settings.val,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from gtsa.comparison import tuning
 from gtsa.comparison.jobs import Job
@@ -14,14 +13,14 @@ from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 
 
-def list_untrained_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
+def list_jobs_without_training(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
     """One job for every row without training. These run first, so that a wrong task fails before hours of training."""
     yield from (Job(row, "images", 0) for row in rows if row.source is not None)
 
 
 def list_final_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
     """Every row with every seed. The seed is the outer loop, so that rows can be compared early."""
-    changes_of_rows: dict[str, dict[str, Any] | UserError] = {}
+    changes_of_rows: dict[str, dict[str, object] | UserError] = {}
     for seed in range(settings.seeds):
         for row in rows:
             if seed and not row.varies:
@@ -36,7 +35,7 @@ def list_final_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
                 yield Job(row, "images", seed, changes)
 
 
-def choose_settings_or_error(row: Row, rows: Sequence[Row], settings: Compare) -> dict[str, Any] | UserError:
+def choose_settings_or_error(row: Row, rows: Sequence[Row], settings: Compare) -> dict[str, object] | UserError:
     """The settings that the trials of a row choose, or the reason why there are none."""
     try:
         return tuning.choose_settings(row, rows, settings)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class _RowSummary(TypedDict):
     seeds: list[int]
     failed: dict[int, str]
     metrics: dict[str, Interval]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     costs: Costs
 
 
@@ -77,7 +77,7 @@ class RowSummary(_RowSummary, total=False):
 class TrialSummary(TypedDict):
     row: str
     number: int
-    settings: dict[str, Any]
+    settings: dict[str, object]
     status: str
     verdict: str
     metrics: dict[str, float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -36,11 +36,12 @@ def check_tasks(tasks: Iterable[Task], settings: Compare) -> None:
         val = merge_task_settings(task.name, settings)["val"]
         splits[task.name] = "--val" if val else task.folds if task.pairs else 0
     if len(set(splits.values())) > 1 or 0 in splits.values():
-        words = {"--val": "has --val", 0: "is not trained, so it has no folds"}
+        words = {"--val": "has --val", 0: "uses no training images, so it has no folds"}
         lines = "; ".join(f"{name} {words.get(split, f'has {split} folds')}" for name, split in splits.items())
         raise UserError(
-            "primary: trials are chosen without the evaluated images. So either all tasks of the primary metric are "
-            f"trained with the same number of folds, or all have --val: {lines}. Give another --primary, or --trials 0"
+            "primary: trials are chosen without the evaluated images. So the tasks of the primary metric must use "
+            "training images, and all have the same number of folds, or all have --val: "
+            f"{lines}. Give another --primary, or --trials 0"
         )
     if 2 in splits.values():
         raise UserError(
@@ -65,7 +66,7 @@ def count_trial_steps(settings: Compare) -> int:
     return settings.trial_steps or max(1, settings.steps // 3)
 
 
-def sample_settings(row: Row, number: int, settings: Compare) -> dict[str, Any]:
+def sample_settings(row: Row, number: int, settings: Compare) -> dict[str, object]:
     """Settings of a trial: a log-uniform learning rate, and one value for every entry of the method's search space.
 
     The first trial is the preset of the method with the geometric mean of the rates, because a few random settings may
@@ -84,7 +85,7 @@ def sample_settings(row: Row, number: int, settings: Compare) -> dict[str, Any]:
 # The choice
 
 
-def choose_settings(row: Row, rows: Sequence[Row], settings: Compare) -> dict[str, Any]:
+def choose_settings(row: Row, rows: Sequence[Row], settings: Compare) -> dict[str, object]:
     """Settings of the best trial of the row's method; empty without trials.
 
     Raises:
