@@ -1,1 +1,1 @@
-"""gtsa compare: methods on the same images, with the same effort."""
+"""gtsa compare: methods on the same images, with equal tuning."""

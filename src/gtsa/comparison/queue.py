@@ -37,8 +37,8 @@ def run_jobs(
         title: name of the jobs in messages.
         after_each: called after every job.
     """
-    open_jobs = [job for job in jobs if read_result(job, settings) is None]
-    if not open_jobs:
+    pending = [job for job in jobs if read_result(job, settings) is None]
+    if not pending:
         if jobs:
             say(f"{title}: done, {len(jobs)} of {len(jobs)} networks")
         return
@@ -47,14 +47,14 @@ def run_jobs(
     if gpus and is_auto(settings.workers):
         settings = settings.model_copy(update={"workers": readers(devices.maxsize)})
     where = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU"
-    say(f"{title}: {len(open_jobs)} of {len(jobs)} networks to do, on {where}, {devices.maxsize} at a time")
+    say(f"{title}: {len(pending)} of {len(jobs)} networks to do, on {where}, {devices.maxsize} at a time")
     started = time.monotonic()
     pool = ThreadPoolExecutor(devices.maxsize)
     try:
-        lines = pool.map(lambda job: run_in_process(job, settings, devices), open_jobs)
+        lines = pool.map(lambda job: run_in_process(job, settings, devices), pending)
         for number, line in enumerate(lines, start=1):
-            left = (time.monotonic() - started) / number * (len(open_jobs) - number)
-            say(f"{number}/{len(open_jobs)}  {line}" + (f"; about {lasting(left)} left" if left else ""))
+            left = (time.monotonic() - started) / number * (len(pending) - number)
+            say(f"{number}/{len(pending)}  {line}" + (f"; about {lasting(left)} left" if left else ""))
             after_each()
     except BaseException:  # waiting jobs are cancelled below; running jobs save a checkpoint and end
         say("stopping: no more networks are started; those that run save and end first")
