@@ -28,7 +28,8 @@ from lightning_fabric import Fabric
 import gtsa
 from gtsa.data.labels import Labelled
 from gtsa.data.sources import open_source
-from gtsa.evaluation.features import EvalContext, image_features
+from gtsa.evaluation.context import EvalContext
+from gtsa.evaluation.features import image_features
 from gtsa.evaluation.retrieval import Memory, nearest, votes_of
 from gtsa.models.backbone import Backbone
 

@@ -1,4 +1,4 @@
-"""What tests of evaluations need: labelled images in memory, a lab, and backbones whose features are known."""
+"""For tests of evaluations: labelled images in memory, a context, and backbones with known features."""
 
 import numpy as np
 import torch
@@ -8,11 +8,11 @@ from torch import nn
 from gtsa.core.types import Tokens
 from gtsa.data.labels import Labelled
 from gtsa.data.pixels import BadImage
-from gtsa.evaluation.features import EvalContext
+from gtsa.evaluation.context import EvalContext
 
 
 class Pictures:
-    """A source of images that lie in memory."""
+    """A source of images in memory."""
 
     def __init__(self, images, names=None):
         self.images, self.names = images, names or [f"{i:03d}.png" for i in range(len(images))]
@@ -41,7 +41,7 @@ def labelled(images, targets=None, kind="classes", classes=("a", "b"), names=Non
     return Labelled(Pictures(images, names), range(len(images)), targets, kind, tuple(classes), "digest", **more)
 
 
-def lab(**options):
+def make_context(**options):
     return EvalContext(Fabric(accelerator="cpu", devices=1), **{"batch_size": 16, **options})
 
 
@@ -62,7 +62,7 @@ def coloured(classes, side=32, seed=0):
 
 
 class Stub(nn.Module):
-    """Looks like a Backbone. ``see`` makes patch tokens [N, h, w, D] of normalised pixels; every block does the same."""
+    """In place of a Backbone. ``see`` computes patch tokens [N, h, w, D] of normalised pixels, equal for all blocks."""
 
     num_prefix_tokens = 0
 

@@ -1,4 +1,4 @@
-"""What every evaluation in gtsa/evals has to do."""
+"""The contract of every evaluation in gtsa/evaluation/evaluators."""
 
 import inspect
 from functools import cache
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluating import lab, labelled, noise
+from evaluating import labelled, make_context, noise
 from gtsa.core.settings import read_yaml, to_yaml, validated
 from gtsa.data.labels import IGNORE, Boxes
 from gtsa.evaluation import evaluators
@@ -17,7 +17,7 @@ from gtsa.models.backbone import Backbone
 
 FOUND = evaluators.found()
 TRAIN, VAL, SIDE = 12, 6, 64
-SMALL = {  # what makes an evaluation quick enough to be asked four times; one that is not named here has its defaults
+SMALL = {  # settings that make an evaluation quick; without an entry here it has its defaults
     "clusters": {"k": 4, "dimensions": 8, "size": 64, "repeats": 2},
     "detection": {"scale": 64, "steps": 2, "batch_size": 2, "width": 16},
     "finetune": {"epochs": 2.0, "batch_size": 8, "warmup": 1.0, "resize": 64, "crop": 64},
@@ -29,7 +29,7 @@ SMALL = {  # what makes an evaluation quick enough to be asked four times; one t
     "rotation": {"resize": 64, "crop": 64, "size": 64},
     "segmentation": {"size": 64, "steps": 3, "batch_size": 2},
 }
-TOGETHER = {"clusters"}  # finds something among all judged images, whose order it depends on
+TOGETHER = {"clusters"}  # fits something on all evaluation images together, so it depends on their order
 ORDER = [3, 0, 5, 1, 4, 2]
 
 
@@ -87,12 +87,14 @@ def kinds():
 
 
 @cache
-def answered(name, kind, order=tuple(range(VAL)), time=0):
-    """PerImage of the images in this order, and the evaluator; ``time`` is to ask anew."""
+def evaluated(name, kind, order=tuple(range(VAL)), run=0):
+    """The evaluator, and PerImage of the images in this order; another ``run`` evaluates again."""
     evaluator = FOUND[name](**SMALL.get(name, {}))
     train, val = sets(kind)
-    torch.manual_seed(time), np.random.seed(time)
-    return evaluator, evaluator(backbone(), train if evaluator.uses_train_set else None, val.take(order), lab(seed=3))
+    torch.manual_seed(run), np.random.seed(run)
+    return evaluator, evaluator(
+        backbone(), train if evaluator.uses_train_set else None, val.take(order), make_context(seed=3)
+    )
 
 
 def same(a, b, exact=True):
@@ -114,7 +116,7 @@ def chosen(per_image, which):
     }
 
 
-def test_evaluations_are_found():
+def test_evaluations_are_listed():
     assert {"knn", "linear", "finetune", "rotation", "health"} <= set(FOUND)
 
 
@@ -122,7 +124,9 @@ def test_evaluations_are_found():
 def test_is_an_evaluator_with_plain_settings_and_help(name, tmp_path):
     maker = FOUND[name]
     assert issubclass(maker, Evaluator)
-    assert (inspect.getdoc(inspect.getmodule(maker)) or "").splitlines()[0].count("?") >= 1, "ask a question"
+    assert (inspect.getdoc(inspect.getmodule(maker)) or "").splitlines()[0].count("?") >= 1, (
+        "the first line of the module is a question"
+    )
     settings = validated(EvaluatorSettings[name], {})
     for key, field in type(settings).model_fields.items():
         assert field.description, f"{key} has no help in the docstring of {name}"
@@ -136,18 +140,18 @@ class TestEvaluation:
     def test_leaves_the_backbone_as_it_was(self, name, kind):
         before = {key: value.clone() for key, value in backbone().state_dict().items()}
         flags = [p.requires_grad for p in backbone().parameters()]
-        answered(name, kind)
+        evaluated(name, kind)
         assert same(before, dict(backbone().state_dict()))
         assert not backbone().training
         assert flags == [p.requires_grad for p in backbone().parameters()]
         assert all(p.grad is None for p in backbone().parameters())
 
-    def test_the_same_seed_gives_the_same_evidence(self, name, kind):
-        (_, first), (_, again) = answered(name, kind), answered(name, kind, time=1)
+    def test_the_same_seed_gives_the_same_results(self, name, kind):
+        (_, first), (_, again) = evaluated(name, kind), evaluated(name, kind, run=1)
         assert same(first, again)
 
-    def test_evidence_is_of_every_image_and_figures_follow_from_any_of_them(self, name, kind):
-        evaluator, per_image = answered(name, kind)
+    def test_results_are_of_every_image_and_metrics_follow_from_any_of_them(self, name, kind):
+        evaluator, per_image = evaluated(name, kind)
         assert per_image
         assert all(len(values) == VAL for values in per_image.values())
         for which in (list(range(VAL)), [0, 2, 3, 5], [1, 4], [4, 4, 2, 0, 0]):
@@ -155,11 +159,11 @@ class TestEvaluation:
             assert metrics
             assert all(type(value) is float for value in metrics.values())
 
-    def test_evidence_goes_with_the_image(self, name, kind):
+    def test_results_do_not_depend_on_the_order_of_images(self, name, kind):
         if name in TOGETHER:
-            pytest.skip("finds something among all judged images together")
-        evaluator, per_image = answered(name, kind)
-        _, shuffled = answered(name, kind, order=tuple(ORDER))
+            pytest.skip("fits something on all evaluation images together")
+        evaluator, per_image = evaluated(name, kind)
+        _, shuffled = evaluated(name, kind, order=tuple(ORDER))
         assert same(chosen(per_image, ORDER), shuffled, exact=False)
         assert evaluator.metrics(shuffled) == pytest.approx(
             evaluator.metrics(per_image), rel=1e-3, abs=1e-3, nan_ok=True

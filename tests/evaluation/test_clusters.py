@@ -6,7 +6,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix
-from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
+from test_dense import PALETTE, Colours, blocks, labelled, make_context, painted, perfect, stripes
 
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import generator
@@ -17,7 +17,7 @@ from gtsa.models.backbone import Backbone
 
 def answer(data, backbone=None, settings=None, **options):
     evaluator = Clusters(**{"size": 64, "repeats": 2, **(settings or {})})
-    per_image = evaluator(backbone or Colours(), None, data, lab(**options))
+    per_image = evaluator(backbone or Colours(), None, data, make_context(**options))
     return per_image, evaluator.metrics(per_image)
 
 

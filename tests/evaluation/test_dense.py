@@ -14,8 +14,8 @@ from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.data.labels import IGNORE, Labelled
 from gtsa.evaluation import dense, retrieval
-from gtsa.evaluation.features import EvalContext
-from gtsa.evaluation.retrieval import Memory, remembered, shares_of
+from gtsa.evaluation.context import EvalContext
+from gtsa.evaluation.retrieval import Memory, build_memory, class_shares
 from gtsa.models.backbone import IMAGENET
 
 PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
@@ -69,7 +69,7 @@ def blocks(images, cells=16, seed=0):
     return [torch.from_numpy(rng.integers(0, len(PALETTE), (cells, cells))) for _ in range(images)]
 
 
-def lab(**settings):
+def make_context(**settings):
     return EvalContext(Fabric(accelerator="cpu", devices=1), **{"batch_size": 4, **settings})
 
 
@@ -88,7 +88,7 @@ def test_figures_are_those_of_torchmetrics(classes, images, seed, ignored):
     guess, truth = (torch.from_numpy(rng.integers(0, kind, (images, 7, 5))) for kind in kinds)
     truth[torch.from_numpy(rng.random(truth.shape) < ignored)] = IGNORE
     truth[0, 0, 0] = 0
-    found = dense.metrics(dense.stacked([dense.counts(g, t, classes) for g, t in zip(guess, truth, strict=True)]))
+    found = dense.metrics(dense.stacked([dense.count_pixels(g, t, classes) for g, t in zip(guess, truth, strict=True)]))
     told = {"num_classes": classes, "ignore_index": IGNORE, "validate_args": False}
     iou = MulticlassJaccardIndex(average="macro", **told)(guess, truth)
     recall = MulticlassRecall(average=None, **told)(guess, truth)[truth[truth != IGNORE].unique()].mean()
@@ -101,7 +101,7 @@ def test_figures_are_those_of_torchmetrics(classes, images, seed, ignored):
 def test_figures_by_hand():
     guess = [torch.tensor([[0, 0, 1]]), torch.tensor([[1, 2, 0]])]
     truth = [torch.tensor([[0, 1, 1]]), torch.tensor([[1, IGNORE, 0]])]
-    per_image = dense.stacked([dense.counts(g, t, 4) for g, t in zip(guess, truth, strict=True)])
+    per_image = dense.stacked([dense.count_pixels(g, t, 4) for g, t in zip(guess, truth, strict=True)])
     assert per_image["predicted"].tolist() == [[2, 1, 0, 0], [1, 1, 0, 0]]
     # class 0: 2 hits of 3 guesses and 2 true; class 1: 2 of 2 and 3; classes 2 and 3 occur on no labelled pixel
     expected = {"mIoU": 100 * 2 / 3, "mAcc": 100 * (1 + 2 / 3) / 2, "aAcc": 80}
@@ -112,18 +112,20 @@ def test_repeats_are_averaged_figure_by_figure():
     rng = np.random.default_rng(0)
     truth = torch.from_numpy(rng.integers(0, 3, (2, 4, 4)))
     guess = torch.from_numpy(rng.integers(0, 3, (5, 2, 4, 4)))
-    each = [dense.stacked([dense.counts(g, t, 3) for g, t in zip(repeat, truth, strict=True)]) for repeat in guess]
+    each = [
+        dense.stacked([dense.count_pixels(g, t, 3) for g, t in zip(repeat, truth, strict=True)]) for repeat in guess
+    ]
     together = {name: torch.stack([one[name] for one in each], 1) for name in each[0]}
     means = {name: np.mean([dense.metrics(one)[name] for one in each]) for name in ("mIoU", "mAcc", "aAcc")}
     assert dense.metrics(together) == pytest.approx(means)
 
 
 def test_ignored_masks_count_for_nothing():
-    nothing = dense.counts(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 2)
+    nothing = dense.count_pixels(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 2)
     with pytest.raises(UserError, match="no pixel") as told:
         dense.metrics(dense.stacked([nothing]))
     assert told.value.code == 3
-    something = dense.counts(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), 2)
+    something = dense.count_pixels(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), 2)
     assert perfect(dense.metrics(dense.stacked([nothing, something])))
 
 
@@ -153,7 +155,7 @@ def test_windows_of_a_network_without_context_are_the_whole(window, stride):
         assert max(seen.shape[-2:]) <= window
         return F.avg_pool2d(seen, 4)  # a quarter of a patch a cell
 
-    assert torch.allclose(dense.slid(score, pixels, window, stride), F.avg_pool2d(pixels, 4), atol=1e-6)
+    assert torch.allclose(dense.score_windows(score, pixels, window, stride), F.avg_pool2d(pixels, 4), atol=1e-6)
 
 
 def test_windows_overlap_with_equal_weights():
@@ -161,7 +163,7 @@ def test_windows_overlap_with_equal_weights():
         return seen.mean((1, 2, 3), keepdim=True).expand(-1, 1, seen.shape[-2] // 16, seen.shape[-1] // 16)
 
     pixels = torch.tensor([0.0, 1, 2]).repeat_interleave(16).expand(1, 3, 16, 48)
-    assert torch.allclose(dense.slid(score, pixels, 32, 16)[0, 0, 0], torch.tensor([0.5, 1.0, 1.5]))
+    assert torch.allclose(dense.score_windows(score, pixels, 32, 16)[0, 0, 0], torch.tensor([0.5, 1.0, 1.5]))
 
 
 def test_images_are_padded_with_their_own_border():
@@ -183,10 +185,12 @@ def test_judging_is_the_same_in_batches_of_any_size(size):
     def score(pixels):
         return F.avg_pool2d(pixels, 16).repeat(1, 2, 1, 1)[:, :4]
 
-    def judged(batch, keep):
-        return dense.judged(score, Colours(), data, lab(batch_size=batch, on_prediction=keep), size)
+    def predict(batch, on_prediction):
+        return dense.classify_pixels(
+            score, Colours(), data, make_context(batch_size=batch, on_prediction=on_prediction), size
+        )
 
-    alone, together = judged(1, lambda *_: None), judged(4, kept.__setitem__)
+    alone, together = predict(1, lambda *_: None), predict(4, kept.__setitem__)
     assert all(torch.equal(alone[name], together[name]) for name in ("hit", "predicted", "true"))
     assert [(i, kept[i].shape, kept[i].dtype) for i in kept] == [(i, m.shape, torch.uint8) for i, m in enumerate(masks)]
     for row, mask in enumerate(masks):
@@ -237,7 +241,7 @@ def test_chunks_change_nothing(monkeypatch, rows, columns):
 @settings(deadline=None, max_examples=30)
 def test_soft_labels_are_shares_of_labelled_pixels(h, w, patch, seed):
     mask = torch.from_numpy(np.random.default_rng(seed).integers(IGNORE, 3, (h * patch, w * patch)))
-    found = shares_of(mask, patch, 3).view(h, w, 3)
+    found = class_shares(mask, patch, 3).view(h, w, 3)
     for row in range(h):
         for column in range(w):
             pixels = mask[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].flatten().tolist()
@@ -261,7 +265,7 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
     data = labelled(gradients(6), masks)
 
     def small(most, **settings):
-        return remembered(Colours(), data, lab(**settings), 64, most)
+        return build_memory(Colours(), data, make_context(**settings), 64, most)
 
     for most in (1, 5, 6, 20, 33):
         memory = small(most)
@@ -281,5 +285,5 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
 def test_nothing_labelled_is_told():
     data = labelled(gradients(2), [torch.full((64, 64), IGNORE)] * 2)
     with pytest.raises(UserError, match="no pixel of the training masks") as told:
-        remembered(Colours(), data, lab(), 64, 10)
+        build_memory(Colours(), data, make_context(), 64, 10)
     assert told.value.code == 3

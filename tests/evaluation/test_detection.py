@@ -18,10 +18,10 @@ from torchvision.models.detection.image_list import ImageList
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw
 from gtsa.data.labels import Boxes, Labelled
-from gtsa.evaluation.average_precision import average_precision, corner, encoded, pasted
-from gtsa.evaluation.detection_crops import View, around, draw, fitted, seen
-from gtsa.evaluation.evaluators.detection import Detection, Scenes, groups, truth
-from gtsa.evaluation.features import EvalContext
+from gtsa.evaluation.average_precision import average_precision, pasted, to_run_lengths, to_xywh
+from gtsa.evaluation.context import EvalContext
+from gtsa.evaluation.detection_crops import View, apply_view, boxes_around, draw_view, fitted_size
+from gtsa.evaluation.evaluators.detection import Detection, TrainingViews, coco_annotations, parameter_groups
 from gtsa.evaluation.heads.mask_rcnn import Anchors, Detector, _pool, padded
 from gtsa.models.backbone import Backbone
 
@@ -84,7 +84,7 @@ def squares(count, masks, size=(64, 80), seed=0):
     )  # fmt: skip
 
 
-def lab(**options):
+def make_context(**options):
     return EvalContext(Fabric(accelerator="cpu", devices=1), **options)
 
 
@@ -117,11 +117,11 @@ def oracle(per_image, kind):
             for n, entries in enumerate(per_image["found"])
             for d in entries
         ]
-        judge = COCOeval(gt, gt.loadRes(found), kind)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), 100 * judge.stats[:6], strict=True))
+        evaluation = COCOeval(gt, gt.loadRes(found), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), 100 * evaluation.stats[:6], strict=True))
 
 
 def outline(box, size):
@@ -129,7 +129,7 @@ def outline(box, size):
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     bx, by, w, h = box
     mask = ((x - bx - w / 2) / (w / 2)) ** 2 + ((y - by - h / 2) / (h / 2)) ** 2 <= 1
-    return encoded(torch.tensor(mask)), float(mask.sum())
+    return to_run_lengths(torch.tensor(mask)), float(mask.sum())
 
 
 @cache
@@ -264,23 +264,23 @@ def test_views_keep_pixels_boxes_and_masks_together(seed, height, width, scale):
         mask[y : y + rng.integers(4, 30), x : x + rng.integers(4, 30)] = True
         mask[y, x] = False  # no rectangle
     pixels = (255 * masks[:3]).byte()
-    given_things = things(around(masks).tolist(), [0, 1, 2, 3, 4, 5], masks, [False] * 5 + [True])
-    view = draw(height, width, scale, rng)
-    shown, target = seen(pixels, given_things, view)
+    given_things = things(boxes_around(masks).tolist(), [0, 1, 2, 3, 4, 5], masks, [False] * 5 + [True])
+    view = draw_view(height, width, scale, rng)
+    shown, target = apply_view(pixels, given_things, view)
     assert shown.shape[-2:] == view.size == target["masks"].shape[-2:]
     assert 6 not in target["labels"]  # the crowd
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
     assert (sides >= 1).all() and target["masks"].bool().flatten(1).any(-1).all()
     zoom = max(view.size[0] / view.height, view.size[1] / view.width)
     if len(sides):
-        assert (target["boxes"] - around(target["masks"].bool())).abs().max() <= 0.5 * max(zoom, 1) + 0.5
+        assert (target["boxes"] - boxes_around(target["masks"].bool())).abs().max() <= 0.5 * max(zoom, 1) + 0.5
         assert (target["boxes"] >= 0).all() and (target["boxes"] <= torch.tensor([*view.size[::-1]] * 2) + 1e-3).all()
     for label, mask in zip(target["labels"].tolist(), target["masks"], strict=True):
         if label <= 3:  # the pixels of channel label - 1 are this mask's
             assert ((shown[label - 1] > 127) != mask.bool()).float().mean() <= 0.03 + 2 * (
                 sum(view.size) / np.prod(view.size)
             )
-    boxes_only, plain = seen(
+    boxes_only, plain = apply_view(
         pixels, things(given_things.boxes.tolist(), given_things.classes.tolist(), None, [False] * 5 + [True]), view
     )
     assert torch.equal(boxes_only, shown)
@@ -290,7 +290,7 @@ def test_views_keep_pixels_boxes_and_masks_together(seed, height, width, scale):
 
 def test_a_view_by_hand():
     view = View(top=10, left=20, height=40, width=50, size=(80, 200), flip=True)
-    shown, target = seen(
+    shown, target = apply_view(
         torch.zeros(3, 100, 100, dtype=torch.uint8),
         things([[30, 0, 45, 30], [0, 0, 20, 100], [65, 45, 99, 99], [69.9, 10, 80, 20]], [0, 1, 2, 3]),
         view,
@@ -306,7 +306,7 @@ def test_what_is_left_of_a_mask_makes_its_box():
     mask = torch.zeros(1, 40, 40, dtype=torch.bool)
     mask[0, 0:10, 0:10] = True
     mask[0, 30:34, 20:40] = True  # an L: the crop sees only this bar
-    _, target = seen(
+    _, target = apply_view(
         torch.zeros(3, 40, 40, dtype=torch.uint8),
         things([[0, 0, 40, 34]], [0], mask),
         View(20, 0, 20, 40, (20, 40), False),
@@ -317,7 +317,7 @@ def test_what_is_left_of_a_mask_makes_its_box():
 def test_sizes_are_those_of_the_settings():
     whole, cropped = [], []
     for seed in range(600):
-        view = draw(480, 640, 800, np.random.default_rng(seed))
+        view = draw_view(480, 640, 800, np.random.default_rng(seed))
         (cropped if (view.height, view.width) != (480, 640) else whole).append(view)
         assert 0 <= view.top <= 480 - view.height and 0 <= view.left <= 640 - view.width
     assert 240 < len(whole) < 360 and 240 < sum(v.flip for v in whole + cropped) < 360
@@ -327,7 +327,7 @@ def test_sizes_are_those_of_the_settings():
     # a crop of 384 to 600 px out of a short side of 400 to 600: at least 384 / 600 of it
     assert min(v.height for v in cropped) >= 0.63 * 480 and min(v.width for v in cropped) >= 0.63 * 480
     assert max(v.width for v in cropped) > 550 and min(v.width for v in cropped) < 350
-    assert fitted(480, 640, 800, 1333) == (800, 1067) and fitted(100, 400, 800, 1333) == (333, 1333)
+    assert fitted_size(480, 640, 800, 1333) == (800, 1067) and fitted_size(100, 400, 800, 1333) == (333, 1333)
 
 
 # The network
@@ -374,7 +374,7 @@ def test_positions_norms_and_biases_are_not_decayed(backbone):
     names = {id(p): name for name, p in detector.named_parameters()}
     found = [
         ([names[id(p)] for p in group["params"]], group["decayed"], group["rate"](0.5))
-        for group in groups(detector, 5.0)
+        for group in parameter_groups(detector, 5.0)
     ]
     decayed, spared = ([name for each, kind, _ in found if kind is wanted for name in each] for wanted in (True, False))
     rates = {name: rate for each, _, rate in found for name in each}
@@ -404,8 +404,8 @@ def taught(backbone):
         kept = {}
         untrained = Detection(**SMALL, steps=0)
         trained = Detection(**SMALL, steps=80 if masks else 120, freeze=True)
-        start = untrained.metrics(untrained(backbone, train, val, lab()))
-        per_image = trained(backbone, train, val, lab(on_prediction=kept.__setitem__))
+        start = untrained.metrics(untrained(backbone, train, val, make_context()))
+        per_image = trained(backbone, train, val, make_context(on_prediction=kept.__setitem__))
         same = all(torch.equal(backbone.state_dict()[name], tensor) for name, tensor in before.items())
         return per_image, kept, start, trained.metrics(per_image), same and not backbone.training
 
@@ -425,31 +425,31 @@ def test_squares_are_found(taught, masks):
 
 
 def test_boxes_of_other_images_teach_nothing(backbone, taught):
-    """Where the boxes are those of another image, to learn from and to judge by, there is nothing to be found by looking."""
+    """If the boxes of both sets are those of other images, there is nothing to learn from pixels."""
     train, val = squares(20, False), squares(10, False, seed=1)
     for data in (train, val):
         object.__setattr__(data, "targets", [*data.targets[3:], *data.targets[:3]])
     detection = Detection(**SMALL, steps=120, freeze=True)
-    wrong = detection.metrics(detection(backbone, train, val, lab()))["box AP50"]
+    wrong = detection.metrics(detection(backbone, train, val, make_context()))["box AP50"]
     assert wrong < taught(False)[3]["box AP50"] / 4
 
 
 def test_truth_is_what_the_file_says():
     data = squares(7, True)
-    entries = truth(data, 6, False)
-    assert [e["iscrowd"] for e in entries] == [1] * len(entries) and truth(data, 4, True) == []
+    entries = coco_annotations(data, 6, False)
+    assert [e["iscrowd"] for e in entries] == [1] * len(entries) and coco_annotations(data, 4, True) == []
     box = data.target(6).boxes[0]
-    assert entries[0]["bbox"] == corner(box) and entries[0]["category_id"] == (7, 3)[data.target(6).classes[0]]
+    assert entries[0]["bbox"] == to_xywh(box) and entries[0]["category_id"] == (7, 3)[data.target(6).classes[0]]
     assert entries[0]["area"] == entries[0]["bbox"][2] * entries[0]["bbox"][3]
 
 
 def test_scenes_follow_from_seed_and_step():
     data = squares(6, True)
-    one, two = Scenes(data, 64, 5), Scenes(data, 64, 5)
+    one, two = TrainingViews(data, 64, 5), TrainingViews(data, 64, 5)
     for place in (Draw(0, 3), Draw(2, 1)):
         (i, pixels, target), (j, again, same) = one[place], two[place]
         assert i == j and torch.equal(pixels, again) and all(torch.equal(target[k], same[k]) for k in target)
-    assert not all(torch.equal(Scenes(data, 64, 6)[Draw(0, 3)][1], one[Draw(epoch, 3)][1]) for epoch in range(3))
+    assert not all(torch.equal(TrainingViews(data, 64, 6)[Draw(0, 3)][1], one[Draw(epoch, 3)][1]) for epoch in range(3))
     assert sorted(one[Draw(4, place)][0] for place in range(6)) == list(range(6))
 
 
@@ -457,16 +457,16 @@ def test_scenes_follow_from_seed_and_step():
 def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
     train, val = squares(6, masks), squares(3, masks, seed=1)
     detection = Detection(**SMALL, steps=6, drop_path=0.2, accumulate=2 if masks else 1)
-    straight = detection(backbone, train, val, lab(folder=tmp_path / "straight"))
+    straight = detection(backbone, train, val, make_context(folder=tmp_path / "straight"))
     reads = iter(range(10**6))
     train.source.on_read = lambda: os.kill(os.getpid(), signal.SIGTERM) if next(reads) == 5 else None
     with pytest.raises(UserError) as stopped:
-        detection(backbone, train, val, lab(folder=tmp_path / "stopped"))
+        detection(backbone, train, val, make_context(folder=tmp_path / "stopped"))
     assert stopped.value.code == 75
-    resumed = detection(backbone, train, val, lab(folder=tmp_path / "stopped"))
+    resumed = detection(backbone, train, val, make_context(folder=tmp_path / "stopped"))
     assert resumed == straight  # scores and boxes, bit for bit
     train.source.on_read = lambda: pytest.fail("what is done is not done again")
-    assert detection(backbone, train, val, lab(folder=tmp_path / "stopped")) == straight
+    assert detection(backbone, train, val, make_context(folder=tmp_path / "stopped")) == straight
     train.source.on_read = lambda: None
     ends = [
         (tmp_path / name / "checkpoints" / "step-00000006" / "objective.safetensors").read_bytes()
@@ -475,7 +475,7 @@ def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
     assert ends[0] == ends[1]
     with pytest.raises(UserError, match="other settings"):
         Detection(**SMALL, steps=6, drop_path=0.1, accumulate=2 if masks else 1)(
-            backbone, train, val, lab(folder=tmp_path / "stopped")
+            backbone, train, val, make_context(folder=tmp_path / "stopped")
         )
 
 
@@ -486,7 +486,9 @@ def test_the_learning_rate_falls_after_8_and_11_of_12_epochs(backbone, monkeypat
         "gtsa.evaluation.evaluators.detection.teach",
         lambda _, optimizer, *__, **settings: taught.update(settings, optimizer=optimizer),
     )
-    Detection(scale=64, width=8, batch_size=2, warmup=warmup)(backbone, squares(8, False), squares(1, False), lab())
+    Detection(scale=64, width=8, batch_size=2, warmup=warmup)(
+        backbone, squares(8, False), squares(1, False), make_context()
+    )
     assert taught["steps"] == 48
     rates = [taught["optimizer"].learning_rate(step / 48) for step in range(48)]
     warm = min(warmup, 5)
@@ -498,16 +500,16 @@ def test_the_seed_decides_and_global_state_does_not(backbone):
     train, val = squares(4, False), squares(2, False, seed=1)
     detection = Detection(**SMALL, steps=2, freeze=True)
     torch.manual_seed(1)
-    one = detection(backbone, train, val, lab(seed=3))
+    one = detection(backbone, train, val, make_context(seed=3))
     torch.manual_seed(2)
-    assert detection(backbone, train, val, lab(seed=3)) == one
-    assert detection(backbone, train, val, lab(seed=4)) != one
+    assert detection(backbone, train, val, make_context(seed=3)) == one
+    assert detection(backbone, train, val, make_context(seed=4)) != one
 
 
 def test_images_without_anything_can_be_learnt_from(backbone):
     empty = squares(5, True).take([4])
     detection = Detection(**SMALL, steps=2)
-    per_image = detection(backbone, empty, squares(1, True), lab())
+    per_image = detection(backbone, empty, squares(1, True), make_context())
     assert len(per_image["truth"]) == 1
 
 
@@ -523,7 +525,7 @@ def test_half_precision_is_for_the_backbone_alone(backbone):
 def test_masks_in_one_of_the_sets_alone_are_left_out(backbone):
     for train, val in ((True, False), (False, True)):
         detection = Detection(**SMALL, steps=1)
-        metrics = detection.metrics(detection(backbone, squares(4, train), squares(2, val, seed=1), lab()))
+        metrics = detection.metrics(detection(backbone, squares(4, train), squares(2, val, seed=1), make_context()))
         assert "box AP" in metrics and "mask AP" not in metrics
 
 

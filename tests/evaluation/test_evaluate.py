@@ -22,8 +22,8 @@ from gtsa.core.errors import UserError
 from gtsa.core.settings import read_yaml, validated
 from gtsa.data.run_images import RunImages
 from gtsa.evaluation import evaluators
+from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluators.finetune import Finetune
-from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.folds import folds_of, joined
 from gtsa.evaluation.tasks import Task
 from gtsa.pretraining.settings import Pretrain
@@ -59,7 +59,7 @@ def asked(places, task, **settings):
     return gtsa.evaluate(WEIGHTS, task, **{**data, **quick, "device": "cpu", "workers": 0, **settings})
 
 
-def test_a_class_may_be_missing_among_the_images_to_judge_by(places, tmp_path, capsys):
+def test_a_class_may_be_missing_in_the_evaluation_images(places, tmp_path, capsys):
     shutil.copytree(places / "val", tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "class b")
     report = asked(places, "knn", val=(str(tmp_path / "val"),))
@@ -89,11 +89,13 @@ def test_a_damaged_image_is_told_before_a_long_training(places, tmp_path, monkey
     assert all(str(file.relative_to(tmp_path / "val")) in str(told.value) for file in bad) and told.value.code == 3
 
 
-def test_images_to_judge_by_that_are_learnt_from_are_told(places, capsys):
+def test_evaluation_images_that_are_also_training_images_are_reported(places, capsys):
     asked(places, "knn", val=(str(places / "train"),))
-    assert "knn: 12 of 12 images to judge by are among those to learn from" in capsys.readouterr().out
+    assert (
+        "knn: 12 of 12 evaluation images are also training images: the metrics are too high" in capsys.readouterr().out
+    )
     asked(places, "knn")
-    assert "among those to learn from" not in capsys.readouterr().out
+    assert "also training images" not in capsys.readouterr().out
 
 
 def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
@@ -108,7 +110,7 @@ def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
     assert linear["per_class"] == {}
 
 
-def test_classes_have_figures_of_their_own(tmp_path):
+def test_classes_have_metrics_of_their_own(tmp_path):
     draw = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -130,7 +132,7 @@ def test_classes_have_figures_of_their_own(tmp_path):
     assert low < result["metrics"]["mIoU"] < high
 
 
-def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_path, monkeypatch):
+def test_a_task_that_fails_does_not_lose_the_results_of_others(places, tmp_path, monkeypatch):
     def fails(*_):
         raise UserError("it failed", 6)
 
@@ -143,7 +145,7 @@ def test_a_task_that_fails_does_not_take_the_others_figures_along(places, tmp_pa
 
 def test_results_are_not_overwritten(places, tmp_path):
     (tmp_path / "out.json").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         asked(places, "knn", out=str(tmp_path / "out.json"))
     with pytest.raises(UserError, match="cannot be written") as told:
         asked(places, "knn", out=str(tmp_path / "out.json" / "x.json"))
@@ -155,8 +157,8 @@ def stopped(places, monkeypatch, tmp_path, task, **more):
     """An evaluation that is stopped in ``task``."""
     maker = evaluators.found()[task]
 
-    def stops(self, backbone, train, val, lab):
-        lab.on_prediction(0, torch.ones(3))
+    def stops(self, backbone, train, val, context):
+        context.on_prediction(0, torch.ones(3))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -164,14 +166,14 @@ def stopped(places, monkeypatch, tmp_path, task, **more):
         asked(places, ("knn", task), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"), **more)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_in_its_places(places, tmp_path, monkeypatch):
-    """Where the same command is given again; its earlier files are not mixed with the new ones."""
+def test_an_evaluation_that_was_stopped_replaces_its_own_files(places, tmp_path, monkeypatch):
+    """The same command again; its earlier files are not mixed with the new ones."""
     stopped(places, monkeypatch, tmp_path, "finetune")
     assert json.loads((tmp_path / "out.json").read_text())["unfinished"] == ["finetune"]
     (tmp_path / "kept" / "finetune" / "stale.csv").parent.mkdir(exist_ok=True)
     (tmp_path / "kept" / "finetune" / "stale.csv").write_text("of the one that was stopped")
     for other in ({"seed": 5}, {"val": (str(places / "train"),)}):
-        with pytest.raises(UserError, match="is there already"):
+        with pytest.raises(UserError, match="already exists"):
             asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), **other)
         with pytest.raises(UserError, match="not empty"):
             asked(places, ("knn", "finetune"), predictions=str(tmp_path / "kept"), **other)
@@ -215,13 +217,13 @@ def test_rotation_needs_images_alone(places, tmp_path):
     (tmp_path / "nested" / "another place").mkdir(parents=True)
     for file in list(flat.iterdir())[:4]:
         shutil.copy(file, tmp_path / "nested" / "another place" / file.name)
-    for data, judged in (
+    for data, images in (
         ({"train": flat, "val": (), "folds": 3}, 12),
         ({"train": flat, "val": tmp_path / "nested"}, 4),
         ({"train": places / "train", "val": tmp_path / "nested"}, 4),
     ):
         (result,) = asked(places, "rotation", **data)["results"]
-        assert result["images"]["judged"] == judged and "rotation accuracy" in result["metrics"]
+        assert result["images"]["judged"] == images and "rotation accuracy" in result["metrics"]
         assert not result["guessing"]
 
 
@@ -233,10 +235,10 @@ def test_labels_of_one_side_alone_are_told(places, tmp_path):
 
 @pytest.mark.parametrize("part", ["", "exports/timm"])
 def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part):
-    """It is judged by the run's own held-out images: those that the run's scan and its seed say."""
+    """The run's own held-out images are used: those that follow from its scan and its seed."""
     small = {"resize": 64, "crop": 64}
     (own,) = gtsa.evaluate(str(finished / part), "health", device="cpu", workers=0, health=small)["results"]
-    assert f"judged by {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
+    assert f"evaluated on {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
     assert own["images"] == {"judged": TINY["hold_out"]}
     settings = validated(Pretrain, read_yaml(finished / "config.yaml"))
     pool = RunImages(str(scenes), settings, print)
@@ -299,7 +301,7 @@ def test_another_file_name_is_another_data_set(places, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "finetune", "rotation"])
-def test_folds_judge_every_image_once(places, task, tmp_path):
+def test_folds_evaluate_every_image_once(places, task, tmp_path):
     report = asked(places, task, val=(), folds=4, predictions=str(tmp_path), work=str(tmp_path / "work"))
     (result,) = report["results"]
     assert result["images"] == {"judged": 12, "folds": 4}
@@ -314,18 +316,18 @@ def test_folds_judge_every_image_once(places, task, tmp_path):
 
 def test_folds_are_a_partition_that_follows_from_the_seed():
     folds = list(folds_of(23, 5, 7))
-    assert sorted(i for _, judged in folds for i in judged) == list(range(23))
-    assert all(sorted(learnt + judged) == list(range(23)) for learnt, judged in folds)
-    assert {len(judged) for _, judged in folds} == {4, 5}
+    assert sorted(i for _, val in folds for i in val) == list(range(23))
+    assert all(sorted(train + val) == list(range(23)) for train, val in folds)
+    assert {len(val) for _, val in folds} == {4, 5}
     assert folds == list(folds_of(23, 5, 7)) != list(folds_of(23, 5, 8))
 
 
 class Leaky:
-    """An evaluator whose per_image tells which images there were to learn from."""
+    """An evaluator whose per_image lists its training images."""
 
     learns = True
 
-    def __call__(self, backbone, train, val, lab):
+    def __call__(self, backbone, train, val, context):
         return {
             "image": torch.tensor(val),
             "learnt": torch.stack([torch.bincount(torch.tensor(train), minlength=99)] * len(val)),
@@ -344,7 +346,7 @@ class Places(list):
 
 
 @given(st.integers(6, 40), st.integers(3, 6), st.integers(0, 9))
-def test_for_every_fold_settings_are_judged_by_all_other_images_and_by_what_has_not_seen_it(images, folds, seed):
+def test_settings_of_a_fold_are_evaluated_on_all_other_images_by_models_not_trained_on_it(images, folds, seed):
     question = Task("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
     per_image = question.per_image(None, EvalContext(None, "mean", seed, 1, 0))
     told = question.without(per_image, seed)
@@ -376,21 +378,21 @@ def test_on_the_command_line(places, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert "knn (6 images, learnt from 12;" in out and "100.00" in out and "health (6 images)" in out
+    assert "knn (6 images, trained on 12;" in out and "100.00" in out and "health (6 images)" in out
     assert [r["task"] for r in json.loads((tmp_path / "out.json").read_text())["results"]] == ["knn", "health"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        ([WEIGHTS, "--val", "VAL"], 2, "task: name one or several of"),
-        ([WEIGHTS, "--task", "guess", "--val", "VAL"], 2, "there is no 'guess'; there is"),
-        ([WEIGHTS, "--task", "knn", "--train", "TRAIN"], 2, "val: give the images to judge by, or --folds"),
+        ([WEIGHTS, "--val", "VAL"], 2, "task: give one or several of"),
+        ([WEIGHTS, "--task", "guess", "--val", "VAL"], 2, "unknown task 'guess'; the tasks are"),
+        ([WEIGHTS, "--task", "knn", "--train", "TRAIN"], 2, "val: give the evaluation images, or --folds"),
         ([WEIGHTS, "--task", "knn", "--val", "VAL"], 2, "give --train IMAGES LABELS"),
         (
             [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--folds", "3"],
             2,
-            "folds: goes with --train alone",
+            "folds: needs --train and no --val",
         ),
         ([WEIGHTS, "--task", "knn", "--train", "TRAIN", "--folds", "13"], 2, "there are 12 images"),
         ([WEIGHTS, "--task", "knn", "--train", "TRAIN", "--folds", "1"], 2, "folds"),
@@ -398,7 +400,7 @@ def test_on_the_command_line(places, tmp_path):
         (
             [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--pictures", "3"],
             2,
-            "name a folder with --predictions",
+            "give a folder with --predictions",
         ),
         (
             [WEIGHTS, "--task", "knn", "--train", "TRAIN", "--val", "VAL", "--knn.k", "13"],

@@ -7,12 +7,14 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
-from evaluating import coloured, lab, labelled, noise
+from evaluating import coloured, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Examples
 from gtsa.data.loader import StepSampler
-from gtsa.evaluation.evaluators.finetune import Augmented, Classifier, Finetune, loader, parameter_groups
+from gtsa.evaluation.evaluators.finetune import Augmented, Classifier, Finetune, parameter_groups
+from gtsa.evaluation.loading import training_batches
 from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 32, "crop": 32, "batch_size": 16}
@@ -67,7 +69,7 @@ def test_it_is_a_copy_that_learns_with_stochastic_depth(backbone):
     rates = [block.drop_path2.drop_prob for block in network.backbone.vit.blocks]
     assert rates == pytest.approx(np.linspace(0, 0.2, len(rates)).tolist())
     task = Finetune(epochs=2, warmup=0.5, learning_rate=1e-2, **SMALL)
-    task(backbone, *sets(4), lab())
+    task(backbone, *sets(4), make_context())
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert not backbone.training
 
@@ -76,7 +78,7 @@ def test_all_right_where_colour_tells(backbone):
     kept = {}
     task = Finetune(epochs=25, warmup=2, learning_rate=2e-2, layer_decay=0.9, **SMALL, **PLAIN)
     train, val = sets()
-    assert task.metrics(task(backbone, train, val, lab(on_prediction=kept.__setitem__))) == {"top1": 100.0}
+    assert task.metrics(task(backbone, train, val, make_context(on_prediction=kept.__setitem__))) == {"top1": 100.0}
     assert [int(kept[i].argmax()) for i in range(len(val))] == val.targets
 
 
@@ -84,7 +86,7 @@ def test_chance_where_labels_are_shuffled(backbone):
     draw = np.random.default_rng(0)
     shuffled = [labelled(d.source.images, draw.permutation(d.targets).tolist(), classes="abcd") for d in sets(20)]
     task = Finetune(epochs=4, warmup=1, learning_rate=1e-2, **SMALL)
-    share = task.metrics(task(backbone, *shuffled, lab()))["top1"]
+    share = task.metrics(task(backbone, *shuffled, make_context()))["top1"]
     assert abs(share - 25) < 100 * 3 * (0.25 * 0.75 / 80) ** 0.5  # three standard deviations
 
 
@@ -117,7 +119,7 @@ def test_an_augmented_image_follows_from_seed_epoch_and_image_alone():
 def test_the_strongest_augmentation_works():
     """At magnitude 10 timm's posterising would keep 0 bits."""
     images = Augmented(labelled(noise(60, 40), [0] * 60), 32, 10, (0.5, 0.5, 0.5), seed=0)
-    kinds = {op.name for step in images.change.transforms for op in getattr(step, "ops", ())}
+    kinds = {op.name for step in images.augment.transforms for op in getattr(step, "ops", ())}
     assert "PosterizeIncreasing" in kinds
     pictures = [images[Draw(epoch, place)][0] for epoch in range(3) for place in range(60)]
     assert all(picture.float().std() > 1 for picture in pictures)
@@ -125,8 +127,8 @@ def test_the_strongest_augmentation_works():
 
 def test_batches_do_not_depend_on_workers_or_on_where_they_start():
     images = Augmented(labelled(noise(10, 48), [0, 1] * 5), 32, 9, (0.5, 0.5, 0.5), seed=0)
-    alone = list(loader(images, StepSampler(10, 4, 5), lab()))
-    helped = list(loader(images, StepSampler(10, 4, 5, start=3), lab(workers=1)))
+    alone = list(training_batches(images, StepSampler(10, 4, 5), make_context(), default_collate))
+    helped = list(training_batches(images, StepSampler(10, 4, 5, start=3), make_context(workers=1), default_collate))
     assert len(alone) == 5 and len(helped) == 2
     for a, b in zip(alone[3:], helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -134,7 +136,7 @@ def test_batches_do_not_depend_on_workers_or_on_where_they_start():
 
 def test_erasing_and_mixing_follow_from_seed_and_step(backbone):
     network = Classifier(backbone, 4, "mean", 0.0)
-    prepare = Finetune(**{**SMALL, "erasing": 1.0})._prepare(network, 4, lab(seed=5))
+    prepare = Finetune(**{**SMALL, "erasing": 1.0})._prepare(network, 4, make_context(seed=5))
     pixels, truth = torch.stack(noise(8)), torch.arange(8) % 4
 
     def at(step):
@@ -147,7 +149,9 @@ def test_erasing_and_mixing_follow_from_seed_and_step(backbone):
     assert not torch.equal(one.pixels, two.pixels)
     torch.testing.assert_close(one.targets.sum(1), torch.ones(8))
     assert (one.targets.max(1).values < 1).all()
-    plain = Finetune(**SMALL, **PLAIN)._prepare(network, 4, lab())(Examples(pixels, (truth, 1), torch.arange(8)))
+    plain = Finetune(**SMALL, **PLAIN)._prepare(network, 4, make_context())(
+        Examples(pixels, (truth, 1), torch.arange(8))
+    )
     assert torch.equal(plain.targets, torch.nn.functional.one_hot(truth, 4).float())
 
 
@@ -155,7 +159,7 @@ def test_micro_batches_make_the_same_step(backbone):
     """But for the mixing of pairs, which is done within each."""
     settings = {"epochs": 2, "warmup": 0.5, "learning_rate": 1e-2, "drop_path": 0.0} | SMALL | PLAIN
     whole, parts = (
-        Finetune(**settings, accumulate=count)(backbone, *sets(4), lab())["scores"]
+        Finetune(**settings, accumulate=count)(backbone, *sets(4), make_context())["scores"]
         for count in (1, settings["batch_size"] // 2)
     )
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
@@ -169,8 +173,8 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
     train, val = sets(5)
     settings = {**SMALL, "batch_size": 10, "accumulate": accumulate}
     task = Finetune(epochs=6, warmup=1, learning_rate=1e-2, **settings)  # 12 steps
-    whole = task(backbone, train, val, lab(folder=tmp_path / "whole"))["scores"]
-    assert torch.equal(whole, task(backbone, train, val, lab())["scores"])
+    whole = task(backbone, train, val, make_context(folder=tmp_path / "whole"))["scores"]
+    assert torch.equal(whole, task(backbone, train, val, make_context())["scores"])
     forward, seen = Classifier.forward, []
 
     def stopping(self, views, time):
@@ -181,14 +185,14 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
 
     monkeypatch.setattr(Classifier, "forward", stopping)
     with pytest.raises(UserError, match=f"stopped on request at step {step} of 12") as stopped:
-        task(backbone, train, val, lab(folder=tmp_path / "parts"))
+        task(backbone, train, val, make_context(folder=tmp_path / "parts"))
     assert stopped.value.code == 75
     torch.manual_seed(1234), np.random.seed(5), random.seed(6)
-    parts = task(backbone, train, val, lab(folder=tmp_path / "parts"))["scores"]
+    parts = task(backbone, train, val, make_context(folder=tmp_path / "parts"))["scores"]
     assert len(seen) == 12 * accumulate
     assert torch.equal(whole, parts)
     with pytest.raises(UserError, match="another folder"):
-        task(backbone, train, val, lab(folder=tmp_path / "parts", seed=1))
+        task(backbone, train, val, make_context(folder=tmp_path / "parts", seed=1))
 
 
 @pytest.mark.parametrize(

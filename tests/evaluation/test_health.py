@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluating import Stub, cells, lab, labelled, noise
+from evaluating import Stub, cells, labelled, make_context, noise
 from gtsa.evaluation.evaluators.health import FeatureHealth, rank_me, spread
 from gtsa.evaluation.intervals import interval
 from gtsa.pretraining.verdict import HealthSnapshot, verdict
@@ -117,11 +117,11 @@ def test_one_image_supports_nothing():
 
 def asked(see, count=4, **options):
     task = FeatureHealth(resize=32, crop=32)
-    per_image = task(Stub(see), None, labelled(noise(count), kind="none"), lab(**options))
+    per_image = task(Stub(see), None, labelled(noise(count), kind="none"), make_context(**options))
     return task.metrics(per_image), per_image["patches"]
 
 
-def test_any_weights_are_judged_by_their_patch_tokens():
+def test_any_weights_are_evaluated_on_their_patch_tokens():
     images = torch.stack(noise(4)).float() / 255
     every = cells((images - 0.5) / 0.25).flatten(0, 2).double().numpy()
     p = np.linalg.svd(every, compute_uv=False)
@@ -186,6 +186,8 @@ def test_an_image_shows_the_same_patches_in_any_company_and_others_show_others(m
     place = torch.arange(16.0).view(1, 4, 4, 1)
     task, data = FeatureHealth(resize=32, crop=32), labelled(noise(4), kind="none")
     backbone = Stub(lambda images: place.expand(len(images), 4, 4, 1))
-    shown = [task(backbone, None, data.take(order), lab())["patches"] for order in ([0, 1, 2, 3], [3, 1, 0, 2])]
+    shown = [
+        task(backbone, None, data.take(order), make_context())["patches"] for order in ([0, 1, 2, 3], [3, 1, 0, 2])
+    ]
     assert all(torch.equal(shown[0][image], shown[1][i]) for i, image in enumerate([3, 1, 0, 2]))
     assert len({tuple(some.flatten().tolist()) for some in shown[0]}) > 1

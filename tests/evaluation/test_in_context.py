@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
+from test_dense import PALETTE, Colours, blocks, labelled, make_context, painted, perfect, stripes
 
 from gtsa.core.errors import UserError
 from gtsa.data.labels import IGNORE
@@ -14,7 +14,7 @@ from gtsa.models.backbone import Backbone
 
 def metrics(train, val, backbone=None, settings=None, **options):
     evaluator = InContext(**(settings or {}))
-    return evaluator.metrics(evaluator(backbone or Colours(), train, val, lab(**options)))
+    return evaluator.metrics(evaluator(backbone or Colours(), train, val, make_context(**options)))
 
 
 def coloured(make, images, **options):

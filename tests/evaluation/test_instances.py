@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluating import Stub, lab, labelled, noise
+from evaluating import Stub, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.data.labels import Boxes
 from gtsa.evaluation.evaluators.instances import Instances, covered
@@ -38,7 +38,7 @@ def colours(images):
 
 def asked(train, val, **settings):
     task = Instances(**{**SMALL, **settings})
-    return task.metrics(task(Stub(colours, 2), train, val, lab()))
+    return task.metrics(task(Stub(colours, 2), train, val, make_context()))
 
 
 def test_all_are_named_where_colour_tells():
@@ -62,7 +62,7 @@ def test_it_is_scikit_learns_nearest_neighbours():
     for data, seed in ((train, 4), (val, 5)):
         data.source.images = noise(len(data), seed=seed)  # no two things alike, so that none are equally near
     task = Instances(k=7, size=32)
-    per_image = task(Stub(see, 2), train, val, lab())
+    per_image = task(Stub(see, 2), train, val, make_context())
     vectors, truth = [], []
     for data in (train, val):
         rows, kinds = [], []
@@ -90,9 +90,9 @@ def test_supercategories_are_named_where_the_file_tells_them():
     train, val = scenes(20, 0), scenes(10, 1)
     for data in (train, val):
         object.__setattr__(data, "groups", ("warm", "cold", "cold", "warm"))
-    per_image = Instances(**SMALL)(Stub(colours, 2), train, val, lab())
+    per_image = Instances(**SMALL)(Stub(colours, 2), train, val, make_context())
     assert per_image["true"].shape == (10, 2)
-    assert Instances(**SMALL, groups=False)(Stub(colours, 2), train, val, lab())["true"].shape == (10, 4)
+    assert Instances(**SMALL, groups=False)(Stub(colours, 2), train, val, make_context())["true"].shape == (10, 4)
 
 
 def test_shares_of_cells_by_hand_and_without_crowds():
@@ -108,7 +108,7 @@ def test_shares_of_cells_by_hand_and_without_crowds():
 def test_what_cannot_be_asked_is_refused():
     boxes = scenes(4, 0)
     object.__setattr__(boxes, "has_masks", False)
-    with pytest.raises(UserError, match="boxes alone"):
+    with pytest.raises(UserError, match="every instance needs a mask, and these labels have only boxes"):
         asked(boxes, boxes)
     with pytest.raises(UserError, match="below that"):
         asked(scenes(2, 0), scenes(2, 1), k=4)

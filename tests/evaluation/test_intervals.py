@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gtsa.evaluation.intervals import draw, estimate, mean_of, verdict
+from gtsa.evaluation.intervals import bootstrap, estimate, mean_of, verdict
 
 
 def of(values, **options):
     """The figure that is a mean of values [seeds, images]."""
-    return draw(lambda seed, places: values[seed, places].mean(keepdims=True), *values.shape, **options)
+    return bootstrap(lambda seed, places: values[seed, places].mean(keepdims=True), *values.shape, **options)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_two_methods_share_falls_out_of_their_difference():
 
 def test_several_figures_at_once():
     values = np.random.default_rng(0).normal(size=(3, 30))
-    both = draw(lambda seed, places: np.array([values[seed, places].mean(), values[seed, places].max()]), 3, 30)
+    both = bootstrap(lambda seed, places: np.array([values[seed, places].mean(), values[seed, places].max()]), 3, 30)
     assert estimate(both[0]) == estimate(of(values))
     assert both[1].values[:, 0].tolist() == values.max(1).tolist()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluating import Stub, cells, coloured, lab, labelled, noise
+from evaluating import Stub, cells, coloured, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.evaluation import retrieval
 from gtsa.evaluation.evaluators import knn
@@ -36,7 +36,7 @@ def vectors(data):
 def test_equals_scikit_learn_on_random_features(k):
     train, val = sets()
     kept = {}
-    per_image = KNN(k=(k,), **SMALL)(Stub(cells), train, val, lab(on_prediction=kept.__setitem__))
+    per_image = KNN(k=(k,), **SMALL)(Stub(cells), train, val, make_context(on_prediction=kept.__setitem__))
     oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     oracle.fit(vectors(train), train.targets)
     shares, truth = oracle.predict_proba(vectors(val)), np.array(val.targets)
@@ -52,15 +52,15 @@ def test_all_right_where_features_solve_it_and_chance_where_labels_are_shuffled(
     kinds = [i % 4 for i in range(40)]
     train, val = (labelled(coloured(kinds, seed=seed), kinds, classes="abcd") for seed in (0, 1))
     task = KNN(k=(5,), **SMALL)
-    assert task.metrics(task(Stub(cells), train, val, lab())) == {"top1, k = 5": 100.0}
+    assert task.metrics(task(Stub(cells), train, val, make_context())) == {"top1, k = 5": 100.0}
     draw = np.random.default_rng(0)
     shuffled = [labelled(d.source.images, draw.permutation(d.targets).tolist(), classes="abcd") for d in (train, val)]
-    by_chance = task.metrics(task(Stub(cells), *shuffled, lab()))["top1, k = 5"]
+    by_chance = task.metrics(task(Stub(cells), *shuffled, make_context()))["top1, k = 5"]
     assert abs(by_chance - 25) < 100 * 3 * (0.25 * 0.75 / 40) ** 0.5  # three standard deviations
 
 
 def test_top5_is_told_where_it_can_fail():
-    five, six = (KNN(k=(3,), **SMALL)(Stub(cells), *sets(classes, 20, 9), lab()) for classes in (5, 6))
+    five, six = (KNN(k=(3,), **SMALL)(Stub(cells), *sets(classes, 20, 9), make_context()) for classes in (5, 6))
     assert list(five) == ["top1, k = 3"]
     assert list(six) == ["top1, k = 3", "top5, k = 3"]
 
@@ -68,11 +68,11 @@ def test_top5_is_told_where_it_can_fail():
 def test_more_neighbours_than_images_are_left_out_aloud(monkeypatch):
     told = []
     monkeypatch.setattr(knn, "say", told.append)
-    per_image = KNN(**SMALL)(Stub(cells), *sets(train=50, val=5), lab())
+    per_image = KNN(**SMALL)(Stub(cells), *sets(train=50, val=5), make_context())
     assert list(per_image) == ["top1, k = 20", "top5, k = 20", "top1, k = 10", "top5, k = 10"]
-    assert told == ["knn: k = 100, 200 left out, there are 50 training images"]
+    assert told == ["knn: k = 100, 200 left out: there are 50 training images"]
     with pytest.raises(UserError, match=r"there are 9 training images; give --knn\.k"):
-        KNN(**SMALL)(Stub(cells), *sets(train=9, val=5), lab())
+        KNN(**SMALL)(Stub(cells), *sets(train=9, val=5), make_context())
 
 
 @pytest.mark.parametrize("wrong", [{"k": ()}, {"k": (0,)}, {"temperature": 0.0}])

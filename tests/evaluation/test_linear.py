@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from torchmetrics.functional.classification import multiclass_accuracy, multilabel_average_precision
 
-from evaluating import Stub, cells, coloured, lab, labelled, noise
+from evaluating import Stub, cells, coloured, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.evaluation.evaluators.linear import Heads, Linear, mean_average_precision, tenth
 
@@ -35,7 +35,7 @@ def problem(n=150, width=5, classes=3, seed=0):
 def taught(features, targets, classes, several=False, steps=400, learning_rates=(5.0,), blocks=(1,)):
     task = Linear(learning_rates=learning_rates, blocks=blocks, steps=steps, batch_size=len(features))
     heads = Heads(task.pairs, features.shape[-1], classes, several, 0)
-    task._teach(heads, features, targets, torch.arange(len(features)), lab())
+    task._train(heads, features, targets, torch.arange(len(features)), make_context())
     return heads
 
 
@@ -43,7 +43,7 @@ def test_reaches_the_optimum_of_logistic_regression():
     x, y = problem()
     heads = taught(x, y, 3)
     oracle = LogisticRegression(C=np.inf, tol=1e-9, max_iter=1000).fit(x[:, 0], y)
-    np.testing.assert_allclose(heads.shares(heads.scores(x, 0)), oracle.predict_proba(x[:, 0]), atol=1e-3)
+    np.testing.assert_allclose(heads.probabilities(heads.scores(x, 0)), oracle.predict_proba(x[:, 0]), atol=1e-3)
 
 
 def test_reaches_the_optimum_of_logistic_regression_for_several_classes():
@@ -52,7 +52,7 @@ def test_reaches_the_optimum_of_logistic_regression_for_several_classes():
     y = torch.from_numpy(x[:, 0].numpy() @ draw.standard_normal((5, 2)) + 2 * draw.standard_normal((150, 2)) > 0)
     heads = taught(x, y, 2, several=True, learning_rates=(10.0,))
     oracle = [LogisticRegression(C=np.inf, tol=1e-9).fit(x[:, 0], y[:, c]).predict_proba(x[:, 0])[:, 1] for c in (0, 1)]
-    np.testing.assert_allclose(heads.shares(heads.scores(x, 0)), np.stack(oracle, 1), atol=1e-3)
+    np.testing.assert_allclose(heads.probabilities(heads.scores(x, 0)), np.stack(oracle, 1), atol=1e-3)
 
 
 def test_every_pair_learns_by_gradient_descent_with_momentum_of_its_own():
@@ -117,26 +117,26 @@ def four_colours(per=10, seeds=(0, 1), classes="abcd"):
 
 def test_all_right_where_features_solve_it():
     task = Linear(**QUICK)
-    assert task.metrics(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
+    assert task.metrics(task(Stub(colours), *four_colours(), make_context())) == {"top1": 100.0}
     kinds = [i % 4 for i in range(40)]
     rows = [torch.tensor([k == 0, k == 1, k in (0, 2)]) for k in kinds]
     sets = [labelled(coloured(kinds, seed=seed), rows, "multilabel", "abc") for seed in (0, 1)]
-    assert task.metrics(task(Stub(colours), *sets, lab())) == {"mAP": pytest.approx(100)}
+    assert task.metrics(task(Stub(colours), *sets, make_context())) == {"mAP": pytest.approx(100)}
 
 
 def test_chance_where_labels_are_shuffled():
     draw = np.random.default_rng(0)
     sets = [labelled(d.source.images, draw.permutation(d.targets).tolist(), classes="abcd") for d in four_colours(20)]
     task = Linear(**QUICK)
-    share = task.metrics(task(Stub(colours), *sets, lab()))["top1"]
+    share = task.metrics(task(Stub(colours), *sets, make_context()))["top1"]
     assert abs(share - 25) < 100 * 3 * (0.25 * 0.75 / 80) ** 0.5  # three standard deviations
 
 
-def test_the_images_to_judge_by_choose_nothing():
+def test_the_evaluation_images_choose_nothing():
     train, val = four_colours(5)
     other = labelled(val.source.images, val.targets[::-1], classes="abcd")
     task = Linear(**{**QUICK, "steps": 5})
-    scores = [task(Stub(colours), train, data, lab())["scores"] for data in (val, other)]
+    scores = [task(Stub(colours), train, data, make_context())["scores"] for data in (val, other)]
     assert torch.equal(*scores)
 
 
@@ -162,7 +162,7 @@ def test_other_images_are_held_out_for_another_seed():
 def test_a_training_that_was_stopped_ends_where_the_other_one_does(tmp_path, monkeypatch):
     train, val = four_colours(5)
     task = Linear(**QUICK)
-    whole = task(Stub(colours), train, val, lab(folder=tmp_path / "whole"))["scores"]
+    whole = task(Stub(colours), train, val, make_context(folder=tmp_path / "whole"))["scores"]
     forward, seen = Heads.forward, []
 
     def stopping(self, views, time):
@@ -173,13 +173,13 @@ def test_a_training_that_was_stopped_ends_where_the_other_one_does(tmp_path, mon
 
     monkeypatch.setattr(Heads, "forward", stopping)
     with pytest.raises(UserError, match="stopped on request at step 23 of 60") as stopped:
-        task(Stub(colours), train, val, lab(folder=tmp_path / "parts"))
+        task(Stub(colours), train, val, make_context(folder=tmp_path / "parts"))
     assert stopped.value.code == 75
-    parts = task(Stub(colours), train, val, lab(folder=tmp_path / "parts"))["scores"]
+    parts = task(Stub(colours), train, val, make_context(folder=tmp_path / "parts"))["scores"]
     assert torch.equal(whole, parts)
     assert len(seen) == 60
     with pytest.raises(UserError, match="another folder"):
-        task(Stub(colours), val, train, lab(folder=tmp_path / "parts"))
+        task(Stub(colours), val, train, make_context(folder=tmp_path / "parts"))
 
 
 def test_what_cannot_be_is_refused():
@@ -194,15 +194,15 @@ def test_what_cannot_be_is_refused():
             Linear(**wrong)
     one = labelled(noise(1), [0])
     with pytest.raises(UserError, match="one training image is too few"):
-        Linear(**QUICK)(Stub(colours), one, one, lab())
+        Linear(**QUICK)(Stub(colours), one, one, make_context())
 
 
 @pytest.mark.parametrize("learning_rates", [(1e-9, 1e-2), (1e-2, 1e-9)])
-def test_the_pair_that_names_most_held_out_images_is_judged(learning_rates, monkeypatch):
+def test_the_pair_with_most_held_out_images_right_is_chosen(learning_rates, monkeypatch):
     told = []
     monkeypatch.setattr("gtsa.evaluation.evaluators.linear.say", told.append)
     task = Linear(**{**QUICK, "learning_rates": learning_rates})
-    assert task.metrics(task(Stub(colours), *four_colours(), lab())) == {"top1": 100.0}
+    assert task.metrics(task(Stub(colours), *four_colours(), make_context())) == {"top1": 100.0}
     assert "learning rate 0.01 on" in told[0] and "chosen on 4 images" in told[0]
 
 

@@ -14,7 +14,8 @@ from evaluating import labelled, noise
 from gtsa.core.errors import UserError
 from gtsa.data.labels import IGNORE, Boxes
 from gtsa.evaluation.legend import legend
-from gtsa.evaluation.predictions import PredictionWriter, as_picture, drawn, names_of, palette
+from gtsa.evaluation.prediction_pictures import draw_prediction, palette, to_palette_image
+from gtsa.evaluation.predictions import PredictionWriter, unique_names
 
 SEVEN = [f"class {i}" for i in range(7)]
 
@@ -29,17 +30,17 @@ def table(folder):
 
 
 def kept(folder, data, predictions, pictures=0, task="knn"):
-    keeper = PredictionWriter(str(folder), pictures, task, data)
+    writer = PredictionWriter(str(folder), pictures, task, data)
     for index, prediction in enumerate(predictions):
-        keeper(index, prediction)
-    keeper.close()
+        writer(index, prediction)
+    writer.close()
 
 
 def test_nothing_is_kept_where_nothing_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keeper = PredictionWriter(None, 5, "knn", labelled(noise(2), [0, 1]))
-    keeper(0, torch.tensor([0.1, 0.9]))
-    keeper.close()
+    writer = PredictionWriter(None, 5, "knn", labelled(noise(2), [0, 1]))
+    writer(0, torch.tensor([0.1, 0.9]))
+    writer.close()
     assert files(tmp_path) == []
 
 
@@ -132,11 +133,11 @@ def test_pictures_have_a_legend_of_the_classes_in_them():
     truth = torch.ones(32, 300, dtype=torch.int64)
     truth[:, 150:] = IGNORE
     data = labelled([image], [truth], "masks", ["sky", "road", "tree", "car"])
-    pixels = np.asarray(drawn(data, 0, torch.full((32, 300), 2, dtype=torch.uint8)))
+    pixels = np.asarray(draw_prediction(data, 0, torch.full((32, 300), 2, dtype=torch.uint8)))
     top = {tuple(colour) for colour in pixels[: -32 - 22].reshape(-1, 3).tolist()}
     assert {tuple(palette()[i].tolist()) for i in (1, 2)} <= top and tuple(palette()[3].tolist()) not in top
     data = labelled([image], [boxes((2, 2, 20, 20), classes=[0])], "boxes", ["cat", "dog"], category_ids=(17, 18))
-    pixels = np.asarray(drawn(data, 0, [result(0, 18, [30.0, 10.0, 20.0, 20.0], 0.9)]))
+    pixels = np.asarray(draw_prediction(data, 0, [result(0, 18, [30.0, 10.0, 20.0, 20.0], 0.9)]))
     top = {tuple(colour) for colour in pixels[: -32 - 22].reshape(-1, 3).tolist()}
     assert {tuple(palette()[i].tolist()) for i in (1, 2)} <= top
 
@@ -156,23 +157,23 @@ def test_so_many_pictures_evenly_spread(tmp_path):
     assert len(files(tmp_path / "all" / "knn" / "pictures")) == 11
 
 
-def test_folds_say_which_image_they_judge(tmp_path):
+def test_predictions_of_folds_are_of_the_right_images(tmp_path):
     data = labelled(noise(4), [0, 1, 0, 1])
-    keeper = PredictionWriter(str(tmp_path), 0, "knn", data)
+    writer = PredictionWriter(str(tmp_path), 0, "knn", data)
     for places in ([1, 3], [0, 2]):
-        keeper.places = places
+        writer.indices = places
         for index, place in enumerate(places):
-            keeper(index, torch.nn.functional.one_hot(torch.tensor(data.targets[place]), 2).float())
-    keeper.close()
+            writer(index, torch.nn.functional.one_hot(torch.tensor(data.targets[place]), 2).float())
+    writer.close()
     rows = table(tmp_path / "knn" / "predictions.csv")
     assert [r["image"] for r in rows] == ["000.png", "001.png", "002.png", "003.png"]
     assert all(r["truth"] == r["prediction"] for r in rows)
 
 
 def test_equal_stems_do_not_overwrite_one_another():
-    assert names_of(["a/x.jpg", "b/x.jpg"]) == ["a/x", "b/x"]
-    assert names_of(["x.jpg", "x.png", "y.png"]) == ["x.jpg", "x.png", "y"]
-    assert names_of(["X.jpg", "x.jpg"]) == ["X.jpg", "x.jpg.2"]
+    assert unique_names(["a/x.jpg", "b/x.jpg"]) == ["a/x", "b/x"]
+    assert unique_names(["x.jpg", "x.png", "y.png"]) == ["x.jpg", "x.png", "y"]
+    assert unique_names(["X.jpg", "x.jpg"]) == ["X.jpg", "x.jpg.2"]
 
 
 part = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=5) | st.sampled_from(["..", ".", "x.jpg"])
@@ -181,7 +182,7 @@ part = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=5) 
 @example(["..0", "...png", "a/...jpg", ".png"])
 @given(st.lists(st.builds("{}{}".format, st.sampled_from(["", "/", "//"]), st.lists(part, min_size=1).map("/".join))))
 def test_no_name_leads_out_and_all_differ(images):
-    names = names_of(images)
+    names = unique_names(images)
     assert len({name.lower() for name in names}) == len(images)
     for name in names:
         assert not name.startswith("/") and ".." not in name.split("/") and name not in ("", ".")
@@ -223,4 +224,4 @@ def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
 
 
 def test_more_than_256_classes_take_16_bits():
-    assert as_picture(torch.tensor([[299]]), 300).mode == "I;16"
+    assert to_palette_image(torch.tensor([[299]]), 300).mode == "I;16"

@@ -7,7 +7,7 @@ from scipy import stats
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from evaluating import Stub, cells, lab, labelled, noise
+from evaluating import Stub, cells, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.evaluation.evaluators.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
@@ -66,7 +66,7 @@ def placed(images):
 def asked(backbone, train=24, val=40, images=lit, kind="none", **options):
     task = Rotation(**SMALL)
     per_image = task(
-        backbone, labelled(images(train, 0), kind=kind), labelled(images(val, 1), kind=kind), lab(**options)
+        backbone, labelled(images(train, 0), kind=kind), labelled(images(val, 1), kind=kind), make_context(**options)
     )
     return task.metrics(per_image), per_image
 
@@ -164,14 +164,14 @@ def test_masks_are_found_again_in_turned_images_by_features_that_turn():
         return labelled([colours[mask].permute(2, 0, 1).contiguous() for mask in masks], masks, "masks", "rgb")
 
     task = Rotation(**SMALL)
-    per_image = task(Stub(cells), scenes(6, 0), scenes(4, 1), lab())
+    per_image = task(Stub(cells), scenes(6, 0), scenes(4, 1), make_context())
     assert per_image["hit"].shape == (4, 4, 3)
     metrics = task.metrics(per_image)
     assert metrics["in-context mIoU upright"] == 100
     assert metrics["in-context mIoU turned"] == 100
     alone = task.metrics({name: values[:1] for name, values in per_image.items()})
     assert alone["in-context mIoU turned"] == 100
-    place_only = task.metrics(task(Stub(placed), scenes(6, 0), scenes(4, 1), lab()))
+    place_only = task.metrics(task(Stub(placed), scenes(6, 0), scenes(4, 1), make_context()))
     assert place_only["in-context mIoU turned"] < 60
 
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dense import PALETTE, Colours, blocks, lab, labelled, painted, perfect, stripes
+from test_dense import PALETTE, Colours, blocks, labelled, make_context, painted, perfect, stripes
 
 from conftest import final_weights
 from gtsa.core.errors import UserError
@@ -15,7 +15,7 @@ from gtsa.core.types import Draw, Examples
 from gtsa.data.labels import IGNORE
 from gtsa.data.loader import StepSampler
 from gtsa.evaluation.evaluators import segmentation
-from gtsa.evaluation.evaluators.segmentation import Cuts, Pixels, Segmentation, groups
+from gtsa.evaluation.evaluators.segmentation import PixelCrossEntropy, Segmentation, TrainingCrops, parameter_groups
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.models.backbone import Backbone
 from gtsa.training import trainer
@@ -32,7 +32,7 @@ def vit():
 
 def asked(train, val, backbone=None, settings=None, **options):
     evaluator = Segmentation(**(settings or QUICK))
-    return evaluator.metrics(evaluator(backbone or Colours(), train, val, lab(**options)))
+    return evaluator.metrics(evaluator(backbone or Colours(), train, val, make_context(**options)))
 
 
 def coloured(make, images, **options):
@@ -106,7 +106,7 @@ def test_windows_of_a_constant_image_are_the_whole():
 
 def test_crops_follow_from_seed_and_draw_alone():
     data = coloured(stripes, 5, height=70, width=90)
-    cuts, again, other = (Cuts(data, 0, 48, (0.5, 2.0), 0.5, seed) for seed in (1, 1, 2))
+    cuts, again, other = (TrainingCrops(data, 0, 48, (0.5, 2.0), 0.5, seed) for seed in (1, 1, 2))
     draws = [Draw(epoch, place) for epoch in range(3) for place in range(5)]
     first = [cuts[draw] for draw in draws]
     for (pixels, mask, image), draw in reversed(list(zip(first, draws, strict=True))):
@@ -122,7 +122,7 @@ def test_crops_follow_from_seed_and_draw_alone():
 def test_crops_and_masks_lie_alike(size, scales):
     data = coloured(stripes, 4, height=64, width=64)
     for place in range(4):
-        pixels, mask, _ = Cuts(data, size, 48, scales, 0.5, 0)[Draw(0, place)]
+        pixels, mask, _ = TrainingCrops(data, size, 48, scales, 0.5, 0)[Draw(0, place)]
         assert pixels.shape == (3, 48, 48) and mask.shape == (48, 48)
         known = mask != IGNORE
         near = (pixels[:, None].float() - PALETTE.T.float()[:, :, None, None]).square().sum(0).argmin(0)
@@ -135,7 +135,7 @@ def test_crops_and_masks_lie_alike(size, scales):
 def test_crops_are_mirrored():
     data = coloured(stripes, 1, height=64, width=64)
     (pixels, mask, _), (mirrored, other, _) = (
-        Cuts(data, 0, 64, (1.0, 1.0), flip, 0)[Draw(0, 0)] for flip in (0.0, 1.0)
+        TrainingCrops(data, 0, 64, (1.0, 1.0), flip, 0)[Draw(0, 0)] for flip in (0.0, 1.0)
     )
     assert torch.equal(pixels.flip(-1), mirrored)
     assert torch.equal(mask.flip(-1), other)
@@ -146,11 +146,11 @@ def test_the_loss_is_torchs():
     scores = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     truth = torch.randint(-1, 3, (2, 16, 20), generator=torch.Generator().manual_seed(1))
     batch = Examples(scores, truth, torch.arange(2))
-    found = Pixels(torch.nn.Identity())(batch, 0.0)["loss"]
+    found = PixelCrossEntropy(torch.nn.Identity())(batch, 0.0)["loss"]
     big = F.interpolate(scores, (16, 20), mode="bilinear", align_corners=False)
     assert torch.allclose(found, F.cross_entropy(big, truth, ignore_index=-1))
     unlabelled = Examples(scores, torch.full_like(truth, IGNORE), torch.arange(2))
-    nothing = Pixels(torch.nn.Identity())(unlabelled, 0.0)["loss"]
+    nothing = PixelCrossEntropy(torch.nn.Identity())(unlabelled, 0.0)["loss"]
     nothing.backward()
     assert nothing.item() == 0
     assert torch.equal(scores.grad, torch.zeros_like(scores))
@@ -170,7 +170,7 @@ def test_fpn_looks_at_quarters_of_the_depth():
 
 def test_positions_tokens_and_norms_are_not_decayed():
     network = SemanticFPN(vit(), 2, False)
-    decayed, spared = ({id(p) for p in group["params"]} for group in groups(network))
+    decayed, spared = ({id(p) for p in group["params"]} for group in parameter_groups(network))
     names = {id(p): name for name, p in network.named_parameters()}
     assert decayed | spared == set(names)
     assert not decayed & spared
@@ -211,7 +211,9 @@ def test_settings_that_cannot_be(wrong):
 
 def test_micro_batches_make_a_step():
     evaluator = Segmentation(steps=2, batch_size=6, accumulate=3)
-    batches = list(evaluator._batches(Cuts(coloured(stripes, 5), 48, 48, (1.0, 1.0), 0.0, 0), lab(), 1))
+    batches = list(
+        evaluator._batches(TrainingCrops(coloured(stripes, 5), 48, 48, (1.0, 1.0), 0.0, 0), make_context(), 1)
+    )
     assert [len(batch.images) for batch in batches] == [2, 2, 2]
 
 
@@ -254,7 +256,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
     def per_image(folder, train=data):
         kept = {}
         found = Segmentation(**settings)(
-            vit(), train, data, lab(folder=tmp_path / folder, on_prediction=kept.__setitem__)
+            vit(), train, data, make_context(folder=tmp_path / folder, on_prediction=kept.__setitem__)
         )
         return found, kept
 
@@ -295,9 +297,9 @@ def test_workers_change_nothing():
 
 
 def test_a_start_in_the_middle_sees_the_same_crops():
-    cuts = Cuts(coloured(stripes, 5), 0, 48, (0.5, 2.0), 0.5, 0)
+    cuts = TrainingCrops(coloured(stripes, 5), 0, 48, (0.5, 2.0), 0.5, 0)
     evaluator = Segmentation(steps=5, batch_size=3)
-    whole, rest = (list(evaluator._batches(cuts, lab(), start)) for start in (0, 3))
+    whole, rest = (list(evaluator._batches(cuts, make_context(), start)) for start in (0, 3))
     assert len(rest) == 2
     for one, other in zip(whole[3:], rest, strict=True):
         assert torch.equal(one.pixels, other.pixels) and torch.equal(one.targets, other.targets)

@@ -70,7 +70,7 @@ def test_the_training_never_notices(evaluated, finished):
     [
         ({"eval": ("knn",)}, "eval: give --eval-val IMAGES .LABELS., or --eval-folds N with --eval-train"),
         ({"eval_train": ("x",), "eval_folds": 3}, "eval: name what to ask of these images"),
-        ({"eval": ("nothing",), "eval_val": ("x",)}, "there is no 'nothing'"),
+        ({"eval": ("nothing",), "eval_val": ("x",)}, "unknown task 'nothing'"),
         ({"keep_best": "knn"}, "knn is not among --eval"),
     ],
 )

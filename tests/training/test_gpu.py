@@ -16,7 +16,7 @@ from gtsa.core.types import Colour, Crops, Views
 from gtsa.data import augment
 from gtsa.data.augment import ORDERS
 from gtsa.evaluation import evaluators
-from gtsa.evaluation.features import EvalContext
+from gtsa.evaluation.context import EvalContext
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.pretrain import pretrain
 from gtsa.training.devices import PRECISIONS

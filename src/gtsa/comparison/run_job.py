@@ -33,9 +33,9 @@ from gtsa.core.types import Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import open_source
+from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
-from gtsa.evaluation.features import EvalContext
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.backbone import Backbone, Encoder, patch_of
 from gtsa.models.weights import load_backbone

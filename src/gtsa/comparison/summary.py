@@ -18,8 +18,8 @@ from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare
 from gtsa.evaluation import intervals
 from gtsa.evaluation.evaluator import PerImage
-from gtsa.evaluation.folds import some
-from gtsa.evaluation.intervals import Drawn
+from gtsa.evaluation.folds import selected
+from gtsa.evaluation.intervals import Bootstrap
 
 Key = tuple[str, str]  # row and stage
 UNTRAINED: Key = ("untrained", "images")  # every metric is compared with this row
@@ -183,9 +183,9 @@ class RowMetrics:
     """Metrics of the networks of a row, by name, each with its bootstrap over images; and the seeds of the networks."""
 
     seeds: tuple[int, ...]
-    metrics: Mapping[str, Drawn]
+    metrics: Mapping[str, Bootstrap]
 
-    def subtract(self, other: RowMetrics, name: str) -> Drawn | None:
+    def subtract(self, other: RowMetrics, name: str) -> Bootstrap | None:
         """The difference of a metric, paired by seed; None if the rows have no common seed."""
         common = [seed for seed in self.seeds if seed in other.seeds]
         if not common or name not in self.metrics or name not in other.metrics:
@@ -218,7 +218,7 @@ def _compute_differences(metrics: Mapping[Key, RowMetrics]) -> list[Difference]:
     return differences
 
 
-def _to_interval(drawn: Drawn) -> Interval:
+def _to_interval(drawn: Bootstrap) -> Interval:
     estimate = intervals.estimate(drawn)
     finite = math.isfinite(estimate.low)
     return {
@@ -248,7 +248,7 @@ def _bootstrap_row(
         varies: whether the seed makes a difference. If not, the only network stands for all seeds.
     """
     seeds, networks = tuple(per_image) if varies else tuple(range(settings.seeds)), list(per_image.values())
-    metrics: dict[str, Drawn] = {}
+    metrics: dict[str, Bootstrap] = {}
     for task, feature in networks[0]:
         names, drawn = _bootstrap_task(task, [network[task, feature] for network in networks], settings)
         if not varies:
@@ -262,19 +262,19 @@ def _bootstrap_row(
     return RowMetrics(seeds, metrics)
 
 
-def _find_metric(metrics: Mapping[str, Drawn], part: str) -> Drawn | None:
+def _find_metric(metrics: Mapping[str, Bootstrap], part: str) -> Bootstrap | None:
     """The metric TASK:METRIC, or the first one of TASK."""
     return metrics.get(part) or next((value for name, value in metrics.items() if name.split(":")[0] == part), None)
 
 
-def _bootstrap_task(task: str, networks: Sequence[PerImage], settings: Compare) -> tuple[list[str], Drawn]:
+def _bootstrap_task(task: str, networks: Sequence[PerImage], settings: Compare) -> tuple[list[str], Bootstrap]:
     """Names of the metrics of a task, and their values for every network."""
     evaluator = jobs.make_evaluator(task, settings)
     names = list(evaluator.metrics(networks[0]))
 
     def compute(network: int, indices: np.ndarray) -> np.ndarray:
-        values = evaluator.metrics(some(networks[network], indices))
+        values = evaluator.metrics(selected(networks[network], indices))
         return np.array([values.get(name, math.nan) for name in names])
 
     images = len(next(iter(networks[0].values())))
-    return names, intervals.draw(compute, len(networks), images)
+    return names, intervals.bootstrap(compute, len(networks), images)

@@ -16,6 +16,11 @@ class UserError(ValueError):
         self.code = code
 
 
+def from_worker(error: UserError) -> UserError:
+    """An error about data, without the traceback that the DataLoader puts before the message if a worker raised it."""
+    return UserError(str(error).rsplit("UserError: ", 1)[-1].strip(), 3)
+
+
 class Alone(UserError):
     """Another process of the run is gone. Whoever is left says so: the one that speaks for all may be the one gone."""
 

@@ -1,1 +1,1 @@
-"""What are features worth: in numbers, as vectors, by eye."""
+"""How good are features: metrics, predictions and pictures."""

@@ -1,10 +1,10 @@
-"""COCO's dictionaries of what is there and what was found, and its average precision."""
+"""COCO's dictionaries of annotations and detections, and its average precision."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -13,17 +13,29 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCO's summary
+from gtsa.evaluation.context import RunLengths
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of COCO's summary
 
 
-def corner(box: Tensor) -> list[float]:
+class Annotation(TypedDict):
+    """An object as COCO's annotation, px of the image file."""
+
+    category_id: int
+    bbox: list[float]  # x, y, width, height
+    area: float
+    iscrowd: int
+    segmentation: NotRequired[RunLengths]
+
+
+def to_xywh(box: Tensor) -> list[float]:
     """x1, y1, x2, y2 -> x, y, width, height, as COCO writes boxes."""
     x1, y1, x2, y2 = box.double().tolist()
     return [x1, y1, x2 - x1, y2 - y1]
 
 
 def pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Probabilities [m, m] in a box -> bool [H, W]: those pixels whose centres have more than a half, bilinearly."""
+    """Probabilities [m, m] in a box -> bool [H, W]: pixels whose centres have more than a half, bilinearly."""
     whole = torch.zeros(size, dtype=torch.bool)
     x1, y1, x2, y2 = box.tolist()
     top, left = max(0, math.floor(y1)), max(0, math.floor(x1))
@@ -37,32 +49,32 @@ def pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Tensor:
     return whole
 
 
-def encoded(mask: Tensor) -> dict[str, Any]:
-    """bool [H, W] -> COCO's run lengths, as they stand in JSON."""
+def to_run_lengths(mask: Tensor) -> RunLengths:
+    """bool [H, W] -> COCO's run lengths, as in JSON files."""
     runs = rle.encode(np.asfortranarray(mask.byte().numpy()))
     return {"size": list(mask.shape), "counts": runs["counts"].decode()}
 
 
 def average_precision(
-    there: Sequence[Sequence[Mapping[str, Any]]], found: Sequence[Sequence[Mapping[str, Any]]], kind: str
+    truth: Sequence[Sequence[Mapping[str, Any]]], detections: Sequence[Sequence[Mapping[str, Any]]], kind: str
 ) -> dict[str, float]:
-    """COCO's AP in per cent, over ten IoU from 0.5 to 0.95, at most a hundred detections an image.
+    """COCO's AP in per cent, over ten IoU from 0.5 to 0.95, with at most a hundred detections per image.
 
-    A figure of things that there are none of (large ones, say) is left out.
+    A metric of a kind of objects that does not occur (large ones, say) is left out.
 
     Args:
-        there, found: annotations and results of each image; images are numbered by their place here, so that one may
-            come more than once.
+        truth, detections: annotations and result dictionaries of each image; an image's index here is its id, so that
+            an image may occur more than once.
         kind: ``bbox`` or ``segm``.
     """
     field = {"bbox": "bbox", "segm": "segmentation"}[kind]
-    if not any(field in entry for image in there for entry in image):
+    if not any(field in entry for image in truth for entry in image):
         return {}
-    judge = COCOeval_faster(_coco(there, kind), _coco(found, kind), kind)
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
-    return {name: 100 * float(value) for name, value in zip(FIGURES, judge.stats, strict=False) if value >= 0}
+    evaluation = COCOeval_faster(_coco(truth, kind), _coco(detections, kind), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return {name: 100 * float(value) for name, value in zip(METRICS, evaluation.stats, strict=False) if value >= 0}
 
 
 def _coco(images: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> COCO:
@@ -70,7 +82,7 @@ def _coco(images: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> COCO:
     numbered = [(number, entry) for number, entries in enumerate(images, 1) for entry in entries]
     annotations = [
         {
-            "id": identity,  # 0 would count as no match
+            "id": annotation_id,  # from 1 on: 0 would count as no match
             "image_id": number,
             "category_id": entry["category_id"],
             field: entry[field],
@@ -78,7 +90,7 @@ def _coco(images: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> COCO:
             "area": entry["area"] if "area" in entry else _area(entry[field]),
             "score": entry.get("score", 1.0),
         }
-        for identity, (number, entry) in enumerate(numbered, 1)
+        for annotation_id, (number, entry) in enumerate(numbered, 1)
     ]
     sizes = {number: entry[field]["size"] if kind == "segm" else (0, 0) for number, entry in numbered}
     return COCO(
@@ -93,6 +105,6 @@ def _coco(images: Sequence[Sequence[Mapping[str, Any]]], kind: str) -> COCO:
     )
 
 
-def _area(shape: Any) -> float:
-    """Of a box, or of run lengths; a detection's, that is: COCO sorts what matches nothing by it."""
-    return float(rle.area(shape)) if isinstance(shape, dict) else float(shape[2] * shape[3])
+def _area(shape: list[float] | RunLengths) -> float:
+    """Area of a detection's box or mask. COCO assigns unmatched detections to a size by it."""
+    return float(shape[2] * shape[3]) if isinstance(shape, list) else float(rle.area(shape))

@@ -1,4 +1,4 @@
-"""gtsa evaluate: how good are the features? One question or several, asked of anybody's weights."""
+"""gtsa evaluate: how good are the features? One or several tasks, on anybody's weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from gtsa.data.labels import Labelled
 from gtsa.evaluation import intervals, predictions, tasks
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.settings import Evaluate
+from gtsa.models.backbone import Backbone
 from gtsa.models.weights import load_backbone
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
@@ -33,110 +34,180 @@ from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
 VERSIONS = ("gtsa", "torch", "torchvision", "timm", "numpy", "scikit-learn", "torchmetrics", "faster-coco-eval")
 
 
+class Result(TypedDict):
+    """The result of one task."""
+
+    task: str
+    settings: Mapping[str, object]
+    images: dict[str, int]
+    classes: int
+    data: dict[str, str]
+    metrics: dict[str, float]
+    guessing: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_class: dict[str, dict[str, float | None]]
+    seconds: float
+
+
+class Report(TypedDict):
+    """What --out writes."""
+
+    weights: dict[str, str]
+    asked: dict[str, object]  # the settings that the user gave
+    tokens: str
+    seed: int
+    device: str
+    versions: dict[str, str]
+    results: list[Result]
+    unfinished: NotRequired[list[str]]  # tasks that have no result yet
+
+
 @threads.considerate()
-def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Any) -> dict[str, Any]:
-    """Asks one question or several of a backbone, on labelled images.
+def evaluate(weights: str, task: str | Sequence[str] = (), **settings: object) -> Report:
+    """Evaluates a backbone on labelled images, with one task or several.
 
     Args:
         weights: a run, an export, ``timm:NAME``, ``random:NAME``, a Hugging Face ViT folder, a .safetensors or .pth
             file.
-        task: which questions: see ``gtsa evaluate --help``.
+        task: one or several tasks: see ``gtsa evaluate --help``.
         settings: as listed by ``gtsa evaluate --help``; sections are dictionaries, e.g. ``knn={"k": (10,)}``.
 
     Returns:
-        What --out writes: settings, fingerprints of weights and data, versions, and the figures with sample counts.
+        The content of --out: settings, fingerprints of weights and data, versions, and metrics with sample counts.
 
     Raises:
-        UserError: something is wrong that the user can mend; ``code`` says of which kind (core.errors.EXIT_CODES).
+        UserError: a mistake that the user can fix; ``code`` is its kind (core.errors.EXIT_CODES).
     """
+    # Settings and device.
     names = (task,) if isinstance(task, str) else tuple(task)
-    ready = resolve_device(validated(Evaluate, {"weights": weights, "task": names, **settings}))
-    resolve_workers(ready)
-    s = ready.settings
-    asked = json.loads(s.model_dump_json(exclude_unset=True))
-    if s.out:
-        _place(Path(s.out), asked)
-    if s.work and Path(s.work).exists() and not Path(s.work).is_dir():
-        raise UserError(f"--work {s.work} is a file; give a folder")
-    if s.predictions:
-        predictions.insist_on_place(s.predictions, asked)
-    questions = tasks.open_tasks(s)
-    backbone, told = load_backbone(s.weights, s.network, s.model)
-    say(told)
-    fabric = launch_fabric(s)
+    plan = resolve_device(validated(Evaluate, {"weights": weights, "task": names, **settings}))
+    resolve_workers(plan)
+    resolved: Evaluate = plan.settings
+    requested: dict[str, object] = json.loads(resolved.model_dump_json(exclude_unset=True))
+
+    # Where results go: mistakes are reported before any work.
+    _check_destinations(resolved, requested)
+
+    # The tasks with their data, opened and checked.
+    opened = tasks.open_tasks(resolved)
+
+    # The network.
+    backbone, description = load_backbone(resolved.weights, resolved.network, resolved.model)
+    say(description)
+    fabric = launch_fabric(resolved)
     backbone = backbone.to(fabric.device).eval()
-    report: dict[str, Any] = {
-        "weights": {
-            "source": s.weights,
-            "model": backbone.model,
-            "network": s.network,
-            "fingerprint": backbone.fingerprint,
-        },
-        "asked": asked,
-        "tokens": s.tokens,
-        "seed": s.seed,
-        "device": f"{fabric.device.type}, precision {s.precision}",
-        "versions": {"python": platform.python_version(), **_versions()},
-        "results": [],
-    }
-    with predictions.placed(s.predictions, s.task, asked):
-        for number, question in enumerate(questions, start=1):
-            report["results"].append(result := _asked(question, backbone, fabric, s))
+    report = _new_report(resolved, requested, backbone, fabric)
+
+    # Each task. Results are written after each of them: the next one may fail, or be stopped.
+    with predictions.marked_unfinished(resolved.predictions, resolved.task, requested):
+        for number, current in enumerate(opened, start=1):
+            report["results"].append(result := _run_task(current, backbone, fabric, resolved))
             _show(result)
-            left = [later.name for later in questions[number:]]
-            if s.out:  # after every task: the next one may fail, or be stopped
-                _write(Path(s.out), {**report, **({"unfinished": left} if left else {})})
-    if s.out:
-        say(f"results: {s.out}")
+            if resolved.out:
+                _write(Path(resolved.out), report, unfinished=[later.name for later in opened[number:]])
+    if resolved.out:
+        say(f"results: {resolved.out}")
     return report
 
 
-def _asked(question: tasks.Task, backbone: Any, fabric: Fabric, s: Any) -> dict[str, Any]:
-    """The answer to one question."""
-    began = time.perf_counter()
+# Where results go
+
+
+def _check_destinations(settings: Evaluate, requested: Mapping[str, object]) -> None:
+    """Raises UserError if results could not be written at the end, or would replace those of another evaluation."""
+    if settings.out:
+        _check_out(Path(settings.out), requested)
+    if settings.work and Path(settings.work).exists() and not Path(settings.work).is_dir():
+        raise UserError(f"--work {settings.work} is a file; give a folder")
+    if settings.predictions:
+        predictions.check_folder(settings.predictions, requested)
+
+
+def _check_out(path: Path, requested: Mapping[str, object]) -> None:
+    """Results of the same evaluation, stopped between its tasks, may be replaced."""
+    if path.exists() and not _stopped(path, requested):
+        raise UserError(f"--out {path} already exists; give another file, or remove this one first")
     try:
-        per_image = question(backbone, fabric, s)
-    except torch.OutOfMemoryError:
-        raise UserError(f"--task {question.name}: memory ran out; give a smaller --batch-size", 6) from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_drafts(path.parent, glob.escape(path.name))
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def _stopped(path: Path, requested: Mapping[str, object]) -> bool:
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and "unfinished" in report and report.get("asked") == requested
+
+
+def _write(path: Path, report: Report, unfinished: list[str]) -> None:
+    content = {**report, **({"unfinished": unfinished} if unfinished else {})}
+    try:
+        store(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise _not_writable(path, error) from None
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--out {path} cannot be written: {error.strerror}; give another file", 6)
+
+
+# Tasks and their results
+
+
+def _new_report(settings: Evaluate, requested: dict[str, object], backbone: Backbone, fabric: Fabric) -> Report:
     return {
-        "task": question.name,
-        "settings": question.settings,
-        "images": question.images,
-        "classes": len(question.val.classes),
-        "data": question.data,
-        "metrics": question.evaluator.metrics(per_image),
-        "guessing": _guessing(question.val),
-        "intervals": _intervals(question, per_image),
-        "per_class": _by_class(question, per_image),
-        "seconds": time.perf_counter() - began,
+        "weights": {
+            "source": settings.weights,
+            "model": backbone.model,
+            "network": settings.network,
+            "fingerprint": backbone.fingerprint,
+        },
+        "asked": requested,
+        "tokens": settings.tokens,
+        "seed": settings.seed,
+        "device": f"{fabric.device.type}, precision {settings.precision}",
+        "versions": {"python": platform.python_version(), **_versions()},
+        "results": [],
     }
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in VERSIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _intervals(question: tasks.Task, per_image: PerImage) -> dict[str, tuple[float, float]]:
-    """95 % intervals: other images could have been judged. Other trainings could have come out otherwise too."""
-    if not question.evaluator.bootstrap:
-        return {}
-    names = list(question.evaluator.metrics(per_image))
+def _run_task(task: tasks.Task, backbone: Backbone, fabric: Fabric, settings: Evaluate) -> Result:
+    began = time.perf_counter()
     try:
-        drawn = tasks.drawn(question, per_image, names)
-    except UserError:  # a choice of images that shows nothing
-        return {}
-    found = {name: intervals.of_images(drawn[number]) for number, name in enumerate(names)}
-    return {name: (value.low, value.high) for name, value in found.items() if math.isfinite(value.low)}
+        per_image = task(backbone, fabric, settings)
+    except torch.OutOfMemoryError:
+        raise UserError(f"--task {task.name}: out of memory; use a smaller --batch-size", 6) from None
+    return {
+        "task": task.name,
+        "settings": task.settings,
+        "images": task.images,
+        "classes": len(task.val.classes),
+        "data": task.data,
+        "metrics": task.evaluator.metrics(per_image),
+        "guessing": _guessing(task.val),
+        "intervals": _intervals(task, per_image),
+        "per_class": _per_class(task, per_image),
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def _guessing(data: Labelled) -> dict[str, float]:
-    """What can be had without looking: of classes the share of the most frequent one, of several its mean share."""
+    """Metrics of guessing: the share of the most frequent class; with several classes an image, their mean share."""
     if data.kind == "classes":
         counts = np.bincount([data.target(i) for i in range(len(data))])
         return {"most frequent class": 100 * float(counts.max() / len(data))}
@@ -146,59 +217,41 @@ def _guessing(data: Labelled) -> dict[str, float]:
     return {}
 
 
-def _by_class(question: tasks.Task, per_image: PerImage) -> dict[str, dict[str, float | None]]:
-    """Metrics of every class by its name; None where no image says anything of it."""
-    found = question.evaluator.per_class(per_image)
-    names = question.val.classes
-    if question.val.groups and any(len(values) != len(names) for values in found.values()):
-        names = tuple(sorted(set(question.val.groups)))
+def _intervals(task: tasks.Task, per_image: PerImage) -> dict[str, tuple[float, float]]:
+    """95 % intervals over images. They do not include the variance of training."""
+    if not task.evaluator.bootstrap:
+        return {}
+    names = list(task.evaluator.metrics(per_image))
+    try:
+        sample = tasks.bootstrap_metrics(task, per_image, names)
+    except UserError:  # a choice of images for which a metric is undefined
+        return {}
+    estimates = {name: intervals.of_images(sample[number]) for number, name in enumerate(names)}
+    return {name: (value.low, value.high) for name, value in estimates.items() if math.isfinite(value.low)}
+
+
+def _per_class(task: tasks.Task, per_image: PerImage) -> dict[str, dict[str, float | None]]:
+    """Metrics of every class by its name; None for a class that no image shows."""
+    per_class = task.evaluator.per_class(per_image)
+    names = task.val.classes
+    if task.val.groups and any(len(values) != len(names) for values in per_class.values()):
+        names = tuple(sorted(set(task.val.groups)))
     return {
         metric: {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}
-        for metric, values in found.items()
+        for metric, values in per_class.items()
     }
 
 
-def _show(result: Mapping[str, Any]) -> None:
+def _show(result: Result) -> None:
     images = result["images"]
-    how = f"{images['judged']:,} images"
+    title = f"{images['judged']:,} images"
     if "folds" in images:
-        how = f"{images['folds']}-fold over {how}"
+        title = f"{images['folds']}-fold over {title}"
     elif "trained_on" in images:
-        how += f", learnt from {images['trained_on']:,}"
-    between = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in result["intervals"].items()}
-    if between:
-        how += "; 95 % intervals over images"
-    how += "".join(f"; {name}: {value:.2f} %" for name, value in result["guessing"].items())
-    rows = [(name, f"{value:.2f}", between.get(name, "")) for name, value in result["metrics"].items()]
-    table(f"{result['task']} ({how})", rows)
-
-
-def _place(place: Path, asked: Mapping[str, Any]) -> None:
-    """Raises UserError where the results could not be written when all is done, or would replace others.
-
-    Those of the same evaluation, stopped between its tasks, are replaced.
-    """
-    if place.exists() and not _stopped(place, asked):
-        raise UserError(f"--out {place} is there already; give another file, or remove it first")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        clear_drafts(place.parent, glob.escape(place.name))
-        if not os.access(place.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
-
-
-def _stopped(place: Path, asked: Mapping[str, Any]) -> bool:
-    try:
-        found = json.loads(place.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "unfinished" in found and found.get("asked") == asked
-
-
-def _write(place: Path, report: Mapping[str, Any]) -> None:
-    try:
-        store(place, (json.dumps(report, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--out {place} cannot be written: {error.strerror}; give another file", 6) from None
+        title += f", trained on {images['trained_on']:,}"
+    ranges = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in result["intervals"].items()}
+    if ranges:
+        title += "; 95 % intervals over images"
+    title += "".join(f"; {name}: {value:.2f} %" for name, value in result["guessing"].items())
+    rows = [(name, f"{value:.2f}", ranges.get(name, "")) for name, value in result["metrics"].items()]
+    table(f"{result['task']} ({title})", rows)

@@ -1,4 +1,4 @@
-"""What an evaluation is. Each file in evaluators/ is one."""
+"""The interface of an evaluation. Each file in evaluators/ implements one."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from gtsa.data.labels import Kind, Labelled
-from gtsa.evaluation.features import EvalContext
+from gtsa.evaluation.context import EvalContext
 from gtsa.models.backbone import Encoder
 
-PerImage = dict[str, Any]  # results by name: tensors [images, ...], or lists with an entry for each image
+PerImage = dict[str, Any]  # results by name: tensors [images, ...], or lists with one entry per image
 
 
 class Evaluator(ABC):
-    """One question about an encoder. Its settings are its constructor's keyword arguments, of plain types.
+    """One evaluation of an encoder. Its settings are its constructor's keyword arguments, of plain types.
 
-    It answers in two steps, so that folds can be joined and intervals be estimated: results of every image, and
-    metrics that follow from the results of any set of images.
+    It works in two steps, so that folds can be joined and intervals estimated: results of every image, then metrics
+    computed from the results of any set of images.
     """
 
-    label_kinds: ClassVar[tuple[Kind, ...]] = ("classes",)  # that it can take, the usual one first
+    label_kinds: ClassVar[tuple[Kind, ...]] = ("classes",)  # that it accepts, the usual one first
     uses_train_set: ClassVar[bool] = True
-    trains_long: ClassVar[bool] = False  # then all images are decoded once before it starts
+    trains_long: ClassVar[bool] = False  # if so, all images are decoded once before it starts
     bootstrap: ClassVar[bool] = True  # whether metrics of random choices of images are quick and meaningful
 
     @abstractmethod
-    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
         """Results of the images of ``val``, in their order.
 
         Args:
-            backbone: on the device, in evaluation mode; it is left as it is.
-            train: empty where the evaluator uses no training set.
-            lab: device, seed, batch size, workers.
+            backbone: on the device, in evaluation mode; it is not changed.
+            train: empty if the evaluator uses no training set.
+            context: device, seed, batch size, workers.
         """
 
     @abstractmethod
     def metrics(self, per_image: PerImage) -> dict[str, float]:
-        """Metrics, in per cent where they are shares; the first one is the one to compare by."""
+        """Metrics, shares in per cent; the first one is the primary metric."""
 
     def per_class(self, per_image: PerImage) -> dict[str, list[float]]:
-        """Metrics of each class, in the order of the classes; NaN where no image says anything of it."""
+        """Metrics of each class, in the order of the classes; NaN for a class that no image shows."""
         return {}

@@ -1,4 +1,4 @@
-"""Cross-fitting: every image is judged once, by what was learnt from the other folds."""
+"""Cross-fitting: every image is evaluated once, by a model trained on the other folds."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from gtsa.evaluation.evaluator import PerImage
 
 
 def folds_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(training, judged) places for each fold: a random partition that follows from the seed."""
+    """(training, evaluation) indices of each fold: a random partition that depends on the seed alone."""
     order = np.random.default_rng(seed).permutation(images)
     for fold in range(folds):
-        judged = np.sort(order[fold::folds])
-        yield np.setdiff1d(order, judged).tolist(), judged.tolist()
+        val = np.sort(order[fold::folds])
+        yield np.setdiff1d(order, val).tolist(), val.tolist()
 
 
 def pairs_of(images: int, folds: int, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(training, judged) places for each pair of folds: both are judged, and the others learnt from.
+    """(training, evaluation) indices of each pair of folds: both are evaluated, the other folds are trained on.
 
-    These are the inner folds of every fold: what judges it must not choose, so for the first of six a choice is made
-    by the others' images, each judged by what learnt from four folds. One probe serves both folds of a pair.
+    These are the inner folds of nested cross-validation: the images of a fold must not choose the settings that it is
+    evaluated with. With six folds, the settings for the first are chosen on the images of the other five, each
+    evaluated by a model trained on four folds. One model serves both folds of a pair.
     """
-    parts = [judged for _, judged in folds_of(images, folds, seed)]
+    parts = [val for _, val in folds_of(images, folds, seed)]
     for one, other in combinations(parts, 2):
-        judged = one + other
-        yield np.setdiff1d(np.arange(images), judged).tolist(), judged
+        val = one + other
+        yield np.setdiff1d(np.arange(images), val).tolist(), val
 
 
 def joined(parts: Sequence[PerImage]) -> PerImage:
-    """PerImage of several sets of images as one; what only some of them have is left out."""
+    """PerImage of several sets of images as one; results that only some of them have are left out."""
     names = [name for name in parts[0] if all(name in part for part in parts)]
     return {
         name: torch.cat([part[name] for part in parts])
@@ -42,10 +43,10 @@ def joined(parts: Sequence[PerImage]) -> PerImage:
     }
 
 
-def some(per_image: PerImage, places: np.ndarray) -> PerImage:
-    """PerImage of the images at these places, which may repeat."""
-    chosen = torch.from_numpy(places)
+def selected(per_image: PerImage, indices: np.ndarray) -> PerImage:
+    """PerImage of the images with these indices, which may repeat."""
+    rows = torch.from_numpy(indices)
     return {
-        name: values[chosen] if isinstance(values, torch.Tensor) else [values[i] for i in places]
+        name: values[rows] if isinstance(values, torch.Tensor) else [values[i] for i in indices]
         for name, values in per_image.items()
     }

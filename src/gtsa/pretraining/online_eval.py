@@ -75,7 +75,7 @@ class OnlineEvaluation:
         if not question.evaluator.bootstrap:
             return told
         try:
-            drawn = [tasks.drawn(question, each, names) for each in both]
+            drawn = [tasks.bootstrap_metrics(question, each, names) for each in both]
             gain = intervals.of_images((drawn[0] - drawn[1])[0])
         except UserError:  # a choice of images that shows nothing
             return told

@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa.core.errors import UserError
+from gtsa.core.errors import UserError, from_worker
 from gtsa.core.types import Examples, Objective, StepResult, Views
 from gtsa.training.optim import ScheduledAdamW, clip_each
 
@@ -122,8 +122,8 @@ def train_step(
 def _next(stream: Iterator[Batch]) -> Batch:
     try:
         return next(stream)
-    except UserError as remedy:  # raised in a worker, it arrives with the worker's traceback in its text
-        raise UserError(str(remedy).rsplit("UserError: ", 1)[-1].strip(), 3) from None
+    except UserError as error:
+        raise from_worker(error) from None
     except RuntimeError as error:
         if "DataLoader" in str(error):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Evaluations: one file is one question. They are found by walking this folder."""
+"""The evaluations. One file is one evaluation; they are found by walking this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def declared() -> dict[str, plugins.Declared]:
-    """{name: how its source declares it} of every evaluator in this folder; imports none of them."""
+    """{name: declaration in the source} of every evaluator in this folder; imports none of them."""
     here = Path(__file__).parent
     return plugins.all_declared(here, "Evaluator", here.with_name("evaluator.py"))
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from gtsa.core.errors import UserError
 from gtsa.data.labels import Labelled
 from gtsa.evaluation import dense
+from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage
-from gtsa.evaluation.features import EvalContext, whole_patches
-from gtsa.evaluation.retrieval import remembered
+from gtsa.evaluation.features import whole_patches
+from gtsa.evaluation.retrieval import build_memory
 from gtsa.models.backbone import Encoder
 
 
@@ -20,8 +21,8 @@ class InContext(Evaluator):
     Args:
         k: neighbours of a patch.
         temperature: a neighbour weighs softmax(cosine similarity / temperature).
-        memory: most patches that are remembered, a random choice spread over the training images.
-        size: side of the square that images are brought to, px.
+        memory: largest number of training patches in the memory, a random choice spread over the images.
+        size: side of the square that images are resized to, px.
     """
 
     label_kinds = ("masks",)
@@ -31,16 +32,16 @@ class InContext(Evaluator):
             raise UserError("in_context: k, memory and size must be at least 1 and the temperature above 0")
         self.k, self.temperature, self.memory, self.size = k, temperature, memory, size
 
-    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
         size = whole_patches(self.size, backbone)
-        memory = remembered(backbone, train, lab, size, self.memory)
+        memory = build_memory(backbone, train, context, size, self.memory)
 
         def score(pixels: Tensor) -> Tensor:
-            tokens = dense.patches(backbone, pixels, lab)
-            found = memory(F.normalize(tokens.flatten(0, 2), dim=-1), self.k, self.temperature)
-            return found.view(*tokens.shape[:3], -1).permute(0, 3, 1, 2)
+            tokens = dense.patch_tokens(backbone, pixels, context)
+            soft_labels = memory(F.normalize(tokens.flatten(0, 2), dim=-1), self.k, self.temperature)
+            return soft_labels.view(*tokens.shape[:3], -1).permute(0, 3, 1, 2)
 
-        return dense.judged(score, backbone, val, lab, size)
+        return dense.classify_pixels(score, backbone, val, context, size)
 
     def metrics(self, per_image: PerImage) -> dict[str, float]:
         return dense.metrics(per_image)

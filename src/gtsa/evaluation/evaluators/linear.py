@@ -1,9 +1,9 @@
-"""How much can a linear classifier read from frozen features? Many at once, the best of them judged (DINOv2)."""
+"""How well does a linear classifier do on frozen features? Many are trained at once, one is chosen (DINOv2)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from gtsa.core.terminal import say
 from gtsa.core.types import Examples, Objective
 from gtsa.data.labels import Labelled
 from gtsa.data.loader import StepSampler
+from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage
-from gtsa.evaluation.features import EvalContext, image_features
+from gtsa.evaluation.features import image_features
 from gtsa.models.backbone import Encoder
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine
@@ -25,23 +26,23 @@ from gtsa.training.trainer import teach
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 MOMENTUM = 0.9
-FLAT = 1e8  # AdamW's epsilon, beside which its second moment vanishes: what is left is gradient descent with momentum
+FLAT = 1e8  # AdamW's epsilon: its second moment vanishes beside it, which leaves gradient descent with momentum
 FEWEST, MOST, EPOCHS = 1_000, 12_500, 100
 
 
 class Linear(Evaluator):
     """A linear classifier for every pair of a learning rate and a number of blocks, all trained at the same time.
 
-    The pair is chosen on a tenth of the training images that none of them learnt from. As in DINOv2 they learn by
-    gradient descent with momentum 0.9 and without weight decay, along a cosine to 0; AdamW with an epsilon of 1e8 is
-    just that, but for the first steps, in which its momentum needs no run-up.
+    The pair is chosen on a tenth of the training images, on which no classifier is trained. As in DINOv2, training is
+    gradient descent with momentum 0.9, without weight decay, with a cosine schedule to 0. AdamW with an epsilon of 1e8
+    is equal to that, except in the first steps, where its bias correction replaces the build-up of the momentum.
 
     Args:
-        learning_rates: learning learning_rates, for a batch of 256; they are scaled by batch / 256.
-        blocks: how many of the last blocks' features are put side by side.
-        steps: of training. auto: 100 epochs, at least 1,000 and at most 12,500 steps.
-        batch_size: images a step.
-        resize: short side in px that images are brought to, bicubic.
+        learning_rates: for a batch of 256; they are scaled by batch / 256.
+        blocks: numbers of last blocks whose features are concatenated.
+        steps: training steps. auto: 100 epochs, at least 1,000 and at most 12,500 steps.
+        batch_size: images per step.
+        resize: short side in px that images are resized to, bicubic.
         crop: central square that the backbone sees, px.
     """
 
@@ -56,36 +57,32 @@ class Linear(Evaluator):
         resize: int = 256,
         crop: int = 224,
     ) -> None:
-        if (
-            min(learning_rates, default=0) <= 0
-            or min(blocks, default=0) < 1
-            or batch_size < 1
-            or (steps != "auto" and steps < 1)
-        ):
+        counts = (*blocks, batch_size, 1 if steps == "auto" else steps)
+        if min(learning_rates, default=0) <= 0 or not blocks or min(counts) < 1:
             raise UserError("linear: learning_rates must be above 0; blocks, steps and batch_size at least 1")
         self.learning_rates, self.blocks, self.steps, self.batch_size = learning_rates, blocks, steps, batch_size
         self.resize, self.crop = resize, crop
 
-    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
         if len(train) < 2:
-            raise UserError("linear: one training image is too few: one learns, another chooses the learning rate")
-        learnt, judged = (
-            image_features(backbone, data, lab, self.resize, self.crop, max(self.blocks)) for data in (train, val)
+            raise UserError("linear: one training image is too few: another one must choose the learning rate")
+        features, val_features = (
+            image_features(backbone, data, context, self.resize, self.crop, max(self.blocks)) for data in (train, val)
         )
         targets, truth = (_targets(data) for data in (train, val))
-        held_out = tenth(targets, lab.seed)
-        heads = Heads(self.pairs, learnt.shape[-1], len(train.classes), train.kind == "multilabel", lab.seed)
-        self._teach(heads, learnt, targets, torch.nonzero(~held_out)[:, 0], lab)
-        best = int(heads.quality(learnt[held_out], targets[held_out]).argmax())
+        held_out = tenth(targets, context.seed)
+        heads = Heads(self.pairs, features.shape[-1], len(train.classes), train.kind == "multilabel", context.seed)
+        self._train(heads, features, targets, torch.nonzero(~held_out)[:, 0], context)
+        best = int(heads.quality(features[held_out], targets[held_out]).argmax())
         rate, blocks = self.pairs[best]
         count = int(held_out.sum())
         say(
             f"linear: learning rate {rate:g} on {blocks} block{'s' * (blocks > 1)}, "
             f"chosen on {count} image{'s' * (count > 1)}"
         )
-        scores = heads.scores(judged, best)
-        for index, row in enumerate(heads.shares(scores)):
-            lab.on_prediction(index, row)
+        scores = heads.scores(val_features, best)
+        for index, row in enumerate(heads.probabilities(scores)):
+            context.on_prediction(index, row)
         return {"scores": scores, "truth": truth}
 
     def metrics(self, per_image: PerImage) -> dict[str, float]:
@@ -101,8 +98,8 @@ class Linear(Evaluator):
     def pairs(self) -> list[tuple[float, int]]:
         return [(rate, blocks) for rate in self.learning_rates for blocks in self.blocks]
 
-    def _teach(self, heads: Heads, features: Tensor, targets: Tensor, rows: Tensor, lab: EvalContext) -> None:
-        """Teaches the heads what the images ``rows`` are."""
+    def _train(self, heads: Heads, features: Tensor, targets: Tensor, rows: Tensor, context: EvalContext) -> None:
+        """Trains the heads on the images ``rows``."""
         batch = self.batch_size
         steps = min(MOST, max(FEWEST, EPOCHS * len(rows) // batch)) if self.steps == "auto" else self.steps
         scale = batch / 256 * FLAT / (1 - MOMENTUM)
@@ -114,25 +111,25 @@ class Linear(Evaluator):
 
         def batches(start: int) -> Iterator[Examples]:
             for draws in StepSampler(len(rows), batch, steps, start):
-                places = rows[[epoch_order(lab.seed, draw.epoch, len(rows))[draw.place] for draw in draws]]
-                yield Examples(features[places], targets[places], places)
+                images = rows[[epoch_order(context.seed, draw.epoch, len(rows))[draw.place] for draw in draws]]
+                yield Examples(features[images], targets[images], images)
 
         def prepare(batch: Examples) -> Examples:
-            return Examples(batch.pixels.to(lab.device), batch.targets.to(lab.device), batch.images)
+            return Examples(batch.pixels.to(context.device), batch.targets.to(context.device), batch.images)
 
         teach(
-            heads, optimizer, batches, prepare, steps=steps, batch_size=batch, fabric=lab.fabric, seed=lab.seed,
-            folder=lab.folder, depends=(self.pairs, features, targets, rows),
+            heads, optimizer, batches, prepare, steps=steps, batch_size=batch, fabric=context.fabric, seed=context.seed,
+            folder=context.folder, depends=(self.pairs, features, targets, rows),
         )  # fmt: skip
         heads.eval()
 
 
 class Heads(Objective):
-    """A linear head for each pair of (learning rate, number of last blocks), trained by the sum of their losses.
+    """A linear head for each pair of (learning rate, number of last blocks), trained on the sum of their losses.
 
     Args:
         width: of one block's features.
-        multilabel: classes do not exclude one another.
+        multilabel: an image may have several classes.
     """
 
     def __init__(self, pairs: list[tuple[float, int]], width: int, classes: int, multilabel: bool, seed: int) -> None:
@@ -148,7 +145,7 @@ class Heads(Objective):
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, blocks, D] -> [pairs, B, classes], in one product for each number of blocks."""
-        found: list[Any] = [None] * len(self.pairs)
+        logits: dict[int, Tensor] = {}
         for blocks in {blocks for _, blocks in self.pairs}:
             which = [i for i, pair in enumerate(self.pairs) if pair[1] == blocks]
             weight = torch.cat([self.weights[i] for i in which])
@@ -156,8 +153,8 @@ class Heads(Objective):
             with torch.autocast(features.device.type, enabled=False):
                 out = F.linear(features[:, -blocks:].flatten(1).float(), weight, bias)
             for i, part in zip(which, out.chunk(len(which), dim=-1), strict=True):
-                found[i] = part
-        return torch.stack(found)
+                logits[i] = part
+        return torch.stack([logits[i] for i in range(len(self.pairs))])
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of each pair, [pairs]."""
@@ -169,12 +166,12 @@ class Heads(Objective):
 
     @torch.no_grad()
     def quality(self, features: Tensor, targets: Tensor) -> Tensor:
-        """What a pair is chosen by, [pairs]: top-1 accuracy or mAP, and where these are equal the lower loss."""
+        """The criterion of the choice, [pairs]: top-1 accuracy or mAP; of equal ones the lower loss is better."""
         scores = torch.stack([self.scores(features, pair) for pair in range(len(self.pairs))])
-        measure = mean_average_precision if self.multilabel else top
-        right = torch.tensor([measure(row, targets) for row in scores], dtype=torch.float64).nan_to_num()
+        metric = mean_average_precision if self.multilabel else top
+        values = torch.tensor([metric(row, targets) for row in scores], dtype=torch.float64).nan_to_num()
         order = self.losses(scores, targets).argsort(descending=True, stable=True).argsort()
-        return right + order * 1e-9
+        return values + order * 1e-9
 
     @torch.no_grad()
     def scores(self, features: Tensor, pair: int) -> Tensor:
@@ -182,21 +179,21 @@ class Heads(Objective):
         device = self.weights[0].device
         return torch.cat([self.logits(part.to(device))[pair].cpu() for part in torch.split(features, 4096)])
 
-    def shares(self, scores: Tensor) -> Tensor:
+    def probabilities(self, scores: Tensor) -> Tensor:
         """Logits as probabilities."""
         return scores.sigmoid() if self.multilabel else scores.softmax(-1)
 
 
 def _targets(data: Labelled) -> Tensor:
     """int64 [images] for one class an image, bool [images, classes] for several."""
-    found = [data.target(i) for i in range(len(data))]
-    return torch.stack(found) if data.kind == "multilabel" else torch.tensor(found)
+    targets = [data.target(i) for i in range(len(data))]
+    return torch.stack(targets) if data.kind == "multilabel" else torch.tensor(targets)
 
 
 def tenth(targets: Tensor, seed: int) -> Tensor:
-    """bool [images]: a tenth of them (at least one), the same share of every class as far as that goes.
+    """bool [images]: a tenth of the images (at least one), with about the same share of every class.
 
-    Of images with several classes the rarest one counts.
+    Of an image with several classes the rarest one counts.
     """
     if targets.ndim == 2:
         rarity = targets.sum(0)
@@ -222,14 +219,14 @@ def mean_average_precision(scores: Tensor, truth: Tensor) -> float:
     """Mean over classes of average precision: the sum of precision x gain in recall over the distinct scores.
 
     Args:
-        scores, truth: [n, C]; classes without a positive are left out, and without any the mean is NaN.
+        scores, truth: [n, C]; classes without a positive are left out; NaN if all are.
     """
-    found = []
+    precisions = []
     for score, true in zip(scores.T, truth.T.bool(), strict=True):
         if true.any():
             score, order = score.sort(descending=True)
             hits = true[order].double().cumsum(0)
-            last = torch.cat([score[1:] != score[:-1], torch.tensor([True])])  # of those with an equal score
+            last = torch.cat([score[1:] != score[:-1], torch.tensor([True])])  # of equal scores
             hits, ranks = hits[last], (torch.nonzero(last)[:, 0] + 1).double()
-            found.append(float((hits / ranks * hits.diff(prepend=hits.new_zeros(1))).sum() / hits[-1]))
-    return float(np.mean(found)) if found else float("nan")
+            precisions.append(float((hits / ranks * hits.diff(prepend=hits.new_zeros(1))).sum() / hits[-1]))
+    return float(np.mean(precisions)) if precisions else float("nan")

@@ -1,11 +1,10 @@
-"""Do the features tell orientation and place, and do they turn with the image? Invariant ones do not."""
+"""Do the features encode orientation and position, and do they rotate with the image? Invariant ones do not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +14,36 @@ from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.data.labels import Labelled
 from gtsa.evaluation import dense
+from gtsa.evaluation.context import EvalContext, Prediction
 from gtsa.evaluation.evaluator import Evaluator, PerImage
-from gtsa.evaluation.features import EvalContext, pooled, tokens_of, whole_patches
-from gtsa.evaluation.retrieval import remembered
+from gtsa.evaluation.features import pooled, tokens_of, whole_patches
+from gtsa.evaluation.retrieval import build_memory
 from gtsa.models.backbone import Encoder
 
 STRENGTHS = 10.0 ** torch.arange(-8, 3, dtype=torch.float64)  # of the ridge penalty, times the mean eigenvalue
-HELD_OUT = 5  # one of so many training images chooses the strength
+HELD_OUT = 5  # every fifth training image is for the choice of the strength
 NEIGHBOURS, TEMPERATURE, MEMORY = 30, 0.02, 10_240  # of in-context retrieval (Hummingbird)
 
 
 class Rotation(Evaluator):
     """Four quarter-turns of every image, seen by a frozen backbone.
 
-    * rotation accuracy: how many of the four turns a linear classifier names from one vector an image. Chance is 25 %,
-      and more is impossible for features that do not change under rotation.
-    * cosine as it lies: between the features of the turned and the upright image at the same position.
-    * cosine turned back: the same after the map of the turned image was turned back, so that the content is the same.
-      1 for features that are the same in every orientation.
-    * cosine at random: between any two positions of the two maps. What the others are to be compared with.
+    * rotation accuracy: share of the four rotations that a linear classifier predicts from one vector per image. Chance
+      is 25 %, and more is impossible for features that are invariant to rotation.
+    * cosine as it lies: between the features of the rotated and the upright image at the same position.
+    * cosine turned back: the same after the map of the rotated image is rotated back, so that the content is the same.
+      1 for features that are invariant to rotation.
+    * cosine at random: between any two positions of the two maps. The reference for the other two.
     * position R2: share of the variance of a patch's row and column that is linear in its features.
-    * in-context mIoU, upright and turned, where the labels are masks: every patch of the upright or turned image takes
-      the classes of the most similar patches of upright training images. No other figure uses labels.
+    * in-context mIoU, upright and turned, if the labels are masks: every patch of the upright or rotated image takes
+      the classes of the most similar patches of upright training images. No other metric uses labels.
 
-    The linear maps are ridge regressions learnt from the training images, with a strength chosen on a fifth of them.
+    The linear maps are ridge regressions on the training images, with a strength chosen on a fifth of them.
 
     Args:
-        resize: short side in px that images are brought to, bicubic.
+        resize: short side in px that images are resized to, bicubic.
         crop: central square that the backbone sees, px.
-        size: side of the square that images with masks are brought to for in-context retrieval, px.
+        size: side of the square that images with masks are resized to for in-context retrieval, px.
     """
 
     label_kinds = ("masks", "classes", "multilabel", "none")
@@ -51,16 +51,17 @@ class Rotation(Evaluator):
     def __init__(self, resize: int = 256, crop: int = 224, size: int = 512) -> None:
         self.resize, self.crop, self.size = resize, crop, size
 
-    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
         if len(train) < 2:
-            raise UserError("rotation: one training image is too few: one learns, another chooses the strength")
-        turn, place = self._taught(backbone, train, lab)
-        found: dict[str, list[Tensor]] = {}
-        for tokens in self._turned(backbone, val, lab):
-            for name, values in {**_cosines(tokens), **_named(tokens, turn, lab), **_placed(tokens, place)}.items():
-                found.setdefault(name, []).append(values.double().cpu())
-        per_image: PerImage = {name: torch.cat(values) for name, values in found.items()}
-        return per_image | self._in_context(backbone, train, val, lab) if val.kind == "masks" else per_image
+            raise UserError("rotation: one training image is too few: another one must choose the strength")
+        rotation_map, position_map = self._fit(backbone, train, context)
+        results: dict[str, list[Tensor]] = {}
+        for tokens in self._rotated(backbone, val, context):
+            hits, errors = _rotation_hits(tokens, rotation_map, context), _position_errors(tokens, position_map)
+            for name, values in (_cosines(tokens) | hits | errors).items():
+                results.setdefault(name, []).append(values.double().cpu())
+        per_image: PerImage = {name: torch.cat(values) for name, values in results.items()}
+        return per_image | self._in_context(backbone, train, val, context) if val.kind == "masks" else per_image
 
     def metrics(self, per_image: PerImage) -> dict[str, float]:
         means = {name: float(values.double().mean()) for name, values in per_image.items()}
@@ -71,50 +72,56 @@ class Rotation(Evaluator):
             "cosine at random": means["at random"],
             "position R2": 1 - means["squared error"] / means["squares"],
         }
-        if "true" in per_image:  # pixel counts [images, turns, classes]
+        if "true" in per_image:  # pixel counts [images, rotations, classes]
             for name, rotations in (("upright", slice(0, 1)), ("turned", slice(1, 4))):
-                counted = {key: per_image[key][:, rotations] for key in ("hit", "predicted", "true")}
-                metrics[f"in-context mIoU {name}"] = dense.metrics(counted)["mIoU"]
+                counts = {key: per_image[key][:, rotations] for key in ("hit", "predicted", "true")}
+                metrics[f"in-context mIoU {name}"] = dense.metrics(counts)["mIoU"]
         return metrics
 
-    def _turned(self, backbone: Encoder, data: Labelled, lab: EvalContext) -> Iterator[list[Tokens]]:
+    def _rotated(self, backbone: Encoder, data: Labelled, context: EvalContext) -> Iterator[list[Tokens]]:
         """Batches of the images' tokens, for 0 to 3 quarter-turns counter-clockwise."""
         crop = whole_patches(self.crop, backbone)
-        return tokens_of(backbone, data, lab, max(self.resize, crop), crop, rotations=range(4))
+        return tokens_of(backbone, data, context, max(self.resize, crop), crop, rotations=range(4))
 
-    def _taught(self, backbone: Encoder, train: Labelled, lab: EvalContext) -> tuple[Tensor, Tensor]:
-        """Linear maps from a vector to the four turns, and from a patch to its row and column."""
-        moments: list[Any] = [[0, 0], [0, 0]]  # of turns and places; of images that learn, and of those that choose
+    def _fit(self, backbone: Encoder, train: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:
+        """Linear maps from a vector to the four rotations, and from a patch to its row and column."""
+        zero = torch.zeros((), dtype=torch.float64, device=context.device)
+        rotation_moments = [zero, zero]  # of images to train on, and of those for the choice
+        position_moments = [zero, zero]
         first = 0
-        for tokens in self._turned(backbone, train, lab):
-            vectors, rotations = _vectors(tokens, lab)
-            patches, places = _patches(tokens[0])
-            chooses = (torch.arange(first, first + len(places), device=lab.device) % HELD_OUT == 0).long()
-            first += len(places)
+        for tokens in self._rotated(backbone, train, context):
+            vectors, rotations = _vectors(tokens, context)
+            patches, positions = _patches(tokens[0])
+            part_of = (torch.arange(first, first + len(positions), device=context.device) % HELD_OUT == 0).long()
+            first += len(positions)
             for part in (0, 1):
-                mine = chooses == part
-                moments[0][part] += moments_of(vectors[mine], rotations[mine])
-                moments[1][part] += moments_of(patches[mine], places[mine])
-        (turns_learn, turns_choose), (places_learn, places_choose) = moments
-        return ridge(turns_learn, turns_choose, 4), ridge(places_learn, places_choose, 2)
+                rows = part_of == part
+                rotation_moments[part] = rotation_moments[part] + moments_of(vectors[rows], rotations[rows])
+                position_moments[part] = position_moments[part] + moments_of(patches[rows], positions[rows])
+        rotation_map = ridge(rotation_moments[0], rotation_moments[1], 4)
+        return rotation_map, ridge(position_moments[0], position_moments[1], 2)
 
-    def _in_context(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
-        """Pixel counts for 0 to 3 quarter-turns of the images to judge by: [images, 4, classes]."""
-        size, quiet = whole_patches(self.size, backbone), replace(lab, on_prediction=lambda index, prediction: None)
-        memory = remembered(backbone, train, lab, size, MEMORY)
+    def _in_context(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
+        """Pixel counts for 0 to 3 quarter-turns of the evaluation images: [images, 4, classes]."""
+        size, quiet = whole_patches(self.size, backbone), replace(context, on_prediction=_ignore)
+        memory = build_memory(backbone, train, context, size, MEMORY)
 
         def score(pixels: Tensor, rotations: int) -> Tensor:
-            tokens = dense.patches(backbone, torch.rot90(pixels, rotations, (-2, -1)), lab)
-            found = memory(F.normalize(tokens, dim=-1).flatten(0, 2), NEIGHBOURS, TEMPERATURE)
-            return torch.rot90(found.view(*tokens.shape[:3], -1), -rotations, (1, 2)).permute(0, 3, 1, 2)
+            tokens = dense.patch_tokens(backbone, torch.rot90(pixels, rotations, (-2, -1)), context)
+            soft_labels = memory(F.normalize(tokens, dim=-1).flatten(0, 2), NEIGHBOURS, TEMPERATURE)
+            return torch.rot90(soft_labels.view(*tokens.shape[:3], -1), -rotations, (1, 2)).permute(0, 3, 1, 2)
 
-        four = [dense.judged(partial(score, rotations=rotations), backbone, val, quiet, size) for rotations in range(4)]
-        return {name: torch.stack([counted[name] for counted in four], dim=1) for name in four[0]}
+        four = [dense.classify_pixels(partial(score, rotations=r), backbone, val, quiet, size) for r in range(4)]
+        return {name: torch.stack([counts[name] for counts in four], dim=1) for name in four[0]}
 
 
-def _vectors(tokens: list[Tokens], lab: EvalContext) -> tuple[Tensor, Tensor]:
-    """One vector for each view [B, 4, D], and which turn it is [B, 4, 4], one-hot."""
-    vectors = torch.stack([pooled(view, lab.tokens) for view in tokens], dim=1)
+def _ignore(index: int, prediction: Prediction) -> None:
+    """In-context retrieval is one metric of several: its maps are not the predictions of this evaluation."""
+
+
+def _vectors(tokens: list[Tokens], context: EvalContext) -> tuple[Tensor, Tensor]:
+    """One vector for each rotation [B, 4, D], and the rotation [B, 4, 4], one-hot."""
+    vectors = torch.stack([pooled(view, context.tokens) for view in tokens], dim=1)
     return vectors, torch.eye(4, device=vectors.device).expand(len(vectors), 4, 4)
 
 
@@ -122,31 +129,31 @@ def _patches(tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Patch tokens [B, h * w, D] and their rows and columns [B, h * w, 2], from -1 to 1."""
     patches = tokens.patches
     rows, columns = (torch.linspace(-1, 1, n, device=patches.device) for n in patches.shape[1:3])
-    places = torch.cartesian_prod(rows, columns)
-    return patches.flatten(1, 2), places.expand(len(patches), *places.shape)
+    positions = torch.cartesian_prod(rows, columns)
+    return patches.flatten(1, 2), positions.expand(len(patches), *positions.shape)
 
 
-def _named(tokens: list[Tokens], turn: Tensor, lab: EvalContext) -> PerImage:
-    vectors, truth = _vectors(tokens, lab)
-    right = predicted(vectors, turn).argmax(-1) == truth.argmax(-1)
+def _rotation_hits(tokens: list[Tokens], rotation_map: Tensor, context: EvalContext) -> PerImage:
+    vectors, truth = _vectors(tokens, context)
+    right = predicted(vectors, rotation_map).argmax(-1) == truth.argmax(-1)
     return {"named": right.double().mean(1)}
 
 
-def _placed(tokens: list[Tokens], place: Tensor) -> PerImage:
+def _position_errors(tokens: list[Tokens], position_map: Tensor) -> PerImage:
     patches, truth = _patches(tokens[0])
-    error = (predicted(patches, place) - truth).square().sum((1, 2))
-    return {"squared error": error, "squares": truth.double().square().sum((1, 2))}  # they lie around 0
+    error = (predicted(patches, position_map) - truth).square().sum((1, 2))
+    return {"squared error": error, "squares": truth.double().square().sum((1, 2))}  # their mean is 0
 
 
 def _cosines(tokens: list[Tokens]) -> PerImage:
-    upright, *turned = (F.normalize(view.patches, dim=-1) for view in tokens)
+    upright, *rotated = (F.normalize(view.patches, dim=-1) for view in tokens)
     pairs = {
-        "as it lies": [(upright * view).sum(-1).mean((1, 2)) for view in turned],
+        "as it lies": [(upright * view).sum(-1).mean((1, 2)) for view in rotated],
         "turned back": [
             (upright * torch.rot90(view, -rotations, (1, 2))).sum(-1).mean((1, 2))
-            for rotations, view in enumerate(turned, start=1)
+            for rotations, view in enumerate(rotated, start=1)
         ],
-        "at random": [(upright.mean((1, 2)) * view.mean((1, 2))).sum(-1) for view in turned],
+        "at random": [(upright.mean((1, 2)) * view.mean((1, 2))).sum(-1) for view in rotated],
     }
     return {name: torch.stack(values).mean(0) for name, values in pairs.items()}
 
@@ -154,21 +161,23 @@ def _cosines(tokens: list[Tokens]) -> PerImage:
 def moments_of(inputs: Tensor, outputs: Tensor) -> Tensor:
     """All products of (inputs, 1, outputs) [..., D], [..., k], summed over samples: float64 [D + 1 + k] squared.
 
-    All that a least-squares fit and its error need to know, in bounded memory.
+    A least-squares fit and its error follow from them, in bounded memory.
     """
-    row = torch.cat([inputs.double(), torch.ones_like(inputs[..., :1]).double(), outputs.double()], dim=-1).flatten(
-        0, -2
-    )
-    return row.T @ row
+    ones = torch.ones_like(inputs[..., :1])
+    rows = torch.cat([inputs.double(), ones.double(), outputs.double()], dim=-1).flatten(0, -2)
+    return rows.T @ rows
 
 
-def ridge(learn: Tensor, choose: Tensor, outputs: int) -> Tensor:
-    """Weights and bias [D + 1, k] of a ridge regression on all samples, of the strength that suits ``choose`` best."""
-    maps = _solutions(learn, outputs)
+def ridge(train: Tensor, held_out: Tensor, outputs: int) -> Tensor:
+    """Weights and bias [D + 1, k] of a ridge regression on all samples.
+
+    The strength is the one whose fit to ``train`` has the least error on ``held_out``; both are moments.
+    """
+    maps = _solutions(train, outputs)
     tied = -torch.eye(outputs, dtype=maps.dtype, device=maps.device).expand(len(maps), outputs, outputs)
     difference = torch.cat([maps, tied], dim=1)
-    errors = torch.einsum("sij,ik,skj->s", difference, choose, difference)
-    return _solutions(learn + choose, outputs)[errors.argmin()]
+    errors = torch.einsum("sij,ik,skj->s", difference, held_out, difference)
+    return _solutions(train + held_out, outputs)[errors.argmin()]
 
 
 def _solutions(moments: Tensor, outputs: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Can every pixel be named? Segmentation with a linear head on frozen patches, or by fine-tuning with Semantic FPN."""
+"""Can every pixel be classified? Segmentation by a linear head on frozen patches, or by fine-tuning a Semantic FPN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
@@ -18,9 +18,12 @@ from gtsa.data.labels import IGNORE, Labelled
 from gtsa.data.loader import StepSampler
 from gtsa.data.pixels import NEUTRAL
 from gtsa.evaluation import dense
+from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage
-from gtsa.evaluation.features import EvalContext, fine_tunable, normalised, read, resized, whole_patches
+from gtsa.evaluation.features import fine_tunable, whole_patches
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
+from gtsa.evaluation.loading import normalised, read, resized, training_batches
+from gtsa.evaluation.parameter_groups import split_by_decay
 from gtsa.models.backbone import Encoder
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Polynomial, warmup_then
@@ -34,23 +37,23 @@ Auto = Literal["auto"]
 
 
 class Segmentation(Evaluator):
-    """Classes of pixels, learnt from masks.
+    """Semantic segmentation, trained on masks.
 
     Args:
-        head: linear: batch norm and a 1x1 convolution on the frozen patch tokens. fpn: Semantic FPN on four blocks, and
-            the backbone is fine-tuned with it.
-        size: side of the square that images are brought to, px; 0: their own size. auto: 448 (linear), 0 (fpn).
-        crop: side of training crops and of sliding windows, px. auto: size, or 512 where images keep their own.
+        head: linear: batch norm and a 1x1 convolution on the frozen patch tokens. fpn: Semantic FPN on four blocks; the
+            backbone is fine-tuned with it.
+        size: side of the square that images are resized to, px; 0: their own size. auto: 448 (linear), 0 (fpn).
+        crop: side of training crops and of sliding windows, px. auto: size, or 512 if images keep their own.
         scales: smallest and largest factor by which training images are resized before they are cropped.
         flip: share of training crops that are mirrored left to right.
-        steps: of training.
-        batch_size: crops a step.
-        accumulate: micro-batches that a step is made of, to save memory.
+        steps: training steps.
+        batch_size: crops per step.
+        accumulate: micro-batches per step, to save memory.
         learning_rate: peak. auto: 1e-3 (linear), 6e-5 (fpn).
         weight_decay: none on positions, CLS token, norms and biases. auto: 1e-4 (linear), 0.01 (fpn).
-        warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        warmup: share of the steps in which the learning rate rises; then it falls linearly to 0.
         strides: of the FPN's maps: true: a quarter of a patch to two patches; flat: all one patch.
-        sliding: stride in px of sliding windows; 0: whole images are seen at once.
+        sliding: stride in px of sliding windows; 0: whole images at once.
     """
 
     label_kinds = ("masks",)
@@ -87,50 +90,43 @@ class Segmentation(Evaluator):
         ):
             raise UserError(
                 "segmentation: crop, steps, batch_size and accumulate must be at least 1, size and sliding at least 0, "
-                "and scales rise from above 0"
+                "and scales ascending and above 0"
             )
         if not 0 <= flip <= 1 or not 0 <= warmup < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
             raise UserError(
-                "segmentation: flip and warmup are shares, the learning rate is above 0, weight decay not below"
+                "segmentation: flip and warmup are shares, learning_rate is above 0 and weight_decay at least 0"
             )
 
-    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, lab: EvalContext) -> PerImage:
+    def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
         size = self.size and whole_patches(self.size, backbone)
         crop = whole_patches(self.crop, backbone)
         with torch.random.fork_rng([]):  # torch's layers draw their first weights from the global generator
-            torch.manual_seed(lab.seed)
+            torch.manual_seed(context.seed)
             network = self._network(backbone, len(train.classes))
-        objective = Pixels(network)
+        objective = PixelCrossEntropy(network)
 
-        def seen(pixels: Tensor) -> Tensor:
-            """What the network is given of normalised pixels."""
-            return pixels if self.head == "fpn" else dense.patches(backbone, pixels, lab).permute(0, 3, 1, 2)
+        def network_input(pixels: Tensor) -> Tensor:
+            """Normalised pixels for the FPN, their patch tokens [N, D, h, w] for the linear head."""
+            return pixels if self.head == "fpn" else dense.patch_tokens(backbone, pixels, context).permute(0, 3, 1, 2)
 
         def prepare(batch: Examples) -> Examples:
-            pixels = seen(normalised(batch.pixels, backbone, lab.device))
-            return Examples(pixels, batch.targets.to(lab.device), batch.images)
+            pixels = network_input(normalised(batch.pixels, backbone, context.device))
+            return Examples(pixels, batch.targets.to(context.device), batch.images)
 
         def score(pixels: Tensor) -> Tensor:
-            with lab.fabric.autocast():
-                return network(seen(pixels))  # type: ignore[no-any-return]
+            with context.fabric.autocast():
+                return network(network_input(pixels))  # type: ignore[no-any-return]
 
+        crops = TrainingCrops(train, size, crop, self.scales, self.flip, context.seed)
         settings = sorted(item for item in vars(self).items() if item[0] != "sliding")
         teach(
-            objective,
-            self._optimizer(network),
-            lambda start: self._batches(Cuts(train, size, crop, self.scales, self.flip, lab.seed), lab, start),
-            prepare,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            fabric=lab.fabric,
-            seed=lab.seed,
-            accumulate=self.accumulate,
-            folder=lab.folder,
-            depends=(settings, train.classes, train.fingerprint, backbone),
-        )
+            objective, self._optimizer(network), lambda start: self._batches(crops, context, start), prepare,
+            steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, fabric=context.fabric,
+            seed=context.seed, folder=context.folder, depends=(settings, train.classes, train.fingerprint, backbone),
+        )  # fmt: skip
         objective.eval()
         stride = self.sliding and whole_patches(self.sliding, backbone)
-        return dense.judged(score, backbone, val, lab, size, crop, stride)
+        return dense.classify_pixels(score, backbone, val, context, size, crop, stride)
 
     def metrics(self, per_image: PerImage) -> dict[str, float]:
         return dense.metrics(per_image)
@@ -145,23 +141,17 @@ class Segmentation(Evaluator):
 
     def _optimizer(self, network: nn.Module) -> ScheduledAdamW:
         rate = warmup_then(Polynomial(self.learning_rate), self.warmup, self.steps)
-        return ScheduledAdamW(groups(network), rate, Constant(self.weight_decay), clip=0)
+        return ScheduledAdamW(parameter_groups(network), rate, Constant(self.weight_decay), clip=0)
 
-    def _batches(self, cuts: Cuts, lab: EvalContext, start: int) -> Iterable[Examples]:
-        return DataLoader(
-            cuts,
-            batch_sampler=StepSampler(len(cuts), self.batch_size, self.steps, start, accumulate=self.accumulate),
-            num_workers=lab.workers,
-            collate_fn=together,
-            generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
-            timeout=600 if lab.workers else 0,
-        )
+    def _batches(self, crops: TrainingCrops, context: EvalContext, start: int) -> Iterable[Examples]:
+        draws = StepSampler(len(crops), self.batch_size, self.steps, start, accumulate=self.accumulate)
+        return training_batches(crops, draws, context, _collate)
 
 
-class Cuts(Dataset[tuple[Tensor, Tensor, int]]):
-    """Draw -> (crop uint8 [3, S, S], its mask int64 [S, S], image): resized, cropped and mirrored at random.
+class TrainingCrops(Dataset[tuple[Tensor, Tensor, int]]):
+    """Draw -> (crop uint8 [3, S, S], its mask int64 [S, S], image index): resized, cropped and mirrored at random.
 
-    What the image does not reach is the neutral colour, and ignored. A pure function of (seed, epoch, image).
+    Pixels outside the image have the neutral colour and are ignored. A pure function of (seed, epoch, image).
     """
 
     def __init__(
@@ -182,19 +172,19 @@ class Cuts(Dataset[tuple[Tensor, Tensor, int]]):
         top, left = (int(rng.integers(max(0, side - self.crop) + 1)) for side in (height, width))
         area = slice(top, top + self.crop), slice(left, left + self.crop)
         rows, columns = min(height, self.crop), min(width, self.crop)
-        cut = torch.tensor(NEUTRAL, dtype=torch.uint8)[:, None, None].repeat(1, self.crop, self.crop)
+        crop = torch.tensor(NEUTRAL, dtype=torch.uint8)[:, None, None].repeat(1, self.crop, self.crop)
         mask = torch.full((self.crop, self.crop), IGNORE)
-        cut[:, :rows, :columns], mask[:rows, :columns] = pixels[:, *area], truth[area]
-        return (cut.flip(-1), mask.flip(-1), image) if rng.random() < self.flip else (cut, mask, image)
+        crop[:, :rows, :columns], mask[:rows, :columns] = pixels[:, *area], truth[area]
+        return (crop.flip(-1), mask.flip(-1), image) if rng.random() < self.flip else (crop, mask, image)
 
 
-def together(cuts: list[tuple[Tensor, Tensor, int]]) -> Examples:
-    pixels, masks, images = zip(*cuts, strict=True)
+def _collate(crops: list[tuple[Tensor, Tensor, int]]) -> Examples:
+    pixels, masks, images = zip(*crops, strict=True)
     return Examples(torch.stack(pixels), torch.stack(masks), torch.tensor(images))
 
 
-class Pixels(Objective):
-    """Cross-entropy of the labelled pixels; the network's scores are upsampled to them."""
+class PixelCrossEntropy(Objective):
+    """Mean cross-entropy of the labelled pixels; the network's scores are upsampled to the mask."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -204,14 +194,12 @@ class Pixels(Objective):
         truth = views.targets
         scores = self.network(views.pixels).float()
         scores = F.interpolate(scores, truth.shape[-2:], mode="bilinear", align_corners=False)
-        # one row a pixel: for maps there is no deterministic kernel on GPUs
+        # one row per pixel: cross-entropy of maps has no deterministic kernel on GPUs
         rows, truth = scores.permute(0, 2, 3, 1).flatten(0, 2), truth.flatten()
         total = F.cross_entropy(rows, truth, ignore_index=IGNORE, reduction="sum")
         return {"loss": total / (truth != IGNORE).sum().clamp(min=1)}
 
 
-def groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Parameters that are decayed, and those that are not: positions, CLS and other tokens, norms, biases."""
-    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    decayed = {name: p.ndim > 1 and "pos_embed" not in name and "_token" not in name for name, p in named}
-    return [{"params": [p for name, p in named if decayed[name] == kind], "decayed": kind} for kind in (True, False)]
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Parameters with weight decay, and those without: positions, CLS and other tokens, norms, biases."""
+    return split_by_decay(network.named_parameters(), lambda name: "pos_embed" in name or "_token" in name)

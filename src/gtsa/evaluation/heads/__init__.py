@@ -1,1 +1,1 @@
-"""Heads that evaluations train on patch tokens."""
+"""Networks that evaluations train on patch tokens."""

@@ -1,4 +1,4 @@
-"""From a ViT's maps, which all have one stride, to four maps as dense heads want them: the simple feature pyramid."""
+"""The simple feature pyramid: from a ViT's maps, which all have one stride, to maps at four strides for dense heads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 class Pyramid(nn.Module):
     """Four maps at the patch's stride -> four maps at strides patch / 4, patch / 2, patch and 2 patch.
 
-    Two transposed convolutions, one, none, and max pooling bring the maps to their strides; a 1x1 and a 3x3
-    convolution, each with a norm, then bring them to their channels (ViTDet, arXiv 2203.16527, section 3; there all
-    four come from the last block).
+    Two transposed convolutions, one, none, and max pooling change the strides; then a 1x1 and a 3x3 convolution, each
+    with a norm, change the channels (ViTDet, arXiv 2203.16527, section 3; there all four come from the last block).
 
     Args:
-        width: channels of the given maps.
-        out: channels of the maps made.
-        flat: all four stay at the patch's stride.
+        width: channels of the input maps.
+        out: channels of the output maps.
+        flat: all four keep the patch's stride.
     """
 
     def __init__(self, width: int, out: int = 256, flat: bool = False) -> None:
@@ -37,12 +36,12 @@ class Pyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four [N, width, h, w], shallow to deep -> [N, out, H, W] with (H, W) of (4 h, 4 w), (2 h, 2 w), (h, w) and
-        half of that, rounded up; or four times (h, w) where it is flat."""
-        return [level(given) for level, given in zip(self.levels, maps, strict=True)]
+        half of that, rounded up; or four times (h, w) if flat."""
+        return [level(x) for level, x in zip(self.levels, maps, strict=True)]
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each place: [N, C, H, W] -> the same shape."""
+    """Layer norm over the channels at each position: [N, C, H, W] -> the same shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -54,14 +53,14 @@ class ChannelNorm(nn.Module):
 
 
 class _Half(nn.Module):
-    """Max pooling to half the size; an odd row or column more makes one more."""
+    """Max pooling to half the size, rounded up."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return F.max_pool2d(maps, 2, ceil_mode=True)
 
 
 def _scaled(width: int) -> list[tuple[nn.Module, int]]:
-    """What brings a map of ``width`` channels to each stride, and the channels that come out."""
+    """Layers from the patch's stride to each of the four strides, and their output channels."""
     half, quarter = width // 2, width // 4
     quadruple = nn.Sequential(
         nn.ConvTranspose2d(width, half, 2, stride=2), ChannelNorm(half), nn.GELU(),

@@ -1,9 +1,9 @@
-"""Semantic FPN: a pyramid of patch tokens, and pixels by class."""
+"""Semantic FPN: segmentation on a pyramid of patch tokens."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,10 @@ from gtsa.models.backbone import Backbone
 
 
 class SemanticFPN(nn.Module):
-    """Normalised pixels [N, 3, H, W] -> scores [N, classes, h, w], a quarter of a patch a cell (one patch if flat).
+    """Normalised pixels [N, 3, H, W] -> scores [N, classes, h, w], cells of a quarter patch (one patch if flat).
 
-    Four blocks, at a quarter, half, three quarters and all of the depth, make a pyramid of 256 channels. Its levels go
-    through convolutions of 128 channels, each followed by upsampling to the next level, and are added up (Panoptic
+    Four blocks, at a quarter, half, three quarters and all of the depth, give a pyramid of 256 channels. Its levels go
+    through convolutions of 128 channels, each followed by upsampling to the next level, and are summed (Panoptic
     Feature Pyramid Networks, arXiv 1901.02446, section 3.1).
     """
 
@@ -37,9 +37,8 @@ class SemanticFPN(nn.Module):
         blocks = self.backbone.blocks(pixels, self.which)
         maps = self.pyramid([tokens.patches.permute(0, 3, 1, 2) for tokens in blocks])
         total = torch.zeros_like(maps[0][:, :1])
-        levels: list[Any] = list(self.levels)
-        for level, (convolutions, x) in enumerate(zip(levels, maps, strict=True)):
-            for done, convolution in enumerate(convolutions):
+        for level, (convolutions, x) in enumerate(zip(self.levels, maps, strict=True)):
+            for done, convolution in enumerate(cast(nn.ModuleList, convolutions)):
                 above = maps[max(0, level - 1 - done)].shape[-2:]
                 x = F.interpolate(convolution(x), above, mode="bilinear", align_corners=False)
             total = total + x
