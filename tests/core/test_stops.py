@@ -10,20 +10,20 @@ import pytest
 
 import gtsa
 from gtsa.cli.main import run
-from gtsa.core.stops import Processes, Stopped, heard
+from gtsa.core.stops import Processes, Stopped, handle_signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
     ("arguments", "way"),
     [
-        (["evaluate", "x", "--task", "knn", "--val", "x"], "nothing of the task at work was kept; with --work FOLDER"),
+        (["evaluate", "x", "--task", "knn", "--val", "x"], "the unfinished task is lost; with --work FOLDER"),
         (
             ["evaluate", "x", "--task", "knn", "--val", "x", "--work", "w"],
-            "the same command goes on with the trainings",
+            "the same command resumes the trainings in --work",
         ),
-        (["compare", "--data", "x", "--out", "x"], "the same command goes on"),
-        (["check", "x"], "the same command goes on, and does not decode again"),
+        (["compare", "--data", "x", "--out", "x"], "the same command resumes"),
+        (["check", "x"], "the same command resumes; images that were decoded are not decoded again"),
         (["preview", "x"], "give the same command again"),
     ],
 )
@@ -39,7 +39,7 @@ def test_a_command_ends_with_one_line(monkeypatch, capsys, tmp_path, number, cod
 
 
 def test_the_way_out_is_not_interrupted():
-    with pytest.raises(Stopped) as caught, heard():
+    with pytest.raises(Stopped) as caught, handle_signals():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(9)
@@ -52,7 +52,7 @@ def test_what_others_handle_or_ignore_is_left_to_them():
     """As nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with heard():
+        with handle_signals():
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -60,10 +60,10 @@ def test_what_others_handle_or_ignore_is_left_to_them():
 
 
 def test_sigusr1_waits_only_where_there_are_steps(capfd):
-    with heard(trains=True):
+    with handle_signals(trains=True):
         os.kill(os.getpid(), signal.SIGUSR1)
     assert "after the first step" in capfd.readouterr().err
-    with pytest.raises(Stopped) as caught, heard():
+    with pytest.raises(Stopped) as caught, handle_signals():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert caught.value.code == 128 + signal.SIGUSR1
 

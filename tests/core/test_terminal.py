@@ -91,7 +91,7 @@ def test_other_processes_are_silent(shown, monkeypatch):
 
 
 def test_the_first_eta_is_the_plans_and_the_first_step_does_not_count():
-    clock = Clock(1000, 250, 100, step=0.2, look=3.0)
+    clock = Clock(1000, 250, 100, step=0.2, evaluation=3.0)
     assert clock.left(0) == pytest.approx(1000 * 0.2 + 4 * 3.0)
     clock.step(60.0)  # everything is slow once
     assert clock.left(1) == pytest.approx(999 * 0.2 + 4 * 3.0)

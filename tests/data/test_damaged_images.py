@@ -26,7 +26,7 @@ DRAWN = [  # areas of one colour, patterns and noise: what is stored in unusual 
     RNG.integers(0, 256, (160, 160)),
 ]
 ENCODERS = [{}, {"optimize": True}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3}]
-needs_warnings = pytest.mark.skipif(not damage.warned(), reason="simplejpeg is not installed")
+needs_warnings = pytest.mark.skipif(not damage.sees_warnings(), reason="simplejpeg is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def told(tmp_path, data, form="JPEG"):
     path = tmp_path / "a"
     path.write_bytes(data)
     with Image.open(path) as image:
-        return damage.hole(str(path), form, *image.size)
+        return damage.find_damage(str(path), form, *image.size)
 
 
 def decodes(data):
@@ -89,7 +89,7 @@ def test_no_false_alarm(tmp_path):
 @pytest.mark.parametrize(("size", "share"), [(16, 0.6), (64, 0.7), (512, 0.8), (4096, 0.85)])
 def test_zeros_in_a_jpeg(tmp_path, size, share, record_property):
     """Without libjpeg's warnings three in four are found, with them nearly all."""
-    share = {16: 0.85, 64: 0.95, 512: 0.98, 4096: 0.98}[size] if damage.warned() else share
+    share = {16: 0.85, 64: 0.95, 512: 0.98, 4096: 0.98}[size] if damage.sees_warnings() else share
     found = total = 0
     for image in map(noisy, PHOTOS):
         for data in jpegs(image.resize((320, 240)), (75, 95)):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from gtsa.data.decoding import decode, header
+from gtsa.data.decoding import decode, read_header
 from gtsa.data.pixels import LARGEST, NEUTRAL, BadImage
 
 EIGHT = range(1, 9)
@@ -97,7 +97,7 @@ def refused(path, *words, **options):
 def test_lossless_files_keep_every_value(tmp_path, name):
     path = saved(tmp_path / name, photo(), **LOSSLESS[name])
     assert np.array_equal(pixels(path), photo())
-    assert header(path)[2:4] == (60, 40)
+    assert read_header(path)[2:4] == (60, 40)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_lossy_files_are_near(tmp_path, name, options):
 def test_the_suffix_does_not_count(tmp_path, name):
     path = saved(tmp_path / name, photo(), format="PNG")
     assert np.array_equal(pixels(path), photo())
-    assert header(path).format == "PNG"
+    assert read_header(path).format == "PNG"
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp"])
@@ -284,7 +284,7 @@ def test_five_bands_are_counted(tmp_path, kind, options):
     path = tiff(tmp_path / "a.tif", array, photometric="minisblack", planarconfig="contig", **options)
     refused(path, "5 bands", "1, 3 or 4")
     with pytest.raises(BadImage, match="5 bands"):
-        header(path)
+        read_header(path)
 
 
 @pytest.mark.parametrize(
@@ -383,14 +383,14 @@ def test_of_several_frames_the_first_is_taken(tmp_path, name):
         others = [Image.fromarray(255 - photo()), Image.fromarray(photo()[::-1].copy())]
         saved(path, photo(), save_all=True, append_images=others, **LOSSLESS.get(name, {}))
     assert np.array_equal(pixels(path), photo())
-    assert header(path).frames == (2 if name == "deep.tif" else 3)
+    assert read_header(path).frames == (2 if name == "deep.tif" else 3)
 
 
 def test_camera_files_of_two_pictures(tmp_path):
     path = tmp_path / "a.jpg"
     saved(path, photo(), format="MPO", save_all=True, append_images=[Image.fromarray(255 - photo())])
     assert np.abs(pixels(path) - photo()).mean() < 8
-    assert header(path).frames == 2
+    assert read_header(path).frames == 2
 
 
 @pytest.mark.parametrize("profile", [ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), b"nonsense"])
@@ -407,14 +407,14 @@ def test_thinner_than_a_patch_is_refused(tmp_path, size):
     path = saved(tmp_path / "a.png", Image.new("RGB", size))
     refused(path, f"{size[0]} x {size[1]} px", "at least 16 px")
     with pytest.raises(BadImage, match="short side"):
-        header(path)
+        read_header(path)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 4000), (20000, 17)])
 def test_thin_and_long_is_read(tmp_path, size):
     path = saved(tmp_path / "a.png", Image.new("RGB", size, (1, 2, 3)))
     assert pixels(path).shape == (size[1], size[0], 3)
-    assert header(path) == ("PNG", "RGB", *size, 1, 8)
+    assert read_header(path) == ("PNG", "RGB", *size, 1, 8)
 
 
 @pytest.mark.parametrize("side", [12000, 60000, 2**31 - 1])
@@ -423,7 +423,7 @@ def test_bombs_are_refused_from_their_header(tmp_path, side):
     path = written(tmp_path / "a.png", png(side, side, 8, 2, b""))
     refused(path, f"more than {LARGEST:,} pixels")
     with pytest.raises(BadImage, match="pixels"):
-        header(path)
+        read_header(path)
 
 
 def test_bombs_of_other_formats(tmp_path):
@@ -472,7 +472,7 @@ def test_what_is_no_image_says_what_it_is(tmp_path, content, word):
     path = written(tmp_path / "a.jpg", content)
     refused(path, word)
     with pytest.raises(BadImage, match=word):
-        header(path)
+        read_header(path)
 
 
 def test_formats_beyond_the_list_are_refused(tmp_path):
@@ -592,7 +592,7 @@ damage = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 25
 
 def only_bad_image(path):
     """Decodes, or raises BadImage with a reason: anything else fails the test."""
-    for use in (header, pixels, lambda p: pixels(p, detail=lambda w, h: 0.3, range16=(0, 4095))):
+    for use in (read_header, pixels, lambda p: pixels(p, detail=lambda w, h: 0.3, range16=(0, 4095))):
         try:
             use(path)
         except BadImage as reason:
@@ -633,7 +633,7 @@ def test_a_band_that_is_neither_colour_nor_alpha_is_not_dropped_in_silence(tmp_p
     path = tiff(tmp_path / "a.tif", array, photometric=photometric, extrasamples=["unspecified"])
     refused(path, f"{bands} bands")
     with pytest.raises(BadImage, match=f"{bands} bands"):
-        header(path)
+        read_header(path)
     for alpha in ("unassalpha", "assocalpha") if bands == 4 else ():
         assert decode(tiff(tmp_path / "b.tif", array, photometric=photometric, extrasamples=[alpha])).shape == (
             3,
@@ -658,7 +658,7 @@ def test_libraries_print_nothing(tmp_path, capfd):
             for _ in range(40):
                 place = int(rng.integers(4, min(len(data) - 4, 400)))
                 path = written(tmp_path / "c.tif", data[:place] + rng.bytes(4) + data[place + 4 :])
-                for read in (header, decode):
+                for read in (read_header, decode):
                     try:
                         read(path)
                     except BadImage as reason:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gtsa.core.errors import UserError
-from gtsa.data.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, divided, formats, open_labelled
+from gtsa.data.labels import IGNORE, SHOWN, Boxes, Labelled, Problems, UnknownFormat, formats, open_labelled, split_part
 
 COCO_SMALL = os.environ.get("GTSA_COCO_SMALL", "")  # a small real COCO set, where there is one; no test needs it
 
@@ -53,7 +53,7 @@ def moved(data, tmp_path):
 
 def test_every_format_is_found_once():
     assert sorted(form.__name__ for form in formats()) == sorted(
-        ["ClassFolders", "Coco", "INaturalist", "Masks", "Plain", "Several", "Table"]
+        ["ClassFolders", "Coco", "INaturalist", "Masks", "Multilabel", "Table", "Unlabelled"]
     )
 
 
@@ -63,7 +63,7 @@ def test_problems_are_bounded_and_every_kind_has_a_line():
         problems.add("many", f"annotation {number}", "x" * 10_000)
     problems.add("rare", "image\x1b[31m 7", "said\tonce")
     with pytest.raises(UserError) as caught:
-        problems.insist()
+        problems.raise_if_any()
     lines = str(caught.value).split("\n")
     assert len(lines) == 2 + 2 + SHOWN + 1  # heads, kinds, problems, and how many more
     assert "a\\nfile.json" in lines[0] and "5,000 x many" in str(caught.value) and "1 x rare" in str(caught.value)
@@ -73,7 +73,7 @@ def test_problems_are_bounded_and_every_kind_has_a_line():
 
 
 def test_without_problems_nothing_is_raised():
-    Problems("here").insist()
+    Problems("here").raise_if_any()
 
 
 @pytest.mark.parametrize("labels", [None, "nothing.csv", "nothing.json:train"])
@@ -104,11 +104,11 @@ def test_what_no_format_answers_to_says_what_is_needed(tmp_path, labels, kind, n
 def test_a_part_of_a_file(tmp_path):
     file = write(tmp_path / "a.json", "{}")
     odd = write(tmp_path / "b:c.json", "{}")
-    assert divided(f"{file}:train") == (str(file), "train")
-    assert divided(str(file)) == (str(file), None)
-    assert divided(str(odd)) == (str(odd), None)
-    assert divided(f"{odd}:val") == (str(odd), "val")
-    assert divided("no/such.json:val") == ("no/such.json:val", None)
+    assert split_part(f"{file}:train") == (str(file), "train")
+    assert split_part(str(file)) == (str(file), None)
+    assert split_part(str(odd)) == (str(odd), None)
+    assert split_part(f"{odd}:val") == (str(odd), "val")
+    assert split_part("no/such.json:val") == ("no/such.json:val", None)
 
 
 # Class folders
@@ -158,7 +158,7 @@ def test_all_faults_of_class_folders_at_once(tmp_path):
 
 
 def test_an_empty_folder_has_no_classes(tmp_path):
-    assert "there is 0; at least two are needed" in refused(tmp_path, None, "classes")
+    assert "0, at least two are needed" in refused(tmp_path, None, "classes")
 
 
 def test_a_list_of_classes_makes_train_and_val_alike(tmp_path):
@@ -457,7 +457,7 @@ def test_several_is_no_inaturalist(tmp_path, four):
 )
 def test_faults_of_several(tmp_path, four, content, kind, place):
     message = refused(four, write(tmp_path / "x.json", content), "multilabel")
-    assert f"1 x {kind}\n" in message and f"{place}: " in message.partition("these are they")[2]
+    assert f"1 x {kind}\n" in message and f"{place}: " in message.partition("in detail")[2]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from test_labels import COCO_SMALL, moved, put, refused, write
 
 from gtsa.core.errors import UserError
 from gtsa.data.labels import open_labelled
-from gtsa.data.labels._shapes import Fault, _unpacked, mask, shape
+from gtsa.data.labels._shapes import InvalidShape, _unpack, check_shape, draw_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
 WIDTH, HEIGHT = 20, 18
@@ -153,7 +153,7 @@ def test_boxes_alone(root, capsys):
     content["annotations"][1]["segmentation"] = []
     data = opened(root, content)
     assert not data.has_masks and data.target(0).masks is None and data.target(1).masks is None
-    assert "2 of 4 annotations have no mask: boxes alone are used" in capsys.readouterr().out
+    assert "2 of 4 annotations have no mask; only boxes are used" in capsys.readouterr().out
     for row in content["annotations"]:
         row.pop("segmentation", None)
         row.pop("iscrowd")
@@ -185,7 +185,7 @@ def test_things_of_no_size_that_say_so_are_left_out(root, capsys):
     flat = [9.98, 8.56, 15.52, 8.56, 15.52, 8.56, 11.09, 8.56]
     content["annotations"][1] |= {"bbox": [9.98, 8.56, 5.54, 0.0], "area": 0.0, "segmentation": [flat]}
     assert len(opened(root, content).target(2).boxes) == 0
-    assert "annotations of no size and area 0 are left out: 1 (id 2)" in capsys.readouterr().out
+    assert "annotations with an empty box and area 0 are left out: 1 (id 2)" in capsys.readouterr().out
 
 
 SHAPES = st.integers(1, 12).flatmap(
@@ -207,11 +207,11 @@ def test_any_run_lengths(array):
     runs = np.diff(np.concatenate([[0], np.flatnonzero(np.diff(column)) + 1, [len(column)]])).tolist()
     runs = [0, *runs] if column[0] else runs
     for counts in (packed, runs):
-        checked = shape({"size": [height, width], "counts": counts}, width, height)
+        checked = check_shape({"size": [height, width], "counts": counts}, width, height)
         assert checked.tolist() == runs
-        assert np.array_equal(mask(checked, width, height), array)
+        assert np.array_equal(draw_mask(checked, width, height), array)
         assert np.array_equal(
-            mask(checked, width, height), drawn({"size": [height, width], "counts": counts}, height, width)
+            draw_mask(checked, width, height), drawn({"size": [height, width], "counts": counts}, height, width)
         )
 
 
@@ -221,9 +221,9 @@ def test_long_run_lengths():
     for left, top, right, bottom in ((0, 0, 1, 2999), (5, 3, 400, 17), (500, 2, 501, 3), (700, 0, 1000, 2900)):
         array[top:bottom, left:right] = 1
     packed = coco.encode(np.asfortranarray(array))["counts"].decode()
-    checked = shape({"size": [3000, 1000], "counts": packed}, 1000, 3000)
+    checked = check_shape({"size": [3000, 1000], "counts": packed}, 1000, 3000)
     assert checked.sum() == 3_000_000 and checked.max() > 2**17
-    assert np.array_equal(mask(checked, 1000, 3000), array)
+    assert np.array_equal(draw_mask(checked, 1000, 3000), array)
 
 
 @settings(deadline=None, max_examples=100)
@@ -234,15 +234,17 @@ def test_any_polygons(width, height, data):
         [value for pair in points for value in pair]
         for points in data.draw(st.lists(st.lists(point, min_size=3, max_size=8), min_size=1, max_size=3))
     ]
-    assert np.array_equal(mask(shape(polygons, width, height), width, height), drawn(polygons, height, width))
+    assert np.array_equal(
+        draw_mask(check_shape(polygons, width, height), width, height), drawn(polygons, height, width)
+    )
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=12) | st.text(alphabet=[chr(c) for c in range(48, 112)], max_size=30))
 def test_any_string_is_numbers_or_a_fault(text):
     try:
-        assert _unpacked(text).dtype == np.int64
-    except Fault as found:
+        assert _unpack(text).dtype == np.int64
+    except InvalidShape as found:
         assert found.kind == "bad run-length string"
 
 
@@ -333,9 +335,9 @@ FAULTS = [
     (of_second(bbox=[12, 1, 10**400, 5]), "number that is not finite", "annotation 2"),
     (of_second(bbox=[12, 1, -5, 5]), "box of negative size", "annotation 2"),
     (of_second(bbox=[17, 6, -5, -5]), "box of negative size", "annotation 2"),
-    (of_second(bbox=[12, 1, 0, 5]), "box of no size", "annotation 2"),
-    (of_second(bbox=[12, 1, 5, 0.0]), "box of no size", "annotation 2"),
-    (of_second(bbox=[12, 1, 1e-12, 5]), "box of no size", "annotation 2"),
+    (of_second(bbox=[12, 1, 0, 5]), "empty box with an area", "annotation 2"),
+    (of_second(bbox=[12, 1, 5, 0.0]), "empty box with an area", "annotation 2"),
+    (of_second(bbox=[12, 1, 1e-12, 5]), "empty box with an area", "annotation 2"),
     (of_second(bbox=[-1.01, 1, 5, 5]), "box outside its image", "annotation 2"),
     (of_second(bbox=[12, -2, 5, 5]), "box outside its image", "annotation 2"),
     (of_second(bbox=[12, 1, 9.01, 5]), "box outside its image", "annotation 2"),
@@ -458,7 +460,7 @@ def test_an_image_turned_by_exif_has_the_size_it_is_read_with(root):
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "images" / "b.jpg", exif=exif)
     assert opened(root, clean()).read(0).shape == (3, HEIGHT, WIDTH)
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / "b.jpg", exif=exif)
-    assert "image 7: b.jpg: 20 x 18 px in the labels, 18 x 20 px as it is read, upright" in fault(root, clean())
+    assert "image 7: b.jpg: 20 x 18 px in the labels, the upright image has 18 x 20 px" in fault(root, clean())
 
 
 JSON = st.recursive(

@@ -15,7 +15,7 @@ from test_labels import COCO_SMALL, moved, put, refused, write
 from gtsa.core.errors import UserError
 from gtsa.data.decoding import decode
 from gtsa.data.labels import IGNORE, open_labelled
-from gtsa.data.labels._files import sizes
+from gtsa.data.labels._files import read_sizes
 
 WIDTH, HEIGHT = 20, 18
 IDS = np.random.default_rng(0).integers(0, 4, (HEIGHT, WIDTH), dtype=np.uint8)
@@ -181,7 +181,7 @@ def test_shares_of_pixels_are_told(root, capsys):
     for name in ("a.png", "sub/b.png"):
         png(root / "masks" / name, ids)
     opened(root, ignore=255)
-    assert "pixels: class 1 50 %, class 0 33 %; 17 % count for nothing" in capsys.readouterr().out
+    assert "pixels: class 1 50 %, class 0 33 %; 17 % ignored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["Void", "unlabeled", "unlabelled", "ignore"])
@@ -232,7 +232,7 @@ FAULTS = [
     (
         lambda r: png(r / "masks" / "a.png", IDS[:, :-1]),
         "mask of another size",
-        "a.png: 19 x 18 px, but the image is 20 x 18",
+        "a.png: 19 x 18 px, but the upright image has 20 x 18",
     ),
     (lambda r: png(r / "masks" / "a.png", IDS.T), "mask of another size", "a.png: 18 x 20 px"),
     (lambda r: png(r / "masks" / "a.png", IDS + 1), "unknown class id", "a.png: 4: not among the 4 classes"),
@@ -343,7 +343,7 @@ def test_sizes_are_those_that_are_read(tmp_path, form, turn):
     path = tmp_path / f"a.{form}"
     Image.new("RGB", (24, 17)).save(path, exif=exif)
     height, width = decode(path).shape[1:]
-    assert sizes([str(path)]) == [(width, height)]
+    assert read_sizes([str(path)]) == [(width, height)]
     assert (width, height) == ((17, 24) if turn > 4 else (24, 17))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as vision
 
 from gtsa.core.types import Colour
-from gtsa.data.multicrop import TRIES, MultiCrop, _legal
+from gtsa.data.multicrop import TRIES, MultiCrop, _construct_box
 
 few = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32)
@@ -91,7 +91,7 @@ def test_long_images_keep_the_share_where_two_globals_are_drawn(short, ratio, se
 
 def test_crops_by_construction_meet_three_that_hardly_share_a_place():
     earlier = ((0, 0, 1000, 300), (0, 0, 300, 1000), (271, 271, 1000, 1000))  # 29 x 29 px in common
-    found = {_legal(1000, 1000, 0.1, 0.01, earlier, rng(seed)) for seed in range(100)}
+    found = {_construct_box(1000, 1000, 0.1, 0.01, earlier, rng(seed)) for seed in range(100)}
     assert all(shared(box, other) > 10_000 for box in found for other in earlier)
     assert (0, 0, 1000, 1000) in found
     assert len(found) > 10
@@ -165,7 +165,7 @@ def test_pixels_are_the_box_resized_with_antialiasing(width, height, seed):
 
 
 def recipes(multicrop, count=4000):
-    return multicrop._recipes([2] * count, rng(7))
+    return multicrop._draw_recipes([2] * count, rng(7))
 
 
 def rate(hits, expected):

@@ -16,17 +16,17 @@ from gtsa.core import terminal
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw
 from gtsa.data import run_images, scan
-from gtsa.data.frozen import Frozen, frozen
+from gtsa.data.frozen import Frozen, list_entry
 from gtsa.data.loader import ViewSet
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
-from gtsa.data.remarks import Noted
-from gtsa.data.scan import links, summed
-from gtsa.data.sources import open_source
+from gtsa.data.remarks import RemarkCollector
+from gtsa.data.scan import describe_links, group_by_reason
+from gtsa.data.sources import Selection, open_source
 from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.list_file import Listing
 from gtsa.data.sources.torch_dataset import Items
-from gtsa.data.threaded import Room, each
+from gtsa.data.threaded import PixelBudget, map_in_order
 from gtsa.pretraining.check import check
 from gtsa.pretraining.settings import Pretrain
 
@@ -58,13 +58,13 @@ def test_links_out_of_the_folder_are_named_and_left_out(tmp_path, capsys):
     (data / "etc.jpg").symlink_to("/etc")
     (data / "beside").symlink_to("../database")
     (data / "loop").symlink_to(data)
-    source = Folder(str(data), follow_links=False)
+    source = Folder(str(data), Selection(follow_links=False))
     assert names(source) == ["a.png", "in.png", "sub/b.png"]
     assert sorted(name for name, _ in source.outside) == ["beside", "etc.jpg", "out.png", "passwd.jpg"]
     check(str(data))
     out = capsys.readouterr().out
     assert "left out: 4 links lead out of the folder (beside -> " in out and "--follow-links" in out
-    assert names(Folder(str(data), follow_links=True))[:4] == ["a.png", "beside/d.png", "in.png", "out.png"]
+    assert names(Folder(str(data), Selection(follow_links=True)))[:4] == ["a.png", "beside/d.png", "in.png", "out.png"]
 
 
 def test_a_farm_of_links_says_how_to_follow_them(tmp_path):
@@ -72,18 +72,18 @@ def test_a_farm_of_links_says_how_to_follow_them(tmp_path):
     for i in range(3):
         put(tmp_path, f"real/{i}.png")
         (tmp_path / "farm" / f"{i}.png").symlink_to(tmp_path / f"real/{i}.png")
-    source = Folder(str(tmp_path / "farm"), follow_links=False)
+    source = Folder(str(tmp_path / "farm"), Selection(follow_links=False))
     found = scan.scan(source)
     with pytest.raises(UserError, match="3 links lead out of the folder .*follow with --follow-links"):
-        scan.insist(found, "farm", 0.01)
-    assert "3 links" in links(found)
+        scan.check_scan(found, "farm", 0.01)
+    assert "3 links" in describe_links(found)
     check(str(tmp_path / "farm"), follow_links=True)
 
 
 def test_a_root_that_is_a_link_is_the_root(tmp_path):
     put(tmp_path, "real/a.png")
     (tmp_path / "data").symlink_to("real")
-    assert names(Folder(str(tmp_path / "data"), follow_links=False)) == ["a.png"]
+    assert names(Folder(str(tmp_path / "data"), Selection(follow_links=False))) == ["a.png"]
 
 
 # Patterns
@@ -108,17 +108,17 @@ def test_a_root_that_is_a_link_is_the_root(tmp_path):
 )
 def test_include_and_exclude(tmp_path, include, exclude, taken):
     put(tmp_path, "a.png", "a_mask.png", "masks/a.png", "x/b.jpg", "x/masks/b.png")
-    folder = Folder(str(tmp_path), include=include, exclude=exclude)
+    folder = Folder(str(tmp_path), Selection(include=include, exclude=exclude))
     assert names(folder) == taken
     assert folder.ignored.get("not chosen", 0) == 5 - len(taken)
     (tmp_path / "l.txt").write_text("\n".join(names(Folder(str(tmp_path)))))
-    listing = Listing(str(tmp_path / "l.txt"), include=include, exclude=exclude)
+    listing = Listing(str(tmp_path / "l.txt"), Selection(include=include, exclude=exclude))
     assert (names(listing), listing.ignored.get("not chosen", 0)) == (taken, 5 - len(taken))
 
 
 def test_patterns_are_for_files():
-    with pytest.raises(UserError, match="include and exclude choose files"):
-        Items([scene(0)], exclude=("a",))
+    with pytest.raises(UserError, match="include and exclude select files"):
+        Items([scene(0)], Selection(exclude=("a",)))
 
 
 def test_archives_are_to_be_extracted(tmp_path):
@@ -164,9 +164,9 @@ def test_twelve_bits_in_sixteen_are_remarked_on(tmp_path):
 
 
 def test_depths_below_zero_are_no_twelve_bits(monkeypatch):
-    one = Noted.__new__(Noted)
-    one.deep, one.range16, one._values = [0], (0, 65535), lambda _: [np.array([-9, -3], np.int16)]
-    assert one._dark() == ""
+    one = RemarkCollector.__new__(RemarkCollector)
+    one.deep, one.range16, one._read_sample = [0], (0, 65535), lambda _: [np.array([-9, -3], np.int16)]
+    assert one._remark_on_range() == ""
 
 
 # What is said
@@ -186,7 +186,7 @@ def test_check_says_what_it_used_and_one_line_for_one_reason(tmp_path, capsys):
 
 
 def test_reasons_come_by_their_number():
-    assert summed([("a", "x"), ("b", "y"), ("c", "y")]) == ["2 files: y (b, c)", "a: x"]
+    assert group_by_reason([("a", "x"), ("b", "y"), ("c", "y")]) == ["2 files: y (b, c)", "a: x"]
 
 
 def test_what_takes_long_is_counted(monkeypatch):
@@ -227,12 +227,12 @@ def test_listing_tells_how_far_it_is(tmp_path, monkeypatch):
 
 
 def test_no_more_pixels_at_a_time_than_there_is_room_for():
-    room, taken, most = Room(100), 0, 0
+    budget, taken, most = PixelBudget(100), 0, 0
     lock = threading.Lock()
 
     def work(pixels):
         nonlocal taken, most
-        with room.of(pixels):
+        with budget.reserve(pixels):
             with lock:
                 taken += pixels
                 most = max(most, taken)
@@ -240,11 +240,11 @@ def test_no_more_pixels_at_a_time_than_there_is_room_for():
             with lock:
                 taken -= pixels
 
-    list(each(work, [30, 40, 100, 500, 10, 60, 60, 60] * 5))
+    list(map_in_order(work, [30, 40, 100, 500, 10, 60, 60, 60] * 5))
     assert 60 < most <= 500
-    assert room.free == 100
+    assert budget.free == 100
     most = 0
-    list(each(work, [30, 60, 60] * 10))
+    list(map_in_order(work, [30, 60, 60] * 10))
     assert most <= 100
 
 
@@ -255,9 +255,9 @@ def test_work_comes_in_order_and_stops_at_once():
         begun.append(item)
         return item * 2
 
-    assert list(each(work, range(500))) == list(range(0, 1000, 2))
+    assert list(map_in_order(work, range(500))) == list(range(0, 1000, 2))
     begun.clear()
-    results = each(work, range(100_000))
+    results = map_in_order(work, range(100_000))
     assert next(results) == 0
     results.close()
     assert len(begun) < 1000
@@ -286,7 +286,7 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
     scene(3, 60, 40).save(tmp_path / "d.jpg", exif=exif)
     source = Folder(str(tmp_path))
     sides = scan.scan(source).sides
-    listed = "\n".join(json.dumps(frozen(source, i, sides.get(i))) for i in range(4)).encode()
+    listed = "\n".join(json.dumps(list_entry(source, i, sides.get(i))) for i in range(4)).encode()
     again = Frozen(Folder(str(tmp_path), files=names(source)), listed)
     for i in range(4):
         assert torch.equal(again.read(i), source.read(i))
@@ -306,7 +306,7 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
 def test_a_run_replaces_an_image_that_is_another_by_now(tmp_path):
     data = make_scenes(tmp_path / "data", 6)
     settings = Pretrain(data=str(data), out=str(tmp_path), hold_out=0, max_bad=0.5)
-    files = run_images.scanned(str(data), settings, begun=False, checkpoints=False)
+    files = run_images.scan_images(str(data), settings, begun=False, checkpoints=False)
     (tmp_path / "images.jsonl").write_text(files["images.jsonl"])
     (tmp_path / "scan.json").write_text(files["scan.json"])
     said = []

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gtsa.core.errors import UserError
 from gtsa.data.pixels import NEUTRAL, BadImage
-from gtsa.data.sources import open_source
+from gtsa.data.sources import Selection, open_source
 from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.list_file import Listing
 from gtsa.data.sources.torch_dataset import Items
@@ -169,9 +169,9 @@ def test_depth_is_not_limited_by_the_stack(tmp_path):
 
 def test_range_reaches_the_decoder(tmp_path):
     Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert Folder(tmp_path, range16=(0, 1000)).read(0).float().mean() == 255
+    assert Folder(tmp_path, Selection(range16=(0, 1000))).read(0).float().mean() == 255
     (tmp_path / "l.txt").write_text("a.png")
-    assert Listing(tmp_path / "l.txt", range16=(0, 2000)).read(0).float().mean() == 128
+    assert Listing(tmp_path / "l.txt", Selection(range16=(0, 2000))).read(0).float().mean() == 128
 
 
 # List files
@@ -180,7 +180,7 @@ def test_range_reaches_the_decoder(tmp_path):
 def listing(root, content, **options):
     file = root / "list.txt"
     file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
-    return Listing(str(file), **options)
+    return Listing(str(file), Selection(**options))
 
 
 def test_lists_are_sorted_and_free_of_comments_and_duplicates(tmp_path):
@@ -302,7 +302,7 @@ def test_items_of_other_modes_are_converted_as_files_are(tmp_path):
     for i in range(4):
         items.dataset[i].save(tmp_path / f"{i}.png")
         assert torch.equal(Folder(tmp_path, files=[f"{i}.png"]).read(0), items.read(i))
-    assert Items([deep], range16=(0, 100)).read(0).float().mean() > 250
+    assert Items([deep], Selection(range16=(0, 100))).read(0).float().mean() > 250
 
 
 def test_a_torch_dataset_is_a_source():

@@ -16,6 +16,7 @@ from gtsa.models import weights
 from gtsa.models.backbone import IMAGENET, Backbone
 from gtsa.models.export import write
 from gtsa.models.formats import OPENS
+from gtsa.models.weight_sources import read_weights
 from gtsa.models.weights import load_backbone
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"]
@@ -125,7 +126,7 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
     assert {p.name for p in place.parent.iterdir()} == {"w.pth", "w.pth.sha256"}
     told = load_backbone(str(place))[1]
     assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in told
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export(str(tmp_path / "timm"), str(place), "dino")
 
 
@@ -205,7 +206,7 @@ def copy_of(place, to):
 @pytest.mark.parametrize("to", OPENS)
 def test_every_changed_or_shortened_file_is_found(exported, tmp_path, to):
     place, files = copy_of(exported[to], tmp_path)
-    weights.find(str(place))
+    read_weights(str(place))
     for file in files:
         whole = file.read_bytes()
         for at in (0, len(whole) // 3, len(whole) // 2, len(whole) - 1):
@@ -214,10 +215,10 @@ def test_every_changed_or_shortened_file_is_found(exported, tmp_path, to):
                     continue  # the name behind the checksum, which nobody reads
                 file.write_bytes(damaged)
                 with pytest.raises(UserError, match=r"changed or cut short|is damaged") as remedy:
-                    weights.find(str(place))
+                    read_weights(str(place))
                 assert remedy.value.code == 4
         file.write_bytes(whole)
-    weights.find(str(place))
+    read_weights(str(place))
 
 
 @pytest.mark.parametrize("to", OPENS)

@@ -18,6 +18,7 @@ from gtsa import UserError
 from gtsa.evaluation.retrieval import nearest, votes_of
 from gtsa.models import state_dict, weights
 from gtsa.models.backbone import Backbone
+from gtsa.models.weight_sources import Weights, read_weights
 from gtsa.models.weights import load_backbone
 
 transformers.logging.set_verbosity_error()
@@ -252,13 +253,13 @@ def test_timm_by_name(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(timm, "create_model", fetched)
-    found = weights.find("timm:vit_tiny_patch16_384")
+    found = read_weights("timm:vit_tiny_patch16_384")
     monkeypatch.undo()
     assert (found.model, found.arguments) == ("vit_tiny_patch16_384", {"img_size": 384})
     assert found.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert all(torch.equal(found.tensors[k], v) for k, v in made[0].state_dict().items())
     with pytest.raises(UserError, match="timm:no_such_vit could not be fetched") as remedy:
-        weights.find("timm:no_such_vit")
+        read_weights("timm:no_such_vit")
     assert remedy.value.code == 4
 
 
@@ -278,14 +279,14 @@ def test_teacher_or_student(tmp_path, vit):
     for name, content in {"dicts": both, "flat": flat, "lightning": {"state_dict": flat}, "nested": nested}.items():
         torch.save(content, tmp_path / f"{name}.pth")
         for who, wanted in (("teacher", vit), ("student", other)):
-            found = weights.find(str(tmp_path / f"{name}.pth"), who)
+            found = read_weights(str(tmp_path / f"{name}.pth"), who)
             assert all(torch.equal(found.tensors[k], v) for k, v in wanted.state_dict().items()), name
             assert len(found.tensors) == 30
             if name != "dicts":
                 assert sum(found.left.values()) == (33 if name != "nested" else 32)
     torch.save({"teacher": vit.state_dict()}, tmp_path / "teacher.pth")
     with pytest.raises(UserError, match="holds a teacher and no student"):
-        weights.find(str(tmp_path / "teacher.pth"), "student")
+        read_weights(str(tmp_path / "teacher.pth"), "student")
     torch.save({"student": vit.state_dict()}, tmp_path / "student.pth")
     assert "student.pth (student)" in load_backbone(str(tmp_path / "student.pth"))[1]
 
@@ -300,7 +301,7 @@ def test_prefixes_and_boxes_in_any_order(tmp_path_factory, prefix, boxes):
         content = {box: content, "epoch": 3}
     path = tmp_path_factory.mktemp("boxes") / "w.pt"
     torch.save(content, path)
-    found = weights.find(str(path))
+    found = read_weights(str(path))
     assert found.tensors.keys() == state.keys()
     assert found.left == {}
 
@@ -413,22 +414,24 @@ def test_other_sizes_are_resampled_by_timm(tmp_path, vit):
             features(backbone, images(1, 96)), other.forward_features(images(1, 96)), rtol=0, atol=1e-5
         )
     target = Backbone("vit_tiny_patch16_224", 96, arguments={"depth": DEPTH})
-    weights.load(weights.find(str(place)), target)
+    weights.load(read_weights(str(place)), target)
     torch.testing.assert_close(target.vit.pos_embed, other.pos_embed)
 
 
 def test_positions_of_another_grid(tmp_path):
     big = Backbone("vit_tiny_patch16_224", 224, arguments={"depth": 1})
     small = Backbone("vit_tiny_patch16_224", 112, arguments={"depth": 1})
-    weights.load(weights.Weights(big.vit.state_dict(), "big"), small)
+    weights.load(Weights(big.vit.state_dict(), "big"), small)
     wanted = timm.layers.resample_abs_pos_embed(big.vit.pos_embed, [7, 7], [14, 14])
     torch.testing.assert_close(small.vit.pos_embed, wanted)
 
 
-def test_another_eps_is_told(tmp_path, vit):
+def test_another_eps_is_reported(tmp_path, vit):
     hugging(vit, eps=1e-12).save_pretrained(tmp_path)
     target = Backbone("vit_tiny_patch16_224", SIDE, arguments={"depth": DEPTH})
-    assert weights.load(weights.find(str(tmp_path)), target).endswith("; LayerNorm eps is 1e-12 there and 1e-06 here")
+    assert weights.load(read_weights(str(tmp_path)), target).endswith(
+        "; LayerNorm eps is 1e-12 in the weights and 1e-06 here"
+    )
 
 
 # What is refused
@@ -462,7 +465,7 @@ def test_tensors_that_do_not_fit(tmp_path, vit, change, words):
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UserError, match=words) as remedy:
         target = Backbone("vit_tiny_patch16_224", SIDE, arguments={"depth": DEPTH})
-        weights.load(weights.find(str(tmp_path / "w.pth")), target)
+        weights.load(read_weights(str(tmp_path / "w.pth")), target)
     assert remedy.value.code == 4
 
 
@@ -539,8 +542,8 @@ CONFIGS = [
     ({"model_type": "swin"}, "model_type 'swin' cannot be read; vit, dinov2"),
     ({"image_size": [64, 128]}, "image_size .* is no square"),
     ({"num_channels": 1}, "it sees 1 channels"),
-    ({"num_hidden_layers": 10**9}, "tells of 1000000000 blocks of width 192, there are 2 of 192"),
-    ({"hidden_size": 10**9}, "tells of 2 blocks of width 1000000000"),
+    ({"num_hidden_layers": 10**9}, "states 1000000000 blocks of width 192, the tensors have 2 of 192"),
+    ({"hidden_size": 10**9}, "states 2 blocks of width 1000000000"),
     ({"hidden_size": "wide"}, "cannot be understood"),
     ({"num_attention_heads": 0}, "cannot be understood"),
     ({"patch_size": 0}, "is no square in px"),

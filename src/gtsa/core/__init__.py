@@ -1,1 +1,1 @@
-"""What all wings share: types, errors, settings, files, the terminal. Imports nothing by itself."""
+"""Shared by all packages: types, errors, settings, files, the terminal. Imports nothing by itself."""

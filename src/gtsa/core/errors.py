@@ -1,4 +1,4 @@
-"""Errors that a user can mend, the exit codes of the command line, and which process tells of them."""
+"""Errors that a user can correct, exit codes of the command line, and the process that reports errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+    """An error that the user can correct. The message says what is wrong, where, and what to do.
 
     ``code`` is the exit code of the command line (see EXIT_CODES).
     """
@@ -21,8 +21,8 @@ def from_worker(error: UserError) -> UserError:
     return UserError(str(error).rsplit("UserError: ", 1)[-1].strip(), 3)
 
 
-class Alone(UserError):
-    """Another process of the run is gone. Whoever is left says so: the one that speaks for all may be the one gone."""
+class ProcessLost(UserError):
+    """Another process of the run ended. All others report it: the first process may be the lost one."""
 
 
 EXIT_CODES = {
@@ -32,17 +32,17 @@ EXIT_CODES = {
     4: "bad checkpoint or weights",
     5: "training diverged",
     6: "lack of a resource (memory, disk, worker)",
-    7: "done, but for parts that failed and are named",
+    7: "done, except for failed parts, which are listed",
     8: "refused for safety",
-    75: "stopped on request, with a checkpoint once there was a step to save: run again with --resume to go on",
+    75: "stopped on request, with a checkpoint if there was a step to save: continue with --resume",
 }
 
 
 def escaped(name: str) -> str:
-    """A file name for the terminal and for reports: control characters and broken encodings are shown, not sent."""
+    """A file name for terminal and reports: control characters and invalid encodings are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
-def speaks() -> bool:
-    """Whether this process tells the user what happens: of several on a machine it is the first."""
+def is_first_process() -> bool:
+    """Whether this process prints messages: the first one on its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all: drafts, checksums, and a seal for text.
+"""Atomic writes, checksums, and a seal for text.
 
-A file or folder NAME is written as ``.NAME.PROCESS`` beside its place, flushed to the disk, and renamed.
+A file or folder NAME is first written as a draft ``.NAME.PROCESS`` in the same folder, flushed to disk, and renamed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-IMAGES = "images.jsonl"  # of a run: one line for each usable image, whose numbers mean these for ever
-SUMS = "gtsa.sha256"  # of a folder's files, as ``sha256sum --check`` reads it
+IMAGES = "images.jsonl"  # of a run: one line for each usable image; image indices refer to these lines
+SUMS = "gtsa.sha256"  # checksums of a folder's files, in the format of ``sha256sum --check``
 SEAL = "# sha256 of the lines above: "
 DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)", re.DOTALL)
 
 
 def store(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file atomically: afterwards it is complete, or unchanged."""
     draft = draft_of(path)
     try:
         write(draft, data)
@@ -34,7 +34,7 @@ def store(path: Path, data: bytes) -> None:
 
 
 def write(path: Path, data: bytes) -> str:
-    """Writes a file through to the disk and returns its SHA-256; a link in its place is not followed."""
+    """Writes a file through to disk and returns its SHA-256. A link at ``path`` is not followed."""
     with named(path), open(path, "wb", opener=_no_link) as file:
         file.write(data)
         file.flush()
@@ -44,7 +44,7 @@ def write(path: Path, data: bytes) -> str:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Gives an error of the disk the name of the file, which a write that fails does not have."""
+    """Adds the file name to an OSError. A failed write does not have it."""
     try:
         yield
     except OSError as error:
@@ -59,7 +59,7 @@ def digest(path: Path) -> str:
 
 
 def flush(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Flushes the file names of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,18 +68,18 @@ def flush(folder: Path) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """Where this process writes what is to be ``path``."""
+    """The path of this process's draft of ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def is_draft(name: str, *patterns: str) -> bool:
-    """Whether a name is that of a draft of a name like ``patterns``."""
-    found = DRAFT.fullmatch(name)
-    return found is not None and any(fnmatchcase(found["name"], pattern) for pattern in patterns)
+    """Whether ``name`` is a draft of a file that matches one of ``patterns``."""
+    draft = DRAFT.fullmatch(name)
+    return draft is not None and any(fnmatchcase(draft["name"], pattern) for pattern in patterns)
 
 
 def clear_drafts(folder: Path, *patterns: str) -> None:
-    """Removes drafts of names like ``patterns`` whose process is gone; links stay, and whatever cannot be removed."""
+    """Removes drafts that match ``patterns`` and whose process ended. Links are kept, and what cannot be removed."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
             if not is_draft(path.name, *patterns) or path.is_symlink() or _alive(int(path.name.rpartition(".")[2])):
@@ -92,14 +92,14 @@ def clear_drafts(folder: Path, *patterns: str) -> None:
 
 
 def sums(digests: Mapping[str, str]) -> str:
-    """{file name: SHA-256} as ``sha256sum`` writes it."""
+    """{file name: SHA-256} in the format of ``sha256sum``."""
     return "".join(f"{value}  {name}\n" for name, value in sorted(digests.items()))
 
 
 def changed(folder: Path) -> str:
-    """The first file that is not what SUMS says, or SUMS itself; empty where all is well.
+    """The first file that differs from its checksum in SUMS, or SUMS itself; empty if none.
 
-    A folder without SUMS was not written by us, or before there was one: nothing is known of it.
+    A folder without SUMS is not checked: others wrote it, or an early version.
     """
     if not (folder / SUMS).is_file():
         return ""
@@ -114,27 +114,27 @@ def changed(folder: Path) -> str:
 
 
 def sum_of(path: Path) -> Path:
-    """Where the checksum of a single file lies."""
+    """The path of a single file's checksum."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def changed_since(path: Path) -> bool:
-    """Whether a single file is not what the checksum beside it says; without one nothing is known of it."""
+    """Whether a single file differs from the checksum beside it; False without a checksum."""
     if not sum_of(path).is_file():
         return False
-    told = sum_of(path).read_text(errors="replace").split()[:1]
-    return told != [digest(path)]
+    expected = sum_of(path).read_text(errors="replace").split()[:1]
+    return expected != [digest(path)]
 
 
 def sealed(text: str) -> str:
-    """Text with a last line that tells whether it was changed; a comment in YAML and for sha256sum."""
+    """Text with its checksum as a last line, which is a comment in YAML and for sha256sum."""
     return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def is_sealed(raw: bytes) -> bool | None:
-    """Whether text is as it was sealed; None where no seal is in it."""
-    head, found, _ = raw.rpartition(SEAL.encode())
-    return raw == sealed(head.decode(errors="replace")).encode() if found else None
+    """Whether sealed text is unchanged; None without a seal."""
+    head, seal, _ = raw.rpartition(SEAL.encode())
+    return raw == sealed(head.decode(errors="replace")).encode() if seal else None
 
 
 def _no_link(path: str, flags: int) -> int:
@@ -146,6 +146,6 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it is another user's
+    except PermissionError:  # another user's process
         pass
     return True

@@ -1,4 +1,4 @@
-"""Parts of a page: style, colours, line charts."""
+"""Parts of an HTML page: style, colours, line charts."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ img{image-rendering:pixelated;max-width:100%}figure{margin:1em 0;display:inline-
 
 
 def line_chart(lines: Mapping[str, Mapping[int, list[float]]]) -> str:
+    """An SVG of the mean of each line: {name: {x: values}}."""
     width, height, left, low = 560, 300, 50, 30
-    points = {name: [(x, float(np.mean(ys))) for x, ys in sorted(of.items())] for name, of in lines.items()}
-    xs, ys = ([p[i] for of in points.values() for p in of] for i in (0, 1))
+    points = {name: [(x, float(np.mean(ys))) for x, ys in sorted(line.items())] for name, line in lines.items()}
+    xs, ys = ([point[i] for line in points.values() for point in line] for i in (0, 1))
     x0, x1, y0, y1 = 0.0, float(max(xs)), min(ys), max(ys)
     span = (y1 - y0) or 1.0
 
-    def at(x: float, y: float) -> str:
+    def position(x: float, y: float) -> str:
         right, up = (x - x0) / (x1 - x0 or 1), (y - y0) / span
         return f"{left + (width - left - 130) * right:.1f},{height - low - (height - 45) * up:.1f}"
 
     text = [f'<svg width="{width}" height="{height}" font-size="12">']
     for y in (y0, (y0 + y1) / 2, y1):
-        x_, y_ = at(x0, y).split(",")
+        x_, y_ = position(x0, y).split(",")
         text.append(f'<text x="4" y="{y_}">{y:.3g}</text><path d="M{x_},{y_}H{width - 130}" stroke="#ddd"/>')
     text.append(f'<text x="{left}" y="{height - 8}">0</text><text x="{width - 160}" y="{height - 8}">{x1:,.0f}</text>')
-    for number, (name, of) in enumerate(points.items()):
+    for number, (name, line) in enumerate(points.items()):
         colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(at(*point) for point in of)
+        path = " ".join(position(*point) for point in line)
         text.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         text.append(f'<text x="{width - 124}" y="{20 + 16 * number}" fill="{colour}">{escape(name)}</text>')
     return "".join(text) + "</svg>"

@@ -1,6 +1,6 @@
-"""The classes of a folder: how their source declares them, read without importing anything, and the classes themselves.
+"""Finds the classes of a folder, and reads their declarations from source without importing them.
 
-The command line knows the settings of every method and every evaluation, and answers without torch.
+So the command line knows the settings of every method and every evaluation without torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ REQUIRED: Any = object()  # the default of an argument that has none
 
 @dataclass(frozen=True)
 class Declared:
-    """A class as its source declares it.
+    """A class as declared in its source.
 
     Attributes:
         summary: first line of the module's docstring.
         doc: docstring of the class.
-        arguments: of the constructor, without ``self``: {name: (type, default or REQUIRED)}. An argument whose type or
-            default needs an import has the type Any.
-        constants: class attributes, also those of the abstract base; values that need an import are None, and the
-            values of a dictionary one by one.
+        arguments: of the constructor, without ``self``: {name: (type, default or REQUIRED)}. The type is Any if it or
+            the default needs an import.
+        constants: class attributes, also those of the abstract base. Values that need an import are None, in a
+            dictionary one by one.
     """
 
     summary: str
@@ -39,10 +39,10 @@ class Declared:
 
 
 def declared(file: Path, name: str = "", base: str = "") -> Declared | None:
-    """The class ``name``, or the first one that names ``base`` as its base; None where there is none."""
+    """The class ``name``, or the first one with the base ``base``; None if there is none."""
     module = ast.parse(file.read_text(encoding="utf-8"))
     known = {key: getattr(typing, key) for key in ("Any", "Literal")}
-    for key, expression in _assigned(module.body):
+    for key, expression in _assignments(module.body):
         value = _value(expression, known)
         if value is not None:
             known[key] = value
@@ -52,35 +52,36 @@ def declared(file: Path, name: str = "", base: str = "") -> Declared | None:
                 (ast.get_docstring(module) or "").partition("\n")[0],
                 ast.get_docstring(node) or "",
                 _arguments(node, known),
-                {key: _value(value, known) for key, value in _assigned(node.body)},
+                {key: _value(value, known) for key, value in _assignments(node.body)},
             )
     return None
 
 
 def all_declared(folder: Path, base: str, source: Path) -> dict[str, Declared]:
-    """{module: its class that has the base ``base``} of all modules in ``folder``; ``source`` defines the base."""
+    """{module: its class with the base ``base``} of all modules in ``folder``; ``source`` defines the base."""
     inherited = declared(source, base)
     assert inherited is not None
-    found = {}
+    declarations = {}
     for file in sorted(folder.glob("[!_]*.py")):
-        one = declared(file, base=base)
-        if one is not None:
-            found[file.stem] = Declared(one.summary, one.doc, one.arguments, {**inherited.constants, **one.constants})
-    return found
+        own = declared(file, base=base)
+        if own is not None:
+            constants = {**inherited.constants, **own.constants}
+            declarations[file.stem] = Declared(own.summary, own.doc, own.arguments, constants)
+    return declarations
 
 
 def classes(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
-    """{module: class} of every module in a package that defines a class of the kind ``base``."""
-    found = {}
+    """{module: class} of every module in a package that defines a subclass of ``base``."""
+    subclasses = {}
     for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
         name = f"{package.__name__}.{module.name}"
         for value in vars(importlib.import_module(name)).values():
-            if isinstance(value, type) and issubclass(value, base) and value.__module__ == name:
-                found[module.name] = value
-    return found
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == name and value is not base:
+                subclasses[module.name] = value
+    return subclasses
 
 
-def _assigned(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
     for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             yield node.targets[0].id, node.value
@@ -89,26 +90,26 @@ def _assigned(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _arguments(node: ast.ClassDef, known: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Of ``__init__``; of a dataclass its fields."""
+    """The arguments of ``__init__``, or the fields of a dataclass."""
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
-            given = part.args.args[1:] + part.args.kwonlyargs
+            arguments = part.args.args[1:] + part.args.kwonlyargs
             missing: list[ast.expr | None] = [None] * (len(part.args.args[1:]) - len(part.args.defaults))
             defaults = [*missing, *part.args.defaults, *part.args.kw_defaults]
             return {
-                argument.arg: (_kind(argument.annotation, known), _default(default, known))
-                for argument, default in zip(given, defaults, strict=True)
+                argument.arg: (_type_of(argument.annotation, known), _default(default, known))
+                for argument, default in zip(arguments, defaults, strict=True)
             }
     return {
-        part.target.id: (_kind(part.annotation, known), _default(part.value, known))
+        part.target.id: (_type_of(part.annotation, known), _default(part.value, known))
         for part in node.body
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
     }
 
 
-def _kind(node: ast.expr | None, known: Mapping[str, Any]) -> Any:
-    found = None if node is None else _value(node, known)
-    return Any if found is None else found
+def _type_of(node: ast.expr | None, known: Mapping[str, Any]) -> Any:
+    value = None if node is None else _value(node, known)
+    return Any if value is None else value
 
 
 def _default(node: ast.expr | None, known: Mapping[str, Any]) -> Any:
@@ -116,13 +117,13 @@ def _default(node: ast.expr | None, known: Mapping[str, Any]) -> Any:
 
 
 def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
-    """The value of an expression of plain values, types and constants of its module; None where it needs more."""
+    """The value of an expression of plain values, types and constants of its module; None if it needs an import."""
     try:
         return ast.literal_eval(node)
     except ValueError:  # types and constants
         pass
     try:
-        return eval(compile(ast.Expression(node), "<declared>", "eval"), dict(known))  # source of our own package
+        return eval(compile(ast.Expression(node), "<declared>", "eval"), dict(known))  # the source is gtsa's own
     except (NameError, AttributeError, TypeError):
         if isinstance(node, ast.Dict) and all(node.keys):
             return {_value(key, known): _value(value, known) for key, value in zip(node.keys, node.values, strict=True)}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Random numbers that follow from (seed, stream, place), never from global state."""
+"""Random numbers as a function of (seed, stream, counter), never of global state."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """Streams of random numbers, one for each use: none of them depends on how much another one is drawn from."""
+    """Streams of random numbers, one for each use. They are independent: no stream changes another."""
 
     ORDER = 1  # of the images of an epoch
     VIEWS = 2  # crops, rotations and colours of an image
     HELD_OUT = 3  # which images are held out, and their views
-    PATCH_MEMORY = 4  # which patches in-context retrieval remembers
-    CLUSTERS = 5  # images and starts of k-means
+    PATCH_MEMORY = 4  # patches in the memory of in-context retrieval
+    CLUSTERS = 5  # images and initial centres of k-means
     SEGMENTATION_CROPS = 6
-    LINEAR_HELD_OUT = 21  # images that choose the probe's learning rate
+    LINEAR_HELD_OUT = 21  # images on which the probe's learning rate is chosen
     FINETUNE_CROPS = 31
     FINETUNE_MIXUP = 32
-    HEALTH_PATCHES = 41  # which patches of an image are looked at
+    HEALTH_PATCHES = 41  # patches of an image that are evaluated
 
 
-def generator(seed: int, stream: int, *place: int) -> np.random.Generator:
-    """Random numbers as a pure function of (seed, stream, place); place has at most three numbers."""
-    counter = [0, *place, *[0] * (3 - len(place))]
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=counter))
+def generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
+    """Random numbers as a pure function of (seed, stream, counter). The counter has at most three numbers."""
+    padded = [0, *counter, *[0] * (3 - len(counter))]
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=padded))
 
 
 @lru_cache(maxsize=2)

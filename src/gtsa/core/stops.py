@@ -1,11 +1,10 @@
-"""Requests to stop: signals, in every phase of a command, and processes that are told of them.
+"""Requests to stop: signals in every phase of a command, and child processes that stop with it.
 
-* Where nothing is waited for (before the first step, after the last) SIGINT, SIGTERM and SIGHUP end the command at
-  once, by an exception.
+* Before the first step and after the last, SIGINT, SIGTERM and SIGHUP end the command at once, by an exception.
 * Between steps they are collected, and the loop acts on them: it saves and stops. A second SIGINT ends it at once.
-* A look on the way is broken off: it can take longer than the 30 seconds that torchrun leaves.
-* SIGUSR1 asks a training to save and stop, also when it comes before the first step.
-* While something is saved, all of them wait.
+* An evaluation during training is interrupted: it can take longer than the 30 seconds that torchrun allows.
+* SIGUSR1 requests a training to save and stop, also before the first step.
+* While a file is saved, all signals wait.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from gtsa.core.errors import speaks
+from gtsa.core.errors import is_first_process
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ALL = (*ENDING, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the command where there was nothing to save. Whoever handles Ctrl-C handles this alike.
+    """A signal ended the command where there was nothing to save. Handlers of Ctrl-C handle this, too.
 
-    ``code`` as shells have it: 128 and the signal's number.
+    ``code`` as in shells: 128 plus the signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -35,31 +34,31 @@ class Stopped(KeyboardInterrupt):
         self.number, self.code = number, 128 + number
 
 
-class Broken(Stopped):
-    """A look was broken off by a request to stop: it is taken when the training goes on."""
+class EvaluationStopped(Stopped):
+    """A request to stop interrupted an evaluation during training. It is repeated when the training resumes."""
 
 
-_early: list[int] = []  # SIGUSR1 that came before there was a training
-_late: list[Stopped] = []  # what came during a save
-_saves = 0  # that are being written, one in another
-_looks = 0  # that can be broken off
+_early: list[int] = []  # SIGUSR1 before the training began
+_late: list[Stopped] = []  # signals during a save
+_saves = 0  # nested saves in progress
+_interruptible = 0  # nested interruptible blocks
 
 
 @contextmanager
-def heard(trains: bool = False) -> Iterator[None]:
-    """Signals raise Stopped: SIGTERM, SIGHUP and SIGUSR1 once, so that the way out is not interrupted.
+def handle_signals(trains: bool = False) -> Iterator[None]:
+    """Signals raise Stopped; SIGTERM, SIGHUP and SIGUSR1 only once, so that cleaning up is not interrupted.
 
-    What others handle, or ignore as nohup does, is left to them. With ``trains``, SIGUSR1 waits for a step.
+    Signals that others handle, or ignore as nohup does, are left to them. With ``trains``, SIGUSR1 waits for a step.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
     def act(number: int) -> None:
         if number == signal.SIGUSR1 and trains:
             if not _early:
-                tell("SIGUSR1: saving and stopping after the first step")
+                print_to_stderr("SIGUSR1: saving and stopping after the first step")
             _early.append(number)
-        elif number == signal.SIGINT or not asked:
-            asked.append(number)
+        elif number == signal.SIGINT or not received:
+            received.append(number)
             raise Stopped(number)
 
     usual = (signal.SIG_DFL, signal.default_int_handler)
@@ -75,25 +74,25 @@ def heard(trains: bool = False) -> Iterator[None]:
 @contextmanager
 def requests() -> Iterator[list[int]]:
     """Collects signals; the loop acts on them between steps. A second Ctrl-C stops at once."""
-    asked = list(_early)
+    received = list(_early)
     _early.clear()
 
     def act(number: int) -> None:
-        if number == signal.SIGINT and signal.SIGINT in asked:
+        if number == signal.SIGINT and signal.SIGINT in received:
             raise Stopped(number)
-        asked.append(number)
-        if len(asked) == 1:
-            tell(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
-        if _looks:
-            raise Broken(number)
+        received.append(number)
+        if len(received) == 1:
+            print_to_stderr(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
+        if _interruptible:
+            raise EvaluationStopped(number)
 
     with _handled(act, [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]):
-        yield asked
+        yield received
 
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """What is written within is written to its end; signals are acted on afterwards."""
+    """Signals wait until the block ends, so that writing is completed."""
     global _saves
     _saves += 1
     try:
@@ -107,34 +106,33 @@ def saving() -> Iterator[None]:
 
 
 @contextmanager
-def looking() -> Iterator[None]:
-    """What is done within is broken off by a request to stop, as ``Broken``, where requests are collected."""
-    global _looks
-    _looks += 1
+def interruptible() -> Iterator[None]:
+    """A request to stop interrupts the block with ``EvaluationStopped``, where requests are collected."""
+    global _interruptible
+    _interruptible += 1
     try:
         yield
     finally:
-        _looks -= 1
+        _interruptible -= 1
 
 
-def tell(text: str) -> None:
-    """A line on standard error, from within a signal handler: nothing is buffered or locked. Of several processes one
-    tells."""
-    if speaks():
+def print_to_stderr(text: str) -> None:
+    """Prints a line from within a signal handler: no buffers, no locks. Only the first process prints."""
+    if is_first_process():
         with suppress(OSError):
             os.write(2, f"{chr(10) if os.isatty(2) else ''}gtsa: {text}\n".encode())
 
 
 @contextmanager
 def _handled(act: Callable[[int], None], numbers: Sequence[int]) -> Iterator[None]:
-    """Signals go to ``act`` and, afterwards, to whom they went before.
+    """Signals go to ``act`` within the block, and to their former handlers afterwards.
 
-    Outside the main thread the caller's signals stay the caller's.
+    Outside the main thread nothing changes.
     """
     owner = os.getpid()
 
-    def handle(number: int, _: Any) -> None:
-        if os.getpid() != owner:  # a worker, which has the handlers of its parent
+    def handle(number: int, _: object) -> None:
+        if os.getpid() != owner:  # a worker inherits the handlers of its parent
             return
         if number == signal.SIGHUP:
             _leave_terminal()
@@ -157,7 +155,7 @@ def _handled(act: Callable[[int], None], numbers: Sequence[int]) -> Iterator[Non
 
 
 def _leave_terminal() -> None:
-    """Output to a terminal that is gone goes nowhere: writing there fails, and a checkpoint is yet to be saved."""
+    """Redirects output from a closed terminal to /dev/null: writing to it would fail before the checkpoint is saved."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
@@ -165,17 +163,17 @@ def _leave_terminal() -> None:
 
 
 class Processes:
-    """Processes that work for this one, and come to a stop with it."""
+    """Child processes that are stopped together."""
 
     def __init__(self) -> None:
         self.working: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
 
     def run(self, command: Sequence[str], **options: Any) -> int:
-        """Waits for a process; its exit code, below 0 for the signal that ended it. For threads."""
+        """Runs a process and returns its exit code, below 0 for the signal that ended it. Threads may call it."""
         process = subprocess.Popen(command, **options)
         self.working.add(process)
-        if self.stopping:  # in the moment between
+        if self.stopping:  # stop() was called meanwhile
             process.terminate()
         try:
             return process.wait()

@@ -1,4 +1,4 @@
-"""What the user sees while things run."""
+"""Output on the terminal: tables, lines, counts and progress."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gtsa.core.errors import speaks
+from gtsa.core.errors import is_first_process
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
-    console.width = 120  # logs are not cut at the 80 columns of a terminal that is not there
+    console.width = 120  # without a terminal rich assumes 80 columns and cuts lines
 
 
-def table(title: str, rows: list[tuple[str, Any, str]]) -> None:
+def table(title: str, rows: Sequence[tuple[str, object, str]]) -> None:
     """Three columns: name, value, reason."""
     grid = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, show_header=False)
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     grid.add_column(style="dim")
-    for name, value, why in rows:
-        grid.add_row(Text(name), Text(str(value)), Text(why))
+    for name, value, reason in rows:
+        grid.add_row(Text(name), Text(str(value)), Text(reason))
     console.print(grid)
 
 
 def say(text: str) -> None:
+    """Prints a line."""
     console.print(Text(text))
 
 
 class Line:
-    """A line that is rewritten on a terminal; of several that are open the newest is shown."""
+    """A line that is rewritten on a terminal. Of several open lines the newest is shown."""
 
     _open: ClassVar[list[Line]] = []
     _live: ClassVar[Live | None] = None
@@ -49,7 +50,7 @@ class Line:
     def __init__(self) -> None:
         self.text = ""
         Line._open.append(self)
-        if speaks() and console.is_terminal and Line._live is None:
+        if is_first_process() and console.is_terminal and Line._live is None:
             Line._live = Live(console=console, refresh_per_second=4, transient=True)
             Line._live.start()
 
@@ -71,11 +72,11 @@ class Line:
 
 @contextmanager
 def doing(text: str, log: bool = True) -> Iterator[None]:
-    """Says what takes a while: on a terminal until it is done; elsewhere as a line that stays, if ``log``."""
+    """Shows what is in progress: on a terminal until it is done, elsewhere as a permanent line if ``log``."""
     line = Line()
     try:
         line.show(f"{text} ...", at_once=True)
-        if log and speaks() and not console.is_terminal:
+        if log and is_first_process() and not console.is_terminal:
             say(f"{text} ...")
         yield
     finally:
@@ -83,13 +84,13 @@ def doing(text: str, log: bool = True) -> Iterator[None]:
 
 
 class Count:
-    """How far a count has come, for what takes long: on a terminal in one line, elsewhere a line every half minute.
+    """The progress of a count: one line on a terminal, elsewhere a line every half minute.
 
-    Nothing is shown for what is done in a moment.
+    Nothing is shown for short tasks.
 
     Args:
-        what: is done, e.g. "listed".
-        total: how many there are, where that is known.
+        what: the participle of the task, e.g. "listed".
+        total: the final count, if known.
     """
 
     def __init__(self, what: str, total: int | None = None) -> None:
@@ -103,40 +104,42 @@ class Count:
         return self
 
     def __call__(self, count: int, note: str = "") -> None:
-        """``note``: what else to say."""
+        """``note``: text after the count."""
         now = time.perf_counter()
         if now - self.began < self.first or now - self.shown < self.every:
             return
         self.shown = now
         text = self.line(count, now - self.began) + (f"  {note}" if note else "")
         self._line.show(text, at_once=True)
-        if speaks() and not console.is_terminal:
+        if is_first_process() and not console.is_terminal:
             say(text)
 
     def line(self, count: int, seconds: float) -> str:
         if self.total is None:
             return f"{self.what} {count:,}"
-        left = seconds * (self.total - count) / max(1, count)
-        return f"{self.what} {count:,} of {self.total:,}  ETA {lasting(left)}"
+        remaining = seconds * (self.total - count) / max(1, count)
+        return f"{self.what} {count:,} of {self.total:,}  ETA {lasting(remaining)}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._line.close()
 
 
 class Clock:
-    """How long the rest of a run takes: its steps, looks and saves, each at what it has cost lately.
+    """Estimates the remaining time of a run from the recent cost of steps, evaluations and saves.
 
-    The first step, which is slow, counts only as long as nothing better is known.
+    The first step is slow; it counts only until later steps are measured.
 
     Args:
         steps: of the whole run.
-        look_every, save_every: steps; the last look and save are at the end.
-        step, look: seconds that are expected, before anything is known.
+        evaluate_every, save_every: steps; the last evaluation and save are at the end.
+        step, evaluation: expected seconds, until they are measured.
     """
 
-    def __init__(self, steps: int, look_every: int, save_every: int, step: float | None = None, look: float = 0.0):
-        self.steps, self.every = steps, {"look": look_every, "save": save_every}
-        self.seconds = {"look": look, "save": 0.0}
+    def __init__(
+        self, steps: int, evaluate_every: int, save_every: int, step: float | None = None, evaluation: float = 0.0
+    ) -> None:
+        self.steps, self.every = steps, {"look": evaluate_every, "save": save_every}
+        self.seconds = {"look": evaluation, "save": 0.0}
         self.expected, self.recent, self.first = step, deque[float](maxlen=100), True
 
     def step(self, seconds: float) -> None:
@@ -148,23 +151,24 @@ class Clock:
 
     def left(self, step: int) -> float:
         """Seconds from the end of ``step`` to the end of the run."""
-        each = sum(self.recent) / len(self.recent) if self.recent else self.expected or 0.0
+        seconds_a_step = sum(self.recent) / len(self.recent) if self.recent else self.expected or 0.0
         others = sum(seconds * times(step, self.steps, self.every[name]) for name, seconds in self.seconds.items())
-        return each * (self.steps - step) + others
+        return seconds_a_step * (self.steps - step) + others
 
 
 def times(step: int, steps: int, every: int) -> int:
-    """How often something happens after ``step`` that is done at every ``every``-th step, and at the end."""
+    """The number of multiples of ``every`` after ``step``; the end of the run counts as one, too."""
     return max(0, (steps - 1) // every - step // every) + 1
 
 
 class Progress:
-    """One line that is kept up to date on a terminal, and printed every half minute elsewhere.
+    """The progress of a training: one line on a terminal, elsewhere a line every half minute.
 
     Args:
-        steps: of the whole run; start: done before.
-        images: a step.
-        clock: of the run; None: one of steps alone.
+        steps: of the whole run.
+        start: steps that were done before.
+        images: number a step.
+        clock: of the run; None: a clock of steps alone.
     """
 
     def __init__(self, steps: int, start: int, images: int, every: float = 30.0, clock: Clock | None = None) -> None:
@@ -175,12 +179,12 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for another line: steps can take minutes."""
+        """Whether it is time for another line. Steps can take minutes."""
         now = time.perf_counter()
         return now - self.shown > 1 if console.is_terminal else now - self.printed > self.every
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """``values``: seconds (mean per step), waited (share), and figures to print."""
+        """``values``: seconds (mean per step), waited (share of time), and metrics to print."""
         self.shown = time.perf_counter()
         self.text = self.line(step, values)
         self.last.show(self.text)
@@ -208,19 +212,20 @@ class Progress:
 
 
 def lasting(seconds: float) -> str:
-    """2 h 05 min, 2 min 03 s or 3 s: not to be read as a time of day."""
+    """A duration: 2 h 05 min, 2 min 03 s or 3 s."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours:,} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
 def command() -> str:
-    """What to type for gtsa, quoted: its path where it is not on PATH, as long as its environment is not activated."""
+    """The command for gtsa, quoted: its path if it is not on PATH (its environment is not activated)."""
     if shutil.which("gtsa"):
         return "gtsa"
-    called = Path(sys.argv[0])
-    return shlex.join([str(called)] if called.name == "gtsa" else [sys.executable, "-m", "gtsa"])
+    program = Path(sys.argv[0])
+    return shlex.join([str(program)] if program.name == "gtsa" else [sys.executable, "-m", "gtsa"])
 
 
 def gib(size: float) -> str:
+    """A size in bytes as GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""The vocabulary: crops that remember where they came from, tokens, and what a method is. No logic."""
+"""The vocabulary: crops with their boxes, tokens, methods. No logic."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class Draw(NamedTuple):
-    """A place in the endless stream of images: the views made there are a pure function of (seed, epoch, image)."""
+    """A position in the endless stream of images. Its views are a pure function of (seed, epoch, image)."""
 
     epoch: int
-    place: int  # in the order of that epoch
+    position: int  # in the order of the epoch
 
 
 class Replaced(NamedTuple):
-    """An image that could not be read in mid-run, why, and the image that took its place."""
+    """An image that could not be read during training, the reason, and the image used instead."""
 
     image: int
     reason: str
@@ -34,7 +34,7 @@ class Colour(IntEnum):
     CONTRAST = 1
     SATURATION = 2
     HUE = 3
-    ORDER = 4  # 0 to 23: which permutation of the four above; -1: none of them
+    ORDER = 4  # 0 to 23: permutation of the four above; -1: none of them
     GRAYSCALE = 5  # 1: greyscale
     SIGMA = 6  # of the Gaussian blur in px; 0: none
     SOLARIZE = 7  # 1: the brighter half of the values is inverted
@@ -42,7 +42,7 @@ class Colour(IntEnum):
 
 @dataclass(frozen=True)
 class Crops:
-    """``n`` square crops of side ``S`` px for each of ``B`` images, all of one size."""
+    """``n`` square crops of ``S`` px a side for each of ``B`` images."""
 
     pixels: Tensor  # [B, n, 3, S, S]; uint8 as cut by the workers, normalised floats after augment.apply
     boxes: Tensor  # [B, n, 4] float64: x1, y1, x2, y2 in the image, px
@@ -50,7 +50,7 @@ class Crops:
     colours: Tensor  # [B, n, len(Colour)] float32: colour recipe, applied by augment.apply
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Crops:
-        """The same crops with ``change`` done to every tensor, e.g. moved to a device."""
+        """The same crops with ``change`` applied to every tensor, e.g. moved to a device."""
         return Crops(change(self.pixels), change(self.boxes), change(self.rotations), change(self.colours))
 
     @property
@@ -65,7 +65,7 @@ class Crops:
 class Views:
     """All views of a batch: global crops (seen by student and teacher) and local crops (student only).
 
-    A plain class on purpose: engines look into dataclasses and would cast the boxes to the training precision.
+    Not a dataclass: Fabric casts the tensors in dataclasses, and boxes must stay float64.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Views:
         replaced: Sequence[Replaced] = (),
     ) -> None:
         self.global_crops, self.local_crops = global_crops, local_crops
-        self.images = torch.empty(0, dtype=torch.int64) if images is None else images  # [B]: what each row shows
+        self.images = torch.empty(0, dtype=torch.int64) if images is None else images  # [B]: image of each row
         self.replaced = list(replaced)
 
     @classmethod
     def of(cls, groups: Sequence[Crops], images: Tensor | None = None, replaced: Sequence[Replaced] = ()) -> Views:
-        """From crops by size: global ones, then local ones where there are any."""
+        """From crops by size: global crops, then local crops if any."""
         return cls(groups[0], groups[1] if len(groups) > 1 else None, images, replaced)
 
     def each(self, change: Callable[[Crops], Crops]) -> Views:
-        """The same views with ``change`` done to the crops of every size."""
+        """The same views with ``change`` applied to the crops of every size."""
         return Views.of([change(crops) for crops in self.groups], self.images, self.replaced)
 
     def pin_memory(self) -> Views:
@@ -94,29 +94,29 @@ class Views:
 
     @property
     def groups(self) -> tuple[Crops, ...]:
-        """The crops by size: global ones first, local ones where there are any."""
+        """The crops by size: global crops, then local crops if any."""
         return (self.global_crops,) if self.local_crops is None else (self.global_crops, self.local_crops)
 
 
 @dataclass
 class Examples:
-    """A batch of images with what is to be learnt of each, for a supervised Objective."""
+    """A batch of images with their targets, for a supervised Objective."""
 
     pixels: Any  # [B, 3, H, W], or a list where sizes differ
     targets: Any
-    images: Tensor  # [B]: what each row shows
+    images: Tensor  # [B]: image of each row
     replaced: Sequence[Replaced] = ()
 
 
 class Tokens(NamedTuple):
-    """What a ViT makes of ``N`` images: a map of patch tokens, and the tokens before them (CLS, registers)."""
+    """The output of a ViT for ``N`` images: a map of patch tokens, and the prefix tokens (CLS, registers)."""
 
     patches: Tensor  # [N, h, w, D]
     prefix: Tensor  # [N, p, D], p may be 0
 
 
 class Objective(nn.Module, ABC):
-    """Something the loop can train. ``time`` runs from 0 to 1 over the whole run."""
+    """A module that the loop can train. ``time`` runs from 0 to 1 over the whole run."""
 
     @abstractmethod
     def forward(self, views: Any, time: float) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ class Objective(nn.Module, ABC):
     def after_step(self, time: float, next_time: float, accepted: Tensor) -> None:
         """Called after each optimiser step with its time and that of the next one.
 
-        ``accepted`` is a 0/1 scalar on the device: 0 where the step was skipped for a non-finite number.
+        ``accepted`` is a 0/1 scalar on the device: 0 if the step was skipped for a non-finite number.
         """
 
 
@@ -138,33 +138,33 @@ class Method(Objective):
     Its settings are its constructor's keyword arguments after the encoder, of plain types.
     """
 
-    published_settings: ClassVar[Mapping[str, Any]] = {}  # of a run, where they differ from the defaults
-    base_lr: ClassVar[float] = 5e-4  # peak learning rate that it was published with, for a batch of 256
-    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that a search for its settings draws from
-    min_views: ClassVar[int] = 2  # of an image
-    auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # those that are auto, from the number of images
-    needs_overlap: ClassVar[bool] = False  # of crops: so they have to meet, and must not be mirrored
+    published_settings: ClassVar[Mapping[str, Any]] = {}  # settings of the paper that differ from the defaults
+    base_lr: ClassVar[float] = 5e-4  # published peak learning rate for a batch of 256
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that trials draw settings from
+    min_views: ClassVar[int] = 2  # views of an image
+    auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # values of auto settings, by the number of images
+    needs_overlap: ClassVar[bool] = False  # crops must overlap and must not be mirrored
 
     @property
     @abstractmethod
     def encoders(self) -> Mapping[str, nn.Module]:
-        """{"teacher": Backbone, "student": Backbone}; the same one twice where the method has no teacher."""
+        """{"teacher": Backbone, "student": Backbone}; twice the student if the method has no teacher."""
 
     @abstractmethod
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Label-free figures of held-out views, per image: {name: [B]}; higher is better, and chance is 0.
+        """Label-free metrics of held-out views, per image: {name: [B]}; higher is better, chance is 0.
 
-        The first one is the one that a verdict is about. pretraining.verdict knows what to say of each.
+        The verdict is on the first one. pretraining.verdict has the text for each.
         """
 
 
 @dataclass
 class StepResult:
-    """What a finished step leaves to look at. ``parts`` stay on the device until somebody reads them."""
+    """The result of a step. ``parts`` stay on the device until they are read."""
 
-    step: int  # steps done so far: 1 after the first
+    step: int  # number of finished steps: 1 after the first
     parts: dict[str, Tensor]
-    seconds: float  # whole step
-    waited: float  # of these, for data
+    seconds: float  # of the whole step
+    waited: float  # seconds of these spent waiting for data
     replaced: list[Replaced] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)  # images of the step before, had it to be skipped
+    skipped: list[int] = field(default_factory=list)  # images of the previous step if it was skipped

@@ -1,11 +1,12 @@
 """Colour, rotation and normalisation of a batch of crops, on the training device.
 
-Recipes are read on the host, so that only the crops an operation is for are touched and the device never waits.
-Each operation equals its namesake in torchvision.transforms.v2.functional on float images in [0, 1].
+Recipes are read on the host. So an operation runs only on the crops that need it, and the device never waits. Each
+operation equals that of the same name in torchvision.transforms.v2.functional on float images in [0, 1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import permutations
 
 import torch
@@ -21,12 +22,12 @@ RADIUS = 6  # of the blur kernel, px: three standard deviations at the largest p
 def apply(
     views: Views, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], colour: bool = True
 ) -> Views:
-    """uint8 views from the workers -> normalised float views on ``device``: coloured, turned, normalised.
+    """uint8 views from the workers -> float views on ``device`` after colour recipe, rotation and normalisation.
 
     Args:
-        views: crops as cut, with recipes and turns on the host.
+        views: crops as cut, with recipes and rotations on the host.
         mean, std: per channel, of pixels in [0, 1].
-        colour: False leaves the colours as they are (for figures and pictures).
+        colour: False skips the colour recipe (for metrics and pictures).
     """
     return views.each(lambda crops: _finish(crops, device, mean, std, colour))
 
@@ -59,16 +60,17 @@ def recolour(images: Tensor, recipes: Tensor) -> Tensor:
     order = recipes[:, Colour.ORDER].long()
     jittered = order >= 0
     for position in range(4):
-        turn = ORDERS[order.clamp(min=0), position]
+        next_operation = ORDERS[order.clamp(min=0), position]
         for column, operation in _JITTER.items():
-            _on(images, jittered & (turn == column), operation, recipes[:, column])
+            _on(images, jittered & (next_operation == column), operation, recipes[:, column])
     _on(images, recipes[:, Colour.GRAYSCALE] > 0, lambda x, _: grey(x).expand_as(x), recipes[:, Colour.GRAYSCALE])
     _on(images, recipes[:, Colour.SIGMA] > 0, blurred, recipes[:, Colour.SIGMA])
     _on(images, recipes[:, Colour.SOLARIZE] > 0, lambda x, _: solarised(x), recipes[:, Colour.SOLARIZE])
     return images
 
 
-def _on(images: Tensor, mask: Tensor, operation, amounts: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _on(images: Tensor, mask: Tensor, operation: Callable[[Tensor, Tensor], Tensor], amounts: Tensor) -> None:
+    """Applies an operation to the images in ``mask``, in place."""
     if mask.any():
         chosen = mask.nonzero()[:, 0].to(images.device)
         images[chosen] = operation(images[chosen], amounts[mask].to(images.device)[:, None, None, None])
@@ -81,19 +83,22 @@ def grey(images: Tensor) -> Tensor:
 
 
 def brightened(images: Tensor, factor: Tensor) -> Tensor:
+    """Blended with black."""
     return (images * factor).clamp(0, 1)
 
 
 def contrasted(images: Tensor, factor: Tensor) -> Tensor:
+    """Blended with the mean luma of each image."""
     return torch.lerp(grey(images).mean((-2, -1), keepdim=True), images, factor).clamp(0, 1)
 
 
 def saturated(images: Tensor, factor: Tensor) -> Tensor:
+    """Blended with the greyscale image."""
     return torch.lerp(grey(images), images, factor).clamp(0, 1)
 
 
 def hue_shifted(images: Tensor, shift: Tensor) -> Tensor:
-    """Hue moved by ``shift`` turns of the colour wheel, in HSV."""
+    """Hue shifted by ``shift`` turns of the colour wheel, in HSV."""
     red, green, blue = images.unbind(1)
     value, low = images.amax(1), images.amin(1)
     chroma = value - low

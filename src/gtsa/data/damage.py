@@ -1,171 +1,173 @@
-"""Holes in JPEG and WebP files, which decoders fill with something and say nothing.
+"""Finds holes in JPEG and WebP files. Decoders fill them without an error.
 
-Three things tell a hole. Zeros: a long run of zero bits stands for many equal coefficients in a row, which no picture
-has. Warnings of libjpeg, which Pillow does not pass on, but simplejpeg does (pip install 'gtsa[jpeg]'): data that end
-before the picture or after it. Tables that no encoder writes. A hole after which a decoder finds its way back to the
-right number of blocks cannot be told from a picture.
+There are three signs of a hole. Zeros: a long run of zero bits stands for many equal coefficients in a row, which no
+picture has. Warnings of libjpeg: data that end before the picture or after it; Pillow hides them, simplejpeg reports
+them (pip install 'gtsa[jpeg]'). Tables that no encoder writes. A hole is not found if the decoder returns to the right
+number of blocks after it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 try:
     import simplejpeg
-except ImportError:  # then libjpeg's warnings are not seen
+except ImportError:  # then libjpeg's warnings are hidden
     simplejpeg = None
 
-SHORTEST = 8  # zero bytes that are looked at
-RARE = 72  # zero bits that stand for equal coefficients, not zero: a good code has so many once in 2**72 bits
-FLAT = 5_000  # pixels at least that libwebp stores in one zero byte, where they are all the same (measured: 10,000)
+SHORTEST = 8  # zero bytes of the shortest run that is checked
+RARE = 72  # zero bits that stand for equal non-zero coefficients: a good code has this run once in 2**72 bits
+FLAT = 5_000  # least number of equal pixels that libwebp stores in one zero byte (measured: 10,000)
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 GRAVE = ("Corrupt JPEG data", "Premature end of JPEG")
 
 
-def warned() -> bool:
-    """Whether libjpeg's warnings can be seen here."""
+def sees_warnings() -> bool:
+    """Whether libjpeg's warnings are available."""
     return simplejpeg is not None
 
 
-def hole(path: str, form: str, width: int, height: int) -> str | None:
-    """Why an image that decodes is not whole; None where nothing tells so. ``form`` as Pillow names it."""
+def find_damage(path: str, form: str, width: int, height: int) -> str | None:
+    """Why an image that decodes is damaged; None if there is no sign. ``form``: Pillow's name of the format."""
     if form not in ("JPEG", "MPO", "WEBP"):
         return None
     with open(path, "rb") as file:
         data = file.read()
     if form == "WEBP":
-        return _webp(data, width * height)
-    return _zeros(data) or _warning(data)
+        return _find_webp_hole(data, width * height)
+    return _find_jpeg_hole(data) or _libjpeg_warning(data)
 
 
 # JPEG
 
 
 class _Code(NamedTuple):
-    """What zero bits stand for in a Huffman table: bits a symbol, and the symbol."""
+    """The code of zero bits in a Huffman table: its length in bits, and its symbol."""
 
     length: int
     symbol: int
 
     @property
     def bits(self) -> int:
-        """Of the symbol and the value that follows it."""
+        """Bits of the symbol and the value that follows it."""
         return self.length + (self.symbol & 15)
 
 
 class _Scan(NamedTuple):
-    """Entropy-coded data from ``start`` to ``stop``, and how many zero bits at most a picture has in a row there."""
+    """Entropy-coded data from ``start`` to ``stop``, and the most zero bits in a row that a picture has there."""
 
     start: int
     stop: int
     limit: float
 
 
-def _zeros(data: bytes) -> str | None:
+def _find_jpeg_hole(data: bytes) -> str | None:
     try:
         for scan in _scans(data):
-            for place, length in _runs(data, scan.start, scan.stop):
-                padding = data[place + length : place + length + 2] == b"\xff\xd9"  # before the end of the picture
+            for position, length in _runs(data, scan.start, scan.stop):
+                padding = (
+                    data[position + length : position + length + 2] == b"\xff\xd9"
+                )  # before the end of the picture
                 if 8 * length > scan.limit and not padding:
-                    return f"damaged: {length:,} zero bytes at byte {place:,}, where no picture has them"
-    except _Odd as reason:
+                    return f"damaged: {length:,} zero bytes at byte {position:,}, where no picture has them"
+    except _InvalidTable as reason:
         return f"damaged: {reason}"
-    except (IndexError, KeyError):  # a file that we do not follow is libjpeg's business
+    except (IndexError, KeyError):  # not a structure that we know: left to libjpeg
         return None
     return None
 
 
-class _Odd(Exception):
-    """Something that no encoder writes."""
+class _InvalidTable(Exception):
+    """A table that no encoder writes."""
 
 
 def _runs(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Place and length of the runs of zero bytes."""
-    while (place := data.find(b"\0" * SHORTEST, start, stop)) >= 0:
-        start = place
+    """Position and length of the runs of zero bytes."""
+    while (position := data.find(b"\0" * SHORTEST, start, stop)) >= 0:
+        start = position
         step = 1 << 12
-        while step:  # in large steps, then in small ones
+        while step:  # large steps, then smaller ones
             if data[start : start + step] == b"\0" * step and start + step <= stop:
                 start += step
             else:
                 step >>= 1
-        yield place, start - place
+        yield position, start - position
 
 
 def _scans(data: bytes) -> Iterator[_Scan]:
     """The scans of the first picture in the file."""
     tables: dict[int, _Code] = {}
     blocks: dict[int, int] = {}  # of each component in an interleaved unit
-    progressive, place = False, 2
-    while (found := MARKER.search(data, place)) is not None:
-        kind, place = data[found.start() + 1], found.end()
+    progressive, position = False, 2
+    while (marker := MARKER.search(data, position)) is not None:
+        kind, position = data[marker.start() + 1], marker.end()
         if kind == 0xD9:
             return
         if kind == 0xD8 or kind == 0x01:
             continue
-        stop = place + int.from_bytes(data[place : place + 2])
-        part, place = data[place + 2 : stop], stop
+        stop = position + int.from_bytes(data[position : position + 2])
+        part, position = data[position + 2 : stop], stop
         if kind == 0xC4:
-            tables |= _huffman(part)
+            tables |= _read_huffman(part)
         elif kind == 0xDB:
-            _quantisation(part)
+            _check_quantisation(part)
         elif kind in (0xC0, 0xC1, 0xC2):
             progressive = kind == 0xC2
             blocks = {part[6 + 3 * i]: (part[7 + 3 * i] >> 4) * (part[7 + 3 * i] & 15) for i in range(part[5])}
         elif kind in (0xC9, 0xCA, 0xC3):  # arithmetic coding, lossless
             return
         elif kind == 0xDA:
-            end = MARKER.search(data, place)
+            end = MARKER.search(data, position)
             end_at = end.start() if end else len(data)
-            yield _Scan(place, end_at, _limit(part, tables, blocks, progressive))
-            place = end_at
+            yield _Scan(position, end_at, _limit(part, tables, blocks, progressive))
+            position = end_at
 
 
-def _huffman(part: bytes) -> dict[int, _Code]:
-    """The code of zero bits of each table: the first one of the shortest length."""
-    found: dict[int, _Code] = {}
+def _read_huffman(part: bytes) -> dict[int, _Code]:
+    """The code of zero bits in each table: the first code of the shortest length."""
+    codes: dict[int, _Code] = {}
     while len(part) > 17:
         counts = part[1:17]
         total = sum(counts)
         if total:
             length = next(i for i, count in enumerate(counts, 1) if count)
-            found[part[0]] = _Code(length, part[17])
+            codes[part[0]] = _Code(length, part[17])
         part = part[17 + total :]
-    return found
+    return codes
 
 
-def _quantisation(part: bytes) -> None:
+def _check_quantisation(part: bytes) -> None:
     while part:
         wide = part[0] >> 4
         values = part[1 : 1 + 64 * (1 + wide)]
         if len(values) == 64 * (1 + wide) and 0 in (memoryview(values).cast("H") if wide else values):
-            raise _Odd("a quantisation table with zeros")
+            raise _InvalidTable("a quantisation table with zeros")
         part = part[1 + 64 * (1 + wide) :]
 
 
 def _limit(part: bytes, tables: dict[int, _Code], blocks: dict[int, int], progressive: bool) -> float:
-    """Zero bits in a row that a scan may have: without end where they can be a flat area."""
+    """The most zero bits in a row that a scan may have; infinite where they can be a flat area."""
     count, first, low = part[0], part[1 + 2 * part[0]], part[3 + 2 * part[0]]
     if progressive and first == 0:
-        return float("inf")  # of DC coefficients alone: zeros are a flat area, or a refinement by nothing
-    flat, marked = 0, False
+        return float("inf")  # only DC coefficients: zeros are a flat area, or a refinement by 0
+    flat, bounded = 0, False
     for i in range(count):
         direct, other = tables[part[2 + 2 * i] >> 4], tables[0x10 | part[2 + 2 * i] & 15]
         many = blocks[part[1 + 2 * i]] if count > 1 else 1
         if other.symbol & 15:
-            marked = True
+            bounded = True
             flat += many * (0 if progressive else direct.bits)
         else:
             flat += many * (direct.bits + other.bits)
-    if not marked:
+    if not bounded:
         return float("inf")
-    return flat + RARE + (64 if progressive and low >> 4 else 0)  # refinements hold bits of other coefficients too
+    return flat + RARE + (64 if progressive and low >> 4 else 0)  # refinements also hold bits of other coefficients
 
 
-def _warning(data: bytes) -> str | None:
-    """What libjpeg warns of. At an eighth of the size it reads all of the data and computes little."""
+def _libjpeg_warning(data: bytes) -> str | None:
+    """libjpeg's warning, if any. At an eighth of the size it reads all data and computes little."""
     if simplejpeg is None:
         return None
     try:
@@ -174,41 +176,41 @@ def _warning(data: bytes) -> str | None:
         simplejpeg.decode_jpeg(data, colorspace=colours, min_factor=8, strict=True)
     except ValueError as error:
         text = str(error)
-        if text.startswith(GRAVE) and "ICC" not in text and not _padded(data, text):
+        if text.startswith(GRAVE) and "ICC" not in text and not _is_padding(data, text):
             return f"damaged: {text.removeprefix('Corrupt JPEG data: ')}"
     return None
 
 
-def _padded(data: bytes, text: str) -> bool:
-    """Whether the bytes that libjpeg found before the end of the picture are nothing but padding."""
-    found: Any = re.search(r"(\d+) extraneous bytes before marker 0xd9", text)
-    end = data.find(b"\xff\xd9") if found else -1
-    return end > 0 and len(set(data[end - int(found[1]) : end])) == 1
+def _is_padding(data: bytes, text: str) -> bool:
+    """Whether the extraneous bytes before the end of the picture are only padding."""
+    match = re.search(r"(\d+) extraneous bytes before marker 0xd9", text)
+    end = data.find(b"\xff\xd9")
+    return match is not None and end > 0 and len(set(data[end - int(match[1]) : end])) == 1
 
 
 # WebP
 
 
-def _webp(data: bytes, pixels: int) -> str | None:
-    """libwebp codes pictures of one colour in zeros too, but many pixels in each; lossless ones in anything."""
+def _find_webp_hole(data: bytes, pixels: int) -> str | None:
+    """libwebp also codes pictures of one colour as zeros, but with many pixels in each. Lossless data go unchecked."""
     if int.from_bytes(data[4:8], "little") + 8 > len(data):
         return "damaged: shorter than its header says"
     for kind, start, stop in _chunks(data, 12, len(data)):
         if kind != b"VP8 ":
             continue
-        for place, length in _runs(data, start, stop):
+        for position, length in _runs(data, start, stop):
             if length > 48 + pixels / FLAT:
-                return f"damaged: {length:,} zero bytes at byte {place:,}, where no picture has them"
+                return f"damaged: {length:,} zero bytes at byte {position:,}, where no picture has them"
     return None
 
 
 def _chunks(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
-    """Chunks of RIFF with the places of their contents, those within a frame of an animation too."""
+    """RIFF chunks with the positions of their contents, also those within a frame of an animation."""
     while start + 8 <= stop:
         kind, size = data[start : start + 4], int.from_bytes(data[start + 4 : start + 8], "little")
-        inside, end = start + 8, min(start + 8 + size, stop)
+        content, end = start + 8, min(start + 8 + size, stop)
         if kind == b"ANMF":
-            yield from _chunks(data, inside + 16, end)
+            yield from _chunks(data, content + 16, end)
         else:
-            yield kind, inside, end
+            yield kind, content, end
         start += 8 + size + size % 2

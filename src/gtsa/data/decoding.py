@@ -1,6 +1,6 @@
-"""From a file to pixels, with files as they come: every one is read whole, or refused with its reason.
+"""Decodes image files to pixels. Every file is read whole, or refused with the reason.
 
-8-bit formats go through Pillow behind an allowlist; TIFFs of other depths go through tifffile.
+Pillow reads 8-bit formats, of an allowlist. tifffile reads TIFFs of other depths.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from gtsa.data import tiff
 from gtsa.data.pixels import LARGEST, BadImage, Range, as_rgb, check_size
 from gtsa.data.quiet import quiet
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, files of cameras that hold a second picture
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, camera files with a second picture
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 
 
@@ -36,21 +38,21 @@ class Header(NamedTuple):
     depth: int = 8  # bits a sample
 
 
-def header(path: str | Path) -> Header:
-    """What a file says it is, without decoding it. Raises BadImage."""
-    with opened(path) as image:
+def read_header(path: str | Path) -> Header:
+    """Reads the header of an image without decoding it. Raises BadImage."""
+    with open_image(path) as image:
         width, height = check_size(image.width, image.height)
         tiff.refuse_bands(image)
         try:
             frames = getattr(image, "n_frames", 1)
-        except Exception as error:  # counting them reads on in the file
+        except Exception as error:  # counting frames reads more of the file
             raise BadImage(_reason(error)) from None
         return Header(image.format or "?", image.mode, width, height, frames, _depth(image))
 
 
-def _depth(image: Any) -> int:
+def _depth(image: ImageFile) -> int:
     """Bits a sample."""
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         return int(max(image.tag_v2.get(258, (1,))))
     return 16 if image.format == "PNG" and any("16" in str(tile[3]) for tile in image.tile) else 8
 
@@ -64,13 +66,13 @@ def decode(
 
     Args:
         detail: smallest useful scale of a width x height image; large JPEGs are decoded at 1/2, 1/4 or 1/8 if that
-            is enough.
-        range16: values of 16-bit images that become 0 and 255, rounded linearly between.
+            is not below it.
+        range16: values of 16-bit images that become 0 and 255; values between are scaled linearly and rounded.
 
-    Palettes and CMYK are converted, transparent pixels show a neutral grey, floating-point images must lie in
-    [0, 1]; of an animated file the first frame is taken; colour profiles are ignored.
+    Palettes and CMYK are converted. Transparent pixels become a neutral grey. Floating-point values must lie in [0, 1].
+    Of an animated file the first frame is read. Colour profiles are ignored.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         check_size(image.width, image.height)
         tiff.refuse_bands(image)
         if detail is not None and image.format == "JPEG":
@@ -78,7 +80,7 @@ def decode(
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         try:
             if image.format == "PNG":
-                _checked_png(path)
+                _check_png(path)
             deep = tiff.is_deep(image)
             array = tiff.read(path, range16) if deep else _from_pillow(image, path, range16)
         except BadImage:
@@ -88,13 +90,13 @@ def decode(
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-class opened:
-    """Opens a file with Pillow for a with-block; what goes wrong is a BadImage, and libraries say nothing."""
+class open_image:
+    """Opens a file with Pillow for a with-block. Errors become BadImage; libraries print nothing."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> ImageFile:
         quiet.__enter__()
         try:
             return self._open()
@@ -102,7 +104,7 @@ class opened:
             quiet.__exit__()
             raise
 
-    def _open(self) -> Any:
+    def _open(self) -> ImageFile:
         try:
             mode = os.stat(self.path).st_mode
             if not stat.S_ISREG(mode):
@@ -118,15 +120,15 @@ class opened:
         except Exception as error:
             head = os.pread(self.file.fileno(), 64, 0)
             self.file.close()
-            raise BadImage(_foreign(head, self.path, error)) from None
+            raise BadImage(_reason_no_image(head, self.path, error)) from None
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
         quiet.__exit__()
 
 
-def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
-    """Why a file is no image that we read, from its first bytes."""
+def _reason_no_image(head: bytes, path: str | Path, error: Exception) -> str:
+    """Why a file is not an image in a known format, from its first bytes."""
     if not head:
         return "empty file"
     if head.startswith(b"version https://git-lfs"):
@@ -142,8 +144,8 @@ def _foreign(head: bytes, path: str | Path, error: Exception) -> str:
     return _reason(error)
 
 
-def _checked_png(path: str | Path) -> None:
-    """Compares the checksum of every chunk: Pillow passes over those of the pixels."""
+def _check_png(path: str | Path) -> None:
+    """Checks the checksum of every chunk. Pillow ignores those of pixel data."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -157,32 +159,32 @@ def _checked_png(path: str | Path) -> None:
                 return
 
 
-def _from_pillow(image: Any, path: str | Path, range16: Range) -> np.ndarray:
+def _from_pillow(image: Image.Image, path: str | Path, range16: Range) -> np.ndarray:
     if image.format == "PNG" and range16 != (0, 65535) and image.mode in ("RGB", "RGBA"):
         with open(path, "rb") as file:
             if file.read(25)[24] == 16:
                 raise BadImage("a 16-bit colour PNG cannot be read at a declared range: convert it to TIFF")
-    image = ImageOps.exif_transpose(image) if _turned(image) else image
+    image = ImageOps.exif_transpose(image) if _has_orientation(image) else image
     return as_rgb(image, range16)
 
 
-def _turned(image: Any) -> bool:
+def _has_orientation(image: Image.Image) -> bool:
     try:
-        turn: int = image.getexif().get(0x0112, 1)
-        return bool(2 <= turn <= 8)
-    except Exception:  # damaged EXIF is no reason to refuse the pixels
+        orientation: int = image.getexif().get(0x0112, 1)
+        return bool(2 <= orientation <= 8)
+    except Exception:  # damaged EXIF: the pixels are still good
         return False
 
 
-def values(path: str | Path) -> np.ndarray:
-    """The numbers in a file as they are stored, palettes as places: any type, [H, W] or [H, W, bands]. Raises BadImage.
+def read_values(path: str | Path) -> np.ndarray:
+    """The stored numbers of an image, of palettes the indices: any type, [H, W] or [H, W, bands]. Raises BadImage.
 
-    Of 16-bit colour PNGs Pillow keeps the upper eight bits.
+    Pillow keeps the upper eight bits of 16-bit colour PNGs.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         check_size(image.width, image.height)
         try:
-            return tiff.stored_values(path)[0] if tiff.is_deep(image) else np.asarray(image)
+            return tiff.read_values(path)[0] if tiff.is_deep(image) else np.asarray(image)
         except BadImage:
             raise
         except Exception as error:
@@ -192,5 +194,5 @@ def values(path: str | Path) -> np.ndarray:
 def _reason(error: Exception) -> str:
     text = str(error).split("\n")[0].strip()
     if "imagecodecs" in text:
-        return "a compressed TIFF of more than 8 bits: install what reads it with pip install 'gtsa[tiff]'"
+        return "a compressed TIFF of more than 8 bits: install its decoder with pip install 'gtsa[tiff]'"
     return f"damaged: {text}" if text else f"damaged: {type(error).__name__}"

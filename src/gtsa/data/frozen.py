@@ -1,4 +1,4 @@
-"""The images of a run as its list froze them: a file that is another one by now is not read in its place."""
+"""The images of a run, frozen in a list when it began. A file that changed since then is refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gtsa.core.errors import UserError
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Detail, Source
 
-SCALES = (1, 2, 4, 8)  # at which large JPEGs are decoded
+SCALES = (1, 2, 4, 8)  # large JPEGs are decoded at 1 / scale
 
 
-def frozen(source: Source, index: int, size: tuple[int, int] | None) -> dict[str, Any]:
-    """The entry of an image in the list: its name, its bytes, and its width and height where they are known."""
+def list_entry(source: Source, index: int, size: tuple[int, int] | None) -> dict[str, Any]:
+    """The entry of an image in the list: name, bytes, and width and height if they are known."""
     entry: dict[str, Any] = {"name": source.name(index), "bytes": source.size(index)}
     if size is not None and source.path(index) is not None:
         entry |= {"width": size[0], "height": size[1]}
@@ -25,11 +25,11 @@ def frozen(source: Source, index: int, size: tuple[int, int] | None) -> dict[str
 
 
 class Frozen:
-    """A source whose files must still have the size that they had when they were listed.
+    """A source whose files must still have the sizes in the list.
 
     Args:
         source: of the images in the list, in its order.
-        listed: lines of JSON, as made by ``frozen``. Files of which nothing is known are read as they are.
+        listed: lines of JSON from ``list_entry``. Files without sizes in the list are not checked.
 
     Raises:
         UserError: the list is damaged (4).
@@ -60,25 +60,25 @@ class Frozen:
         return self.source.path(index)
 
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
-        """Raises BadImage where the file has other bytes or pixels than it had, in number."""
+        """Raises BadImage where the file has another number of bytes or pixels than in the list."""
         size, width, height = self.sizes[index].tolist()
         pixels = self.source.read(index, detail)
         path = self.source.path(index)
         if path is None:
             return pixels
-        seen = pixels.shape[-1], pixels.shape[-2]
-        if width and not any(seen in _scaled(width, height, scale) for scale in SCALES):
-            raise BadImage(f"another image than when the run began: {seen[0]} x {seen[1]} px, was {width} x {height}")
+        now = pixels.shape[-1], pixels.shape[-2]
+        if width and not any(now in _scaled(width, height, scale) for scale in SCALES):
+            raise BadImage(f"another image than when the run began: {now[0]} x {now[1]} px, was {width} x {height}")
         try:
-            now = os.path.getsize(path)
+            current = os.path.getsize(path)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
-        if size and now != size:
-            raise BadImage(f"another file than when the run began: {now:,} bytes, was {size:,}")
+        if size and current != size:
+            raise BadImage(f"another file than when the run began: {current:,} bytes, was {size:,}")
         return pixels
 
 
 def _scaled(width: int, height: int, scale: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Upright, or turned by its EXIF orientation."""
+    """The scaled size, upright or rotated by its EXIF orientation."""
     w, h = -(-width // scale), -(-height // scale)
     return (w, h), (h, w)

@@ -1,4 +1,4 @@
-"""The endless, repeatable stream of views: which images make which step, and the workers that cut them."""
+"""The endless, reproducible stream of views: the images of each step, and the workers that cut their views."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Crops, Draw, Replaced, Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import SMALLEST, BadImage
+from gtsa.data.sources import Detail
 
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """Says which draws make each micro-batch of this rank, from step ``start`` to ``steps``.
+    """The draws of each micro-batch of this rank, from step ``start`` to ``steps``.
 
-    The stream of images runs on from epoch to epoch; step ``s`` takes the places s * batch to (s + 1) * batch, in
+    The stream of images continues from epoch to epoch. Step ``s`` takes positions s * batch to (s + 1) * batch, in
     turn for each micro-batch and each rank. So every image is used, and the stream does not depend on the number of
     workers or processes.
     """
@@ -48,27 +49,27 @@ class StepSampler(Sampler[list[Draw]]):
         for step in range(self.start, self.steps):
             for micro in range(self.accumulate):
                 first = step * self.batch + (micro * self.ranks + self.rank) * size
-                yield [Draw(*divmod(place, self.images)) for place in range(first, first + size)]
+                yield [Draw(*divmod(position, self.images)) for position in range(first, first + size)]
 
 
 class NoImageLeft(UserError):
-    """Its code and message outlive a worker, from which torch brings back no more than the type and a traceback."""
+    """No image can be read. The type alone holds code and message: torch brings back no more from a worker."""
 
     def __init__(self, _: str = "") -> None:
         super().__init__("no image of the run can be read any more; is the folder still there?", 3)
 
 
 class Readable(Protocol):
-    """What the stream needs of a source."""
+    """The part of a source that the stream uses."""
 
-    def read(self, index: int, detail: Any = None) -> Tensor: ...
+    def read(self, index: int, detail: Detail | None = None) -> Tensor: ...
 
 
 class ViewSet(Dataset[Views]):
-    """Draw -> Views of one image. ``indices`` are the source's images that take part.
+    """Draw -> Views of one image. ``indices`` are the images of the source that are used.
 
-    An image that cannot be read is replaced by the next one in the epoch's order, with views of its own, and is
-    recorded in ``Views.replaced``.
+    An image that cannot be read is replaced by the next one in the epoch's order, with its own views, and recorded in
+    ``Views.replaced``.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ViewSet(Dataset[Views]):
         order = epoch_order(self.seed, draw.epoch, len(self.indices))
         failed: list[tuple[int, str]] = []
         for attempt in range(len(self.indices)):
-            image = int(self.indices[order[(draw.place + attempt) % len(self.indices)]])
+            image = int(self.indices[order[(draw.position + attempt) % len(self.indices)]])
             try:
                 pixels = self.source.read(image, self.multicrop.detail)
                 if min(pixels.shape[-2:]) < SMALLEST:
@@ -119,15 +120,17 @@ def loader(views: ViewSet, sampler: Sampler[list[Draw]], workers: int, pin: bool
         collate_fn=collate,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        generator=torch.Generator().manual_seed(0),  # iter() would draw from the global one
+        generator=torch.Generator().manual_seed(0),  # else iter() draws from the global one
         timeout=600 if workers else 0,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # bind and stops count on it
-        worker_init_fn=partial(bind, os.getpid()),
+        multiprocessing_context="fork"
+        if workers and sys.platform == "linux"
+        else None,  # bind_to_parent and stops rely on fork
+        worker_init_fn=partial(bind_to_parent, os.getpid()),
     )
 
 
-def bind(parent: int, _: int = 0) -> None:
-    """A worker ends with its parent, however that ends, and signals to the process group are the parent's business."""
+def bind_to_parent(parent: int, _: int = 0) -> None:
+    """Makes a worker end whenever its parent ends, and leaves signals to the process group to the parent."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)

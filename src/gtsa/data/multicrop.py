@@ -1,4 +1,4 @@
-"""From one image to its views: where each crop lies, how it is turned and coloured, and its uint8 pixels."""
+"""From one image to its views: box, rotation and colour recipe of each crop, and its uint8 pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gtsa.core.types import Colour, Crops, Views
 
 Box = tuple[int, int, int, int]
-TRIES = 100  # per crop; then a crop is made that is legal by construction
+TRIES = 100  # per crop; afterwards a crop is constructed that meets all conditions
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class MultiCrop:
     """Draws and cuts the views of one image (GTSA, section 3.1 and the published settings).
 
     Attributes:
-        global_crops_number: how many the teacher sees too; at least one, and two views in all.
-        local_crops_number: how many the student alone sees.
+        global_crops_number: crops for student and teacher; at least one, and two views in all.
+        local_crops_number: crops for the student only.
         global_crops_size: side of a global crop, px.
         local_crops_size: side of a local crop, px.
         global_crops_scale: range of a global crop's share of the image's area.
@@ -81,27 +81,27 @@ class MultiCrop:
         global_boxes: list[Box] = []
         for _ in range(self.global_crops_number):
             global_boxes.append(
-                self._box(width, height, self.global_crops_scale, self.global_overlap, tuple(global_boxes), rng)
+                self._draw_box(width, height, self.global_crops_scale, self.global_overlap, tuple(global_boxes), rng)
             )
         local_boxes = [
-            self._box(width, height, self.local_crops_scale, self.local_overlap, tuple(global_boxes), rng)
+            self._draw_box(width, height, self.local_crops_scale, self.local_overlap, tuple(global_boxes), rng)
             for _ in range(self.local_crops_number)
         ]
         return global_boxes, local_boxes
 
     def detail(self, width: int, height: int) -> float:
-        """The smallest scale of an image at which no drawn crop has to be enlarged (1 where it is needed in full)."""
-        thinnest = min(self.aspect[0], 1 / self.aspect[1])
+        """The smallest scale of an image at which no crop has to be enlarged; at most 1."""
+        narrowest = min(self.aspect[0], 1 / self.aspect[1])
         groups = [(self.global_crops_size, self.global_crops_scale), (self.local_crops_size, self.local_crops_scale)]
         return min(
             1.0,
             max(
-                side / min(width, height, math.sqrt(width * height * share[0] * thinnest))
+                side / min(width, height, math.sqrt(width * height * share[0] * narrowest))
                 for side, share in groups[: 2 if self.local_crops_number else 1]
             ),
         )
 
-    def _box(
+    def _draw_box(
         self,
         width: int,
         height: int,
@@ -115,19 +115,19 @@ class MultiCrop:
             size = area * _uniform(rng, *share)
             ratio = math.exp(_uniform(rng, math.log(self.aspect[0]), math.log(self.aspect[1])))
             w, h = round(math.sqrt(size * ratio)), round(math.sqrt(size / ratio))
-            place = rng.random(2)
+            offset = rng.random(2)
             if 0 < w <= width and 0 < h <= height:
-                x, y = int(place[0] * (width - w + 1)), int(place[1] * (height - h + 1))
+                x, y = int(offset[0] * (width - w + 1)), int(offset[1] * (height - h + 1))
                 box = (x, y, x + w, y + h)
-                if least <= 0 or all(_common(box, other) > least * area for other in earlier):
+                if least <= 0 or all(_shared_area(box, other) > least * area for other in earlier):
                     return box
-        return _legal(width, height, _uniform(rng, *share), least, earlier, rng)
+        return _construct_box(width, height, _uniform(rng, *share), least, earlier, rng)
 
     def _cut(self, image: Tensor, boxes: list[Box], side: int, kinds: list[int], rng: Generator) -> Crops:
         """Crops of one size. ``kinds``: the first global crop is 0, other global ones are 1, local ones 2."""
         pixels = torch.stack([_resized(image, box, side) for box in boxes])
         rotations = (rng.random(len(boxes)) * 4).astype(np.int64) * self.rotations
-        recipes = self._recipes(kinds, rng)
+        recipes = self._draw_recipes(kinds, rng)
         if self.hflip > 0:
             mirrored = torch.from_numpy(rng.random(len(boxes)) < self.hflip)
             pixels[mirrored] = pixels[mirrored].flip(-1)
@@ -138,7 +138,7 @@ class MultiCrop:
             torch.from_numpy(recipes)[None],
         )
 
-    def _recipes(self, kinds: list[int], rng: Generator) -> np.ndarray:
+    def _draw_recipes(self, kinds: list[int], rng: Generator) -> np.ndarray:
         """Colour recipes of crops of these kinds: [crops, len(Colour)] float32."""
         draws = rng.random((len(kinds), 9))
         recipe = np.zeros((len(kinds), len(Colour)), dtype=np.float32)
@@ -162,36 +162,38 @@ def _uniform(rng: Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def _common(a: Box, b: Box) -> int:
+def _shared_area(a: Box, b: Box) -> int:
     """Area that two boxes share, px."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _legal(width: int, height: int, share: float, least: float, earlier: tuple[Box, ...], rng: Generator) -> Box:
-    """A crop of the wanted area share that is legal by construction; its aspect is what has to give way.
+def _construct_box(
+    width: int, height: int, share: float, least: float, earlier: tuple[Box, ...], rng: Generator
+) -> Box:
+    """A crop with the given share of the area that meets the overlap conditions; its aspect is free.
 
-    It has the shape of the region that all earlier global crops share and holds that region, or lies in it. Boxes
-    that meet two by two have a common region (Helly), but with three or more it can be small: then only the whole
-    image is sure to show enough of each.
+    It has the shape of the region that all earlier global crops share, and contains that region or lies in it. Boxes
+    that overlap in pairs have a common region (Helly), but with three or more it can be small. Then only the whole
+    image is certain to overlap enough with each.
     """
     x1, y1 = max((b[0] for b in earlier), default=0), max((b[1] for b in earlier), default=0)
     x2, y2 = min((b[2] for b in earlier), default=width), min((b[3] for b in earlier), default=height)
     w, h = max(1, x2 - x1), max(1, y2 - y1)
     grow = math.sqrt(share * width * height / (w * h))
-    wide = min(width, w * grow)
-    tall = min(height, share * width * height / wide)
-    wide = min(width, share * width * height / tall)
-    side_x, side_y = max(1, round(wide)), max(1, round(tall))
-    left = _start(x1, x2, side_x, width, rng)
-    top = _start(y1, y2, side_y, height, rng)
+    crop_w = min(width, w * grow)
+    crop_h = min(height, share * width * height / crop_w)
+    crop_w = min(width, share * width * height / crop_h)
+    side_x, side_y = max(1, round(crop_w)), max(1, round(crop_h))
+    left = _draw_start(x1, x2, side_x, width, rng)
+    top = _draw_start(y1, y2, side_y, height, rng)
     box = (left, top, left + side_x, top + side_y)
-    if all(_common(box, other) > least * width * height for other in earlier):
+    if all(_shared_area(box, other) > least * width * height for other in earlier):
         return box
     return (0, 0, width, height)
 
 
-def _start(low: int, high: int, side: int, length: int, rng: Generator) -> int:
-    """A start in [0, length - side] so that [start, start + side) holds [low, high) or lies in it."""
+def _draw_start(low: int, high: int, side: int, length: int, rng: Generator) -> int:
+    """A start in [0, length - side] so that [start, start + side) contains [low, high) or lies in it."""
     first, last = sorted((low, high - side))
     first, last = max(0, first), min(length - side, last)
     return first + int(rng.random() * (max(0, last - first) + 1))

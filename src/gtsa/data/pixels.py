@@ -1,20 +1,14 @@
-"""Pixels: limits of size, declared ranges, and everything as 8-bit RGB."""
+"""Pixels: limits of size, value ranges, and conversion to 8-bit RGB."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-LARGEST = 2**27  # pixels; larger ones are refused from their header
-
+LARGEST = 2**27  # pixels; larger images are refused by their header
 SMALLEST = 16  # px of the short side: one patch
-
-NEUTRAL = (124, 116, 104)  # shows through transparent pixels: ImageNet's mean, which normalises to 0
-
+NEUTRAL = (124, 116, 104)  # background of transparent pixels: ImageNet's mean, which normalises to 0
 ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
-
 BAND = 2**22  # pixels that are converted at a time
 
 Range = tuple[float, float]
@@ -25,6 +19,7 @@ class BadImage(Exception):
 
 
 def check_size(width: int, height: int) -> tuple[int, int]:
+    """Raises BadImage for an image that is too large or too small."""
     if width * height > LARGEST:
         raise BadImage(f"{width} x {height} px: more than {LARGEST:,} pixels, cut it into tiles")
     if min(width, height) < SMALLEST:
@@ -32,10 +27,10 @@ def check_size(width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
-def as_rgb(image: Any, range16: Range) -> np.ndarray:
+def as_rgb(image: Image.Image, range16: Range) -> np.ndarray:
     """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``.
 
-    Rows are converted some at a time: Pillow takes 4 bytes a pixel, and every whole copy as much again.
+    Rows are converted in bands to save memory: Pillow takes 4 bytes a pixel, and every copy as much again.
     """
     if image.mode.startswith(("I", "F")):
         return to_8_bits(np.asarray(image), range16)
@@ -50,16 +45,17 @@ def as_rgb(image: Any, range16: Range) -> np.ndarray:
     return array
 
 
-def _as_rgb(image: Any) -> np.ndarray:
+def _as_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (*NEUTRAL, 255))
-        image = Image.alpha_composite(ground, image)
+        background = Image.new("RGBA", image.size, (*NEUTRAL, 255))
+        image = Image.alpha_composite(background, image)
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (2, 4, 5, 7):  # mirrored; what is left is a rotation
+    """The array rotated and mirrored by an EXIF orientation."""
+    if orientation in (2, 4, 5, 7):  # undo the mirroring; a rotation remains
         array = array[:, ::-1]
         orientation = {2: 1, 4: 3, 5: 8, 7: 6}[orientation]
     return np.ascontiguousarray(np.rot90(array, {1: 0, 3: 2, 6: -1, 8: 1}.get(orientation, 0)))
@@ -76,12 +72,12 @@ def to_8_bits(array: np.ndarray, range16: Range) -> np.ndarray:
                 f"floating-point values from {values.min():.4g} to {values.max():.4g}: convert to 8 or 16 bits, "
                 "or scale to 0..1"
             )
-        rgb, clear = np.rint(values.astype(np.float64) * 255).astype(np.uint8), values[..., 3:].astype(np.float64)
+        rgb, alpha = np.rint(values.astype(np.float64) * 255).astype(np.uint8), values[..., 3:].astype(np.float64)
     else:
         if values.min() < 0 or values.max() > 65535:
             raise BadImage(f"integer values from {values.min()} to {values.max()}: 0 to 65,535 are read")
         scale = np.clip((np.arange(65536.0) - range16[0]) / (range16[1] - range16[0]), 0, 1)
-        rgb, clear = np.rint(scale * 255).astype(np.uint8)[values], scale[values[..., 3:]]
+        rgb, alpha = np.rint(scale * 255).astype(np.uint8)[values], scale[values[..., 3:]]
     if rgb.shape[-1] == 4:
-        rgb = np.rint(clear * rgb[..., :3] + (1 - clear) * np.array(NEUTRAL)).astype(np.uint8)
+        rgb = np.rint(alpha * rgb[..., :3] + (1 - alpha) * np.array(NEUTRAL)).astype(np.uint8)
     return np.repeat(rgb, 3, axis=-1) if rgb.shape[-1] == 1 else rgb

@@ -1,7 +1,4 @@
-"""Libraries that read images say things on standard error without the file's name; here they keep them to themselves.
-
-What is wrong with a file is told by what they raise.
-"""
+"""Silences warnings of image libraries, which name no file. Errors of a file are raised, not printed."""
 
 from __future__ import annotations
 
@@ -14,12 +11,14 @@ from pathlib import Path
 
 import PIL
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else Python prints for who has set up no logging
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # without a handler Python prints the records
 
 
 class _Quiet:
-    """A with-block without warnings, of any number of threads at a time: the first one in turns them off, the last one
-    out turns them on again, for they are the process's."""
+    """A with-block without warnings, for any number of threads.
+
+    Warnings are a setting of the process: the first thread turns them off, the last one turns them on again.
+    """
 
     def __init__(self) -> None:
         self.lock, self.inside = threading.Lock(), 0
@@ -28,8 +27,8 @@ class _Quiet:
         _hush_libtiff()
         with self.lock:
             if self.inside == 0:
-                self.kept = warnings.catch_warnings()
-                self.kept.__enter__()
+                self.saved = warnings.catch_warnings()
+                self.saved.__enter__()
                 warnings.simplefilter("ignore")
             self.inside += 1
 
@@ -37,7 +36,7 @@ class _Quiet:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:
-                self.kept.__exit__(None, None, None)
+                self.saved.__exit__(None, None, None)
 
 
 quiet = _Quiet()
@@ -45,7 +44,7 @@ quiet = _Quiet()
 
 @cache
 def _hush_libtiff() -> None:
-    """Takes away the functions by which the libtiff in Pillow's wheels prints; elsewhere it goes on to print."""
+    """Removes the printing handlers of the libtiff in Pillow's wheels. Another libtiff keeps printing."""
     package = Path(PIL.__file__).parent
     for file in [*package.parent.glob("pillow.libs/libtiff*"), *package.glob(".dylibs/libtiff*")]:
         try:

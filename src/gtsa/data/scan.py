@@ -1,4 +1,4 @@
-"""What is in the data, before anything is trained on it: every file is used, or named with its reason."""
+"""Scans the data before training: every file is used, or reported with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,29 @@ from gtsa.core.terminal import Count
 from gtsa.data import damage, decoding, remarks
 from gtsa.data.pixels import BadImage, Range
 from gtsa.data.sources import Source
-from gtsa.data.threaded import Room, each
+from gtsa.data.threaded import PixelBudget, map_in_order
 
-HEADERS = 100_000  # files whose headers are read; of more, an even sample of this many
-DECODED = 1_000  # so few files are decoded whole: it takes seconds
-AT_ONCE = 2**26  # pixels that are decoded at a time, by all threads together; a larger image is decoded alone
-SMALLEST_DRAFT = 1 / 8  # of JPEGs, which are read whole for it all the same
+HEADERS = 100_000  # files whose headers are read; of larger data sets an even sample of this size
+DECODED = 1_000  # up to this number all files are decoded: it takes seconds
+AT_ONCE = 2**26  # pixels that all threads together decode at a time; a larger image is decoded alone
+SMALLEST_DRAFT = 1 / 8  # scale of decoded JPEGs; all of their data are read even so
 
 
 @dataclass
 class Scan:
-    """The account of a source: ``total = len(used) + len(bad)``."""
+    """The result of a scan: ``total = len(used) + len(bad)``."""
 
     used: list[int] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     formats: Counter[str] = field(default_factory=Counter)  # "JPEG RGB": count
-    sides: dict[int, tuple[int, int]] = field(default_factory=dict)  # number: width, height as the header says
-    frames: int = 0  # files with more than one picture, of which the first is used
-    decoded: int = 0  # that were read whole and are used
-    looked_at: int = 0
+    sides: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: width, height in the header
+    frames: int = 0  # files with more than one picture; the first is used
+    decoded: int = 0  # usable images that were decoded
+    looked_at: int = 0  # files whose headers were read
     ignored: dict[str, int] = field(default_factory=dict)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the folder, which are not followed
-    remarks: list[str] = field(default_factory=list)  # what hardly was meant so
+    outside: list[tuple[str, str]] = field(default_factory=list)  # links out of the folder that are not followed
+    remarks: list[str] = field(default_factory=list)  # on readable images that look like a mistake
 
     @property
     def total(self) -> int:
@@ -68,67 +68,67 @@ class Scan:
 
 
 def scan(source: Source, decode: bool = False, range16: Range = (0, 65535)) -> Scan:
-    """Reads names, sizes and headers; decodes every file if asked, or if there are no more than a thousand.
+    """Reads names, sizes and headers. Decodes every file if ``decode``, or if there are no more than DECODED.
 
     Files that were decoded before and have not changed since (path, size, time) are not decoded again.
     """
     decode = decode or len(source) <= DECODED
-    chosen: Any = range(len(source))
+    chosen: Sequence[int] = range(len(source))
     if len(source) > HEADERS and not decode:
         chosen = np.linspace(0, len(source) - 1, HEADERS).astype(int).tolist()
     result = Scan(looked_at=len(chosen), ignored=dict(source.ignored), unreadable=list(source.unreadable))
     result.outside = list(getattr(source, "outside", ()))
-    memory = _Memory(source, range16) if decode else None
-    look = _Look(source, memory)
+    cache = _DecodedCache(source, range16) if decode else None
+    check = _CheckImage(source, cache)
     bad: dict[int, str] = {}
-    noted = remarks.Noted(source, range16)
+    collector = remarks.RemarkCollector(source, range16)
     try:
-        with Count("checked" if decode else "looked at", len(chosen)) as count:
-            for done, (index, found, reason) in enumerate(each(look, chosen), 1):
+        with Count("checked" if decode else "read", len(chosen)) as count:
+            for done, (index, header, reason) in enumerate(map_in_order(check, chosen), 1):
                 count(done, f"{len(bad):,} cannot be used" if bad else "")
                 if reason is not None:
                     bad[index] = reason
-                elif found is not None:
-                    result.formats[f"{found.format} {found.mode}"] += 1
-                    result.sides[index] = (found.width, found.height)
-                    result.frames += found.frames > 1
-                    noted.add(index, found)
-    finally:  # what was decoded before a stop is remembered too
-        if memory:
-            memory.save()
+                elif header is not None:
+                    result.formats[f"{header.format} {header.mode}"] += 1
+                    result.sides[index] = (header.width, header.height)
+                    result.frames += header.frames > 1
+                    collector.add(index, header)
+    finally:  # also files decoded before a stop
+        if cache:
+            cache.save()
     result.decoded = len(chosen) - len(bad) if decode else 0
     result.used = [i for i in range(len(source)) if i not in bad]
     result.bad = [(source.name(i), reason) for i, reason in bad.items()]
-    result.remarks = noted.remarks()
+    result.remarks = collector.remarks()
     return result
 
 
-class _Look:
-    """Header of an image, or why it cannot be used. Images are decoded where there is a memory for it."""
+class _CheckImage:
+    """Index -> header of an image, or why it cannot be used. With a cache, images are decoded."""
 
-    def __init__(self, source: Source, memory: _Memory | None) -> None:
-        self.source, self.memory, self.room = source, memory, Room(AT_ONCE)
+    def __init__(self, source: Source, cache: _DecodedCache | None) -> None:
+        self.source, self.cache, self.budget = source, cache, PixelBudget(AT_ONCE)
 
     def __call__(self, index: int) -> tuple[int, decoding.Header | None, str | None]:
         path = self.source.path(index)
         try:
-            found = None if path is None else decoding.header(path)
-            if self.memory and not (path and self.memory.knows(path)):
-                with self.room.of(found.width * found.height if found else 0):
+            header = None if path is None else decoding.read_header(path)
+            if self.cache and not (path and self.cache.has(path)):
+                with self.budget.reserve(header.width * header.height if header else 0):
                     pixels = self.source.read(index, _draft)
-                    found = found or decoding.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
+                    header = header or decoding.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
                     del pixels
                 if path:
-                    _insist_whole(path, found)
-                    self.memory.add(path)
-            return index, found, None
+                    _check_whole(path, header)
+                    self.cache.add(path)
+            return index, header, None
         except BadImage as reason:
             return index, None, str(reason)
 
 
-def _insist_whole(path: str, found: decoding.Header) -> None:
+def _check_whole(path: str, header: decoding.Header) -> None:
     try:
-        reason = damage.hole(path, found.format, found.width, found.height)
+        reason = damage.find_damage(path, header.format, header.width, header.height)
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
@@ -140,18 +140,18 @@ def _draft(width: int, height: int) -> float:
 
 
 def no_images(result: Scan, data: str) -> UserError:
-    """What to tell of a place without images."""
+    """The error for data without images."""
     others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
-    there = f"it holds {others}" if others else "it is empty"
-    there = f"{links(result)}" if result.outside else there
+    content = f"it holds {others}" if others else "it is empty"
+    content = describe_links(result) if result.outside else content
     return UserError(
-        f"{data}: no images ({there}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
+        f"{data}: no images ({content}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
         3,
     )
 
 
-def insist(result: Scan, data: Any, max_bad: float) -> None:
-    """Raises UserError (3) where there is nothing to learn from, or too much of it is bad."""
+def check_scan(result: Scan, data: object, max_bad: float) -> None:
+    """Raises UserError (3) if there are no usable images, or too many bad ones."""
     if result.total == 0:
         raise no_images(result, f"--data {data}")
     if len(result.bad) > max(1, max_bad * result.looked_at) or not result.used:
@@ -159,13 +159,13 @@ def insist(result: Scan, data: Any, max_bad: float) -> None:
         more = f"\n  and {len(result.bad) - 5} more" if len(result.bad) > 5 else ""
         raise UserError(
             f"--data {data}: {len(result.bad)} of {result.looked_at} images cannot be used:{first}{more}\n"
-            "mend or remove them ('gtsa check' lists all)"
-            + (f", or leave them out with --max-bad {enough(result)}" if result.used else ""),
+            "repair or remove them ('gtsa check' lists all)"
+            + (f", or leave them out with --max-bad {least_max_bad(result)}" if result.used else ""),
             3,
         )
 
 
-def links(result: Scan) -> str:
+def describe_links(result: Scan) -> str:
     """One line on the links that lead out of the folder."""
     count = len(result.outside)
     name, reason = result.outside[0]
@@ -174,63 +174,63 @@ def links(result: Scan) -> str:
     return f"{many} out of the folder ({escaped(name)} -> {where}): follow with --follow-links"
 
 
-def summed(named: Iterable[tuple[str, str]], examples: int = 3) -> list[str]:
-    """A line for each reason, the most frequent first, with some of the names that it is about."""
+def group_by_reason(bad: Iterable[tuple[str, str]], examples: int = 3) -> list[str]:
+    """A line for each reason, the most frequent first, with some of the file names."""
     names: dict[str, list[str]] = {}
-    for name, reason in named:
+    for name, reason in bad:
         names.setdefault(reason, []).append(escaped(name))
     lines = []
-    for reason, those in sorted(names.items(), key=lambda pair: -len(pair[1])):
-        if len(those) == 1:
-            lines.append(f"{those[0]}: {reason}")
+    for reason, files in sorted(names.items(), key=lambda pair: -len(pair[1])):
+        if len(files) == 1:
+            lines.append(f"{files[0]}: {reason}")
         else:
-            more = ", ..." if len(those) > examples else ""
-            lines.append(f"{len(those):,} files: {reason} ({', '.join(those[:examples])}{more})")
+            more = ", ..." if len(files) > examples else ""
+            lines.append(f"{len(files):,} files: {reason} ({', '.join(files[:examples])}{more})")
     return lines
 
 
-def enough(result: Scan) -> float:
-    """The least --max-bad, in hundredths, that lets the usable images through."""
+def least_max_bad(result: Scan) -> float:
+    """The least --max-bad, in hundredths, with which the usable images are accepted."""
     return math.ceil(100 * len(result.bad) / max(1, result.looked_at)) / 100
 
 
-class _Memory:
-    """Which files decoded well, by path, size and time; kept in the user's cache folder, never in the data."""
+class _DecodedCache:
+    """Files that decoded well, by path, size and time. It lies in the user's cache folder, never in the data."""
 
     def __init__(self, source: Source, range16: Range) -> None:
         root = os.path.abspath(os.fspath(getattr(source, "root", "")))
-        told = f"{root} {range16} whole 1 {damage.warned()}"  # other checks than these remember for themselves
-        key = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        checks = f"{root} {range16} whole 1 {damage.sees_warnings()}"  # other checks have a cache of their own
+        key = hashlib.sha256(checks.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.file = Path(cache) / "gtsa" / "decoded" / f"{key}.json"
         try:
             self.known = {tuple(entry) for entry in json.loads(self.file.read_text())}
         except (OSError, ValueError, TypeError):
             self.known = set()
-        self.found: set[tuple] = set()
+        self.confirmed: set[tuple[str, int, int]] = set()
         self.seen: set[str] = set()
 
-    def _entry(self, path: str) -> tuple:
+    def _entry(self, path: str) -> tuple[str, int, int]:
         status = os.stat(path)
         return (path, status.st_size, status.st_mtime_ns)
 
-    def knows(self, path: str) -> bool:
+    def has(self, path: str) -> bool:
         entry = self._entry(path)
         self.seen.add(path)
         if entry in self.known:
-            self.found.add(entry)
+            self.confirmed.add(entry)
             return True
         return False
 
     def add(self, path: str) -> None:
-        self.found.add(self._entry(path))
+        self.confirmed.add(self._entry(path))
 
     def save(self) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             draft = self.file.with_suffix(f".{os.getpid()}")
-            there = {entry for entry in self.known if entry[0] not in self.seen}
-            draft.write_text(json.dumps(sorted(self.found | there)))
+            others = {entry for entry in self.known if entry[0] not in self.seen}
+            draft.write_text(json.dumps(sorted(self.confirmed | others)))
             draft.replace(self.file)
-        except OSError:  # a cache that cannot be kept costs time, nothing else
+        except OSError:  # without the cache the next scan takes longer
             pass

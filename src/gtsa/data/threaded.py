@@ -1,4 +1,4 @@
-"""Work of many threads that can be stopped at once, and takes no more memory than it is given."""
+"""Work of many threads that can be stopped at any time, with bounded memory."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Room:
-    """So many pixels at a time; what is more than all of it gets all of it."""
+class PixelBudget:
+    """A number of pixels that threads share. A request for more than the budget gets all of it."""
 
     def __init__(self, size: int) -> None:
         self.size = self.free = size
         self.changed = threading.Condition()
 
-    def of(self, pixels: int) -> _Taken:
-        return _Taken(self, min(pixels, self.size))
+    def reserve(self, pixels: int) -> _Reservation:
+        return _Reservation(self, min(pixels, self.size))
 
 
-class _Taken:
-    def __init__(self, room: Room, pixels: int) -> None:
-        self.room, self.pixels = room, pixels
+class _Reservation:
+    def __init__(self, budget: PixelBudget, pixels: int) -> None:
+        self.budget, self.pixels = budget, pixels
 
     def __enter__(self) -> None:
-        with self.room.changed:
-            self.room.changed.wait_for(lambda: self.room.free >= self.pixels)
-            self.room.free -= self.pixels
+        with self.budget.changed:
+            self.budget.changed.wait_for(lambda: self.budget.free >= self.pixels)
+            self.budget.free -= self.pixels
 
     def __exit__(self, *_: object) -> None:
-        with self.room.changed:
-            self.room.free += self.pixels
-            self.room.changed.notify_all()
+        with self.budget.changed:
+            self.budget.free += self.pixels
+            self.budget.changed.notify_all()
 
 
-def each(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """``work`` of every item, in order, by threads; few are begun ahead, so that it can be stopped at once."""
+def map_in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``work`` on every item by threads, results in order. Few items are begun ahead, so that it stops quickly."""
     threads = min(32, (os.cpu_count() or 1) * 2)
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads)

@@ -1,19 +1,20 @@
-"""TIFF: depths and bands that Pillow cuts or drops."""
+"""TIFFs with depths and bands that Pillow reduces or drops."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from gtsa.data.pixels import BadImage, Range, check_size, to_8_bits, upright
 
 
 def describe(path: str | Path) -> str | None:
-    """What a TIFF holds that Pillow does not know."""
+    """The content of a TIFF that Pillow cannot read; None if tifffile cannot read it either."""
     try:
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages.first
@@ -25,11 +26,11 @@ def describe(path: str | Path) -> str | None:
     return f"a TIFF of {bands} x {kind}, photometric {page.photometric}: convert it to 8 or 16 bits, grey or RGB"
 
 
-def refuse_bands(image: Any) -> None:
-    """Refuses a TIFF with a band that is neither colour nor alpha (near infrared): it would be dropped in silence."""
-    if image.format == "TIFF":
+def refuse_bands(image: Image.Image) -> None:
+    """Refuses a TIFF with a band that is neither colour nor alpha (near infrared): Pillow drops it silently."""
+    if isinstance(image, TiffImageFile):
         bands = image.tag_v2.get(277, 1)
-        colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(image.tag_v2.get(262), 1)  # RGB, CMYK, YCbCr, Lab; else grey, palette
+        colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(image.tag_v2.get(262, 0), 1)  # RGB, CMYK, YCbCr, Lab; else grey, palette
         extra = image.tag_v2.get(338, ())
         if 2 in image.tag_v2.get(339, ()) and max(image.tag_v2.get(258, (1,))) == 8:
             raise BadImage("signed 8-bit values: convert to unsigned 8 or 16 bits")
@@ -37,20 +38,20 @@ def refuse_bands(image: Any) -> None:
             raise BadImage(f"{bands} bands, {colours} of them colour, the rest not marked as alpha: save 1 or 3 bands")
 
 
-def is_deep(image: Any) -> bool:
-    """A TIFF of more than 8 bits a sample, which Pillow would cut to 8 in silence where it has colours."""
-    return bool(image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8)
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is a TIFF of more than 8 bits a sample. Pillow reduces colours to 8 bits without a message."""
+    return bool(isinstance(image, TiffImageFile) and max(image.tag_v2.get(258, (1,))) > 8)
 
 
 def read(path: str | Path, range16: Range) -> np.ndarray:
-    array, orientation = stored_values(path)
+    array, orientation = read_values(path)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
     return upright(to_8_bits(array, range16), orientation)
 
 
-def stored_values(path: str | Path) -> tuple[np.ndarray, int]:
-    """What a deep TIFF holds, [H, W] or [H, W, bands] with black at zero, and its orientation."""
+def read_values(path: str | Path) -> tuple[np.ndarray, int]:
+    """The values of a deep TIFF, [H, W] or [H, W, bands] with black at zero, and its orientation."""
     with open(path, "rb") as file:
         data = io.BytesIO(file.read())
     with tifffile.TiffFile(data) as tiff:

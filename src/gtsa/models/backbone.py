@@ -1,4 +1,4 @@
-"""Vision transformers from timm, seen through their patch grid and number of prefix tokens, never by class."""
+"""Vision transformers from timm. They are used through patch grid and number of prefix tokens, never by class."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch.func import functional_call
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 
-GRIDS = 16  # sizes whose resampling of positions is kept
+GRIDS = 16  # grids whose matrix of resampled positions is cached
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
 
 
 class Encoder(nn.Module, ABC):
-    """What an evaluation needs of a network: normalised images [N, C, H, W] -> Tokens."""
+    """The interface of a network for evaluations: normalised images [N, C, H, W] -> Tokens."""
 
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation a channel, of pixels in [0, 1]
 
@@ -45,7 +45,7 @@ class Encoder(nn.Module, ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 of all weights, 16 digits: the same for the same network, wherever it was read from."""
+        """SHA-256 of all weights, 16 digits. It does not depend on the file format."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tokens: ...
@@ -60,13 +60,13 @@ class Backbone(Encoder):
 
     Args:
         model: timm name of a plain vision transformer, e.g. ``vit_small_patch16_224``. The weights are untrained.
-        image_size: side in px that the position embeddings are made for; other sizes are resampled.
+        image_size: side in px of the position embeddings' grid; for other sizes they are resampled.
         drop_path: stochastic depth of the last block, linear from 0 at the first.
-        normalisation: mean and standard deviation per channel, of pixels in [0, 1], that images come with.
+        normalisation: mean and standard deviation per channel, of pixels in [0, 1], that images are normalised with.
         arguments: further arguments of timm's constructor, e.g. ``{"depth": 6}``.
 
     Raises:
-        UserError: the name is unknown, the model is no plain ViT, or the size does not suit the patch.
+        UserError: the name is unknown, the model is no plain ViT, or the size is no multiple of the patch.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Backbone(Encoder):
         self.model = model
         self.arguments = {"img_size": image_size, **(arguments or {})}
         self.normalisation = normalisation
-        self.pooling: Literal["mean", "cls"] = "mean"  # one vector an image, as it was trained: what an export gives
+        self.pooling: Literal["mean", "cls"] = "mean"  # how tokens become one vector an image, as trained
         self.vit = _create(model, drop_path_rate=drop_path, **self.arguments)
         self._resamplers: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
@@ -99,7 +99,7 @@ class Backbone(Encoder):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all weights, 16 digits: the same for the same network, wherever it was read from."""
+        """SHA-256 of all weights, 16 digits. It does not depend on the file format."""
         digest = hashlib.sha256()
         for key, value in sorted(self.vit.state_dict().items()):
             digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -109,9 +109,9 @@ class Backbone(Encoder):
         return self.blocks(images)[-1]
 
     def masked(self, images: Tensor, hidden: Tensor, token: Tensor) -> Tokens:
-        """As ``forward``, with ``token`` [D] for the patches under ``hidden`` [N, h, w], before positions are added."""
+        """Tokens of masked images: ``token`` [D] replaces patches in ``hidden`` [N, h, w] before adding positions."""
 
-        def replace(_: Any, __: Any, embedded: Tensor) -> Tensor:
+        def replace(_: object, __: object, embedded: Tensor) -> Tensor:
             where = hidden.reshape(*embedded.shape[:-1], 1)  # [N, h, w, 1] or [N, h * w, 1]
             return torch.where(where, token.to(embedded.dtype), embedded)
 
@@ -122,18 +122,18 @@ class Backbone(Encoder):
             handle.remove()
 
     def visible(self, images: Tensor, chosen: Tensor) -> Tensor:
-        """The last block's tokens where the network is given some patches alone: [N, prefix + k, D].
+        """The last block's tokens of some patches alone; the network does not see the others: [N, prefix + k, D].
 
         Args:
-            chosen: [N, k] places of patches, row by row; each keeps its position.
+            chosen: [N, k] indices of patches, row by row; each keeps its position embedding.
 
         Raises:
-            UserError: the model is one that cannot leave patches out.
+            UserError: the model cannot leave patches out.
         """
         if not isinstance(getattr(self.vit, "patch_drop", None), nn.Identity):
             raise UserError(f"{self.model} cannot leave patches out; choose a plain ViT, e.g. vit_small_patch16_224")
 
-        def choose(_: Any, __: Any, tokens: Tensor) -> Tensor:
+        def choose(_: object, __: object, tokens: Tensor) -> Tensor:
             patches = tokens[:, self.num_prefix_tokens :].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
             return torch.cat([tokens[:, : self.num_prefix_tokens], patches], dim=1)
 
@@ -145,10 +145,10 @@ class Backbone(Encoder):
             handle.remove()
 
     def layers(self, decay: float) -> list[tuple[float, dict[str, Any]]]:
-        """Its trained parameters, layer by layer: a layer's share of the last block's learning rate, and their group.
+        """Parameter groups by layer, each with its scale of the learning rate (1 for the last block).
 
-        The share of a block is that of the block above times ``decay``. timm puts the final norm with the last block,
-        and positions and CLS with the embedding of patches; these, norms and biases are not ``decayed``.
+        The scale of a block is that of the next block times ``decay``. timm puts the final norm with the last block,
+        and positions and CLS with the patch embedding. Weight decay (``decayed``) spares these, norms and biases.
         """
         groups = param_groups_layer_decay(self.vit, 1.0, self.vit.no_weight_decay(), layer_decay=decay)
         return [(g["lr_scale"], {"params": g["params"], "decayed": g["weight_decay"] > 0}) for g in groups]
@@ -157,19 +157,20 @@ class Backbone(Encoder):
         """Tokens after some of the blocks, numbered from 0 (-1: the last).
 
         Args:
-            images: [N, C, H, W], whole patches on either side.
-            which: blocks; none: the network's own output, which is the last block's after the final norm.
-            norm: put every block's tokens through the final norm.
+            images: [N, C, H, W]; both sides are multiples of the patch.
+            which: blocks; none: the network's own output, i.e. the last block's after the final norm.
+            norm: apply the final norm to every block's tokens.
         """
         grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         if not which:
             outputs = [self._whole(images, grid)]
         else:
             chosen = [index % len(self.vit.blocks) for index in which]
-            with self._fitted(grid) as positions:
+            with self._positions_for(grid) as positions:
                 replaced = {f"vit.{name}": value for name, value in positions.items()}
-                found = functional_call(_Blocks(self.vit, sorted(set(chosen)), norm), replaced, (images,))
-            outputs = [found[sorted(set(chosen)).index(index)] for index in chosen]
+                distinct = sorted(set(chosen))
+                tokens = functional_call(_Blocks(self.vit, distinct, norm), replaced, (images,))
+            outputs = [tokens[distinct.index(index)] for index in chosen]
         return [
             Tokens(x[:, self.num_prefix_tokens :].reshape(len(x), *grid, -1), x[:, : self.num_prefix_tokens])
             for x in outputs
@@ -177,21 +178,21 @@ class Backbone(Encoder):
 
     def _whole(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """The network's own output, prefix first."""
-        with self._fitted(grid) as positions:
+        with self._positions_for(grid) as positions:
             return functional_call(self.vit, positions, (images,))  # type: ignore[no-any-return]
 
     @contextmanager
-    def _fitted(self, grid: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
-        """Position embeddings that fit ``grid``, under the name that they are to take the place of."""
+    def _positions_for(self, grid: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
+        """Position embeddings for ``grid``, by the name of the parameter that they replace."""
         embed = self.vit.patch_embed
-        made_for, embed.grid_size = embed.grid_size, grid  # our positions fit already: timm is to leave them alone
+        own_grid, embed.grid_size = embed.grid_size, grid  # positions fit the grid: timm must not resample them again
         try:
-            yield self._positions(made_for, grid)
+            yield self._resample_positions(own_grid, grid)
         finally:
-            embed.grid_size = made_for
+            embed.grid_size = own_grid
 
-    def _positions(self, old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-        """Position embeddings for another grid, by one fixed matrix that holds timm's own resampling.
+    def _resample_positions(self, old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+        """Position embeddings for another grid: timm's own resampling as one fixed matrix.
 
         timm's interpolation has no deterministic backward pass on GPUs; a matrix product has.
         """
@@ -200,7 +201,7 @@ class Backbone(Encoder):
             return {}
         key = (*new, embedding.device, embedding.dtype)
         if key not in self._resamplers:
-            if len(self._resamplers) >= GRIDS:  # images of all sizes: the oldest goes
+            if len(self._resamplers) >= GRIDS:  # images of many sizes: drop the oldest
                 del self._resamplers[next(iter(self._resamplers))]
             n = embedding.shape[1]
             unit = torch.eye(n, device=embedding.device)[None]
@@ -211,21 +212,21 @@ class Backbone(Encoder):
 
 
 class _Blocks(nn.Module):
-    """The tokens after some of a timm ViT's blocks, prefix first: images -> [N, prefix + h * w, D] for each."""
+    """Tokens after some blocks of a timm ViT, prefix first: images -> [N, prefix + h * w, D] for each block."""
 
     def __init__(self, vit: Any, which: list[int], norm: bool) -> None:
         super().__init__()
         self.vit, self.which, self.norm = vit, which, norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        found = self.vit.forward_intermediates(
+        outputs = self.vit.forward_intermediates(
             images, self.which, return_prefix_tokens=True, norm=self.norm, output_fmt="NLC", intermediates_only=True
         )
-        return [torch.cat([entry[1], entry[0]], dim=1) if isinstance(entry, tuple) else entry for entry in found]
+        return [torch.cat([entry[1], entry[0]], dim=1) if isinstance(entry, tuple) else entry for entry in outputs]
 
 
 def _create(model: str, **arguments: Any) -> Any:
-    """A timm ViT without a head, whose forward gives all tokens after the final norm: [N, prefix + h * w, D]."""
+    """A timm ViT without a head. Its forward gives all tokens after the final norm: [N, prefix + h * w, D]."""
     if not timm.is_model(model):
         near = ", ".join(difflib.get_close_matches(model.split(".")[0], names("*"), 3))
         hint = f"near it: {near}" if near else "e.g. vit_tiny_patch16_224, vit_small_patch16_224"
@@ -249,7 +250,7 @@ def _create(model: str, **arguments: Any) -> Any:
 
 
 def patch_of(model: str) -> int:
-    """Side of a model's patch in px, without making its weights."""
+    """Side of a model's patch in px; its weights are not made."""
     with torch.device("meta"):
         return int(_create(model).patch_embed.patch_size[0])
 

@@ -1,4 +1,4 @@
-"""gtsa export: the trained encoder as others can open it."""
+"""gtsa export: writes the trained encoder in formats that other libraries open."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
-from gtsa.models import huggingface, weights
+from gtsa.models import huggingface
 from gtsa.models.backbone import Backbone
 from gtsa.models.formats import Format
-from gtsa.models.weights import load_backbone
+from gtsa.models.weights import eps_of, load_backbone
 
 
 def export(
@@ -31,112 +31,112 @@ def export(
     network: Literal["teacher", "student"] = "teacher",
     model: str | None = None,
 ) -> Path:
-    """Writes the encoder of a run as others can open it, with the same numbers.
+    """Writes the encoder of a run in a format that other libraries open. Its features stay the same.
 
     Args:
         source: a run, an export folder, or other weights (docs/weights.md).
-        out: folder to make, or file for ``dino``; it must not exist, or be an empty folder.
-        to: what can open it: ``timm`` (the model's own output is then the vector that was trained: the mean of its
+        out: folder to write, or file for ``dino``; it must not exist, or be an empty folder.
+        to: the format: ``timm`` (the model's own output is then the vector that was trained: the mean of its
             patch tokens, and the CLS token after DINO and iBOT), ``hf`` (a ViTModel of Hugging Face's transformers,
             without its pooler; plain ViTs alone), ``dino`` (a .pth file of tensors under ``teacher``, with timm's names
-            behind ``backbone.``; mean and deviation of its images lie beside, as ``mean`` and ``std``). Checksums lie
-            beside all of them, which are checked when gtsa reads them again.
-        network: where there are both, the teacher (as evaluated) or the student.
-        model: timm's name of it, where the source is a bare file that does not say.
+            behind ``backbone.``, and mean and deviation of the images as ``mean`` and ``std``). Checksums are written
+            beside each, and gtsa checks them when it reads the export.
+        network: the teacher (as evaluated) or the student, where the source has both.
+        model: its timm name, where the source is a bare file that does not name it.
 
     Raises:
-        UserError: the weights are not whole, or what is to open them cannot hold them (4); the place is taken (2).
+        UserError: the weights are damaged, or the format cannot hold them (4); ``out`` exists already (2).
     """
-    place, kind = Path(out), "file" if to == "dino" else "folder"
-    if place.exists() and (not place.is_dir() or to == "dino" or any(place.iterdir())):
-        raise UserError(f"--out {out} is there already; give another {kind}, or remove it first")
-    if place.is_symlink():
-        place = place.resolve()  # an empty folder on another disk
+    path, kind = Path(out), "file" if to == "dino" else "folder"
+    if path.exists() and (not path.is_dir() or to == "dino" or any(path.iterdir())):
+        raise UserError(f"--out {out} exists already; give another {kind}, or remove it first")
+    if path.is_symlink():
+        path = path.resolve()  # an empty folder on another disk
     backbone, _ = load_backbone(source, network, model)
     try:
         if to == "hf":
-            config, tensors, preprocessor = huggingface.written(backbone)
-            described = {"config.json": config, "preprocessor_config.json": preprocessor}
-            return _folder(place, tensors, described)
-        _same_eps(backbone)
+            config, tensors, preprocessor = huggingface.convert(backbone)
+            configs = {"config.json": config, "preprocessor_config.json": preprocessor}
+            return _write_folder(path, tensors, configs)
+        _check_eps(backbone)
         if to == "dino":
-            place.parent.mkdir(parents=True, exist_ok=True)
-            return _file(place, backbone)
-        return write(backbone, place, _name(source))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return _write_file(path, backbone)
+        return write(backbone, path, _name(source))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
 
 
-def write(backbone: Backbone, place: Path, name: str = "scenes") -> Path:
-    """Writes a folder that timm opens, ``config.json`` and ``model.safetensors``, or nothing."""
-    return _folder(place, _tensors(backbone), {"config.json": timm_config(backbone, name)})
+def write(backbone: Backbone, path: Path, name: str = "scenes") -> Path:
+    """Writes a folder that timm opens, with ``config.json`` and ``model.safetensors``. If it fails, nothing is left."""
+    return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, name)})
 
 
 def _tensors(backbone: Backbone) -> dict[str, Tensor]:
     return {k: v.detach().float().cpu().contiguous() for k, v in backbone.vit.state_dict().items()}
 
 
-def _folder(place: Path, tensors: dict[str, Tensor], described: dict[str, dict[str, Any]]) -> Path:
-    contents = {name: (json.dumps(config, indent=2) + "\n").encode() for name, config in described.items()}
+def _write_folder(path: Path, tensors: dict[str, Tensor], configs: dict[str, dict[str, Any]]) -> Path:
+    contents = {name: (json.dumps(config, indent=2) + "\n").encode() for name, config in configs.items()}
     contents["model.safetensors"] = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    draft = files.draft_of(place)
+    draft = files.draft_of(path)
     shutil.rmtree(draft, ignore_errors=True)
-    files.clear_drafts(place.parent, glob.escape(place.name))
+    files.clear_drafts(path.parent, glob.escape(path.name))
     try:
         draft.mkdir(parents=True)
-        _fill(draft, contents)
-        _put(draft, place)
+        _write_contents(draft, contents)
+        _move(draft, path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return place
+    return path
 
 
-def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:
+def _write_contents(folder: Path, contents: Mapping[str, bytes]) -> None:
     digests = {name: files.write(folder / name, data) for name, data in contents.items()}
     files.write(folder / files.SUMS, files.sealed(files.sums(digests)).encode())
     files.flush(folder)
 
 
-def _put(draft: Path, place: Path) -> None:
-    """Makes a finished folder the one at ``place``; of a folder that is there already, files of others stay."""
+def _move(draft: Path, path: Path) -> None:
+    """Moves a finished folder to ``path``. Other files of an existing folder are kept."""
     try:
-        draft.rename(place)
+        draft.rename(path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        for file in sorted(draft.iterdir(), key=lambda file: file.name == files.SUMS):  # last, when they are true
-            file.replace(place / file.name)
+        for file in sorted(draft.iterdir(), key=lambda file: file.name == files.SUMS):  # checksums last
+            file.replace(path / file.name)
         draft.rmdir()
-        files.flush(place)
-    files.flush(place.parent)
+        files.flush(path)
+    files.flush(path.parent)
 
 
-def _file(place: Path, backbone: Backbone) -> Path:
+def _write_file(path: Path, backbone: Backbone) -> Path:
     state = {f"backbone.{name}": tensor for name, tensor in _tensors(backbone).items()}
-    held = io.BytesIO()
+    buffer = io.BytesIO()
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in backbone.normalisation)
-    torch.save({"teacher": state, "mean": mean, "std": std}, held)
-    files.clear_drafts(place.parent, glob.escape(place.name))
-    files.store(place, held.getvalue())
-    files.store(files.sum_of(place), files.sums({place.name: files.digest(place)}).encode())
-    return place
+    torch.save({"teacher": state, "mean": mean, "std": std}, buffer)
+    files.clear_drafts(path.parent, glob.escape(path.name))
+    files.store(path, buffer.getvalue())
+    files.store(files.sum_of(path), files.sums({path.name: files.digest(path)}).encode())
+    return path
 
 
-def _same_eps(backbone: Backbone) -> None:
-    """Raises UserError where timm would open the model with another eps in its LayerNorms."""
+def _check_eps(backbone: Backbone) -> None:
+    """Raises UserError (4) where timm would open the model with another eps in its LayerNorms."""
     with torch.device("meta"):
-        usual = weights.eps_of(Backbone(backbone.model, arguments=backbone.arguments))
-    if (here := weights.eps_of(backbone)) != usual:
+        usual = eps_of(Backbone(backbone.model, arguments=backbone.arguments))
+    if (eps := eps_of(backbone)) != usual:
         raise UserError(
-            f"its LayerNorms have an eps of {here:g}, those of timm's {backbone.model} {usual:g}, and neither a timm "
+            f"its LayerNorms have an eps of {eps:g}, those of timm's {backbone.model} {usual:g}, and neither a timm "
             "folder nor a .pth file can say so: the features would differ. Use --to hf",
             4,
         )
 
 
 def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:
-    """timm's description of the encoder, whose ``model(x)`` is the vector that was trained."""
+    """timm's config.json of the encoder. With it ``model(x)`` is the pooled vector that was trained."""
     parameters = inspect.signature(type(backbone.vit)).parameters
     no_norm = "fc_norm" if "fc_norm" in parameters else "use_fc_norm"  # keys stay: the norm is the encoder's own
     side = backbone.arguments["img_size"]

@@ -1,4 +1,4 @@
-"""What weights are exported as, and how others open them. The command line knows it without torch."""
+"""Formats of exported weights, and the code that opens them. Imports no torch: the command line reads this."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ OPENS = {
     "hf": 'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)',
     "dino": 'torch.load("{}", weights_only=True)["teacher"]',
 }
-"""How others open what ``gtsa export`` wrote."""
+"""The code that opens an export, by format."""
 
-ELSEWHERE = ("timm:", "random:")  # weights that are no path
+ELSEWHERE = ("timm:", "random:")  # prefixes of weights that are no path
 
 
 def no_weights(spec: str) -> UserError:

@@ -1,8 +1,7 @@
-"""Vision transformers as Hugging Face's transformers writes them, in timm's terms and back.
+"""Translates vision transformers of Hugging Face's transformers to timm, and back.
 
-Both layouts of names are read: that of transformers 4, which 5 still writes by default
-(``encoder.layer.0.attention.attention.query``), and that of 5 (``layers.0.attention.q_proj``). Heads, poolers and mask
-tokens are left out and counted.
+Reads the names of transformers 4 (``encoder.layer.0.attention.attention.query``, the default also in 5) and of 5
+(``layers.0.attention.q_proj``). Heads, poolers and mask tokens are left out and counted.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
@@ -28,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json may leave out, by 
     "dinov3_vit": {"patch_size": 16, "layer_norm_eps": 1e-5, "num_register_tokens": 0, "rope_theta": 100.0},
 }
 LEFT_OUT = re.compile(r"(?:embeddings\.)?(pooler|classifier|decoder|mask_token)\b")
-NAMES = (  # ours, theirs
+NAMES = (  # timm, Hugging Face
     ("cls_token", r"embeddings\.cls_token"),
     ("reg_token", r"embeddings\.register_tokens"),
     ("pos_embed", r"embeddings\.position_embeddings"),
@@ -49,13 +48,31 @@ IN_BLOCK = (
 )
 
 
-def read(
-    config: Mapping[str, Any], given: Mapping[str, Tensor], source: str
-) -> tuple[str, dict[str, Any], float, dict[str, Tensor], dict[str, int]]:
-    """timm's name of the model, its arguments, the eps of its LayerNorms, its tensors, and what was left out.
+class Read(NamedTuple):
+    """A model of Hugging Face in timm's terms."""
+
+    model: str
+    arguments: dict[str, Any]  # of timm's constructor
+    eps: float  # of the LayerNorms
+    tensors: dict[str, Tensor]
+    left: dict[str, int]  # tensors that are left out, by part
+
+
+class _Shape(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    patch: int  # px
+    hidden: int  # width of the MLPs
+    side: int  # of the image, px
+    registers: int
+
+
+def read(config: Mapping[str, Any], given: Mapping[str, Tensor], source: str) -> Read:
+    """Translates config.json and tensors.
 
     Raises:
-        UserError: timm's ViT cannot hold it, or description and tensors are not of one model (4).
+        UserError: timm's ViT cannot hold the model, or config.json and tensors are not of one model (4).
     """
     kind = config.get("model_type")
     if kind not in DEFAULTS:
@@ -68,64 +85,86 @@ def read(
         raise UserError(f"{source}: config.json and its tensors cannot be understood ({error!r:.200})", 4) from None
 
 
-def _read(
-    kind: str, config: Mapping[str, Any], given: Mapping[str, Tensor], source: str
-) -> tuple[str, dict[str, Any], float, dict[str, Tensor], dict[str, int]]:
-    tensors, left = _named(given)
+def _read(kind: str, config: Mapping[str, Any], given: Mapping[str, Tensor], source: str) -> Read:
+    tensors, left = _renamed(given)
+    shape = _shape(config, source)
+    _check_supported(kind, config, shape, source)
+    _check_size(tensors, shape, source)
+    tensors = _fused(tensors, shape.depth, split_bias=kind == "dinov3_vit")
+    if kind == "dinov3_vit":
+        model, arguments, tensors = _dinov3(config, shape, tensors)
+    else:
+        options: dict[str, Any] = {"qkv_bias": bool(config.get("qkv_bias", True))}
+        if kind != "vit":
+            options["init_values"] = 1e-5
+        if shape.registers:
+            tensors = state_dict.merged(tensors)
+            options |= {"reg_tokens": shape.registers, "no_embed_class": True}
+        model, arguments = state_dict.plain(*shape[:6], **options)
+    return Read(model, arguments, float(config["layer_norm_eps"]), tensors, left)
+
+
+def _shape(config: Mapping[str, Any], source: str) -> _Shape:
     width, depth, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     patch, side = (_square(config.get(k, 224), k, source) for k in ("patch_size", "image_size"))
-    hidden = (
-        int(config["intermediate_size"]) if "intermediate_size" in config else int(width * config.get("mlp_ratio", 4))
-    )
-    registers = int(config.get("num_register_tokens", 0))
-    reasons = {
+    hidden = int(config["intermediate_size"] if "intermediate_size" in config else width * config.get("mlp_ratio", 4))
+    return _Shape(width, depth, heads, patch, hidden, side, int(config.get("num_register_tokens", 0)))
+
+
+def _check_supported(kind: str, config: Mapping[str, Any], shape: _Shape, source: str) -> None:
+    """Raises UserError (4) where timm's plain ViT lacks a part of the model."""
+    checks = {
         f"hidden_act {config.get('hidden_act')!r} is not gelu": config.get("hidden_act", "gelu") != "gelu",
         "its MLPs are gated (SwiGLU)": config.get("use_swiglu_ffn") or config.get("use_gated_mlp"),
         f"it sees {config.get('num_channels')} channels, not 3": config.get("num_channels", 3) != 3,
         "its keys have a bias of their own": kind == "dinov3_vit" and config.get("key_bias"),
         "queries, values, MLPs and projections do not all have a bias": kind == "dinov3_vit"
         and not all(config.get(k, True) for k in ("query_bias", "value_bias", "mlp_bias", "proj_bias")),
-        "its heads are of another width than the tokens": config.get("head_dim") not in (None, width // heads),
+        "its heads are of another width than the tokens": config.get("head_dim")
+        not in (None, shape.width // shape.heads),
     }
-    if told := [reason for reason, holds in reasons.items() if holds]:
+    if reasons := [reason for reason, applies in checks.items() if applies]:
         raise UserError(
-            f"{source}: {'; '.join(told)}: a plain ViT of timm cannot hold it; look for it with timm:NAME", 4
+            f"{source}: {'; '.join(reasons)}: a plain ViT of timm cannot hold it; look for it with timm:NAME", 4
         )
-    shape = len(tensors["patch_embed.proj.weight"]), len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
-    if shape != (width, depth):
+
+
+def _check_size(tensors: Mapping[str, Tensor], shape: _Shape, source: str) -> None:
+    """Raises UserError (4) unless the tensors have the width and depth that config.json states."""
+    width = len(tensors["patch_embed.proj.weight"])
+    depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
+    if (width, depth) != (shape.width, shape.depth):
         raise UserError(
-            f"{source}: config.json tells of {depth} blocks of width {width}, there are {shape[1]} of {shape[0]}; "
-            "the files are not of one model: get both again",
+            f"{source}: config.json states {shape.depth} blocks of width {shape.width}, the tensors have {depth} of "
+            f"{width}; the files are not of one model: get both again",
             4,
         )
-    eps = float(config["layer_norm_eps"])
-    tensors = _fused(tensors, depth, split_bias=kind == "dinov3_vit")
-    if kind == "dinov3_vit":
-        tensors = {re.sub(r"\bls([12])\.gamma", r"gamma_\1", k): v for k, v in tensors.items()}
-        if not registers:
-            tensors.pop("reg_token", None)  # of length 0
-        size = {384: "small", 768: "base", 1024: "large"}.get(width, "small")
-        shaped: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
-        more = {
-            "mlp_ratio": state_dict.ratio(hidden, width),
-            "num_reg_tokens": registers,
-            "rope_temperature": config["rope_theta"],
-        }
-        return f"vit_{size}_patch16_dinov3_qkvb", {"img_size": side, **shaped, **more}, eps, tensors, left
-    options: dict[str, Any] = {"qkv_bias": bool(config.get("qkv_bias", True))}
-    if kind != "vit":
-        options["init_values"] = 1e-5
-    if registers:
-        tensors = state_dict.merged(tensors)
-        options |= {"reg_tokens": registers, "no_embed_class": True}
-    return *state_dict.plain(width, depth, heads, patch, hidden, side, **options), eps, tensors, left
+
+
+def _dinov3(
+    config: Mapping[str, Any], shape: _Shape, tensors: dict[str, Tensor]
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """timm's name, arguments and tensors of a DINOv3 ViT."""
+    tensors = {re.sub(r"\bls([12])\.gamma", r"gamma_\1", k): v for k, v in tensors.items()}
+    if not shape.registers:
+        tensors.pop("reg_token", None)  # of length 0
+    size = {384: "small", 768: "base", 1024: "large"}.get(shape.width, "small")
+    sizes = {"patch_size": shape.patch, "embed_dim": shape.width, "depth": shape.depth, "num_heads": shape.heads}
+    arguments = {
+        "img_size": shape.side,
+        **sizes,
+        "mlp_ratio": state_dict.ratio(shape.hidden, shape.width),
+        "num_reg_tokens": shape.registers,
+        "rope_temperature": config["rope_theta"],
+    }
+    return f"vit_{size}_patch16_dinov3_qkvb", arguments, tensors
 
 
 def normalisation(preprocessor: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, of pixels in [0, 1], from a preprocessor_config.json.
 
     Raises:
-        ValueError: it does something else to pixels.
+        ValueError: the preprocessor scales pixels in another way.
     """
     if not preprocessor.get("do_rescale", True) or abs(255 * preprocessor.get("rescale_factor", 1 / 255) - 1) > 1e-3:
         raise ValueError("pixels are not scaled to [0, 1]")
@@ -134,27 +173,16 @@ def normalisation(preprocessor: Mapping[str, Any]) -> tuple[list[float], list[fl
     return preprocessor["image_mean"], preprocessor["image_std"]
 
 
-def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def convert(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """config.json, tensors (in the names of transformers 4) and preprocessor_config.json of a ViTModel, no pooler.
 
     Raises:
-        UserError: a ViTModel cannot hold it (4).
+        UserError: a ViTModel cannot hold the backbone (4).
     """
-    vit = backbone.vit
-    state = {k: v.detach().float().cpu() for k, v in vit.state_dict().items()}
+    _check_plain(backbone)
+    vit, side = backbone.vit, backbone.arguments["img_size"]
     first = vit.blocks[0]
-    if (
-        any(type(block) is not Block or type(block.mlp.act) is not nn.GELU for block in vit.blocks)
-        or any(not state_dict.PLAIN.fullmatch(name) or name.endswith("gamma") for name in state)
-        or backbone.num_prefix_tokens != 1
-        or state["pos_embed"].shape[1] != 1 + math.prod(vit.patch_embed.grid_size)
-    ):
-        raise UserError(
-            f"{backbone.model} is no plain ViT with a CLS token and positions for it, which is all that a ViTModel of "
-            "Hugging Face holds (no registers, layer scale or rotary positions); use --to timm",
-            4,
-        )
-    side, mean_std = backbone.arguments["img_size"], backbone.normalisation
+    mean, std = backbone.normalisation
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -179,13 +207,31 @@ def written(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(mean_std[0]),
-        "image_std": list(mean_std[1]),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
-    return config, dict(pair for name, value in state.items() for pair in _theirs(name, value)), preprocessor
+    state = {k: v.detach().float().cpu() for k, v in vit.state_dict().items()}
+    tensors = dict(pair for name, value in state.items() for pair in _exported(name, value))
+    return config, tensors, preprocessor
 
 
-THEIRS = {
+def _check_plain(backbone: Backbone) -> None:
+    """Raises UserError (4) unless the backbone is a ViT with a CLS token, learnt positions and nothing else."""
+    vit = backbone.vit
+    if (
+        any(type(block) is not Block or type(block.mlp.act) is not nn.GELU for block in vit.blocks)
+        or any(not state_dict.PLAIN.fullmatch(name) or name.endswith("gamma") for name in vit.state_dict())
+        or backbone.num_prefix_tokens != 1
+        or vit.pos_embed.shape[1] != 1 + math.prod(vit.patch_embed.grid_size)
+    ):
+        raise UserError(
+            f"{backbone.model} is no plain ViT with a CLS token and positions for it, which is all that a ViTModel of "
+            "Hugging Face holds (no registers, layer scale or rotary positions); use --to timm",
+            4,
+        )
+
+
+EXPORTED = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -198,10 +244,10 @@ THEIRS = {
 }
 
 
-def _theirs(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor under the name that transformers 4 gives it; one of queries, keys and values as three."""
-    if name in THEIRS:
-        return [(THEIRS[name], value)]
+def _exported(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor under its name in transformers 4. Queries, keys and values become three tensors."""
+    if name in EXPORTED:
+        return [(EXPORTED[name], value)]
     stem, kind = name.rsplit(".", 1)
     start = ""
     if stem.startswith("blocks."):
@@ -210,11 +256,11 @@ def _theirs(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
     if stem == "attn.qkv":
         parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
         return [(f"{start}attention.attention.{part}.{kind}", each.contiguous()) for part, each in parts]
-    return [(f"{start}{THEIRS[stem]}.{kind}", value)]
+    return [(f"{start}{EXPORTED[stem]}.{kind}", value)]
 
 
-def _named(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Tensors under our names; a name that is not known stays as it is, and then finds no place in the model."""
+def _renamed(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors under timm's names, and the parts left out. An unknown name is kept, and loading then refuses it."""
     tensors: dict[str, Tensor] = {}
     left: Counter[str] = Counter()
     for key, value in given.items():
@@ -229,14 +275,14 @@ def _named(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, in
 
 
 def _translated(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for ours, theirs in table:
-        if match := re.fullmatch(theirs, name):
-            return match.expand(ours)
+    for timm_name, pattern in table:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(timm_name)
     return name
 
 
 def _fused(tensors: dict[str, Tensor], depth: int, split_bias: bool) -> dict[str, Tensor]:
-    """Queries, keys and values in one tensor each; DINOv3's keys have no bias, and timm keeps the other two apart."""
+    """Queries, keys and values as one tensor. DINOv3's keys have no bias; timm keeps the other two biases apart."""
     for start in (f"blocks.{number}.attn." for number in range(depth)):
         tensors[f"{start}qkv.weight"] = torch.cat([tensors.pop(f"{start}{part}.weight") for part in "qkv"])
         if split_bias:
@@ -247,7 +293,8 @@ def _fused(tensors: dict[str, Tensor], depth: int, split_bias: bool) -> dict[str
 
 
 def _square(value: Any, name: str, source: str) -> int:
+    """The side in px of a size in config.json. Raises UserError (4) unless it is square."""
     both = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(set(both)) != 1 or int(both[0]) != both[0] or both[0] < 1:
-        raise UserError(f"{source}: {name} {value} is no square in px, and only such can be read", 4)
+        raise UserError(f"{source}: {name} {value} is no square in px; only squares can be read", 4)
     return int(both[0])

@@ -1,4 +1,4 @@
-"""Files of tensors without a description, as DINO and its successors write them: the encoder in them, and its model."""
+"""Files of tensors without a config, as DINO and its successors write them: finds the encoder and infers its model."""
 
 from __future__ import annotations
 
@@ -26,42 +26,33 @@ PLAIN = re.compile(
 )
 
 
-def encoder(found: Any, network: str, source: str) -> tuple[dict[str, Tensor], dict[str, int], str]:
-    """The encoder's tensors under timm's names, how many of which other parts were left out, and whose encoder it is.
+def encoder(content: Any, network: str, source: str) -> tuple[dict[str, Tensor], dict[str, int], str]:
+    """The encoder's tensors under timm's names, the number of tensors left out by part, and the network it is of.
 
     Args:
-        found: what the file holds: tensors by name, perhaps within other dictionaries, under any prefixes.
-        network: which to take where there are both ``teacher`` and ``student``; a lone student is taken, too.
+        content: of the file: tensors by name, perhaps within other dictionaries, under any prefixes.
+        network: ``teacher`` or ``student``, where the file has both; a lone student is always taken.
 
     Raises:
-        UserError: there are no tensors, no student though it is asked for, or two tensors for one place (4).
+        UserError: there are no tensors, the requested student is missing, or two tensors have one name (4).
     """
-    left: Counter[str] = Counter()
-    chosen = ""
-    for _ in range(5):  # dictionaries in one another
-        inner = [name for name in (network, *NETWORKS, *CONTAINERS) if _holds(found, name)]
-        if not inner:
-            break
-        chosen = inner[0] if inner[0] in NETWORKS else chosen
-        for name in found:
-            if name != inner[0]:
-                left[str(name)] += _count(found[name])
-        found = found[inner[0]]
-    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
+    content, left, chosen = _unpacked(content, network)
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{source} holds no dictionary of tensors", 4)
-    before = {str(key): PREFIX.match(str(key)).group() for key in found}  # type: ignore[union-attr]
-    there = [name for name in NETWORKS if any(name in prefix.split(".") for prefix in before.values())]
-    flat = network if network in there else "".join(there)
-    chosen = chosen or flat
+    prefixes = {str(key): PREFIX.match(str(key)).group() for key in content}  # type: ignore[union-attr]
+    present = [name for name in NETWORKS if any(name in prefix.split(".") for prefix in prefixes.values())]
+    prefixed = network if network in present else "".join(present)  # network that is named in prefixes
+    chosen = chosen or prefixed
     if network == "student" and chosen == "teacher":
         raise UserError(f"{source} holds a teacher and no student; leave out --network student", 4)
     tensors: dict[str, Tensor] = {}
-    for key, value in found.items():
-        prefix, bare = before[str(key)], str(key).removeprefix(before[str(key)])
+    for key, value in content.items():
+        prefix = prefixes[str(key)]
+        bare = str(key).removeprefix(prefix)
         part = bare.split(".")[0]
-        part = "decoder" if part.startswith("decoder_") else part  # as masked autoencoders call its parts
-        if flat and flat not in prefix.split("."):
-            other = [name for name in there if name in prefix.split(".")]
+        part = "decoder" if part.startswith("decoder_") else part  # names of masked autoencoders
+        if prefixed and prefixed not in prefix.split("."):
+            other = [name for name in present if name in prefix.split(".")]
             left[other[0] if other else part] += _count(value)
         elif part in HEADS or not isinstance(value, Tensor):
             left[part] += _count(value)
@@ -72,12 +63,28 @@ def encoder(found: Any, network: str, source: str) -> tuple[dict[str, Tensor], d
     return _renamed(tensors), dict(+left), chosen
 
 
-def guess(tensors: Mapping[str, Tensor]) -> tuple[str | None, dict[str, Any], str]:
-    """timm's name and arguments of the model that plain tensors are of, and a remark: how it was told, or why not.
+def _unpacked(content: Any, network: str) -> tuple[Any, Counter[str], str]:
+    """The innermost dictionary, the number of tensors beside it by name, and the network that its path names."""
+    left: Counter[str] = Counter()
+    chosen = ""
+    for _ in range(5):  # dictionaries in one another
+        inner = [name for name in (network, *NETWORKS, *CONTAINERS) if _holds(content, name)]
+        if not inner:
+            break
+        chosen = inner[0] if inner[0] in NETWORKS else chosen
+        for name in content:
+            if name != inner[0]:
+                left[str(name)] += _count(content[name])
+        content = content[inner[0]]
+    return content, left, chosen
 
-    Heads are taken to be 64 wide, as in every ViT of DeiT, DINO, DINOv2 and timm's own sizes up to large.
+
+def guess(tensors: Mapping[str, Tensor]) -> tuple[str | None, dict[str, Any], str]:
+    """Infers the model from plain tensors: timm's name, arguments, and a remark on how, or why it cannot be inferred.
+
+    Heads are assumed to be 64 wide, as in every ViT of DeiT, DINO, DINOv2 and timm's own sizes up to large.
     """
-    strange = [name for name in tensors if not PLAIN.fullmatch(name)]
+    unknown = [name for name in tensors if not PLAIN.fullmatch(name)]
     if "patch_embed.proj.weight" not in tensors or tensors["patch_embed.proj.weight"].ndim != 4:
         return None, {}, "it has no patch_embed.proj.weight"
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
@@ -85,8 +92,8 @@ def guess(tensors: Mapping[str, Tensor]) -> tuple[str | None, dict[str, Any], st
     size = {"img_size": side} if side else {}
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     hidden = len(tensors.get("blocks.0.mlp.fc1.weight", ()))
-    if strange:
-        return None, size, f"{strange[0]} is in no plain ViT"
+    if unknown:
+        return None, size, f"{unknown[0]} is in no plain ViT"
     if width not in SIZES or width % 64 or SIZES[width] == "huge" or patch not in (8, 14, 16) or channels != 3:
         return None, size, f"{width} wide, patches of {patch} px and {channels} channels are no usual ViT"
     if not side or not hidden or "cls_token" not in tensors:
@@ -99,34 +106,34 @@ def guess(tensors: Mapping[str, Tensor]) -> tuple[str | None, dict[str, Any], st
         options["no_embed_class"] = True
     bias = "blocks.0.attn.qkv.bias" in tensors
     model, arguments = plain(width, depth, width // 64, patch, hidden, side, qkv_bias=bias, **options)
-    how = f"taken for {model}: {depth} blocks, {width // 64} heads, {registers} registers (if not, give --model)"
-    return model, arguments, how
+    remark = f"taken for {model}: {depth} blocks, {width // 64} heads, {registers} registers (if not, give --model)"
+    return model, arguments, remark
 
 
 def plain(
-    width: int, depth: int, heads: int, patch: int, hidden: int, image_size: int, **more: Any
+    width: int, depth: int, heads: int, patch: int, hidden: int, image_size: int, **more: object
 ) -> tuple[str, dict[str, Any]]:
-    """timm's name for a plain ViT, and all arguments that make it one: the name alone decides nothing."""
-    named = f"vit_{SIZES.get(width, 'base')}_patch{patch}_224"
+    """timm's name for a plain ViT, and all arguments that define it: the name alone defines nothing."""
+    name = f"vit_{SIZES.get(width, 'base')}_patch{patch}_224"
     shape = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     arguments = {"img_size": image_size, **shape, "mlp_ratio": ratio(hidden, width), **more}
-    known = named if named in names("vit_*") else f"vit_{SIZES.get(width, 'base')}_patch16_224"
+    known = name if name in names("vit_*") else f"vit_{SIZES.get(width, 'base')}_patch16_224"
     return known if known in names("vit_*") else "vit_base_patch16_224", arguments
 
 
 def ratio(hidden: int, width: int) -> float:
-    """timm's mlp_ratio, of which it takes int(width * ratio)."""
+    """timm's mlp_ratio: timm computes the hidden width as int(width * ratio)."""
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's positions beside registers, one of them the CLS token's, as timm's: the CLS token holds its own."""
+    """Positions of DINOv2 with registers, as timm has them: the CLS token's position is added to the CLS token."""
     positions = tensors["pos_embed"].float()
     return {**tensors, "cls_token": tensors["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's own names as timm's: blocks in chunks, and registers."""
+    """DINOv2's names of blocks (in chunks) and registers become timm's."""
     tensors = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in tensors.items()}
     if "register_tokens" in tensors and "pos_embed" in tensors and "cls_token" in tensors:
         tensors["reg_token"] = tensors.pop("register_tokens")
@@ -135,7 +142,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _side(tensors: Mapping[str, Tensor], patch: int) -> int | None:
-    """Image side in px that position embeddings were made for, where it is the only square that fits."""
+    """Image side in px of the position embeddings, where only one square fits them."""
     if "pos_embed" not in tensors or tensors["pos_embed"].ndim != 3:
         return None
     count = tensors["pos_embed"].shape[1]
@@ -144,12 +151,12 @@ def _side(tensors: Mapping[str, Tensor], patch: int) -> int | None:
     return patch * grids.pop() if len(grids) == 1 else None
 
 
-def _holds(found: Any, name: str) -> bool:
-    return isinstance(found, dict) and isinstance(found.get(name), dict)
+def _holds(content: object, name: str) -> bool:
+    return isinstance(content, dict) and isinstance(content.get(name), dict)
 
 
-def _count(value: Any, depth: int = 5) -> int:
-    """Tensors in a value, however deep."""
+def _count(value: object, depth: int = 5) -> int:
+    """The number of tensors in a value, down to ``depth`` levels."""
     if isinstance(value, dict) and depth:
         return sum(_count(inner, depth - 1) for inner in value.values())
     return int(isinstance(value, Tensor))

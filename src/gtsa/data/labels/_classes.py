@@ -1,4 +1,4 @@
-"""Names of classes, and images that have one class each."""
+"""Class names, and images with one class each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gtsa.data.labels import Kind, Labelled, Problems
 from gtsa.data.sources import Source
 
 
-def listed(file: str | None) -> tuple[str, ...] | None:
-    """The class names in a text file, one a line. Raises UserError (3) where they are no such list."""
+def read_class_names(file: str | None) -> tuple[str, ...] | None:
+    """The class names in a text file, one a line; None without a file. Raises UserError (3) where names are invalid."""
     if file is None:
         return None
     problems, names = Problems(file), []
@@ -25,53 +24,53 @@ def listed(file: str | None) -> tuple[str, ...] | None:
     except UnicodeDecodeError as error:
         problems.add("not UTF-8", file, f"{error}: save it as UTF-8")
     names = [name.strip() for name in names]
-    unique("class", ((f"line {line}", name) for line, name in enumerate(names, 1)), problems)
-    if not names and not problems.found:
+    check_unique("class", ((f"line {line}", name) for line, name in enumerate(names, 1)), problems)
+    if not names and not problems.faults:
         problems.add("no classes", file, "write one name a line")
-    problems.insist()
+    problems.raise_if_any()
     return tuple(names)
 
 
-def unique(what: str, named: Iterable[tuple[str, str]], problems: Problems) -> None:
-    """Tells names that are empty or were there before, from pairs of place and name."""
+def check_unique(what: str, named: Iterable[tuple[str, str]], problems: Problems) -> None:
+    """Adds names that are empty or occur twice to the problems, from pairs of position and name."""
     seen: dict[str, str] = {}
-    for place, name in named:
+    for position, name in named:
         if not name:
-            problems.add(f"{what} without a name", place, "give it a name")
+            problems.add(f"{what} without a name", position, "give it a name")
         elif name in seen:
-            problems.add(f"{what} named twice", place, f"{name}: as {seen[name]}")
+            problems.add(f"{what} named twice", position, f"{name}: as {seen[name]}")
         else:
-            seen[name] = place
+            seen[name] = position
 
 
-def one_each(
+def label_images(
     source: Source,
     labels: Sequence[str | None],
     classes: tuple[str, ...] | None,
     kind: Kind,
     problems: Problems,
 ) -> Labelled:
-    """Images with the name of one class each. Raises UserError (3) through ``problems``.
+    """Labels each image with the name of one class. Raises UserError (3) through ``problems``.
 
     Args:
-        labels: of every image in the source; None where a problem has been told.
-        classes: all there are, in order; None: those of ``labels``, sorted.
+        labels: of every image in the source; None where ``problems`` has a fault already.
+        classes: all class names, in order; None: those of ``labels``, sorted.
     """
     counts = Counter(label for label in labels if label is not None)
     classes = tuple(sorted(counts)) if classes is None else classes
-    numbers = {name: number for number, name in enumerate(classes)}
-    for index, label in enumerate(labels):
-        if label is not None and label not in numbers:
-            problems.add("unknown class", source.name(index), f"{label}: not in the list of {len(classes)} classes")
-    if len(numbers) < 2 and not problems.found:
-        problems.add("too few classes", problems.where, f"there is {len(numbers)}; at least two are needed")
-    problems.insist()
-    targets = [numbers[label] for label in labels if label is not None]
+    index_of = {name: index for index, name in enumerate(classes)}
+    for image, label in enumerate(labels):
+        if label is not None and label not in index_of:
+            problems.add("unknown class", source.name(image), f"{label}: not in the list of {len(classes)} classes")
+    if len(index_of) < 2 and not problems.faults:
+        problems.add("too few classes", problems.file, f"{len(index_of)}, at least two are needed")
+    problems.raise_if_any()
+    targets = [index_of[label] for label in labels if label is not None]
     rows = ((source.name(index), target) for index, target in enumerate(targets))
     return Labelled(source, range(len(source)), targets, kind, classes, digest([classes, *rows]))
 
 
-def digest(rows: Iterable[Any]) -> str:
+def digest(rows: Iterable[object]) -> str:
     """SHA-256 of plain values, written as JSON."""
     sha = hashlib.sha256()
     for row in rows:

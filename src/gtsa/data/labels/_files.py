@@ -1,4 +1,4 @@
-"""Image files that labels name: found below their folder and nowhere else, and of the size that is said."""
+"""Finds the image files that labels name, only below the images' folder, and reads their sizes."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from gtsa.core.terminal import say
 from gtsa.data import decoding
 from gtsa.data.labels import Problems
-from gtsa.data.labels._json import told
+from gtsa.data.labels._json import quoted
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Source
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
-def located(root: str, names: Iterable[tuple[object, Any]], problems: Problems) -> list[str | None]:
-    """Paths below ``root`` for pairs of place in the labels and name.
+def locate(root: str, names: Iterable[tuple[object, object]], problems: Problems) -> list[str | None]:
+    """Paths below ``root``, from pairs of position in the labels and name.
 
-    None where a problem is told instead: not a path, one that leads outside (also over a link), or to no file.
+    A name that is no path, leads out of ``root`` (also over a link) or to no file gives None and a fault.
     """
     top = os.path.realpath(root)
-    folders: dict[str, str] = {}  # real ones by name: resolving each path from the top would be most of the work
-    return [_located(top, folders, place, name, problems) for place, name in names]
+    folders: dict[str, str] = {}  # resolved folders by name, since resolving every path is slow
+    return [_locate(top, folders, position, name, problems) for position, name in names]
 
 
-def _located(top: str, folders: dict[str, str], place: object, name: Any, problems: Problems) -> str | None:
+def _locate(top: str, folders: dict[str, str], position: object, name: object, problems: Problems) -> str | None:
     if not isinstance(name, str) or not name or "\0" in name:
-        problems.add("wrong type", place, f"the image's path is {told(name)}")
+        problems.add("wrong type", position, f"the image's path is {quoted(name)}")
         return None
     if os.path.isabs(name) or os.pardir in name.split(os.sep):
-        problems.add("path outside the images", place, f"{name}: name images from the images' folder on, without '..'")
+        problems.add("path outside the images", position, f"{name}: paths start at the images' folder and have no '..'")
         return None
     folder, file = os.path.split(os.path.normpath(name))
     try:
@@ -45,38 +44,38 @@ def _located(top: str, folders: dict[str, str], place: object, name: Any, proble
             path = os.path.realpath(path)
             status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        problems.add("image missing on disk", place, f"{name}: {getattr(error, 'strerror', None) or error}")
+        problems.add("image missing on disk", position, f"{name}: {getattr(error, 'strerror', None) or error}")
         return None
     if not path.startswith(top.rstrip(os.sep) + os.sep):
-        problems.add("path outside the images", place, f"{name}: a link leads out of the images' folder to {path}")
+        problems.add("path outside the images", position, f"{name}: a link leads out of the images' folder to {path}")
         return None
     if not stat.S_ISREG(status.st_mode):
-        problems.add("image missing on disk", place, f"{name}: not a regular file")
+        problems.add("image missing on disk", position, f"{name}: not a regular file")
         return None
     return os.path.join(folder, file)
 
 
-def sizes(paths: Sequence[str]) -> list[tuple[int, int] | str]:
-    """Width and height of each image as it is read, upright, from its header; or the reason why it cannot be read."""
+def read_sizes(paths: Sequence[str]) -> list[tuple[int, int] | str]:
+    """Width and height of each image, upright, from its header; or the reason why it cannot be read."""
     with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) * 2)) as pool:
         return list(pool.map(_size, paths))
 
 
 def _size(path: str) -> tuple[int, int] | str:
     try:
-        found = decoding.header(path)
-        with decoding.opened(path) as image:
+        header = decoding.read_header(path)
+        with decoding.open_image(path) as image:
             try:
-                turn = 1 if found.format == "TIFF" else image.getexif().get(0x0112, 1)  # Pillow has turned TIFFs
-            except Exception:  # damaged EXIF turns nothing
-                turn = 1
+                orientation = 1 if header.format == "TIFF" else image.getexif().get(0x0112, 1)  # Pillow rotates TIFFs
+            except Exception:  # damaged EXIF rotates nothing
+                orientation = 1
     except BadImage as reason:
         return str(reason)
-    return (found.height, found.width) if turn in SIDEWAYS else (found.width, found.height)
+    return (header.height, header.width) if orientation in SIDEWAYS else (header.width, header.height)
 
 
-def passed_over(source: Source) -> None:
-    """Says how many files lie among the images and are none by their suffix."""
+def report_ignored(source: Source) -> None:
+    """Reports how many files are ignored, because their suffix is not that of an image."""
     others = [f"{count:,} {kind}" for kind, count in sorted(source.ignored.items()) if kind != "hidden"]
     if others:
-        say(f"not read, for they are no images by their suffix: {', '.join(others)}")
+        say(f"files ignored for their suffix: {', '.join(others)}")

@@ -1,20 +1,19 @@
-"""One folder a class: IMAGES/cat/1.jpg. Nested deeper, the first folder is the class."""
+"""One folder a class: IMAGES/cat/1.jpg. The first folder of a path is the class."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from gtsa.data.labels import Kind, Labelled, Problems
-from gtsa.data.labels._classes import listed, one_each
-from gtsa.data.labels._files import passed_over
+from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
+from gtsa.data.labels._classes import label_images, read_class_names
+from gtsa.data.labels._files import report_ignored
 from gtsa.data.sources.folder import Folder
 
 
-class ClassFolders:
+class ClassFolders(LabelFormat):
     """Images whose first folder is their class.
 
-    The classes are the folders that there are, or the list of ``classes``, where train and val do not have them all.
+    The classes are the folders, or the list of ``classes`` where train and val do not both have all folders.
     """
 
     @staticmethod
@@ -22,31 +21,31 @@ class ClassFolders:
         return kind == "classes" and labels is None and os.path.isdir(images)
 
     @staticmethod
-    def read(images: str, labels: str | None, kind: Kind, classes: str | None = None, **_: Any) -> Labelled:
+    def read(images: str, labels: str, kind: Kind, options: LabelOptions) -> Labelled:
         source, problems = Folder(images), Problems(images)
         for folder, reason in source.unreadable:
             problems.add("folder that cannot be listed", folder, reason)
-        problems.insist()
-        passed_over(source)
-        counts = dict.fromkeys(sorted(_folders(images)), 0)
-        found: list[str | None] = []
+        problems.raise_if_any()
+        report_ignored(source)
+        counts = dict.fromkeys(sorted(_list_folders(images)), 0)
+        class_of: list[str | None] = []
         for name in source.files:
             folder, inside, _rest = name.partition(os.sep)
             if inside:
                 counts[folder] += 1
-                found.append(folder)
+                class_of.append(folder)
             else:
                 problems.add("image outside a class folder", name, "move it into the folder of its class")
-                found.append(None)
+                class_of.append(None)
         for folder, count in counts.items():
             if count == 0:
                 problems.add("class folder without images", folder, "remove the folder, or put images there")
             elif count == 1:
                 problems.add("class folder with one image", folder, "add images of this class, or remove the folder")
-        return one_each(source, found, listed(classes) or tuple(counts), kind, problems)
+        return label_images(source, class_of, read_class_names(options.classes) or tuple(counts), kind, problems)
 
 
-def _folders(images: str) -> list[str]:
+def _list_folders(images: str) -> list[str]:
     return [
         name for name in os.listdir(images) if not name.startswith(".") and os.path.isdir(os.path.join(images, name))
     ]

@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
-from typing import Any
 
-from gtsa.data.labels import Kind, Labelled, Problems
-from gtsa.data.labels._classes import listed, one_each
-from gtsa.data.labels._files import located
+from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
+from gtsa.data.labels._classes import label_images, read_class_names
+from gtsa.data.labels._files import locate
 from gtsa.data.sources.folder import Folder
 
-PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "name")  # of columns, the usual one first
-LABELS = ("label", "class", "category", "target", "species")
+PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "name")  # the usual name first
+LABEL_COLUMNS = ("label", "class", "category", "target", "species")
 
 
-class Table:
-    """Rows of path and label, with a comma between; paths start at the images' folder.
+class Table(LabelFormat):
+    """Rows of path and label, separated by a comma; paths start at the images' folder.
 
     A first row that names the columns ``path`` and ``label`` (or file, filename, image, name; class, category, target)
-    is a header: then they may lie in any order among others. Without it there are these two. The classes are all labels
-    that occur, sorted, or the list of ``classes``.
+    is a header. The columns may then be in any order, among others. Without a header there are exactly these two. The
+    classes are all labels in the table, sorted, or the list of ``classes``.
     """
 
     @staticmethod
@@ -29,50 +28,54 @@ class Table:
         return kind == "classes" and (labels or "").lower().endswith(".csv") and os.path.isdir(images)
 
     @staticmethod
-    def read(images: str, labels: str, kind: Kind, classes: str | None = None, **_: Any) -> Labelled:
+    def read(images: str, labels: str, kind: Kind, options: LabelOptions) -> Labelled:
         problems = Problems(labels)
-        rows = list(_rows(labels, problems))
-        if not rows and not problems.found:
-            problems.add("no rows", labels, "there is nothing in it: write a path and a label in each row")
-        names = located(images, ((f"line {line}", path) for line, path, _ in rows), problems)
-        found: dict[str, tuple[int, str]] = {}  # where an image was labelled, and how
+        rows = list(_read_rows(labels, problems))
+        if not rows and not problems.faults:
+            problems.add("no rows", labels, "the table is empty: write a path and a label in each row")
+        names = locate(images, ((f"line {line}", path) for line, path, _ in rows), problems)
+        label_of: dict[str, tuple[int, str]] = {}  # line and label of each image
         for (line, _path, label), name in zip(rows, names, strict=True):
             if name is not None and label:
-                first, other = found.setdefault(name, (line, label))
+                first, other = label_of.setdefault(name, (line, label))
                 if other != label:
                     problems.add(
                         "two labels for one image", f"line {line}", f"{name}: {label}, but {other} in line {first}"
                     )
-        source = Folder(images, files=list(found))
-        return one_each(source, [label for _, label in found.values()], listed(classes), kind, problems)
+        source = Folder(images, files=list(label_of))
+        return label_images(
+            source, [label for _, label in label_of.values()], read_class_names(options.classes), kind, problems
+        )
 
 
-def _rows(file: str, problems: Problems) -> Iterator[tuple[int, str, str]]:
-    """Line, path and label of each row; the label is empty where a problem is told of it."""
+def _read_rows(file: str, problems: Problems) -> Iterator[tuple[int, str, str]]:
+    """Line, path and label of each row; a label with a fault is empty."""
     columns, width = (0, 1), 2
     try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # paths may be no UTF-8
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # paths need not be UTF-8
             reader = csv.reader(text, skipinitialspace=True)
-            for first, row in enumerate(reader):
+            for number, row in enumerate(reader):
                 heads = [cell.strip().lower() for cell in row]
-                named = [next((heads.index(n) for n in names if n in heads), None) for names in (PATHS, LABELS)]
-                if first == 0 and named[0] is not None and named[1] is not None:
-                    columns, width = (named[0], named[1]), len(row)
+                header = [
+                    next((heads.index(n) for n in names if n in heads), None) for names in (PATH_COLUMNS, LABEL_COLUMNS)
+                ]
+                if number == 0 and header[0] is not None and header[1] is not None:
+                    columns, width = (header[0], header[1]), len(row)
                 elif row and len(row) != width:
                     problems.add("row of another width", f"line {reader.line_num}", f"{len(row)} cells, not {width}")
                 elif row:
                     path, label = (row[column] for column in columns)
-                    yield reader.line_num, path, _label(label.strip(), f"line {reader.line_num}", path, problems)
+                    yield reader.line_num, path, _check_label(label.strip(), f"line {reader.line_num}", path, problems)
     except OSError as error:
         problems.add("file that cannot be read", file, error.strerror or str(error))
     except csv.Error as error:
         problems.add("not CSV", f"line {reader.line_num}", str(error))
 
 
-def _label(label: str, place: str, path: str, problems: Problems) -> str:
+def _check_label(label: str, position: str, path: str, problems: Problems) -> str:
     if not label:
-        problems.add("empty label", place, f"{path}: give it a label, or remove the row")
-    elif not label.isprintable():  # nor are bytes that are no UTF-8
-        problems.add("label that is no text", place, f"{path}: {label}: save the file as UTF-8")
+        problems.add("empty label", position, f"{path}: give it a label, or remove the row")
+    elif not label.isprintable():  # also of bytes that are not UTF-8
+        problems.add("label that is no text", position, f"{path}: {label}: save the file as UTF-8")
         return ""
     return label

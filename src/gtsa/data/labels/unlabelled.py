@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
-from gtsa.data.labels import Kind, Labelled, Problems
+from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
 from gtsa.data.labels._classes import digest
-from gtsa.data.labels._files import passed_over
+from gtsa.data.labels._files import report_ignored
 from gtsa.data.sources import Source, open_source
 from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.list_file import Listing
 
 
-class Plain:
-    """A folder of images, or a .txt file that lists them. What else is given as labels is not looked at."""
+class Unlabelled(LabelFormat):
+    """A folder of images, or a .txt file that lists them. LABELS are ignored."""
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:
         return kind == "none" and (Folder.claims(images) or Listing.claims(images))
 
     @staticmethod
-    def read(images: str, labels: str | None, kind: Kind, **_: Any) -> Labelled:
+    def read(images: str, labels: str, kind: Kind, options: LabelOptions) -> Labelled:
         source, problems = open_source(images), Problems(images)
         for folder, reason in source.unreadable:
             problems.add("folder that cannot be listed", folder, reason)
@@ -30,14 +29,14 @@ class Plain:
         for index, name in enumerate(names):
             if not os.path.isfile(source.path(index) or ""):
                 problems.add("image missing on disk", name, "there is no such file")
-        passed_over(source)
+        report_ignored(source)
         if not names:
             problems.add("no images", images, "put images there, nested or not")
-        problems.insist()
+        problems.raise_if_any()
         return unlabelled(source, range(len(names)))
 
 
-def unlabelled(source: Source, places: Sequence[int]) -> Labelled:
-    """These images of a source, of which nothing is known."""
+def unlabelled(source: Source, indices: Sequence[int]) -> Labelled:
+    """Images of a source without labels."""
     names = [source.name(index) for index in range(len(source))]
-    return Labelled(source, places, [None] * len(names), "none", (), digest(names))
+    return Labelled(source, indices, [None] * len(names), "none", (), digest(names))

@@ -1,7 +1,7 @@
-"""Where images come from. One file is one kind of source; they are found by walking this folder.
+"""Where images come from. One file is one kind of source; they are discovered in this folder.
 
-A module here defines one class with ``claims(spec) -> bool``, a constructor that takes the spec, and the protocol
-``Source`` below. In Python any torch Dataset of images works as well (see ``dataset.py``).
+A module here defines one class in the form of ``SourceClass``, whose instances are a ``Source``. In Python any torch
+Dataset of images is a source, too (see ``torch_dataset.py``).
 """
 
 from __future__ import annotations
@@ -12,82 +12,128 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
 
 from gtsa.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Detail = Callable[[int, int], float]
+Detail = Callable[[int, int], float]  # width, height -> the smallest scale that is useful
+Progress = Callable[[int], None]  # number of images listed so far
 OUTSIDE = "a link out of the folder, to"
 PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images of a data set are used, and how their values are read.
+
+    Attributes:
+        range16: values of 16-bit images that become black and white.
+        data_root: for list files, the folder that paths are relative to.
+        include, exclude: patterns of paths below the folder (see ``matcher``).
+        follow_links: follow links that lead out of the folder.
+    """
+
+    range16: tuple[float, float] = (0, 65535)
+    data_root: str | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    follow_links: bool = True
+
+
+ALL = Selection()
 
 
 class Source(Protocol):
     """Numbered images."""
 
-    ignored: dict[str, int]  # what else lies there and is no image: {suffix or kind: count}
+    ignored: dict[str, int]  # other files of the folder: {suffix or kind: count}
     unreadable: list[tuple[str, str]]  # folders that cannot be listed, and why
-    outside: list[tuple[str, str]]  # links that lead out of the folder and are not followed, and where to
+    outside: list[tuple[str, str]]  # links that lead out of the folder and are not followed, and their targets
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """How the user knows this image, e.g. its path below the folder."""
+        """The image's name for the user, e.g. its path below the folder."""
 
     def size(self, index: int) -> int:
-        """Bytes of the file, 0 where there is none."""
+        """Bytes of the file; 0 without a file."""
 
     def path(self, index: int) -> str | None:
-        """The file, where there is one."""
+        """The file, if the image has one."""
 
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
-        """uint8 RGB [3, H, W]. Raises images.BadImage with the reason."""
+        """uint8 RGB [3, H, W]. Raises BadImage with the reason."""
 
 
-def kinds() -> Iterator[Any]:
-    """The source classes of this folder, by module name."""
-    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and hasattr(value, "claims") and value.__module__.startswith(__name__):
-                yield value
+class SourceClass(Protocol):
+    """A class of sources. ``files``: the names of the images to use, instead of all."""
+
+    @staticmethod
+    def claims(data: object) -> bool:
+        """Whether ``data`` is of this kind."""
+
+    def __call__(
+        self,
+        data: object,
+        selection: Selection = ALL,
+        files: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Source: ...
 
 
-def open_source(data: Any, **options: Any) -> Source:
-    """The source that ``data`` names, or wraps: a folder, a list file, a torch Dataset.
+def open_source(
+    data: object, selection: Selection = ALL, files: Sequence[str] | None = None, progress: Progress | None = None
+) -> Source:
+    """Opens the images that ``data`` names or wraps: a folder, a list file, a torch Dataset.
+
+    Args:
+        data: path, or any object that a source class claims.
+        files: names of the images to use, instead of all.
+        progress: called with the number of images listed so far.
 
     Raises:
-        UserError: nothing there answers to ``data`` (3).
+        UserError: no source class claims ``data`` (3).
     """
     for kind in kinds():
         if kind.claims(data):
-            return kind(data, **options)  # type: ignore[no-any-return]
+            return kind(data, selection, files, progress)
     if isinstance(data, str | os.PathLike) and os.path.isfile(data):
         if str(data).lower().endswith(PACKED):
             raise UserError(f"--data {data} is an archive: extract it and give the folder with its images", 3)
         raise UserError(
             f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3
         )
-    raise absent(data)
+    raise missing_data(data)
 
 
-def absent(data: Any) -> UserError:
+def missing_data(data: object) -> UserError:
     return UserError(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
 
 
-def chosen(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Says of a path below the data folder whether to take it: it answers to one of ``include``, if there are any, and
-    to none of ``exclude``.
+def kinds() -> Iterator[SourceClass]:
+    """The source classes of this folder, by module name."""
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and hasattr(value, "claims") and value.__module__.startswith(f"{__name__}."):
+                yield cast(SourceClass, value)
 
-    A pattern is for the whole path, and * stands for slashes too; it is for files and for whole folders (``masks`` is
-    ``masks/*``); one without a slash is for names at any depth.
+
+def matcher(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """A function that decides whether a path below the data folder is used.
+
+    A path is used if it matches one of ``include`` (or there are none) and none of ``exclude``. A pattern is for the
+    whole path, and * matches slashes, too. It matches files and whole folders (``masks`` is ``masks/*``). A pattern
+    without a slash matches names at any depth.
     """
-    wanted, unwanted = _any(include), _any(exclude)
-    return lambda name: (wanted is None or bool(wanted.match(name))) and not (unwanted and unwanted.match(name))
+    included, excluded = _compile(include), _compile(exclude)
+    return lambda name: (included is None or bool(included.match(name))) and not (excluded and excluded.match(name))
 
 
-def _any(patterns: Sequence[str]) -> re.Pattern[str] | None:
+def _compile(patterns: Sequence[str]) -> re.Pattern[str] | None:
     whole = []
     for pattern in patterns:
         bare = pattern.removeprefix("./").rstrip("/")

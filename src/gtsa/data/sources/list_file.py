@@ -4,67 +4,66 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from gtsa.core.errors import UserError
 from gtsa.data import decoding
-from gtsa.data.pixels import Range
-from gtsa.data.sources import Detail, chosen
+from gtsa.data.sources import ALL, Detail, Progress, Selection, matcher
 
 
 class Listing:
     """The images that a .txt file names, in the order of their paths' bytes, each once.
 
-    Paths are relative to ``data_root`` (the list file's own folder unless given) and must lie in it. Empty lines and
-    lines that start with # are passed over; so are paths that ``include`` and ``exclude`` do not choose, which are
-    counted in ``ignored``. ``files`` names the images to take instead of all there are.
+    Paths are relative to ``data_root`` (by default the list file's own folder) and must lie in it. Empty lines and
+    lines that start with # are ignored. ``ignored`` counts paths that are not selected.
     """
 
     def __init__(
         self,
         file: str,
-        range16: Range = (0, 65535),
-        data_root: str | None = None,
+        selection: Selection = ALL,
         files: Sequence[str] | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        follow_links: bool = True,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.root = os.path.realpath(data_root or os.path.dirname(os.path.abspath(file)))
-        self.range16 = range16
+        self.root = os.path.realpath(selection.data_root or os.path.dirname(os.path.abspath(file)))
+        self.range16 = selection.range16
         self.ignored: dict[str, int] = {}
         self.unreadable: list[tuple[str, str]] = []
         self.outside: list[tuple[str, str]] = []
         if files is not None:
             self.files = list(files)
             return
-        with open(file, "rb") as lines:
-            entries = [line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n") for line in lines]
-        names = set()
-        for number, entry in enumerate(entries, 1):
-            if entry.strip() and not entry.startswith(b"#"):
-                if b"\0" in entry:
-                    raise UserError(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
-                path = os.path.realpath(os.path.join(self.root, os.fsdecode(entry)))
-                if os.path.commonpath([path, self.root]) != self.root:
-                    raise UserError(
-                        f"{file}, line {number}: {os.fsdecode(entry)!r} lies outside {self.root}; "
-                        "name a folder above all images with --data-root",
-                        8,
-                    )
-                names.add(os.path.relpath(path, self.root))
-        wanted = chosen(include, exclude)
-        self.files = sorted(filter(wanted, names), key=os.fsencode)
+        names = self._read_names(file)
+        is_selected = matcher(selection.include, selection.exclude)
+        self.files = sorted(filter(is_selected, names), key=os.fsencode)
         if len(self.files) < len(names):
             self.ignored["not chosen"] = len(names) - len(self.files)
 
     @staticmethod
-    def claims(data: Any) -> bool:
+    def claims(data: object) -> bool:
         return isinstance(data, str | os.PathLike) and os.path.isfile(data) and str(data).lower().endswith(".txt")
+
+    def _read_names(self, file: str) -> set[str]:
+        """Paths below the root, each once."""
+        with open(file, "rb") as lines:
+            entries = [line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n") for line in lines]
+        names = set()
+        for number, entry in enumerate(entries, 1):
+            if not entry.strip() or entry.startswith(b"#"):
+                continue
+            if b"\0" in entry:
+                raise UserError(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
+            path = os.path.realpath(os.path.join(self.root, os.fsdecode(entry)))
+            if os.path.commonpath([path, self.root]) != self.root:
+                raise UserError(
+                    f"{file}, line {number}: {os.fsdecode(entry)!r} lies outside {self.root}; "
+                    "name a folder above all images with --data-root",
+                    8,
+                )
+            names.add(os.path.relpath(path, self.root))
+        return names
 
     def __len__(self) -> int:
         return len(self.files)

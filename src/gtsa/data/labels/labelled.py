@@ -1,0 +1,107 @@
+"""Images with their labels, and what a label is for each kind of task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gtsa.data.sources import Source
+
+Kind = Literal["none", "classes", "multilabel", "masks", "boxes"]
+Target: TypeAlias = Any  # by kind, see Targets
+IGNORE = -1  # value of unlabelled pixels in a mask
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The instances in an image: ``n`` boxes with classes, and masks where the file has them."""
+
+    boxes: Tensor  # [n, 4] float32: x1, y1, x2, y2, px
+    classes: Tensor  # [n] int64, indices into Labelled.classes
+    masks: Tensor | None  # [n, H, W] bool
+    crowd: Tensor  # [n] bool: a group of instances; ignored, neither right nor wrong
+    areas: Tensor  # [n] float32, px
+    ids: Tensor  # [n] int64, ids in the file
+
+
+class Targets(Protocol):
+    """The label of image ``index`` of the source.
+
+    int for ``classes``; bool [C] for ``multilabel``; int64 [H, W] of class indices and IGNORE for ``masks``, of the
+    size that ``source.read`` gives the image; Boxes for ``boxes``; None for ``none``.
+    """
+
+    def __getitem__(self, index: int) -> Target: ...
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Numbered images with their labels."""
+
+    source: Source
+    indices: Sequence[int]  # of the images in the source
+    targets: Targets
+    kind: Kind
+    classes: tuple[str, ...]
+    digest: str  # SHA-256 of names and labels
+    category_ids: tuple[int, ...] = ()  # of boxes: the id of each class in the file
+    image_ids: tuple[int, ...] = ()  # of boxes: the id of each image in the file, in the order of the source
+    has_masks: bool = False  # of boxes: every box has one
+    groups: tuple[str, ...] = ()  # of boxes: the supercategory of each class, if the file has them
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def read(self, index: int) -> Tensor:
+        """uint8 RGB [3, H, W]. Raises BadImage."""
+        return self.source.read(self.indices[index])
+
+    def target(self, index: int) -> Target:
+        return self.targets[self.indices[index]]
+
+    def take(self, indices: Sequence[int]) -> Labelled:
+        """Some of the images, in this order."""
+        return replace(self, indices=[self.indices[i] for i in indices])
+
+    def numbered_as(self, other: Labelled) -> Labelled:
+        """The same images with the classes and class indices of ``other``, which has all of these classes."""
+        if self.classes == other.classes:
+            return self
+        new_indices = torch.tensor([other.classes.index(name) for name in self.classes])
+        targets = Renumbered(self.targets, new_indices, len(other.classes))
+        return replace(
+            self, targets=targets, classes=other.classes, category_ids=other.category_ids, groups=other.groups
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of labels and chosen images. It does not depend on where the files lie."""
+        return hashlib.sha256(f"{self.digest} {list(self.indices)}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Renumbered:
+    """Targets with other class indices."""
+
+    targets: Targets
+    new_indices: Tensor  # [C] int64: the new index of each class
+    count: int  # number of classes afterwards
+
+    def __getitem__(self, index: int) -> Target:
+        target = self.targets[index]
+        if isinstance(target, Boxes):
+            return replace(target, classes=self.new_indices[target.classes])
+        if not isinstance(target, Tensor):
+            return int(self.new_indices[target])
+        if target.dtype == torch.bool:
+            present = (self.new_indices[target],)
+            return torch.zeros(self.count, dtype=torch.bool).index_put(present, torch.tensor(True))
+        return torch.where(target == IGNORE, IGNORE, self.new_indices[target.clamp(min=0)])
