@@ -136,7 +136,7 @@ def test_the_centre_follows_the_teachers_logits_a_step_late():
             centre = 0.9 * centre + 0.1 * np.concatenate(logits).mean(0)
         assert np.abs(dino.centre.value.numpy() - centre).max() < 1e-12
     dino.eval()(views(), 0.5)
-    assert not dino.centre.gathered.any()  # a look teaches nothing
+    assert not dino.centre.accumulated.any()  # a look teaches nothing
 
 
 def test_prototypes_are_frozen_at_first():
@@ -207,7 +207,7 @@ def test_teacher_information_by_hand():
     assert dino.diagnose(seen)["teacher_information"].abs().max() < 1e-6
 
 
-def test_images_that_look_alike_cannot_be_told_apart():
+def test_images_that_look_alike_have_no_view_matching():
     alike = views(1).each(lambda c: c.each(lambda t: t.expand(4, *t.shape[1:]) if len(t) else t))
     assert method().eval().diagnose(alike)["image_score"].abs().max() < 1e-9
 
@@ -262,5 +262,5 @@ def test_gtsa_refuses_views_that_it_cannot_compare():
 
 def test_an_untouched_centre_stays():
     centre = Centre(4)
-    centre.follow(1.0)
+    centre.update(1.0)
     assert not centre.value.any()

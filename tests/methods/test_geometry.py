@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from gtsa.methods.parts.geometry import inside, overlap, places, pool, rotate_boxes, rotate_maps
+from gtsa.methods.parts.geometry import inside, overlap, patch_centres, pool, rotate_boxes, rotate_maps
 
 few = settings(deadline=None, max_examples=100)
 rotations = st.integers(0, 3)
@@ -192,12 +192,17 @@ def test_places_are_where_the_colours_of_a_picture_say(seed, width, height, grid
     seen = torch.rot90(crop, rotations, (-2, -1))
     means = torch.nn.functional.avg_pool2d(seen, 8).flatten(1).T
     box = torch.tensor([x1, y1, x2, y2], dtype=torch.float64)
-    found = places(box, torch.tensor(rotations), side, grid)
+    found = patch_centres(box, torch.tensor(rotations), side, grid)
     assert found.shape == (grid * grid, 2)
     assert (found - means).abs().max() < 0.6  # px: interpolation holds the border
 
 
 def test_places_by_hand():
     box = torch.tensor([10.0, 20, 30, 60])
-    assert places(box, torch.tensor(0), 8, 2).tolist() == [[15, 30], [25, 30], [15, 50], [25, 50]]
-    assert places(box, torch.tensor(1), 8, 2).tolist() == [[25, 30], [25, 50], [15, 30], [15, 50]]  # right edge on top
+    assert patch_centres(box, torch.tensor(0), 8, 2).tolist() == [[15, 30], [25, 30], [15, 50], [25, 50]]
+    assert patch_centres(box, torch.tensor(1), 8, 2).tolist() == [
+        [25, 30],
+        [25, 50],
+        [15, 30],
+        [15, 50],
+    ]  # right edge on top

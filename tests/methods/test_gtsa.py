@@ -15,7 +15,7 @@ from gtsa.data import augment
 from gtsa.data.multicrop import MultiCrop
 from gtsa.methods import found
 from gtsa.methods.gtsa import GTSA, regions
-from gtsa.methods.parts.geometry import places
+from gtsa.methods.parts.geometry import patch_centres
 from gtsa.models.backbone import Backbone
 
 SIZES = (48, 24)  # px of global and local crops: 6 x 6 and 3 x 3 tokens
@@ -483,7 +483,7 @@ def test_maps_that_say_where_they_are_score_fully(method, monkeypatch):
     views = the_views(2, 0, images=3)
 
     def told(crops):
-        at = places(crops.boxes, crops.rotations, crops.side, 6)  # [B, V, 36, 2]
+        at = patch_centres(crops.boxes, crops.rotations, crops.side, 6)  # [B, V, 36, 2]
         angle = at / 640 * (2 * math.pi)
         code = torch.cat([angle.cos(), angle.sin()], -1).unflatten(2, (6, 6))
         image = 3 * torch.eye(3, dtype=torch.float64)[:, None, None, None].expand(*code.shape[:-1], 3)

@@ -157,8 +157,8 @@ def test_views_are_the_published_ones():
     ("wrong", "told"),
     [
         ({"bottleneck_dim": 0}, "at least 1"),
-        ({"patch_weight": -1.0}, "not below"),
-        ({"mask_ratio": (0.5, 0.1)}, "rising"),
+        ({"patch_weight": -1.0}, "must not be negative"),
+        ({"mask_ratio": (0.5, 0.1)}, "0 <= low <= high <= 1, not 0.5 0.1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, told):

@@ -57,7 +57,7 @@ def test_the_loss_is_the_mean_over_hidden_patches(monkeypatch):
     monkeypatch.setattr(masking, "random_order", lambda count, patches: order)
     pixels = views_.global_crops.pixels[:, 0]
     with torch.no_grad():
-        painted, hidden = mae.paint(pixels, order)
+        painted, hidden = mae.reconstruct(pixels, order)
         loss = mae(views_, 0.5)["loss"].item()
     targets, errors = mae.targets(pixels), []
     for n in range(3):
@@ -70,13 +70,13 @@ def test_hidden_patches_do_not_reach_the_encoder(monkeypatch):
     mae, views_ = method().eval(), seen()
     order = torch.arange(16).flip(0).expand(3, 16)
     pixels = views_.global_crops.pixels[:, 0]
-    before, hidden = mae.paint(pixels, order)
+    before, hidden = mae.reconstruct(pixels, order)
     other = pixels.clone()
     other[:, :, :48] = 0  # patches 0 to 11, which are hidden
     assert hidden[:, :12].all() and not hidden[:, 12:].any()
-    assert torch.equal(mae.paint(other, order)[0], before)
+    assert torch.equal(mae.reconstruct(other, order)[0], before)
     other[:, :, 48:] += 1
-    assert not torch.equal(mae.paint(other, order)[0], before)
+    assert not torch.equal(mae.reconstruct(other, order)[0], before)
 
 
 def test_the_decoder_puts_tokens_where_they_belong():
@@ -106,10 +106,12 @@ def test_the_diagnosis_is_0_by_chance_and_1_for_a_perfect_painter(monkeypatch):
     mae, views_ = method().eval(), seen(5)
     pixels = views_.global_crops.pixels[:, 0]
     assert torch.equal(mae.diagnose(views_)["pixel_score"], mae.diagnose(views_)["pixel_score"])
-    monkeypatch.setattr(MAE, "paint", lambda self, p, order: (self.targets(p), torch.ones(5, 16, dtype=torch.bool)))
+    monkeypatch.setattr(
+        MAE, "reconstruct", lambda self, p, order: (self.targets(p), torch.ones(5, 16, dtype=torch.bool))
+    )
     assert mae.diagnose(views_)["pixel_score"].tolist() == pytest.approx([1] * 5)
     monkeypatch.setattr(
-        MAE, "paint", lambda self, p, order: (torch.zeros(5, 16, 768), torch.ones(5, 16, dtype=torch.bool))
+        MAE, "reconstruct", lambda self, p, order: (torch.zeros(5, 16, 768), torch.ones(5, 16, dtype=torch.bool))
     )
     assert mae.diagnose(views_)["pixel_score"].abs().max() < 1e-6  # normalised patches are all equally far from grey
     assert len(pixels) == 5

@@ -78,9 +78,9 @@ def test_no_failure_of_the_disk_costs_the_old_checkpoint(tmp_path, monkeypatch, 
             failed = break_once(patch, call, turn, error)
             try:
                 checkpoint.write(tmp_path, 2, TENSORS, {})
-            except UserError as remedy:
-                assert remedy.code == 6
-                assert "step-00000001" in str(remedy)
+            except UserError as raised:
+                assert raised.code == 6
+                assert "step-00000001" in str(raised)
         checkpoint.verify(old)
         if not failed:
             break
@@ -148,7 +148,7 @@ def test_others_in_the_folder_are_left_alone_and_cost_nothing(tmp_path):
     for step in (10, 12, 13):
         place = checkpoint.write(folder, step, TENSORS, {}, keep=2)
     assert [p.name for p in checkpoint.listing(folder)] == ["step-00000013", "step-00000012"]
-    assert [p.name for p in checkpoint.strangers(folder)] == ["step-00000007", "step-00000011", "step-99999999"]
+    assert [p.name for p in checkpoint.foreign(folder)] == ["step-00000007", "step-00000011", "step-99999999"]
     assert checkpoint.newest(folder) == (place, [])
     assert (folder / "step-99999999" / "mine.txt").read_text() == "mine"
     assert (folder / "step-00000007").is_symlink() and [p.name for p in outside.iterdir()] == ["manifest.json"]
@@ -161,9 +161,9 @@ def test_nothing_of_others_is_replaced(tmp_path, kind):
     outside.mkdir()
     {"link": lambda: place.symlink_to(outside), "file": place.touch, "folder": place.mkdir}[kind]()
     checkpoint.write(tmp_path, 1, TENSORS, {})
-    with pytest.raises(UserError, match="is no checkpoint of gtsa.*move it away") as remedy:
+    with pytest.raises(UserError, match="is not a checkpoint of gtsa.*move it away") as error:
         checkpoint.write(tmp_path, 2, TENSORS, {})
-    assert remedy.value.code == 8
+    assert error.value.code == 8
     assert place.exists() and outside.is_dir()
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "step-00000001"
 

@@ -15,8 +15,8 @@ import gtsa
 from conftest import run
 from forking import Forked, fork
 from gtsa.cli.main import run as in_process
-from gtsa.core.errors import Alone, UserError
-from gtsa.pretraining.pretrain import _remedy
+from gtsa.core.errors import ProcessLost, UserError
+from gtsa.pretraining.open_run import user_error
 from gtsa.training import checkpoint
 
 
@@ -122,7 +122,7 @@ def survive(folder, kind):
         else:
             torch.distributed.broadcast_object_list([None], src=1)
     except Exception as error:
-        remedy = _remedy(error, "out")
+        remedy = user_error(error, "out")
         (folder / "told").write_text(
             repr(error) if remedy is None else f"{remedy.code} {type(remedy).__name__} {remedy}"
         )
@@ -135,13 +135,13 @@ def test_a_process_whose_partner_is_killed_says_so(tmp_path, kind):
         process.communicate()
     assert both[1].returncode == -signal.SIGKILL
     told = (tmp_path / "told").read_text()
-    assert told.startswith("6 Alone another process of this run ended")
+    assert told.startswith("6 ProcessLost another process of this run ended")
 
 
 def test_whoever_is_left_tells_though_the_first_process_is_gone(monkeypatch, capfd):
     """Of other remedies, which all processes share, the first one tells."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    for kind, line in ((Alone, "gtsa: words\n"), (UserError, "")):
+    for kind, line in ((ProcessLost, "gtsa: words\n"), (UserError, "")):
 
         def ended(*_, kind=kind):
             raise kind("words", 6)

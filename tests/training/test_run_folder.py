@@ -63,17 +63,17 @@ def test_overwrite_leaves_what_is_not_ours_in_our_folders(copied, scenes):
 )
 def test_a_start_that_fails_costs_no_run(copied, scenes, settings, code):
     before = contents(copied)
-    with pytest.raises(UserError) as remedy:
+    with pytest.raises(UserError) as error:
         gtsa.pretrain(**{"data": str(scenes), "out": str(copied), "overwrite": True, **SHORT, **settings})
-    assert remedy.value.code == code
+    assert error.value.code == code
     assert contents(copied) == before
 
 
 def test_data_inside_the_folder_to_be_overwritten_is_refused(copied):
     data = make_scenes(copied / "pictures", 4)
-    with pytest.raises(UserError, match="lies inside --out") as remedy:
+    with pytest.raises(UserError, match="lies inside --out") as error:
         gtsa.pretrain(str(data), out=str(copied), overwrite=True, **SHORT)
-    assert remedy.value.code == 8
+    assert error.value.code == 8
     assert len(list(data.glob("scene_*"))) == 4
 
 
@@ -103,9 +103,9 @@ def test_resume_without_data_starts_a_run_on_the_sample(tmp_path, capsys):
 def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copied):
     (copied / "config.yaml").unlink()
     shutil.rmtree(copied / "checkpoints")  # which have them, too
-    with pytest.raises(UserError, match=r"config\.yaml is gone") as remedy:
+    with pytest.raises(UserError, match=r"config\.yaml is missing") as error:
         gtsa.pretrain(out=str(copied), resume=True)
-    assert remedy.value.code == 4
+    assert error.value.code == 4
 
 
 def test_resume_of_a_finished_run_looks_once(copied):

@@ -98,7 +98,7 @@ def test_more_cores_than_a_team_may_have_are_left_alone(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(threads.MOST + 1)))
     with threads.considerate():
         time.sleep(0.05)
-    assert seen.told == [] and threads.described() == "they wait as OpenMP has it"
+    assert seen.told == [] and threads.wait_policy() == "OpenMP's own waiting policy"
 
 
 @pytest.mark.parametrize("name", threads.USERS)
@@ -108,7 +108,7 @@ def test_what_the_user_has_set_is_left_alone(monkeypatch, name):
     with threads.considerate():
         time.sleep(0.05)
     assert seen.told == []
-    assert threads.described() == f"{name}=7, as set by you"
+    assert threads.wait_policy() == f"{name}=7, as set by you"
 
 
 @GNU

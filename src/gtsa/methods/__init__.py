@@ -1,7 +1,7 @@
-"""Self-supervised methods: one file is one idea, in the order of its paper. They are found by walking this folder.
+"""Self-supervised methods: one file per method, in the order of its paper. Methods are found by walking this folder.
 
-A module ``name.py`` here defines one ``core.Method`` whose constructor takes the encoder and keyword arguments of plain
-types; these become the settings ``--name.argument``.
+A module ``name.py`` here defines one ``core.types.Method``. Its constructor takes the encoder and keyword arguments of
+plain types; these become the settings ``--name.argument``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def declared() -> dict[str, plugins.Declared]:
-    """{name: how its source declares it} of every method in this folder; imports none of them."""
+    """{name: declaration in its source} of every method in this folder; imports none of them."""
     here = Path(__file__).parent
     return plugins.all_declared(here, "Method", here.parent / "core" / "types.py")
 

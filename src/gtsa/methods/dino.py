@@ -12,9 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Views
-from gtsa.methods.parts import losses
+from gtsa.methods.parts import losses, prototypes
 from gtsa.methods.parts.geometry import pairs_of
 from gtsa.methods.parts.prototypes import Centre, PrototypeHead, prototypes_for, temperatures_for
 from gtsa.methods.parts.teacher import copy_of, follow
@@ -29,7 +28,7 @@ VIEWS = {
 
 
 class Branch(nn.Module):
-    """What student and teacher have in common: encoder and head, which reads the CLS token."""
+    """The network of student and teacher: encoder and head, which reads the CLS token."""
 
     def __init__(self, encoder: Backbone, head: PrototypeHead) -> None:
         super().__init__()
@@ -42,27 +41,27 @@ class Branch(nn.Module):
 
 
 class DINO(Method):
-    """Student and teacher say of views of one image which prototypes they show, and are to agree.
+    """Student and teacher assign views to prototypes. Views of one image are to get the same assignment.
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
         num_prototypes: K, outputs of the head. auto: 65,536 as published; 1,024 to 4,096 below 20,000 images.
         hidden_dim: width of the head's hidden layers.
-        bottleneck_dim: width of what is compared with the prototypes.
-        student_temp: of the student's softmax.
-        teacher_temp: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
-            0.07 as published; below 20,000 images 0.02, since small networks' heads tell images apart by less.
-        teacher_temp_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
-            end value already.
-        freeze_last_layer: time in which the student's prototypes stay as they are.
+        bottleneck_dim: width of the vectors that are compared with the prototypes.
+        student_temp: temperature of the student's softmax.
+        teacher_temp: temperature of the teacher's softmax at the start, and after its warm-up. auto: 0.04 and 0.07 as
+            published; below 20,000 images 0.02, because the logits of small networks differ less between images.
+        teacher_temp_warmup: time in which it rises linearly. Published are 30 of 100 epochs, of which the last has
+            the end value already.
+        freeze_last_layer: time until which the student's prototypes are frozen.
         center_momentum: share of the centre that is kept in a step.
-        momentum: of the teacher at the start; it rises to 1 along a cosine.
+        momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 
     published_settings: ClassVar = {"views": VIEWS}
     auto_settings: ClassVar = {"num_prototypes": prototypes_for, "teacher_temp": temperatures_for}
     search_space: ClassVar = {
-        "momentum": (0.996, 0.997, 0.998, 0.999),  # small networks' teachers collapse with 0.99
+        "momentum": (0.996, 0.997, 0.998, 0.999),  # with 0.99 the teachers of small networks collapse
         "teacher_temp": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
     }
 
@@ -80,16 +79,18 @@ class DINO(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        if min(num_prototypes, hidden_dim, bottleneck_dim) < 1:
-            raise UserError("dino: num_prototypes, hidden_dim and bottleneck_dim must be at least 1")
-        if min(student_temp, *teacher_temp) <= 0:
-            raise UserError("dino: temperatures must be above 0; published are 0.1, and 0.04 to 0.07")
-        if not all(0 <= share <= 1 for share in (teacher_temp_warmup, freeze_last_layer, center_momentum, momentum)):
-            raise UserError("dino: teacher_temp_warmup, freeze_last_layer, center_momentum, momentum: from 0 to 1")
-        if not encoder.num_prefix_tokens:
-            raise UserError(f"dino reads the CLS token, and {encoder.model} has none; choose a model that has one")
+        sizes = num_prototypes, hidden_dim, bottleneck_dim
+        temperatures = student_temp, *teacher_temp
+        prototypes.check_head("dino", sizes, temperatures, encoder.model, encoder.num_prefix_tokens)
+        prototypes.check_shares(
+            "dino",
+            teacher_temp_warmup=teacher_temp_warmup,
+            freeze_last_layer=freeze_last_layer,
+            center_momentum=center_momentum,
+            momentum=momentum,
+        )
         encoder.pooling = "cls"
-        self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, num_prototypes, hidden_dim, bottleneck_dim))
+        self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, *sizes))
         self.teacher = copy_of(self.student)
         self.centre = Centre(num_prototypes, center_momentum)
         self.student_temp = student_temp
@@ -98,33 +99,33 @@ class DINO(Method):
         self.momentum = Cosine(momentum, 1.0)
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
-        teacher = self.teacher_says(views.global_crops, time)  # [B, G, K]
-        found = []
+        teacher = self.teacher_probs(views.global_crops, time)  # [B, G, K]
+        cross_entropies = []
         for size, crops in enumerate(views.groups):
             logits = self.student(crops, frozen=time < self.freeze_last_layer)  # [B, V, K]
             pairs = pairs_of(size, crops.count, views.global_crops.count)
-            found.append(losses.cross_view(logits / self.student_temp, teacher)[:, *pairs])  # [B, pairs]
+            cross_entropies.append(losses.cross_view(logits / self.student_temp, teacher)[:, *pairs])  # [B, pairs]
         entropy = -(teacher * teacher.clamp(min=1e-12).log()).sum(-1).mean()
-        return {"loss": torch.cat(found, 1).mean(), "teacher_entropy": entropy / math.log(teacher.shape[-1])}
+        return {"loss": torch.cat(cross_entropies, 1).mean(), "teacher_entropy": entropy / math.log(teacher.shape[-1])}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
-        self.centre.follow(accepted)
+        self.centre.update(accepted)
         follow(self.teacher, self.student, self.momentum(time), accepted)
 
     def train(self, mode: bool = True) -> DINO:
         super().train(mode)
-        self.teacher.eval()  # no drop path in the teacher, ever
+        self.teacher.eval()  # the teacher never has drop path
         return self
 
     # Avoiding collapse: centring and sharpening (section 3.1)
 
     @torch.no_grad()
-    def teacher_says(self, crops: Crops, time: float) -> Tensor:
-        """Probabilities [B, G, K]."""
+    def teacher_probs(self, crops: Crops, time: float) -> Tensor:
+        """Probabilities [B, G, K] of the teacher; the centre accumulates its logits."""
         logits = self.teacher(crops)
-        said = self.centre.sharpened(logits, self.teacher_temp(time))
-        self.centre.gather(logits)
-        return said
+        probs = self.centre.sharpened(logits, self.teacher_temp(time))
+        self.centre.accumulate(logits)
+        return probs
 
     # For evaluation
 
@@ -134,11 +135,6 @@ class DINO(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Per image ``image_score``, the mean over pairs of views: cosine of what the student says of a view with what
-        the teacher says of another view of the same image, less that with other images. The mean over the batch is
-        taken off both first. And ``teacher_information``: what the teacher tells of the image, at the temperature of
-        the end, as a share of what it could tell.
-        """
+        """``image_score`` and ``teacher_information`` of each image, at the teacher's last temperature."""
         students, teacher = [self.student(crops) for crops in views.groups], self.teacher(views.global_crops)
-        said = self.centre.sharpened(teacher, self.teacher_temp(1.0))
-        return {"image_score": losses.told_apart(students, teacher), "teacher_information": losses.information(said)}
+        return prototypes.diagnose(students, teacher, self.centre, self.teacher_temp(1.0))

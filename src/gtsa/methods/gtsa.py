@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Views
 from gtsa.methods.parts import losses
-from gtsa.methods.parts.geometry import inside, overlap, pairs_of, places, pool, rotate_boxes, rotate_maps
+from gtsa.methods.parts.geometry import inside, overlap, pairs_of, patch_centres, pool, rotate_boxes, rotate_maps
 from gtsa.methods.parts.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.methods.parts.teacher import copy_of, follow
 from gtsa.models.backbone import Backbone
@@ -23,7 +23,7 @@ from gtsa.training.schedules import After, Cosine
 
 
 class Branch(nn.Module):
-    """What student and teacher have in common: encoder and projector U."""
+    """The network of student and teacher: encoder and projector U."""
 
     def __init__(self, encoder: Backbone, projector: GridProjector) -> None:
         super().__init__()
@@ -31,22 +31,22 @@ class Branch(nn.Module):
 
 
 class GTSA(Method):
-    """Student and teacher, the three losses, and the moving average.
+    """Student and EMA teacher, and the three losses.
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
         projector_dim: hidden width of projector U.
-        out_dim: width of the maps that are compared, which leave U and H.
+        out_dim: width of the maps that are compared: the outputs of U and H.
         predictor_dim: hidden width of predictor H.
-        cells: pooled cells a side for (global, local) views; None: round(0.7 g) for a g x g token grid.
-        matches: kept patch matches for (global, local) views; None: floor(g g / 2).
-        region_weight: of the region loss; 0 leaves it out.
-        patch_weight: of the patch correspondence loss; 0 leaves it out.
-        rotation_weight: of the rotation loss; 0 leaves it and its head out.
-        patch_start: time from which patch correspondence counts.
-        region_target: ``overlap``, the pooled region that student and teacher both show; or ``global``, the mean of
-            either whole map, which makes the method insensitive to cropping (an ablation).
-        momentum: of the teacher at the start; it rises to 1 along a cosine.
+        cells: pooled cells per side for (global, local) views; None: round(0.7 g) for a g x g token grid.
+        matches: number of patch matches that count for (global, local) views; None: floor(g g / 2).
+        region_weight: weight of the region loss; 0 leaves it out.
+        patch_weight: weight of the patch correspondence loss; 0 leaves it out.
+        rotation_weight: weight of the rotation loss; 0 leaves it and its head out.
+        patch_start: time from which the patch correspondence loss counts.
+        region_target: ``overlap``, the pooled region that the views of student and teacher share; or ``global``, the
+            mean of each whole map, which makes the method insensitive to cropping (an ablation).
+        momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 
     needs_overlap = True
@@ -117,14 +117,14 @@ class GTSA(Method):
 
     def train(self, mode: bool = True) -> GTSA:
         super().train(mode)
-        self.teacher.eval()  # no drop path in the teacher, ever
+        self.teacher.eval()  # the teacher never has drop path
         return self
 
     # The networks (section 3.1)
 
     @torch.no_grad()
     def teacher_maps(self, crops: Crops) -> Tensor:
-        """[B, G, h, w, C] projected maps of the teacher."""
+        """The teacher's projected maps [B, G, h, w, C]."""
         maps: Tensor = self.teacher.projector(self.teacher.encoder(crops.pixels.flatten(0, 1)).patches)
         return maps.reshape(*crops.rotations.shape, *maps.shape[1:])
 
@@ -136,10 +136,10 @@ class GTSA(Method):
             return maps, None
         return maps, self.rotation_head(patches.mean((1, 2))).unflatten(0, crops.rotations.shape)
 
-    # The target that moves with the crop and turns with it (sections 3.2 and 3.3)
+    # The target follows the crop and its rotation (sections 3.2 and 3.3)
 
     def pooled(self, student: Tensor, teacher: Tensor, view: Crops, seen: Crops, size: int) -> tuple[Tensor, Tensor]:
-        """What student and teacher say of the region both show, in the student's orientation.
+        """Pooled maps of the region that a view and a teacher's crop share, in the view's orientation.
 
         Args:
             student: [B, V, h, w, C] maps of the crops ``view``, whose ``size`` is 0 (global) or 1 (local).
@@ -149,25 +149,24 @@ class GTSA(Method):
             Two tensors [B, V, G, c, c, C].
         """
         if self.region_target == "global":
-            mine, target = student.mean((2, 3))[:, :, None], teacher.mean((2, 3))[:, None]
+            ours, target = student.mean((2, 3))[:, :, None], teacher.mean((2, 3))[:, None]
             shape = (*student.shape[:2], teacher.shape[1], 1, 1, student.shape[-1])
-            return mine[..., None, None, :].expand(shape), target[..., None, None, :].expand(shape)
+            return ours[..., None, None, :].expand(shape), target[..., None, None, :].expand(shape)
         boxes, seen_boxes = regions(view, seen)
         cells = self.cells[size] if self.cells else round(0.7 * student.shape[2])
-        mine = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
+        ours = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
         target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, c, c, C]
         rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
-        return mine, rotate_maps(target, rotations).transpose(1, 2)
+        return ours, rotate_maps(target, rotations).transpose(1, 2)
 
-    # What looks alike, wherever it is (section 3.4)
+    # Patch correspondence, wherever similar patches are (section 3.4)
 
     def patch_loss(self, student: Tensor, teacher: Tensor, size: int) -> Tensor:
-        """[B, V, G] patch correspondence of whole maps [B, V, h, w, C] and [B, G, h, w, C]."""
-        mine, theirs = student.flatten(2, 3), teacher.flatten(2, 3)
-        matches = self.matches[size] if self.matches else max(1, mine.shape[2] // 2)
-        return losses.patch_correspondence(
-            mine[:, :, None], theirs[:, None], min(matches, mine.shape[2], theirs.shape[2])
-        )
+        """The patch correspondence loss [B, V, G] of whole maps [B, V, h, w, C] and [B, G, h, w, C]."""
+        ours, target = student.flatten(2, 3), teacher.flatten(2, 3)
+        matches = self.matches[size] if self.matches else max(1, ours.shape[2] // 2)
+        matches = min(matches, ours.shape[2], target.shape[2])
+        return losses.patch_correspondence(ours[:, :, None], target[:, None], matches)
 
     # For evaluation
 
@@ -177,18 +176,19 @@ class GTSA(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Per image, the means over pairs of
+        """Metrics of each image, as means over pairs of views:
 
-        * ``region_score``: cosine of the student's cells with the true region, less that with the same region of other
-          images;
-        * ``patch_score``: how much nearer to its true place the best match of a patch lies than a patch chosen at
-          random, as a share of that distance: 0 by chance, 1 at most;
+        * ``region_score``: cosine of the student's cells with the region that both views share, minus the cosine with
+          the same region of other images.
+        * ``patch_score``: how much nearer to a patch's true position its best match lies than a random patch, as a
+          share of the distance of the latter: 0 by chance, 1 at most.
+        * ``rotation_accuracy``: share of rotations that are predicted correctly.
 
-        and ``rotation_accuracy``, the share of rotations it names. The mean vector over the batch is taken off first:
-        predictions learn it before anything else, it says nothing about an image, and it hides what does.
+        The mean vector over the batch is subtracted first. Predictions learn it before anything else, it carries no
+        information about an image, and it hides the rest.
         """
         teacher = _centred(self.teacher_maps(views.global_crops))
-        own, others, nearer, correct = [], [], [], []
+        own, others, nearness, correct = [], [], [], []
         for size, crops in enumerate(views.groups):
             predicted, logits = self.student_maps(crops)
             maps = _centred(predicted)
@@ -199,12 +199,12 @@ class GTSA(Method):
             ]
             own.append(scores[0])
             others.append(torch.stack(scores[1:]).mean(0) if scores[1:] else torch.zeros_like(scores[0]))
-            nearer.append(_nearer(maps, teacher, crops, views.global_crops)[:, *pairs])
+            nearness.append(_nearness(maps, teacher, crops, views.global_crops)[:, *pairs])
             if logits is not None:
                 correct.append((logits.argmax(-1) == crops.rotations).float())
         metrics = {
             "region_score": (torch.cat(own, 1) - torch.cat(others, 1)).mean(1),
-            "patch_score": torch.cat(nearer, 1).mean(1),
+            "patch_score": torch.cat(nearness, 1).mean(1),
         }
         if correct:
             metrics["rotation_accuracy"] = torch.cat(correct, 1).mean(1)
@@ -212,15 +212,15 @@ class GTSA(Method):
 
 
 def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
-    """The overlap of every view with every teacher's crop, in the pixel frame of either as it lies after rotation.
+    """The overlap of each view with each teacher's crop, in the pixel frames of both after their rotations.
 
     Returns:
         Boxes [B, V, G, 4] in the views and [B, G, V, 4] in the teacher's crops.
     """
     common = overlap(view.boxes[:, :, None], seen.boxes[:, None])  # [B, V, G, 4] in the image
-    mine = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
-    theirs = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
-    return mine, theirs.transpose(1, 2)
+    in_view = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
+    in_seen = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
+    return in_view, in_seen.transpose(1, 2)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
@@ -229,24 +229,24 @@ def _mean(parts: list[Tensor]) -> Tensor:
 
 
 def _centred(maps: Tensor) -> Tensor:
-    """Maps [B, V, h, w, C] without the mean vector over all of them, in float32 at least."""
+    """Maps [B, V, h, w, C] after the mean vector over all of them is subtracted, in float32 at least."""
     lifted = maps.to(torch.promote_types(maps.dtype, torch.float32))
     return lifted - lifted.mean((0, 1, 2, 3))
 
 
-def _nearer(student: Tensor, teacher: Tensor, view: Crops, seen: Crops) -> Tensor:
+def _nearness(student: Tensor, teacher: Tensor, view: Crops, seen: Crops) -> Tensor:
     """[B, V, G]: 1 - (mean distance from a patch to its best match) / (mean distance to any patch), in the image.
 
-    Of each view the patches count whose centre lies in the teacher's crop.
+    Only patches of a view whose centre lies in the teacher's crop count.
     """
-    mine = places(view.boxes, view.rotations, view.side, student.shape[2])[:, :, None]  # [B, V, 1, N, 2]
-    theirs = places(seen.boxes, seen.rotations, seen.side, teacher.shape[2])[:, None]  # [B, 1, G, M, 2]
+    in_view = patch_centres(view.boxes, view.rotations, view.side, student.shape[2])[:, :, None]  # [B, V, 1, N, 2]
+    in_seen = patch_centres(seen.boxes, seen.rotations, seen.side, teacher.shape[2])[:, None]  # [B, 1, G, M, 2]
     box = seen.boxes[:, None, :, None]
-    common = ((mine >= box[..., :2]) & (mine <= box[..., 2:])).all(-1)  # [B, V, G, N]
+    common = ((in_view >= box[..., :2]) & (in_view <= box[..., 2:])).all(-1)  # [B, V, G, N]
     similarity = F.normalize(student.flatten(2, 3), dim=-1)[:, :, None] @ (
         F.normalize(teacher.flatten(2, 3), dim=-1)[:, None].transpose(-2, -1)
     )
-    distance = (mine[..., :, None, :] - theirs[..., None, :, :]).norm(dim=-1)  # [B, V, G, N, M]
+    distance = (in_view[..., :, None, :] - in_seen[..., None, :, :]).norm(dim=-1)  # [B, V, G, N, M]
     matched = distance.gather(-1, similarity.argmax(-1, keepdim=True)).squeeze(-1)
     chance = (distance.mean(-1) * common).sum(-1)
     return torch.where(chance > 0, 1 - (matched * common).sum(-1) / chance, 0.0).float()

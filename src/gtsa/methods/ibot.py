@@ -1,6 +1,6 @@
 """iBOT: image BERT pre-training with online tokenizer (Zhou et al. 2022, arXiv 2111.07832), in the order of the paper.
 
-Shapes: B images, V views of one size, G global crops, h x w patches, D width, K prototypes, M hidden patches.
+Shapes: B images, V views of one size, G global crops, h x w patches, D width, K prototypes, M masked patches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Tokens, Views
-from gtsa.methods.parts import losses, masking
+from gtsa.methods.parts import losses, masking, prototypes
 from gtsa.methods.parts.geometry import pairs_of
 from gtsa.methods.parts.prototypes import Centre, PrototypeHead, prototypes_for, temperatures_for
 from gtsa.methods.parts.teacher import copy_of, follow
@@ -28,7 +28,7 @@ VIEWS = {
 
 
 class Branch(nn.Module):
-    """What student and teacher have in common: encoder, and one head for CLS and patch tokens."""
+    """The network of student and teacher: encoder, and one head for CLS and patch tokens."""
 
     def __init__(self, encoder: Backbone, head: PrototypeHead) -> None:
         super().__init__()
@@ -36,24 +36,24 @@ class Branch(nn.Module):
 
 
 class IBOT(Method):
-    """DINO, and beside it: the student says of hidden patches what the teacher, who sees them, says of them.
+    """DINO, and masked patches: the student predicts the teacher's assignments of patches that it does not see.
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
         num_prototypes: K, outputs of the head. auto: 8,192 as published; 1,024 to 4,096 below 20,000 images.
         hidden_dim: width of the head's hidden layers.
-        bottleneck_dim: width of what is compared with the prototypes.
-        student_temp: of the student's softmax.
-        teacher_temp: of the teacher's softmax at the start, and from the end of its warm-up on. auto: 0.04 and
-            0.07 as published; below 20,000 images 0.02, since small networks' heads tell images apart by less.
-        teacher_temp_warmup: time in which it rises, linearly. Published are 30 of 100 epochs, the last of them at the
-            end value already.
-        mask_ratio: range of the part of a global crop's patches that are hidden from the student.
-        mask_probability: share of global crops that anything is hidden of.
-        patch_weight: of the loss of hidden patches.
-        freeze_last_layer: time in which the student's prototypes stay as they are.
-        center_momentum: share of the centres that is kept in a step.
-        momentum: of the teacher at the start; it rises to 1 along a cosine.
+        bottleneck_dim: width of the vectors that are compared with the prototypes.
+        student_temp: temperature of the student's softmax.
+        teacher_temp: temperature of the teacher's softmax at the start, and after its warm-up. auto: 0.04 and 0.07 as
+            published; below 20,000 images 0.02, because the logits of small networks differ less between images.
+        teacher_temp_warmup: time in which it rises linearly. Published are 30 of 100 epochs, of which the last has
+            the end value already.
+        mask_ratio: range of the share of a global crop's patches that are masked for the student.
+        mask_probability: share of global crops that are masked.
+        patch_weight: weight of the loss on masked patches.
+        freeze_last_layer: time until which the student's prototypes are frozen.
+        center_momentum: share of each centre that is kept in a step.
+        momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 
     published_settings: ClassVar = {"views": VIEWS}
@@ -62,7 +62,7 @@ class IBOT(Method):
         "teacher_temp": temperatures_for,
     }
     search_space: ClassVar = {
-        "momentum": (0.996, 0.997, 0.998, 0.999),  # small networks' teachers collapse with 0.99
+        "momentum": (0.996, 0.997, 0.998, 0.999),  # with 0.99 the teachers of small networks collapse
         "teacher_temp": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
     }
 
@@ -83,26 +83,27 @@ class IBOT(Method):
         momentum: float = 0.996,
     ) -> None:
         super().__init__()
-        if min(num_prototypes, hidden_dim, bottleneck_dim) < 1:
-            raise UserError("ibot: num_prototypes, hidden_dim and bottleneck_dim must be at least 1")
-        if min(student_temp, *teacher_temp) <= 0 or patch_weight < 0:
-            raise UserError("ibot: temperatures must be above 0, and patch_weight not below")
-        shares = (teacher_temp_warmup, freeze_last_layer, center_momentum, momentum, mask_probability, *mask_ratio)
-        if not all(0 <= share <= 1 for share in shares) or mask_ratio[0] > mask_ratio[1]:
-            raise UserError(
-                "ibot: mask_ratio (rising), mask_probability, teacher_temp_warmup, freeze_last_layer, center_momentum, "
-                "momentum: from 0 to 1"
-            )
-        if not encoder.num_prefix_tokens:
-            raise UserError(f"ibot reads the CLS token, and {encoder.model} has none; choose a model that has one")
+        sizes = num_prototypes, hidden_dim, bottleneck_dim
+        temperatures = student_temp, *teacher_temp
+        prototypes.check_head("ibot", sizes, temperatures, encoder.model, encoder.num_prefix_tokens)
+        prototypes.check_shares(
+            "ibot",
+            mask_probability=mask_probability,
+            teacher_temp_warmup=teacher_temp_warmup,
+            freeze_last_layer=freeze_last_layer,
+            center_momentum=center_momentum,
+            momentum=momentum,
+        )
+        if not 0 <= mask_ratio[0] <= mask_ratio[1] <= 1:
+            raise UserError(f"ibot.mask_ratio: 0 <= low <= high <= 1, not {mask_ratio[0]} {mask_ratio[1]}")
+        if patch_weight < 0:
+            raise UserError(f"ibot.patch_weight: must not be negative, not {patch_weight}; 0 leaves the loss out")
         encoder.pooling = "cls"
-        self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, num_prototypes, hidden_dim, bottleneck_dim))
+        self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, *sizes))
         self.teacher = copy_of(self.student)
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
-        self.centre, self.patch_centre = (
-            Centre(num_prototypes, center_momentum),
-            Centre(num_prototypes, center_momentum),
-        )
+        self.centre = Centre(num_prototypes, center_momentum)
+        self.patch_centre = Centre(num_prototypes, center_momentum)
         self.student_temp = student_temp
         self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
         self.mask_ratio, self.mask_probability, self.patch_weight = mask_ratio, mask_probability, patch_weight
@@ -111,59 +112,62 @@ class IBOT(Method):
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         frozen, seen = time < self.freeze_last_layer, views.global_crops
-        theirs = self._tokens(self.teacher, seen)
-        logits = self._cls(self.teacher, theirs, seen)
-        said = self.centre.sharpened(logits, self.teacher_temp(time))  # [B, G, K]
-        self.centre.gather(logits)
-        hidden = self.mask(seen, theirs.patches.shape[1]).to(theirs.patches.device)  # [B * G, h, w]
+        target = self._tokens(self.teacher, seen)
+        logits = self._cls(self.teacher, target, seen)
+        probs = self.centre.sharpened(logits, self.teacher_temp(time))  # [B, G, K]
+        self.centre.accumulate(logits)
+        masked = self.mask(seen, target.patches.shape[1]).to(target.patches.device)  # [B * G, h, w]
 
-        found, mine = [], theirs
+        cross_entropies, global_tokens = [], target
         for size, crops in enumerate(views.groups):
-            tokens = self._tokens(self.student, crops, hidden if size == 0 else None)
-            mine = tokens if size == 0 else mine
+            tokens = self._tokens(self.student, crops, masked if size == 0 else None)
+            global_tokens = tokens if size == 0 else global_tokens
             logits = self._cls(self.student, tokens, crops, frozen) / self.student_temp  # [B, V, K]
-            found.append(losses.cross_view(logits, said)[:, *pairs_of(size, crops.count, seen.count)])
-        parts = {"view": torch.cat(found, 1).mean(), "patch": self._patch_loss(mine, theirs, hidden, time, frozen)}
+            cross_entropies.append(losses.cross_view(logits, probs)[:, *pairs_of(size, crops.count, seen.count)])
+        parts = {
+            "view": torch.cat(cross_entropies, 1).mean(),
+            "patch": self._patch_loss(global_tokens, target, masked, time, frozen),
+        }
         return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
-        self.centre.follow(accepted)
-        self.patch_centre.follow(accepted)
+        self.centre.update(accepted)
+        self.patch_centre.update(accepted)
         follow(self.teacher, self.student, self.momentum(time), accepted)
 
     def train(self, mode: bool = True) -> IBOT:
         super().train(mode)
-        self.teacher.eval()  # no drop path in the teacher, ever
+        self.teacher.eval()  # the teacher never has drop path
         return self
 
-    # What is hidden (section 3.3 and appendix)
+    # Masked image modelling (section 3.3 and appendix)
 
     def mask(self, crops: Crops, side: int) -> Tensor:
-        """bool [B * G, side, side]: blocks of a random share of a part of the crops."""
+        """bool [B * G, side, side]: blocks of a random share of some of the crops."""
         count = crops.rotations.numel()
         draws = torch.rand(2, count)
         low, high = self.mask_ratio
         return masking.blocks((low + (high - low) * draws[0]) * (draws[1] < self.mask_probability), side)
 
-    def _patch_loss(self, mine: Tokens, theirs: Tokens, hidden: Tensor, time: float, frozen: bool) -> Tensor:
-        """Cross-entropy of hidden patches, the mean of those of a crop first; 0 where nothing is hidden."""
+    def _patch_loss(self, student: Tokens, teacher: Tokens, masked: Tensor, time: float, frozen: bool) -> Tensor:
+        """Cross-entropy of masked patches: the mean over a crop's patches, then over all crops; 0 without masks."""
         with torch.no_grad():
-            directions = self.teacher.head.directions(theirs.patches)
+            directions = self.teacher.head.directions(teacher.patches)
             mean = directions.mean((0, 1, 2), keepdim=True)[0]
-            logits = self.teacher.head.compared(directions[hidden])
+            logits = self.teacher.head.compare(directions[masked])
             target = self.patch_centre.sharpened(logits, self.teacher_temp(time))  # [M, K]
-            self.patch_centre.gather(self.teacher.head.compared(mean), rows=hidden.numel())
-        logits = self.student.head(mine.patches[hidden], frozen) / self.student_temp
-        entropy = losses.cross_view(logits[:, None], target[:, None])[:, 0, 0]  # [M]
-        counts = hidden.sum((1, 2)).clamp(min=1)[:, None, None].expand(hidden.shape)[hidden]
-        return (entropy / counts).sum() / len(hidden) + 0 * self.mask_token.sum()  # DDP waits for its gradient
+            self.patch_centre.accumulate(self.teacher.head.compare(mean), rows=masked.numel())
+        logits = self.student.head(student.patches[masked], frozen) / self.student_temp
+        cross_entropy = losses.cross_view(logits[:, None], target[:, None])[:, 0, 0]  # [M]
+        counts = masked.sum((1, 2)).clamp(min=1)[:, None, None].expand(masked.shape)[masked]
+        return (cross_entropy / counts).sum() / len(masked) + 0 * self.mask_token.sum()  # DDP waits for its gradient
 
     # Student and teacher (sections 3.1 and 3.2)
 
-    def _tokens(self, branch: Branch, crops: Crops, hidden: Tensor | None = None) -> Tokens:
+    def _tokens(self, branch: Branch, crops: Crops, masked: Tensor | None = None) -> Tokens:
         pixels = crops.pixels.flatten(0, 1)
-        if hidden is not None:
-            return branch.encoder.masked(pixels, hidden, self.mask_token[0])
+        if masked is not None:
+            return branch.encoder.masked(pixels, masked, self.mask_token[0])
         with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
             tokens: Tokens = branch.encoder(pixels)
         return tokens
@@ -182,8 +186,7 @@ class IBOT(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Per image, as of DINO, ``image_score`` and ``teacher_information``, both of the CLS token."""
+        """``image_score`` and ``teacher_information`` of each image, both of the CLS token, as for DINO."""
         teacher = self._cls(self.teacher, self._tokens(self.teacher, views.global_crops), views.global_crops)
         students = [self._cls(self.student, self._tokens(self.student, crops), crops) for crops in views.groups]
-        said = self.centre.sharpened(teacher, self.teacher_temp(1.0))
-        return {"image_score": losses.told_apart(students, teacher), "teacher_information": losses.information(said)}
+        return prototypes.diagnose(students, teacher, self.centre, self.teacher_temp(1.0))

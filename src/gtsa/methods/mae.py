@@ -1,6 +1,6 @@
 """MAE: masked autoencoders (He et al. 2022, arXiv 2111.06377), in the order of the paper.
 
-Shapes: N images (one view each), P patches, k of them visible, D and E widths of encoder and decoder.
+Shapes: N images (one view each), P patches of side p, k of them visible, D and E widths of encoder and decoder.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ VIEWS = {
 
 
 class MAE(Method):
-    """The encoder sees a quarter of the patches; from its tokens a small decoder paints the others. It has no teacher.
+    """The encoder sees a quarter of the patches; a small decoder reconstructs the others. There is no teacher.
 
-    As everywhere here, positions of the encoder are learnt; the paper's are fixed sines and cosines.
+    The encoder's position embeddings are learnt, as for all methods here; the paper's are fixed sines and cosines.
 
     Args:
-        encoder: what is trained, and kept.
-        mask_ratio: part of the patches that are hidden.
-        decoder_dim: width of the decoder; a multiple of 64, or of 4 and one head wide.
-        decoder_depth: its blocks.
-        normalise: paint every patch with its own mean and deviation taken off.
+        encoder: the encoder to train; it is what is exported.
+        mask_ratio: share of the patches that are masked.
+        decoder_dim: width of the decoder: a multiple of 4. If it is a multiple of 32, each head is 32 wide.
+        decoder_depth: number of the decoder's blocks.
+        normalise: reconstruct each patch normalised by its own mean and standard deviation.
     """
 
     published_settings: ClassVar = {
@@ -63,26 +63,26 @@ class MAE(Method):
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         pixels = views.global_crops.pixels.flatten(0, 1)
         order = masking.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
-        painted, hidden = self.paint(pixels, order)
-        return {"loss": self.errors(painted, self.targets(pixels), hidden).mean()}
+        predicted, masked = self.reconstruct(pixels, order)
+        return {"loss": self.errors(predicted, self.targets(pixels), masked).mean()}
 
     # Asymmetric encoder and decoder (section 3)
 
-    def paint(self, pixels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder makes of all patches, [N, P, 3 p p], and which of them were hidden, bool [N, P].
+    def reconstruct(self, pixels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's prediction of all patches, [N, P, 3 p p], and which of them were masked, bool [N, P].
 
         Args:
-            order: [N, P], a permutation of the patches for each image, of which the first ones are visible.
+            order: [N, P], a permutation of the patches for each image; the first ones are visible.
         """
         encoder = self.encoder
         count = max(1, round((1 - self.mask_ratio) * order.shape[1]))
         tokens = encoder.visible(pixels, order[:, :count])
-        hidden = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :count], False)
+        masked = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :count], False)
         grid = pixels.shape[-2] // encoder.patch_size, pixels.shape[-1] // encoder.patch_size
-        return self.decoder(tokens[:, encoder.num_prefix_tokens :], order, grid), hidden
+        return self.decoder(tokens[:, encoder.num_prefix_tokens :], order, grid), masked
 
     def targets(self, pixels: Tensor) -> Tensor:
-        """Pixels of every patch, [N, P, 3 p p], each patch with mean 0 and deviation 1 if so wanted."""
+        """Pixels of every patch, [N, P, 3 p p], each with mean 0 and standard deviation 1 if ``normalise``."""
         p = self.encoder.patch_size
         n, c, height, width = pixels.shape
         cells = pixels.reshape(n, c, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
@@ -92,10 +92,10 @@ class MAE(Method):
         return (cells - cells.mean(-1, keepdim=True)) / (cells.var(-1, keepdim=True) + 1e-6).sqrt()
 
     @staticmethod
-    def errors(painted: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
-        """Mean squared error over the hidden patches of each image, [N]."""
-        each = (painted.to(targets.dtype) - targets).square().mean(-1) * hidden
-        error: Tensor = each.sum(1) / hidden.sum(1)
+    def errors(predicted: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        """Mean squared error over the masked patches of each image, [N]."""
+        each = (predicted.to(targets.dtype) - targets).square().mean(-1) * masked
+        error: Tensor = each.sum(1) / masked.sum(1)
         return error
 
     @property
@@ -113,32 +113,33 @@ class MAE(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """Per image ``pixel_score``: by what share the error of painting its hidden patches is below the error with
-        regard to the same patches of up to eight other images. Always the same patches are hidden.
+        """``pixel_score`` of each image: one minus the error of its reconstruction, over the mean error of the same
+        reconstruction against up to eight other images. The masked patches are always the same.
         """
         crops = views.global_crops
         pixels = crops.pixels.flatten(0, 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             order = masking.random_order(len(pixels), self._patches(pixels)).to(pixels.device)
-        painted, hidden = self.paint(pixels, order)
+        predicted, masked = self.reconstruct(pixels, order)
         targets = self.targets(pixels)
         of_others = [
-            self.errors(painted, targets.roll(shift * crops.count, 0), hidden)
+            self.errors(predicted, targets.roll(shift * crops.count, 0), masked)
             for shift in range(1, min(len(crops.pixels), 9))
         ]
-        own = self.errors(painted, targets, hidden)
+        own = self.errors(predicted, targets, masked)
         score = 1 - own / torch.stack(of_others).mean(0) if of_others else torch.zeros_like(own)
         return {"pixel_score": score.reshape(len(crops.pixels), crops.count).mean(1)}
 
 
 class Decoder(nn.Module):
-    """Pre-norm transformer blocks over all patches: those that were seen, and a learnt token for each hidden one.
+    """Pre-norm transformer blocks over all patches: visible ones, and a learnt token for each masked one.
 
     Args:
-        width_in: of the encoder's tokens.
+        width_in: width of the encoder's tokens.
         width: E, a multiple of 4.
-        out: values of a patch.
+        depth: number of blocks.
+        out: number of values in a patch.
     """
 
     def __init__(self, width_in: int, width: int, depth: int, out: int) -> None:
@@ -156,17 +157,17 @@ class Decoder(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.token, std=0.02)
 
-    def forward(self, seen: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, visible: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, k, D] tokens of the first k patches of ``order`` [N, P] -> [N, P, out], row by row."""
-        tokens = self.embed(seen)
-        rest = self.token.to(tokens.dtype).expand(len(tokens), order.shape[1] - tokens.shape[1], -1)
-        places = order.argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[-1])
-        whole = torch.cat([tokens, rest], dim=1).gather(1, places)
+        tokens = self.embed(visible)
+        mask_tokens = self.token.to(tokens.dtype).expand(len(tokens), order.shape[1] - tokens.shape[1], -1)
+        positions = order.argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[-1])
+        whole = torch.cat([tokens, mask_tokens], dim=1).gather(1, positions)
         return self.paint(self.blocks(whole + sines(grid, tokens.shape[-1]).to(tokens)))  # type: ignore[no-any-return]
 
 
 def sines(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed positions [h * w, width]: sines and cosines of row and column, a quarter of the width each."""
+    """Fixed position embeddings [h * w, width]: sines and cosines of row and column, a quarter of the width each."""
     rates = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = (torch.arange(length, dtype=torch.float64)[:, None] * rates for length in grid)
     parts = [rows.sin(), rows.cos()], [columns.sin(), columns.cos()]

@@ -1,1 +1,1 @@
-"""The one training loop, whatever it trains; knows no method."""
+"""The one training loop, its checkpoints and logs. It knows no method."""

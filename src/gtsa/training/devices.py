@@ -7,23 +7,41 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 
 from gtsa.core.errors import UserError
-from gtsa.core.settings import Plan
+from gtsa.core.settings import Copied, Plan, is_auto
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def resolve_device(settings: Any) -> Plan:
+class DeviceSettings(Copied, Protocol):
+    """The settings of where something runs."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def devices(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+
+
+D = TypeVar("D", bound=DeviceSettings)
+
+
+def resolve_device(settings: D) -> Plan[D]:
     """Resolves device, processes and precision."""
     plan = Plan(settings, {})
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if settings.device == "cuda" and not gpus:
-        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it at auto, or mend the driver", 6)
+        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it at auto, or repair the driver", 6)
     if settings.device == "auto":
         plan.settle({"device": f"{gpus} GPU(s) found" if gpus else "no GPU found"}, device="cuda" if gpus else "cpu")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -34,20 +52,22 @@ def resolve_device(settings: Any) -> Plan:
             f"--nodes {settings.nodes}: start every machine with torchrun --nnodes={settings.nodes} "
             "--nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m gtsa pretrain ..."
         )
-    elif settings.devices == "auto":
+    elif is_auto(settings.devices):
         plan.settle({"devices": "all GPUs" if gpus else "one process uses all cores"}, devices=max(1, gpus))
-    on = plan.settings.device
+    device = plan.settings.device
     if settings.precision == "auto":
-        half = on == "cuda" and torch.cuda.is_bf16_supported()
-        plan.settle({"precision": "the GPU has it" if half else "exact and safe"}, precision="bf16" if half else "32")
-    if on == "cpu" and settings.precision == "fp16":
-        raise UserError("--precision fp16 needs a GPU; on CPU take bf16 or 32")
+        half = device == "cuda" and torch.cuda.is_bf16_supported()
+        plan.settle(
+            {"precision": "the GPU supports it" if half else "exact and safe"}, precision="bf16" if half else "32"
+        )
+    if device == "cpu" and settings.precision == "fp16":
+        raise UserError("--precision fp16 needs a GPU; on a CPU choose bf16 or 32")
     return plan
 
 
-def launch_fabric(settings: Any) -> Fabric:
-    """The engine that the settings ask for, launched."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it tells what the plan tells
+def launch_fabric(settings: DeviceSettings) -> Fabric:
+    """The engine for these settings, launched."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would repeat the plan
     world = settings.devices * settings.nodes
     if world > 1:
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # costs a copy, no accuracy
@@ -63,15 +83,16 @@ def launch_fabric(settings: Any) -> Fabric:
     return fabric
 
 
-def resolve_workers(plan: Plan) -> None:
+def resolve_workers(plan: Plan[D]) -> None:
     """Resolves the processes that read images."""
-    s = plan.settings
-    if s.workers == "auto":
-        if s.device == "cuda":
-            count, why = readers(s.devices), f"{cores()} cores, one left for each device"
-        else:
-            count, why = (0, "the cores are busy with training") if cores() <= 4 else (2, f"{cores()} cores")
-        plan.settle({"workers": why}, workers=count)
+    settings = plan.settings
+    if not is_auto(settings.workers):
+        return
+    if settings.device == "cuda":
+        count, reason = readers(settings.devices), f"{cores()} cores, one left for each device"
+    else:
+        count, reason = (0, "the cores are busy with training") if cores() <= 4 else (2, f"{cores()} cores")
+    plan.settle({"workers": reason}, workers=count)
 
 
 def cores() -> int:
@@ -80,7 +101,7 @@ def cores() -> int:
 
 
 def readers(runs: int) -> int:
-    """Processes that read images for each of ``runs`` on GPUs of this machine, at the same time."""
+    """Number of processes that read images, for each of ``runs`` concurrent runs on this machine's GPUs."""
     return max(1, min(16, cores() // runs - 1))
 
 
@@ -88,21 +109,22 @@ T = TypeVar("T")
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T | None:
-    """``work`` done by the first process alone; a UserError there ends all of them, and so does a disk that refuses."""
-    done, told = None, None
+    """The result of ``work`` in the first process, None in others. A UserError or disk error there ends them all."""
+    result, failure = None, None
     if fabric.global_rank == 0:
         try:
-            done = work()
-        except (UserError, OSError) as error:
-            remedy = error if isinstance(error, UserError) else disk_error(error, "the disk")
-            told = str(remedy), remedy.code
-    told = fabric.broadcast(told)
-    if told is not None:
-        raise UserError(*told)
-    return done
+            result = work()
+        except (UserError, OSError) as caught:
+            error = caught if isinstance(caught, UserError) else disk_error(caught, "the disk")
+            failure = str(error), error.code
+    failure = fabric.broadcast(failure)
+    if failure is not None:
+        raise UserError(*failure)
+    return result
 
 
 def disk_error(error: OSError, out: str) -> UserError:
+    """The error that tells the user what to do about a file or disk."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    way = "make room" if full else "bring it back" if error.errno == errno.ENOENT else "mend it"
-    return UserError(f"{error.filename or out}: {error.strerror or error}; {way}, then go on with --resume", 6)
+    action = "make room" if full else "restore it" if error.errno == errno.ENOENT else "repair it"
+    return UserError(f"{error.filename or out}: {error.strerror or error}; {action}, then resume with --resume", 6)

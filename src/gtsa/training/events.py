@@ -1,4 +1,4 @@
-"""TensorBoard's events: one file a run, which a resumed run goes on with."""
+"""TensorBoard's events: one file per run, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ HEAD, TAIL = 12, 4  # bytes of a record before its data (their length, its check
 
 
 class Events:
-    """The newest events file in ``folder``, or one to be; nothing is written before the first numbers.
+    """The newest events file in ``folder``, or a new one. Nothing is written before the first numbers.
 
     Args:
-        step: steps done before; TensorBoard is told to forget what an interrupted run wrote beyond it.
+        step: steps done before; TensorBoard drops what an interrupted run wrote after it.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        there = [path for path in sorted(folder.glob(NAMES)) if path.is_file() and not path.is_symlink()]
-        self.path = there[-1] if there else folder / _name()
+        existing = [path for path in sorted(folder.glob(NAMES)) if path.is_file() and not path.is_symlink()]
+        self.path = existing[-1] if existing else folder / _name()
         self.first = [Event(wall_time=time.time(), file_version=VERSION)]
         if step:
             start = SessionLog(status=SessionLog.START)
             self.first.append(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes numbers by their names."""
+        """Writes {name: number}."""
         now = time.time()
-        told = [
+        events = [
             Event(wall_time=now, step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             for name, value in values.items()
         ]
         with named(self.path), open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:
-            if self.first:  # a record that was cut short would hide all that follow it
+            if self.first:  # a truncated record would hide all that follow it
                 file.truncate(_whole(file, os.fstat(file.fileno()).st_size))
             file.seek(0, os.SEEK_END)
-            file.write(_records([*self.first, *told]))
+            file.write(_records([*self.first, *events]))
         self.first = []
 
 
@@ -60,7 +60,7 @@ def _records(events: Iterable[Event]) -> bytes:
 
 
 def _whole(file: io.BufferedRandom, size: int) -> int:
-    """Bytes of the whole records that a file begins with."""
+    """Number of bytes of whole records at the start of a file."""
     end = 0
     while end + HEAD <= size:
         file.seek(end)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch import Tensor
 
 from gtsa.core.errors import UserError, from_worker
@@ -21,8 +22,8 @@ PATIENCE = 3  # skipped steps among the last hundred that end the run
 
 
 def fit(
-    objective: Any,
-    optimizer: Any,
+    objective: _FabricModule,
+    optimizer: _FabricOptimizer,
     batches: Iterable[Batch],
     prepare: Callable[[Any], Any],
     *,
@@ -33,17 +34,17 @@ def fit(
     seed: int = 0,
     skips: deque[int] | None = None,
 ) -> Iterator[StepResult]:
-    """Trains from step ``start`` to ``steps`` and yields after every step; what is done between steps is the caller's.
+    """Trains from step ``start`` to ``steps``, and yields after every step: the caller logs, saves and evaluates there.
 
     Args:
         objective, optimizer: as set up by ``fabric``; the optimizer is a ScheduledAdamW inside.
-        batches: micro-batches, ``accumulate`` a step, from step ``start`` on.
+        batches: micro-batches, ``accumulate`` per step, from step ``start`` on.
         prepare: brings a batch to the device, ready for the objective.
         seed: stochastic depth of step s depends on (seed, s, rank) alone.
-        skips: steps that were skipped lately, kept up to date for the checkpoint.
+        skips: the steps that were skipped lately, updated in place for the checkpoint.
 
     Raises:
-        UserError: three of a hundred steps had non-finite numbers (5), memory ran out or a worker died (6).
+        UserError: three of a hundred steps had non-finite numbers (5), memory ran out or a worker failed (6).
     """
     skips = deque() if skips is None else skips
     pending: tuple[Tensor, list[int]] | None = None
@@ -57,7 +58,7 @@ def fit(
         parts, _, lost = train_step(
             objective, optimizer, map(prepare, views), accumulate, fabric, step / steps, (step + 1) / steps
         )
-        skipped = _check(pending, step - 1, skips)  # a step late, so that the host never waits for the device
+        skipped = _check(pending, step - 1, skips)  # one step late, so that the host never waits for the device
         pending = lost, [int(i) for v in views for i in v.images]
         if step == steps - 1:
             skipped += _check(pending, step, skips)
@@ -66,8 +67,8 @@ def fit(
 
 
 def train_step(
-    objective: Any,
-    optimizer: Any,
+    objective: _FabricModule,
+    optimizer: _FabricOptimizer,
     batches: Iterable[Batch],
     accumulate: int,
     fabric: Fabric,
@@ -78,10 +79,9 @@ def train_step(
 
     Returns:
         The mean parts, detached; whether the step was accepted; whether it was lost to a non-finite number (0/1, on the
-        device). A step that only the scaler of fp16 leaves out, to lower its scale, is neither.
+        device). It is neither if only the scaler of fp16 skipped it, to lower its scale.
     """
-    adamw: ScheduledAdamW = optimizer.optimizer
-    inner: Objective = objective.module
+    adamw, inner = cast(ScheduledAdamW, optimizer.optimizer), cast(Objective, objective.module)
     adamw.set_time(time)
     total: dict[str, Tensor] = {}
     try:
@@ -98,10 +98,10 @@ def train_step(
         wrong = torch.stack([~torch.isfinite(norms).all(), ~torch.isfinite(total["loss"])]).float()
         in_gradients, in_loss = cast(Tensor, fabric.all_reduce(wrong, reduce_op="sum")).clamp(max=1)
         rejected = torch.maximum(in_gradients, in_loss)
-        adamw.found_inf = rejected  # the fused kernel leaves parameters and moments alone where it is 1
+        adamw.found_inf = rejected  # where it is 1 the fused kernel changes no parameter and no moment
         if scaler is None:
             optimizer.step()
-        else:  # the scaler's own step would put its word in place of ours
+        else:  # the scaler's own step would overwrite found_inf
             adamw.step()
             scaler.update()
         optimizer.zero_grad()
@@ -135,7 +135,7 @@ def _next(stream: Iterator[Batch]) -> Batch:
 
 
 def _check(pending: tuple[Tensor, list[int]] | None, step: int, skips: deque[int]) -> list[int]:
-    """The images of a step that was skipped, if it was. Raises UserError at three in a hundred."""
+    """The images of the step, if it was skipped. Raises UserError at three skipped steps in a hundred."""
     if pending is None or not bool(pending[0] > 0):
         return []
     skips.append(step)
@@ -143,8 +143,8 @@ def _check(pending: tuple[Tensor, list[int]] | None, step: int, skips: deque[int
         skips.popleft()
     if len(skips) >= PATIENCE:
         raise UserError(
-            f"training diverged: non-finite loss or gradients in steps {', '.join(map(str, skips))}; nothing of them "
-            "reached the weights. Resume with a lower --learning-rate as a new run (--init), or --precision 32",
+            f"training diverged: non-finite loss or gradients in steps {', '.join(map(str, skips))}; these steps "
+            "did not change the weights. Resume with a lower --learning-rate as a new run (--init), or --precision 32",
             5,
         )
     return pending[1]

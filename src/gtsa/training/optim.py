@@ -1,4 +1,4 @@
-"""AdamW with scheduled learning rate and weight decay, and clipping of each tensor by itself."""
+"""AdamW with scheduled learning rate and weight decay, and gradient clipping per tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from gtsa.training.schedules import Constant, Schedule
 class ScheduledAdamW(torch.optim.AdamW):
     """AdamW whose learning rate and weight decay are functions of time.
 
-    Biases and one-dimensional parameters are not decayed. The fused kernel is used because it can leave out a step
-    on the device's own word (``found_inf``), without the host waiting for it.
+    Weight decay does not apply to biases and one-dimensional parameters. The fused kernel is used because it can skip a
+    step by a value on the device (``found_inf``), so that the host does not wait.
 
     Args:
-        module: its parameters that require a gradient; or groups of parameters as dictionaries with ``params``, and if
-            need be ``decayed`` (whether weight decay is for them) and ``rate`` (a schedule, times the learning rate).
+        module: a module, whose parameters that require a gradient are trained; or groups of parameters: dictionaries
+            with ``params``, and optionally ``decayed`` (whether weight decay applies) and ``rate`` (a schedule that
+            multiplies the learning rate).
         learning_rate, weight_decay: schedules over the run.
-        clip: largest L2 norm of each parameter tensor's gradient; 0 switches clipping off.
+        clip: largest L2 norm of each parameter tensor's gradient; 0: no clipping.
     """
 
     def __init__(
@@ -33,9 +34,9 @@ class ScheduledAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         groups = by_dimension(module.parameters()) if isinstance(module, nn.Module) else module
-        usual = {"decayed": True, "rate": Constant(1.0), "weight_decay": 0.0}
-        groups = [{**usual, **group} for group in groups if group["params"]]
-        self.found_inf: Tensor | None = None  # 1 on the device: leave this step out
+        defaults = {"decayed": True, "rate": Constant(1.0), "weight_decay": 0.0}
+        groups = [{**defaults, **group} for group in groups if group["params"]]
+        self.found_inf: Tensor | None = None  # 1 on the device: skip this step
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
         self.learning_rate, self.weight_decay, self.clip = learning_rate, weight_decay, clip
 
@@ -50,7 +51,7 @@ class ScheduledAdamW(torch.optim.AdamW):
 
 
 def by_dimension(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Those that are trained in two groups: matrices, which are decayed, and the rest, which is not."""
+    """The trained parameters in two groups: matrices, with weight decay, and all others, without."""
     trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "decayed": True},
@@ -60,7 +61,7 @@ def by_dimension(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def clip_each(gradients: Iterable[Tensor], largest: float) -> Tensor:
-    """Scales every gradient tensor down to an L2 norm of at most ``largest`` (0: none), in place.
+    """Scales every gradient tensor down to an L2 norm of at most ``largest`` (0: no clipping), in place.
 
     Returns the norms before clipping, one per tensor.
     """

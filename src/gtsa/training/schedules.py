@@ -58,10 +58,10 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Linear from 0 to the peak at time ``peak_at``, held until ``until``, then ``after``, stretched over the rest.
+    """Linear from 0 to the peak at time ``peak_at``, constant until ``until``, then ``after``, stretched over the rest.
 
-    In a run of S steps with W warm-up steps, peak_at = (W - 1) / S and until = W / S make the last warm-up step the
-    first at the peak, as in the published runs: see ``warmup_then``.
+    In a run of S steps with W warm-up steps, peak_at = (W - 1) / S and until = W / S: the last warm-up step is the
+    first at the peak, as in the published runs. See ``warmup_then``.
     """
 
     peak_at: float
@@ -87,7 +87,7 @@ class After:
 
 @dataclass(frozen=True)
 class Steps:
-    """``start``, times ``factor`` once more at each of the times ``at``."""
+    """``start``, multiplied by ``factor`` at each of the times ``at``."""
 
     start: float
     at: tuple[float, ...]
@@ -98,6 +98,6 @@ class Steps:
 
 
 def warmup_then(after: Schedule, fraction: float, steps: int) -> Schedule:
-    """``after``, preceded by a linear warm-up over ``fraction`` of ``steps`` steps, its last step at the peak."""
+    """``after``, preceded by a linear warm-up over ``fraction`` of ``steps`` steps; its last step is at the peak."""
     warm = round(fraction * steps)
     return Warmup((warm - 1) / steps, warm / steps, after) if warm > 0 else after

@@ -1,11 +1,11 @@
-"""Threads that wait for one another, beside neighbours that want the cores.
+"""How OpenMP threads wait for one another while other processes use the cores.
 
-A thread of OpenMP that waits for another one spins before it sleeps. Alone that is the fastest; beside two busy
-processes it takes the cores from the very threads that are waited for, and a step of the demo took five times as long.
+An OpenMP thread that waits for another one spins before it sleeps. On idle cores that is fastest. Beside two busy
+processes it takes the cores from the threads that it waits for: a step of the demo took five times as long.
 
-GNU's OpenMP, which torch's wheels for Linux carry, spins for 300,000 rounds, and for 100 while there are more of its
-threads than cores (GOMP_SPINCOUNT in its manual). So while our threads have to wait for cores, a second team of threads
-is held, which does nothing. What is computed does not change: the same threads do the same work in the same order.
+GNU's OpenMP, which torch's wheels for Linux contain, spins for 300,000 rounds, and for 100 while it has more threads
+than cores (GOMP_SPINCOUNT in its manual). So while our threads have to wait for cores, a second team of idle threads is
+held. Results do not change: the same threads do the same work in the same order.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how threads wait, where the user has set it
-EVERY = 0.5  # seconds between two looks
-CROWDED = 0.1  # share of its running time for which a process waits for cores, from which they are taken to be busy
-CALM = 4  # looks without waiting after which they are taken to be free
-MOST = 64  # cores; the team that is held has more threads, and of more than this a system may refuse some
-IDLE = 0.1  # seconds of running in a look, below which it says nothing
+USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # environment variables with which the user sets how threads wait
+EVERY = 0.5  # seconds between two measurements
+CROWDED = 0.1  # share of its running time that a process waits for cores; above it they count as busy
+CALM = 4  # measurements without waiting after which the cores count as free
+MOST = 64  # cores; the held team has more threads than cores, and a system may refuse more than this
+IDLE = 0.1  # seconds of running below which a measurement does not count
 
-_WATCHED = threading.Lock()  # held where a watch is kept
+_WATCHED = threading.Lock()  # held while a thread measures
 
-Times = dict[str, tuple[int, int]]  # of each thread: nanoseconds that it ran, and waited for a core
+Times = dict[str, tuple[int, int]]  # {thread: nanoseconds that it ran, and that it waited for a core}
 
 
 @contextmanager
 def considerate() -> Iterator[None]:
-    """A with-block whose OpenMP threads spin while cores are free, and sleep while others want them.
+    """A with-block whose OpenMP threads spin while cores are free, and sleep while other processes use them.
 
-    Does nothing where the user has said how threads wait, where the system does not tell or has another OpenMP, and
-    within another such block.
+    Does nothing if the user has set how threads wait, if the system does not report waiting times or has another
+    OpenMP, and within another such block.
     """
-    if set_by_user() or not _able() or not _WATCHED.acquire(blocking=False):
+    if set_by_user() or not _supported() or not _WATCHED.acquire(blocking=False):
         yield
         return
     done = threading.Event()
@@ -50,18 +50,19 @@ def considerate() -> Iterator[None]:
         _WATCHED.release()
 
 
-def described() -> str:
+def wait_policy() -> str:
     """How threads wait, for the plan."""
-    if found := set_by_user():
-        return f"{found}, as set by you"
-    return "they spin while they wait, and sleep beside busy neighbours" if _able() else "they wait as OpenMP has it"
+    if variables := set_by_user():
+        return f"{variables}, as set by you"
+    return "spin while waiting, sleep while other processes are busy" if _supported() else "OpenMP's own waiting policy"
 
 
-def _able() -> bool:
+def _supported() -> bool:
     return bool(times()) and len(os.sched_getaffinity(0)) <= MOST
 
 
 def set_by_user() -> str:
+    """The variables of the environment with which the user has set how threads wait."""
     return ", ".join(f"{name}={os.environ[name]}" for name in USERS if name in os.environ)
 
 
@@ -82,20 +83,20 @@ def _watch(done: threading.Event) -> None:
 
 
 def times() -> Times:
-    """Of every thread of this process. Empty where the system does not tell (it is Linux's schedstat)."""
-    found: Times = {}
+    """Times of all threads of this process; empty where the system has no schedstat (Linux has)."""
+    measured: Times = {}
     for file in Path("/proc/self/task").glob("*/schedstat"):
         try:
             ran, waited, _ = map(int, file.read_text().split())
         except (OSError, ValueError):
             continue  # the thread has ended
-        found[file.parent.name] = ran, waited
-    return found
+        measured[file.parent.name] = ran, waited
+    return measured
 
 
 def waiting(before: Times, now: Times) -> float:
-    """The share of its time for which a thread that could run had to wait for a core: 0 alone, 0.5 beside two busy
-    processes on two cores."""
+    """The share of their time that runnable threads wait for a core: 0 alone, 0.5 beside two busy processes on two
+    cores."""
     ran = sum(now[thread][0] - before[thread][0] for thread in now.keys() & before.keys())
     waited = sum(now[thread][1] - before[thread][1] for thread in now.keys() & before.keys())
     return waited / (ran + waited) if ran + waited > IDLE * 1e9 else 0.0
@@ -108,7 +109,7 @@ def loaded() -> str | None:
 
 
 class Team:
-    """More threads of OpenMP than there are cores, asleep: as long as it is held, waiting threads spin shortly."""
+    """More OpenMP threads than cores, asleep. While the team is held, waiting threads spin only shortly."""
 
     def __init__(self, openmp: str) -> None:
         self._closing = threading.Event()
@@ -118,7 +119,7 @@ class Team:
         held.wait()
 
     def _hold(self, openmp: str, held: threading.Event) -> None:
-        """A team lasts as long as the thread that made it."""
+        """A team exists as long as the thread that made it."""
         nothing = ctypes.CDLL(None).getppid
         count = len(os.sched_getaffinity(0)) + 1
         ctypes.CDLL(openmp).GOMP_parallel(nothing, None, ctypes.c_uint(count), ctypes.c_uint(0))

@@ -1,23 +1,21 @@
-"""A training that can be stopped and gone on with: what happens between the steps of the loop."""
+"""Training that can be stopped and resumed: what happens between the steps of the loop."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from gtsa.core import stops
 from gtsa.core.errors import UserError
 from gtsa.core.terminal import Clock, Progress, doing, lasting, say
-from gtsa.core.types import Objective, StepResult
+from gtsa.core.types import Objective, Replaced, StepResult
 from gtsa.training import checkpoint
 from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
@@ -26,69 +24,84 @@ from gtsa.training.run_folder import RunFolder
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 
 
+class TrainerSettings(Protocol):
+    """The settings that a trainer needs. Intervals are in steps."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    out: str
+
+
 class Trainer:
-    """An objective and its optimiser, with logs, checkpoints, looks on the way, and requests to stop.
+    """An objective and its optimiser, with logs, checkpoints, evaluations between steps, and requests to stop.
 
     Args:
         objective: what is trained; moved to the device.
         optimizer: over its parameters.
-        settings: ``steps``, ``batch_size``, ``accumulate``, ``seed``, ``log_every``, ``evaluate_every``,
-            ``checkpoint_every``, ``keep_checkpoints`` and ``out``.
         fabric: the engine.
         run: the folder of logs and checkpoints; None in all processes but the first.
-        again: the command that goes on with a training that was stopped.
-        expected: seconds of a step and of a look, where somebody has measured them.
+        resume: the command that resumes a training that was stopped.
+        expected: seconds of a step and of an evaluation, where they were measured.
     """
 
     def __init__(
         self,
         objective: Objective,
         optimizer: ScheduledAdamW,
-        settings: Any,
+        settings: TrainerSettings,
         fabric: Fabric,
         run: RunFolder | None,
-        again: str,
+        resume: str,
         expected: tuple[float | None, float] = (None, 0.0),
     ) -> None:
-        self.objective, self.optimizer, self.again = objective, optimizer, again
+        self.objective, self.optimizer, self.resume = objective, optimizer, resume
         self.settings, self.fabric, self.run = settings, fabric, run
         self.wrapped = fabric.setup(objective, optimizer)
         self.start = 0  # steps that were done before
         self.skips: deque[int] = deque()
         self.recent: list[StepResult] = []  # steps since the last line of the log
-        self.missed = False  # the look at this step, which a request to stop has broken off
+        self.missed = False  # the evaluation after this step, which a request to stop has broken off
         self.clock = Clock(settings.steps, settings.evaluate_every, settings.checkpoint_every, *expected)
 
     def restore(self, key: str, value: str, otherwise: str) -> Kept | None:
-        """Goes back to the newest whole checkpoint and returns all that it holds; None where there is none.
+        """Restores the newest whole checkpoint and returns all that it holds; None where there is none.
 
         Args:
-            key, value: what the checkpoint must say of itself.
-            otherwise: the message where it says something else.
+            key, value: an entry that the checkpoint's state must have.
+            otherwise: the message where it has another value.
 
         Raises:
-            UserError: it is another training's or another version's, or there are checkpoints and none of them is whole
-                (4); more steps are done than there are to be (2).
+            UserError: it is of another training or version, or there are checkpoints and none of them is whole (4);
+                it has more steps than the settings (2).
         """
-        place, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
-        if place is None:
+        path, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
+        if path is None:
             if problems:
-                told = f"no whole checkpoint in {self.settings.out}: {'; '.join(problems)}"
-                raise UserError(f"{told}; start anew in another folder, or with --overwrite", 4)
+                raise UserError(
+                    f"no whole checkpoint in {self.settings.out}: {'; '.join(problems)}; start anew in another folder, "
+                    "or with --overwrite",
+                    4,
+                )
             return None
         for problem in problems:
-            self.note(f"{problem}: going on from {place.name}")
-        tensors, state = checkpoint.read(place)
+            self.note(f"{problem}: resuming from {path.name}")
+        tensors, state = checkpoint.read(path)
         if state.get(key) != value:
             raise UserError(otherwise, 4)
         if state["step"] > self.settings.steps:
             raise UserError(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
-        with checkpoint.understood(place):
-            self._take_up(tensors, state)
-        self.note(f"resumed from {place.name}")
+        with checkpoint.understood(path):
+            self._restore(tensors, state)
+        self.note(f"resumed from {path.name}")
         return tensors, state
 
-    def _take_up(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def _restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         self.objective.load_state_dict(tensors["objective"])
         saved = self.optimizer.state_dict()
         for moment, tensor in tensors["optimizer"].items():
@@ -112,17 +125,17 @@ class Trainer:
         batches: Iterable[Batch],
         prepare: Callable[[Any], Any],
         account: Callable[[StepResult], None],
-        look: Callable[[int], Any],
-        kept: Callable[[], Kept],
+        evaluate: Callable[[int], object],
+        state: Callable[[], Kept],
     ) -> None:
         """Trains to the last step.
 
         Args:
             batches, prepare: as for ``loop.fit``.
-            account: told of every step.
-            look: told of step 0, and of every ``evaluate_every``-th step but the last; it sets ``missed`` where it was
-                broken off.
-            kept: what else a checkpoint is to hold.
+            account: called with every step's result.
+            evaluate: called with the number of steps, at 0 and every ``evaluate_every`` but the last; it sets
+                ``missed`` where it was broken off.
+            state: returns what else a checkpoint has to hold.
 
         Raises:
             UserError: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
@@ -138,56 +151,59 @@ class Trainer:
             self.run.start_logs(self.start, done=self.start == s.steps or self.missed)
         if self.start == 0 or self.missed:
             self.missed = False
-            self._timed("look", look, self.start)
+            self._timed("look", evaluate, self.start)
         self._announce()
         progress = Progress(s.steps, self.start, s.batch_size, clock=self.clock) if self.run else None
-        with stops.requests() as asked:
+        with stops.requests() as requests:
             try:
                 for done in steps:
                     self.recent.append(done)
                     self.clock.step(done.seconds)
-                    stopping = self._shared(done, bool(asked))
+                    stopping = self._share(done, bool(requests))
                     account(done)
                     if done.step % s.log_every == 0 or done.step == s.steps:
                         self._log(progress)
                     elif progress and progress.due:
                         progress.show(done.step, means(self.recent))
-                    self._between(done.step, stopping, asked, look, kept)
+                    self._between(done.step, stopping, requests, evaluate, state)
             finally:
                 if progress:
                     progress.close()
 
     def _between(
-        self, step: int, stopping: bool, asked: list[int], look: Callable[[int], Any], kept: Callable[[], Kept]
+        self,
+        step: int,
+        stopping: bool,
+        requests: list[int],
+        evaluate: Callable[[int], object],
+        state: Callable[[], Kept],
     ) -> None:
-        """Looks, saves, and stops where that was asked for; what was asked meanwhile does not wait for another step."""
+        """Evaluates, saves, and stops on request; a request that came meanwhile does not wait for another step."""
         s = self.settings
-        looks, saves = (
-            step % s.evaluate_every == 0 and step < s.steps,
-            step % s.checkpoint_every == 0 or step == s.steps,
-        )
-        if looks:
-            self._timed("look", look, step)
+        evaluates = step % s.evaluate_every == 0 and step < s.steps
+        saves = step % s.checkpoint_every == 0 or step == s.steps
+        if evaluates:
+            self._timed("look", evaluate, step)
         if saves:
-            self._timed("save", self.save, step, *kept())
-        if (looks or saves) and not stopping:
-            stopping = self._agreed(bool(asked))
+            self._timed("save", self.save, step, *state())
+        if (evaluates or saves) and not stopping:
+            stopping = self._any_process(bool(requests))
         if not stopping:
             return
         if not saves:
-            self.save(step, *kept())
-        rest = "" if step < s.steps else ", what follows the last step is to come"
+            self.save(step, *state())
+        rest = "" if step < s.steps else "; verdict and export are still to do"
         raise UserError(
-            f"stopped on request at step {step} of {s.steps}, checkpoint saved{rest}; go on with: {self.again}", 75
+            f"stopped on request at step {step} of {s.steps}, checkpoint saved{rest}; resume with: {self.resume}", 75
         )
 
-    def _timed(self, kind: str, work: Callable[..., Any], *arguments: Any) -> None:
+    def _timed(self, kind: str, work: Callable[..., object], *arguments: object) -> None:
         began = time.perf_counter()
         work(*arguments)
         self.clock.seconds[kind] = time.perf_counter() - began
 
     def _announce(self) -> None:
-        """The first line of progress can be long in coming."""
+        """Shows how long training takes: the first line of progress may come late."""
         s = self.settings
         if self.run and self.clock.expected is not None and self.start < s.steps:
             say(f"training from step {self.start} to {s.steps:,}, in all about {lasting(self.clock.left(self.start))}")
@@ -205,9 +221,9 @@ class Trainer:
     @doing("saving a checkpoint", log=False)
     @stops.saving()
     def save(
-        self, step: int, more: Mapping[str, Mapping[str, Tensor]], words: Mapping[str, Any], folder: Path | None = None
+        self, step: int, more: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], folder: Path | None = None
     ) -> None:
-        """Writes a checkpoint with all that the next step needs, to where checkpoints are kept or to ``folder``."""
+        """Writes a checkpoint with all that the next step needs, into the run's ``checkpoints`` or into ``folder``."""
         if self.run:
             if not all(torch.isfinite(p).all() for p in self.objective.parameters()):
                 raise UserError("training diverged: weights are not finite; start anew with a lower --learning-rate", 5)
@@ -223,7 +239,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "recent": [(done.step, done.seconds, done.waited) for done in self.recent],
-                **words,
+                **values,
             }
             tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **self._window(), **more}
             checkpoint.write(
@@ -233,17 +249,17 @@ class Trainer:
             self.fabric.barrier()
 
     def _window(self) -> dict[str, dict[str, Tensor]]:
-        """What the next line of the log is a mean of, so far: a resumed run writes the same line."""
+        """The steps since the last line of the log: a resumed run then writes the same line."""
         parts = {f"{n}.{name}": part for n, done in enumerate(self.recent) for name, part in done.parts.items()}
         return {"recent": parts} if parts else {}
 
     def _make_way(self) -> None:
-        """Names what lies among the checkpoints and is none. Raises UserError where one is to be written there (8)."""
-        for place in checkpoint.strangers(Path(self.settings.out) / "checkpoints"):
-            step = checkpoint.NAME.fullmatch(place.name)
+        """Reports foreign files among the checkpoints. Raises UserError where one is in the way of a checkpoint (8)."""
+        for path in checkpoint.foreign(Path(self.settings.out) / "checkpoints"):
+            step = checkpoint.NAME.fullmatch(path.name)
             if step and self.start < int(step[1]) <= self.settings.steps:
-                raise UserError(checkpoint.in_the_way(place), 8)
-            self.note(f"{place} is no checkpoint of gtsa; it is left alone")
+                raise UserError(checkpoint.obstruction(path), 8)
+            self.note(f"{path} is not a checkpoint of gtsa; it stays as it is")
 
     def _log(self, progress: Progress | None) -> None:
         recent, self.recent = self.recent, []
@@ -253,115 +269,34 @@ class Trainer:
         self.run.log(recent[-1].step, values)
         progress.show(recent[-1].step, values)
 
-    def _agreed(self, asked: bool) -> bool:
-        """Whether any process was asked to stop."""
+    def _any_process(self, here: bool) -> bool:
+        """Whether any process has a request to stop."""
         if self.fabric.world_size == 1:
-            return asked
-        here = torch.tensor(asked, dtype=torch.float32, device=self.fabric.device)
-        return bool(cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")))
+            return here
+        flag = torch.tensor(here, dtype=torch.float32, device=self.fabric.device)
+        return bool(cast(Tensor, self.fabric.all_reduce(flag, reduce_op="sum")))
 
-    def _shared(self, done: StepResult, asked: bool) -> bool:
-        """Brings what went wrong in any process to all of them; returns whether any was asked to stop."""
+    def _share(self, done: StepResult, requested: bool) -> bool:
+        """Shares replaced and skipped images between all processes; returns whether any has a request to stop."""
         if self.fabric.world_size == 1:
-            return asked
+            return requested
         here = torch.tensor(
-            [asked, bool(done.replaced or done.skipped)], dtype=torch.float32, device=self.fabric.device
+            [requested, bool(done.replaced or done.skipped)], dtype=torch.float32, device=self.fabric.device
         )
-        stopping, news = cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")).tolist()
-        if news:
-            told: list[Any] = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(told, (done.replaced, done.skipped))
-            done.replaced = [entry for replaced, _ in told for entry in replaced]
-            done.skipped = [image for _, skipped in told for image in skipped]
+        stopping, changed = cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")).tolist()
+        if changed:
+            gathered: list[tuple[list[Replaced], list[int]]] = [([], [])] * self.fabric.world_size
+            torch.distributed.all_gather_object(gathered, (done.replaced, done.skipped))
+            done.replaced = [entry for replaced, _ in gathered for entry in replaced]
+            done.skipped = [image for _, skipped in gathered for image in skipped]
         return bool(stopping)
 
 
 def means(recent: list[StepResult]) -> dict[str, float]:
-    """Of the parts of some steps, and of their seconds; the share of these that went into waiting for data."""
+    """Means over some steps: the parts of the loss and the seconds; and the share of the time that data took."""
     values = {}
     for name in recent[-1].parts:
-        found = [done.parts[name] for done in recent if name in done.parts]
-        values[name] = float(sum(found) / len(found))
+        parts = [done.parts[name] for done in recent if name in done.parts]
+        values[name] = float(sum(parts) / len(parts))
     seconds = sum(done.seconds for done in recent)
     return values | {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
-
-
-def teach(
-    objective: Objective,
-    optimizer: ScheduledAdamW,
-    batches: Callable[[int], Iterable[Batch]],
-    prepare: Callable[[Any], Any],
-    *,
-    steps: int,
-    batch_size: int,
-    fabric: Fabric,
-    accumulate: int = 1,
-    seed: int = 0,
-    folder: Path | None = None,
-    depends: Iterable[Any] = (),
-    log_every: int = 50,
-    checkpoint_every: int = 500,
-) -> None:
-    """Trains a probe or fine-tunes a network; with a folder, exactly as pretraining is done and gone on with.
-
-    Args:
-        batches: from the number of steps done before to the micro-batches from there on, ``accumulate`` a step; they
-            follow from step and seed.
-        prepare: brings a batch to the device, ready for the objective.
-        folder: for checkpoints and logs; the same call goes on from them. None: nothing is kept.
-        depends: what decides the outcome beside the objective's first weights and the numbers given here; a folder of
-            a training that depends on something else is refused.
-
-    Raises:
-        UserError: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
-    """
-    if folder is None:
-        module, wrapped = fabric.setup(objective, optimizer)
-        taught = fit(module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, accumulate=accumulate, seed=seed)
-        progress, recent = Progress(steps, 0, batch_size), []
-        try:
-            for done in taught:
-                recent.append(done)
-                progress.clock.step(done.seconds)
-                if done.step % log_every == 0 or done.step == steps or progress.due:
-                    progress.show(done.step, means(recent))
-                    recent = []
-        finally:
-            progress.close()
-        return
-    digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
-    run = RunFolder(folder, resume=True)
-    settings = SimpleNamespace(
-        steps=steps, batch_size=batch_size, accumulate=accumulate, seed=seed, log_every=log_every, evaluate_every=steps,
-        checkpoint_every=checkpoint_every, keep_checkpoints=1, out=str(folder),
-    )  # fmt: skip
-    try:
-        training = Trainer(objective, optimizer, settings, fabric, run, "the same command")
-        other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"
-        training.restore("digest", digest, other)
-        run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
-        if training.start < steps:
-            training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
-    except OSError as error:
-        told = f"{error.filename or folder}: {error.strerror or error}"
-        raise UserError(f"--work: {told}; make room or mend it, then give the same command again", 6) from None
-    finally:
-        run.close()
-
-
-def digest_of(*parts: Any) -> str:
-    """SHA-256 of networks (their weights), tensors and plain values."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, nn.Module):
-            tensors = sorted(part.state_dict().items())
-        else:
-            tensors = [("", part)] if isinstance(part, Tensor) else []
-            digest.update(repr(None if tensors else part).encode())
-        for name, tensor in tensors:
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _nothing(_: Any) -> None:
-    return None

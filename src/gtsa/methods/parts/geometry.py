@@ -14,7 +14,7 @@ from torch import Tensor
 def overlap(a: Tensor, b: Tensor) -> Tensor:
     """Intersection of boxes ``a`` and ``b`` [..., 4] (broadcast), both in one frame.
 
-    Boxes that do not meet give a box of negative width or height.
+    The intersection of disjoint boxes has a negative width or height.
     """
     return torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
 
@@ -29,7 +29,7 @@ def inside(boxes: Tensor, crops: Tensor, side: int) -> Tensor:
 def rotate_boxes(boxes: Tensor, rotations: Tensor, side: float) -> Tensor:
     """Boxes [..., 4] in a square of ``side`` after its rotation by ``rotations`` [...] quarter-turns."""
     x1, y1, x2, y2 = boxes.unbind(-1)
-    turned = torch.stack(
+    rotated = torch.stack(
         [
             boxes,
             torch.stack([y1, side - x2, y2, side - x1], dim=-1),
@@ -39,11 +39,11 @@ def rotate_boxes(boxes: Tensor, rotations: Tensor, side: float) -> Tensor:
         dim=-2,
     )
     index = (rotations % 4).expand(boxes.shape[:-1])[..., None, None].expand(*boxes.shape[:-1], 1, 4)
-    return turned.gather(-2, index).squeeze(-2)
+    return rotated.gather(-2, index).squeeze(-2)
 
 
-def places(crops: Tensor, rotations: Tensor, side: float, grid: int) -> Tensor:
-    """Where in the image the centres of a crop's ``grid`` x ``grid`` patches lie, in the order of its tokens.
+def patch_centres(crops: Tensor, rotations: Tensor, side: float, grid: int) -> Tensor:
+    """Positions in the image of the centres of a crop's ``grid`` x ``grid`` patches, in the order of its tokens.
 
     Args:
         crops: [..., 4] in the image, px, each resized to a square of ``side`` px.
@@ -63,8 +63,8 @@ def places(crops: Tensor, rotations: Tensor, side: float, grid: int) -> Tensor:
 def rotate_maps(maps: Tensor, rotations: Tensor) -> Tensor:
     """Square maps [..., s, s, C] rotated by ``rotations`` [...] quarter-turns: exact, no interpolation."""
     side = maps.shape[-2]
-    places = torch.arange(side * side, device=maps.device).reshape(side, side)
-    source = torch.stack([torch.rot90(places, k).flatten() for k in range(4)])  # [4, s*s]
+    indices = torch.arange(side * side, device=maps.device).reshape(side, side)
+    source = torch.stack([torch.rot90(indices, k).flatten() for k in range(4)])  # [4, s*s]
     index = source[rotations % 4][..., None].expand(*rotations.shape, side * side, maps.shape[-1])
     return maps.flatten(-3, -2).gather(-2, index).reshape(maps.shape)
 
@@ -72,8 +72,8 @@ def rotate_maps(maps: Tensor, rotations: Tensor) -> Tensor:
 def pool(maps: Tensor, boxes: Tensor, cells: int) -> Tensor:
     """RoIAlign (half-pixel aligned, adaptive sampling): every box of every map, as two matrix products.
 
-    RoIAlign is separable, so ``pooled = Wy F Wx^T``; no scatter is left in the backward pass and the result is
-    deterministic. Equals ``torchvision.ops.roi_align(aligned=True, sampling_ratio=-1)``.
+    RoIAlign is separable, so ``pooled = Wy F Wx^T``. The backward pass has no scatter, so the result is deterministic.
+    Equals ``torchvision.ops.roi_align(aligned=True, sampling_ratio=-1)``.
 
     Args:
         maps: [..., h, w, C].
@@ -98,19 +98,21 @@ def _weights(low: Tensor, high: Tensor, cells: int, length: int) -> Tensor:
     bin_ = torch.arange(cells, device=low.device)[:, None]
     point = torch.arange(most, device=low.device)
     offset = bin_ + (point + 0.5) / samples[..., None, None]  # [..., cells, most] in bins
-    place = low[..., None, None] - 0.5 + offset * (extent / cells)[..., None, None]
-    used = (point < samples[..., None, None]) & (place >= -1) & (place <= length)
-    place = place.clamp(0, length - 1)
+    position = low[..., None, None] - 0.5 + offset * (extent / cells)[..., None, None]
+    used = (point < samples[..., None, None]) & (position >= -1) & (position <= length)
+    position = position.clamp(0, length - 1)
     grid = torch.arange(length, device=low.device)
-    hat = (1 - (place[..., None] - grid).abs()).clamp(min=0) * used[..., None]
+    hat = (1 - (position[..., None] - grid).abs()).clamp(min=0) * used[..., None]
     return hat.sum(-2) / samples[..., None, None]
 
 
 def pairs_of(size: int, views: int, seen: int) -> tuple[Tensor, Tensor]:
-    """Which (view, teacher's crop) of one image count: all, but no global crop with itself.
+    """The pairs (view, teacher's crop) of one image that are compared: all but a global crop with itself.
 
     Args:
-        size: of the views, 0 (global) or 1 (local); there are ``views`` of them, and ``seen`` crops of the teacher's.
+        size: 0 for global views, 1 for local ones.
+        views: number of these views.
+        seen: number of the teacher's crops.
 
     Returns:
         Two index tensors [pairs].

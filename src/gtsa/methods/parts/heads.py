@@ -1,4 +1,4 @@
-"""The small networks on top of an encoder. Maps are [N, h, w, C] outside and channels-first inside."""
+"""GTSA's heads on top of an encoder. Inputs and outputs are [N, h, w, C]; inside they are channels-first."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class ConvBlock(nn.Module):
 
 
 class GridProjector(nn.Module):
-    """Projector U: two blocks, each added to its input where the widths agree, then a 1x1 convolution."""
+    """Projector U: two blocks, with a residual connection where the widths agree, then a 1x1 convolution."""
 
     def __init__(self, width_in: int, hidden: int = 384, out: int = 768) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([ConvBlock(width_in, hidden), ConvBlock(hidden, hidden)])
         self.proj = nn.Conv2d(hidden, out, 1)
-        self.apply(_start)
+        self.apply(_initialise)
 
     def forward(self, maps: Tensor) -> Tensor:
         """[N, h, w, D] -> [N, h, w, out]"""
@@ -39,13 +39,13 @@ class GridProjector(nn.Module):
 
 
 class GridPredictor(nn.Module):
-    """Predictor H (student only): one block without residual, then a 1x1 convolution."""
+    """Predictor H (student only): one block without a residual connection, then a 1x1 convolution."""
 
     def __init__(self, width: int = 768, hidden: int = 768) -> None:
         super().__init__()
         self.block = ConvBlock(width, hidden)
         self.proj = nn.Conv2d(hidden, width, 1)
-        self.apply(_start)
+        self.apply(_initialise)
 
     def forward(self, maps: Tensor) -> Tensor:
         """[N, h, w, C] -> [N, h, w, C]"""
@@ -53,7 +53,7 @@ class GridPredictor(nn.Module):
 
 
 class RotationHead(nn.Sequential):
-    """Head P: which quarter-turn does a view have? [N, D] mean patch tokens -> [N, 4] logits."""
+    """Head P predicts the rotation of a view: [N, D] mean patch tokens -> [N, 4] logits."""
 
     def __init__(self, width: int, hidden: int = 768, bottleneck: int = 128) -> None:
         super().__init__(
@@ -69,7 +69,7 @@ class RotationHead(nn.Sequential):
         )
 
 
-def _start(module: nn.Module) -> None:
+def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Loss functions, pure. Every one returns one value per leading index, so that callers choose the mean."""
+"""Pure loss functions and metrics. Each returns one value per leading index, so that the caller chooses the mean."""
 
 from __future__ import annotations
 
@@ -26,40 +26,42 @@ def region(student: Tensor, target: Tensor) -> Tensor:
 
 
 def patch_correspondence(student: Tensor, teacher: Tensor, matches: int) -> Tensor:
-    """Patches that look alike are pulled together, wherever they are (GTSA, section 3.4).
+    """Similar patches are pulled together, wherever they are (GTSA, section 3.4).
 
-    Each student vector finds its most similar teacher vector; the ``matches`` best pairs count. Likewise from the
-    teacher's side; the loss is the mean of both.
+    Each student vector is matched with the most similar teacher vector. The ``matches`` best pairs count. The same is
+    done from the teacher's side. The loss is the mean of both.
 
         s = cos(student, teacher)                     # [..., N, M]
         loss = - (mean(topk(max_m s)) + mean(topk(max_n s))) / 2
 
     Args:
         student: [..., N, C]; teacher: [..., M, C] (leading dimensions broadcast).
-        matches: how many pairs are kept on either side, at most min(N, M).
+        matches: number of pairs that count on either side, at most min(N, M).
 
     Returns:
         [...]
     """
     similarity = _unit(student) @ _unit(teacher).transpose(-2, -1)
-    kept = [_lifted(similarity.max(dim).values.topk(matches, dim=-1).values).mean(-1) for dim in (-1, -2)]
-    return -(kept[0] + kept[1]) / 2
+    of_student, of_teacher = (
+        _lifted(similarity.max(dim).values.topk(matches, dim=-1).values).mean(-1) for dim in (-1, -2)
+    )
+    return -(of_student + of_teacher) / 2
 
 
 def rotation(logits: Tensor, rotations: Tensor) -> Tensor:
-    """Cross-entropy over the four quarter-turns: logits [..., 4], turns [...] -> [...]."""
+    """Cross-entropy over the four rotations: logits [..., 4], rotations [...] -> [...]."""
     loss = F.cross_entropy(_lifted(logits).flatten(0, -2), rotations.flatten(), reduction="none")
     return loss.reshape(rotations.shape)
 
 
 def cross_view(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy between what two networks say of views of one image (DINO, section 3.1).
+    """Cross-entropy of the student's prototype assignments against the teacher's (DINO, section 3.1).
 
         loss = - sum_k teacher_k log softmax(student)_k      # for every pair of views
 
     Args:
-        student: [..., V, K] logits, over their temperature.
-        teacher: [..., G, K] probabilities.
+        student: [..., V, K] logits of an image's views, divided by the temperature.
+        teacher: [..., G, K] probabilities of the same image's global crops.
 
     Returns:
         [..., V, G]
@@ -69,7 +71,7 @@ def cross_view(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def gram(now: Tensor, start: Tensor) -> Tensor:
-    """Mean squared change of the cosines between the patches of an image (DINOv3, Siméoni et al. 2025, section 4.2).
+    """Mean squared change of the Gram matrix of an image's patches (DINOv3, Siméoni et al. 2025, section 4.2).
 
     Args:
         now, start: [..., h, w, D], of any widths.
@@ -77,11 +79,11 @@ def gram(now: Tensor, start: Tensor) -> Tensor:
     Returns:
         [...]
     """
-    return (_likenesses(now) - _likenesses(start)).square().mean((-2, -1))
+    return (gram_matrix(now) - gram_matrix(start)).square().mean((-2, -1))
 
 
 def agreement(now: Tensor, start: Tensor) -> Tensor:
-    """Correlation of the cosines between different patches of an image with what they were; 1: the same, 0: nothing.
+    """Correlation of two Gram matrices of an image's patches, off the diagonal; 1: the same, 0: unrelated.
 
     Args:
         now, start: [..., h, w, D], of any widths, at least three patches.
@@ -89,58 +91,64 @@ def agreement(now: Tensor, start: Tensor) -> Tensor:
     Returns:
         [...]
     """
-    cosines = [_likenesses(patches) for patches in (now, start)]
-    count = cosines[0].shape[-1]
-    one, other = torch.triu_indices(count, count, 1, device=now.device)
-    mine, theirs = (each[..., one, other] for each in cosines)
-    return F.cosine_similarity(mine - mine.mean(-1, keepdim=True), theirs - theirs.mean(-1, keepdim=True), dim=-1)
+    matrices = [gram_matrix(patches) for patches in (now, start)]
+    count = matrices[0].shape[-1]
+    rows, columns = torch.triu_indices(count, count, 1, device=now.device)
+    a, b = (matrix[..., rows, columns] for matrix in matrices)
+    return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)
 
 
-def _likenesses(patches: Tensor) -> Tensor:
-    """Cosines [..., h * w, h * w] between all patches of [..., h, w, D]."""
+def gram_matrix(patches: Tensor) -> Tensor:
+    """Cosine similarities [..., h * w, h * w] between all patches of [..., h, w, D]."""
     with torch.autocast(patches.device.type, enabled=False):
         unit = _unit(patches.flatten(-3, -2))
         return unit @ unit.transpose(-2, -1)
 
 
-def told_apart(students: Sequence[Tensor], teacher: Tensor) -> Tensor:
-    """How much more like another view of the same image than like views of other images a view is: [B], a figure.
+def view_matching(students: Sequence[Tensor], teacher: Tensor) -> Tensor:
+    """A metric: how well student and teacher outputs of two views of one image match, over views of other images.
 
-    Cosine of what the student says of a view with what the teacher says of another, less the mean of that with up to
-    eight other images, mean over pairs of views; the mean vector over the batch is taken off both first.
+    The cosine between the student's output for a view and the teacher's output for another view of the same image,
+    minus the mean of the cosines with up to eight other images; mean over pairs of views. The mean vector over the
+    batch is subtracted from both first.
 
     Args:
-        students: [B, V, K] for each size of views, the global ones first; these are the teacher's too.
+        students: [B, V, K] for each size of views. Global crops come first; these are the teacher's too.
         teacher: [B, G, K].
-    """
-    target, found = _centred(teacher), []
-    for size, student in enumerate(students):
-        mine = _centred(student)
-        pairs = pairs_of(size, mine.shape[1], target.shape[1])
-        scores = [(mine @ target.roll(shift, 0).transpose(-2, -1))[:, *pairs] for shift in range(min(len(target), 9))]
-        found.append(scores[0] - (torch.stack(scores[1:]).mean(0) if scores[1:] else 0))
-    return torch.cat(found, 1).mean(1)
-
-
-def information(said: Tensor) -> Tensor:
-    """What a teacher tells of each image, beside what it says of every image: [B], a figure.
-
-    Kullback-Leibler divergence of what it says of an image from what it says on average. The mean over the batch is
-    the mutual information of image and prototype. 0: it says the same of all images, be that everything at once or
-    one prototype for all, which are the two ways to collapse (DINO, section 5.3).
-
-    Args:
-        said: [B, G, K] probabilities.
 
     Returns:
-        [B], as shares of the most that the mean can be, log min(B, K); of one image nothing can be told: 0.
+        [B]
     """
-    p = _lifted(said).mean(1)  # [B, K]
+    target, gains = _centred(teacher), []
+    for size, output in enumerate(students):
+        student = _centred(output)
+        pairs = pairs_of(size, student.shape[1], target.shape[1])
+        cosines = [
+            (student @ target.roll(shift, 0).transpose(-2, -1))[:, *pairs] for shift in range(min(len(target), 9))
+        ]  # 0: the image itself, then up to eight others
+        gains.append(cosines[0] - (torch.stack(cosines[1:]).mean(0) if cosines[1:] else 0))
+    return torch.cat(gains, 1).mean(1)
+
+
+def mutual_information(probs: Tensor) -> Tensor:
+    """A metric: how much the teacher's prototype assignments depend on the image.
+
+    The Kullback-Leibler divergence of an image's assignment from the mean assignment. Its mean over the batch is the
+    mutual information of image and prototype. It is 0 if all images have the same assignment: a uniform one, or one
+    prototype for all. These are the two ways to collapse (DINO, section 5.3).
+
+    Args:
+        probs: [B, G, K] probabilities.
+
+    Returns:
+        [B], as shares of the largest possible mean, log min(B, K); 0 for a batch of one image.
+    """
+    p = _lifted(probs).mean(1)  # [B, K]
     return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(-1) / math.log(max(2, min(p.shape)))
 
 
 def _centred(vectors: Tensor) -> Tensor:
-    """Directions of [B, V, K] without the mean over all of them, in float32 at least."""
+    """Unit vectors of [B, V, K] after the mean over all of them is subtracted, in float32 at least."""
     lifted = _lifted(vectors)
     return F.normalize(lifted - lifted.mean((0, 1)), dim=-1)
 
@@ -150,5 +158,5 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def _lifted(values: Tensor) -> Tensor:
-    """Half precisions lose too much in squares, exponentials and means."""
+    """In float32 at least: half precisions lose too much in squares, exponentials and means."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -1,22 +1,26 @@
-"""What DINO and iBOT share: the head of prototypes, their number and temperatures, and centring."""
+"""What DINO and iBOT share: the head of prototypes, centring, presets, checks of settings, and metrics."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as processes
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MANY = 20_000  # images from which published settings of prototypes are taken
+from gtsa.core.errors import UserError
+from gtsa.methods.parts import losses
+
+MANY = 20_000  # images from which the published settings of prototypes are used
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head: how like each of K prototypes is a token? [..., D] -> logits [..., K], cosines.
+    """DINO's head: cosine similarities of a token with K prototypes, [..., D] -> logits [..., K].
 
-    Three linear layers to a bottleneck, whose direction is compared with that of each prototype: a linear layer with
-    weight norm, its magnitudes fixed to 1 (Caron et al. 2021, appendix C).
+    Three linear layers lead to a bottleneck, whose direction is compared with that of each prototype: a linear layer
+    with weight norm, its magnitudes fixed to 1 (Caron et al. 2021, appendix C).
     """
 
     def __init__(
@@ -38,18 +42,65 @@ class PrototypeHead(nn.Module):
 
     def forward(self, tokens: Tensor, frozen: bool = False) -> Tensor:
         """``frozen``: no gradient reaches the prototypes."""
-        return self.compared(self.directions(tokens), frozen)
+        return self.compare(self.directions(tokens), frozen)
 
     def directions(self, tokens: Tensor) -> Tensor:
         """[..., D] -> unit vectors [..., bottleneck]."""
         return F.normalize(self.mlp(tokens), dim=-1)
 
-    def compared(self, directions: Tensor, frozen: bool = False) -> Tensor:
-        """Directions [..., bottleneck] -> logits [..., K]: linear, so that the mean of logits is that of directions."""
+    def compare(self, directions: Tensor, frozen: bool = False) -> Tensor:
+        """Directions [..., bottleneck] -> logits [..., K]. This is linear: the mean direction gives the mean logits."""
         weight = self.prototypes.weight
         if frozen:
             weight = weight * 0 + weight.detach()  # a gradient of 0: DDP waits for one
         return F.linear(directions, F.normalize(weight, dim=-1))
+
+
+class Centre(nn.Module):
+    """Centring: the running mean of a teacher's logits is subtracted, so that no prototype wins for all images.
+
+    Published order: a step uses the mean of the steps before it. Its own logits are added once the step is done.
+
+    Args:
+        prototypes: K.
+        momentum: share of the old mean that is kept in a step.
+    """
+
+    value: Tensor
+    accumulated: Tensor
+
+    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(prototypes))
+        sums = torch.zeros(prototypes + 1)  # sum of logits, and their number
+        self.register_buffer("accumulated", sums, persistent=False)
+
+    def sharpened(self, logits: Tensor, temperature: float) -> Tensor:
+        """The teacher's probabilities [..., K]: softmax of centred logits over the temperature."""
+        return ((logits - self.value) / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def accumulate(self, logits: Tensor, rows: int | None = None) -> None:
+        """Adds logits [..., K] of a micro-batch, or the mean of ``rows`` logits. Does nothing in evaluation mode."""
+        if not self.training:
+            return
+        logits = logits.flatten(0, -2).to(self.accumulated.dtype)
+        rows = rows or len(logits)
+        self.accumulated += torch.cat([logits.mean(0) * rows, logits.new_tensor([float(rows)])])
+
+    @torch.no_grad()
+    def update(self, accepted: Tensor | float = 1.0) -> None:
+        """Moves towards the mean of the logits of all processes, where ``accepted`` (0/1, on the device) is 1."""
+        if processes.is_available() and processes.is_initialized():  # not in ``accumulate``: one alone measures a step
+            processes.all_reduce(self.accumulated)
+        mean = self.accumulated[:-1] / self.accumulated[-1].clamp(min=1)
+        change = (1 - self.momentum) * (mean - self.value)
+        self.value += torch.where(torch.as_tensor(accepted, device=change.device) > 0, change, 0)
+        self.accumulated.zero_()
+
+
+# Presets from the number of images
 
 
 def prototypes_for(images: int) -> int:
@@ -62,46 +113,47 @@ def temperatures_for(images: int) -> tuple[float, float]:
     return (0.04, 0.07) if images >= MANY else (0.02, 0.02)
 
 
-class Centre(nn.Module):
-    """The running mean of a teacher's logits, which is taken off them so that no prototype can win for all images.
+# Checks of settings
 
-    Published order: what a step sees is the mean of the steps before; its own logits join it once the step is done.
+
+def check_head(method: str, sizes: Sequence[int], temperatures: Sequence[float], model: str, prefix: int) -> None:
+    """Raises UserError where the head cannot be built, or the encoder has no CLS token.
 
     Args:
-        prototypes: K.
-        momentum: share of the old mean that is kept in a step.
+        sizes: numbers of prototypes and widths.
+        temperatures: of student and teacher.
+        model: name of the encoder's model.
+        prefix: number of its tokens before the patches.
     """
+    if min(sizes) < 1:
+        raise UserError(f"{method}: num_prototypes, hidden_dim and bottleneck_dim must be at least 1")
+    if min(temperatures) <= 0:
+        raise UserError(f"{method}: temperatures must be above 0; published are 0.1, and 0.04 to 0.07")
+    if not prefix:
+        raise UserError(f"{method} reads the CLS token, and {model} has none; choose a model that has one")
 
-    value: Tensor
-    gathered: Tensor
 
-    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("value", torch.zeros(prototypes))
-        self.register_buffer(
-            "gathered", torch.zeros(prototypes + 1), persistent=False
-        )  # sum of logits, and their number
+def check_shares(method: str, **shares: float) -> None:
+    """Raises UserError where a share, a probability or a time is not in [0, 1]."""
+    if not all(0 <= share <= 1 for share in shares.values()):
+        raise UserError(f"{method}: {', '.join(shares)}: from 0 to 1")
 
-    def sharpened(self, logits: Tensor, temperature: float) -> Tensor:
-        """What the teacher says, as probabilities [..., K]: logits without their centre, over the temperature."""
-        return ((logits - self.value) / temperature).softmax(-1)
 
-    @torch.no_grad()
-    def gather(self, logits: Tensor, rows: int | None = None) -> None:
-        """Logits [..., K] of a micro-batch; or the mean of ``rows`` of them. Looks teach nothing."""
-        if not self.training:
-            return
-        logits = logits.flatten(0, -2).to(self.gathered.dtype)
-        rows = rows or len(logits)
-        self.gathered += torch.cat([logits.mean(0) * rows, logits.new_tensor([float(rows)])])
+# Metrics of held-out views
 
-    @torch.no_grad()
-    def follow(self, accepted: Tensor | float = 1.0) -> None:
-        """Moves towards the mean of what all processes gathered, where ``accepted`` (0/1, on the device) is 1."""
-        if processes.is_available() and processes.is_initialized():  # not in ``gather``: one alone may measure a step
-            processes.all_reduce(self.gathered)
-        mean = self.gathered[:-1] / self.gathered[-1].clamp(min=1)
-        change = (1 - self.momentum) * (mean - self.value)
-        self.value += torch.where(torch.as_tensor(accepted, device=change.device) > 0, change, 0)
-        self.gathered.zero_()
+
+def diagnose(students: Sequence[Tensor], teacher: Tensor, centre: Centre, temperature: float) -> dict[str, Tensor]:
+    """Metrics of CLS logits, per image: {name: [B]}.
+
+    ``image_score`` is ``losses.view_matching``: the student's output for a view against the teacher's output for
+    another view. ``teacher_information`` is ``losses.mutual_information`` of the teacher's assignments.
+
+    Args:
+        students: logits [B, V, K] for each size of views.
+        teacher: logits [B, G, K].
+        temperature: of the teacher's softmax.
+    """
+    return {
+        "image_score": losses.view_matching(students, teacher),
+        "teacher_information": losses.mutual_information(centre.sharpened(teacher, temperature)),
+    }

@@ -1,0 +1,98 @@
+"""Training of a probe, or fine-tuning, with the same loop and the same resume as pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+
+from gtsa.core.errors import UserError
+from gtsa.core.terminal import Progress
+from gtsa.core.types import Objective
+from gtsa.training.digest import digest_of
+from gtsa.training.loop import Batch, fit
+from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.run_folder import RunFolder
+from gtsa.training.trainer import Trainer, means
+
+
+@dataclass
+class _Settings:
+    steps: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    out: str
+
+
+def train(
+    objective: Objective,
+    optimizer: ScheduledAdamW,
+    batches: Callable[[int], Iterable[Batch]],
+    prepare: Callable[[Any], Any],
+    *,
+    steps: int,
+    batch_size: int,
+    fabric: Fabric,
+    accumulate: int = 1,
+    seed: int = 0,
+    folder: Path | None = None,
+    depends: Iterable[object] = (),
+    log_every: int = 50,
+    checkpoint_every: int = 500,
+) -> None:
+    """Trains a probe or fine-tunes a network. With a folder it resumes exactly, as pretraining does.
+
+    Args:
+        batches: given the number of steps done, returns the micro-batches from there on, ``accumulate`` per step. They
+            follow from step and seed.
+        prepare: brings a batch to the device, ready for the objective.
+        folder: folder of checkpoints and logs; the same call resumes from them. None: nothing is written.
+        depends: values that decide the result, beside the objective's initial weights and the numbers given here. A
+            folder of a training with other values is refused.
+
+    Raises:
+        UserError: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
+    """
+    if folder is None:
+        module, wrapped = fabric.setup(objective, optimizer)
+        results = fit(
+            module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, accumulate=accumulate, seed=seed
+        )
+        progress, recent = Progress(steps, 0, batch_size), []
+        try:
+            for done in results:
+                recent.append(done)
+                progress.clock.step(done.seconds)
+                if done.step % log_every == 0 or done.step == steps or progress.due:
+                    progress.show(done.step, means(recent))
+                    recent = []
+        finally:
+            progress.close()
+        return
+    digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
+    run = RunFolder(folder, resume=True)
+    settings = _Settings(steps, batch_size, accumulate, seed, log_every, steps, checkpoint_every, 1, str(folder))
+    try:
+        training = Trainer(objective, optimizer, settings, fabric, run, "the same command")
+        other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"
+        training.restore("digest", digest, other)
+        run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
+        if training.start < steps:
+            training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
+    except OSError as error:
+        message = f"{error.filename or folder}: {error.strerror or error}"
+        raise UserError(f"--work: {message}; make room or repair it, then give the same command again", 6) from None
+    finally:
+        run.close()
+
+
+def _nothing(_: object) -> None:
+    return None
