@@ -104,7 +104,7 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
         (["--epoch", "3"], 2, "Did you mean --epochs"),
         (["--epochs", "-1"], 2, "epochs: -1 should be greater than or equal to 1"),
         (["--epochs", "1", "--steps", "2"], 2, "steps and epochs: give one of the two"),
-        (["--views.global-crops-size", "230"], 2, "patch is 16 px: take 224 or 240"),
+        (["--views.global-crops-size", "230"], 2, "patch is 16 px: choose 224 or 240"),
         (
             [
                 "--model",
@@ -115,12 +115,12 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
                 "96",
             ],
             2,
-            "take 84 or 98",
+            "choose 84 or 98",
         ),
         (["--precision", "fp16", "--device", "cpu"], 2, "fp16 needs a GPU"),
         (["--model", "resnet50"], 2, "no plain vision transformer"),
         (["--model", "vit_smal_patch16_224"], 2, "vit_small_patch16_224"),
-        (["--method", "simclr"], 2, "there is no 'simclr'; there is dino, gtsa, ibot, mae"),
+        (["--method", "simclr"], 2, "'simclr' is unknown; choose from dino, gtsa, ibot, mae"),
         (["--views.color-jitter", "2"], 2, "gtsa: views.color_jitter: from 0 to 1, not 2.0"),
         (["--views.hue", "9"], 2, "gtsa: views.hue: from 0 to 0.5, not 9.0"),
         (["--views.contrast", "-1"], 2, "gtsa: views.contrast: from 0 upwards, not -1.0"),
@@ -132,7 +132,7 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
         (["--init", "nowhere.safetensors"], 4, "no weights there"),
         (["--batch-size", "many"], 2, "batch-size"),
         (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
-        (["--hold-out", "99"], 2, "leaves nothing of 14 images"),
+        (["--hold-out", "99"], 2, "leaves none of 14 images"),
     ],
 )
 def test_wrong_settings(tmp_path, scenes, capsys, arguments, code, words):

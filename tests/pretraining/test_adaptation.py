@@ -15,16 +15,17 @@ from test_online_eval import right
 import gtsa
 from conftest import TINY, run
 from gtsa.core.errors import UserError
-from gtsa.core.settings import Plan, read_yaml, validated
+from gtsa.core.settings import Plan, validated
+from gtsa.core.settings_file import read_yaml
 from gtsa.evaluation import tasks
 from gtsa.methods.dino import DINO
 from gtsa.methods.gtsa import GTSA
 from gtsa.methods.parts import losses
 from gtsa.methods.parts.teacher import copy_of
-from gtsa.models import weights
 from gtsa.models.backbone import Backbone
 from gtsa.models.export import write
-from gtsa.models.weights import load_backbone
+from gtsa.models.weight_sources import read_weights
+from gtsa.models.weights import build_backbone, load_backbone
 from gtsa.pretraining import plan
 from gtsa.pretraining.adaptation import Adaptation
 from gtsa.pretraining.settings import Pretrain
@@ -175,10 +176,13 @@ def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scene
     millions, tensors = sum(p.numel() for p in encoder.parameters()) / 1e6, len(encoder.state_dict())
     assert f"test_vit, {millions:.1f} M parameters weights as above" in words
     assert f"{tensors} of {tensors} tensors loaded" in words
-    assert "encoder frozen for 0 steps, then 0.1 of the rate" in words
-    assert "0.75 of that a block below; Gram weight 1" in words
-    assert "likenesses between patches agree to 1.00 with those of the start" in words
-    assert "with --eval and labelled images start and result can be chosen from" in words
+    assert (
+        "encoder frozen for 0 steps, then rate x 0.1 preset for initial weights layer decay 0.75 per block below"
+        in words
+    )
+    assert "Gram weight 1" in words and "export the last network" in words
+    assert "the Gram matrix of the patches agrees to 1.00 with that of the start" in words
+    assert "with --eval and labelled images the better of both is exported" in words
     kept = read_yaml(out / "config.yaml")
     assert {k: kept[k] for k in plan.GENTLE} == plan.GENTLE
 
@@ -215,7 +219,7 @@ def test_architectures_of_published_weights_are_adapted(model, scenes, tmp_path)
     assert load_backbone(str(run_.export))[0].model == model
 
 
-# Stopped, and gone on with
+# Stopped and resumed
 
 
 def test_stopped_and_resumed(start, scenes, tmp_path, monkeypatch):
@@ -225,7 +229,7 @@ def test_stopped_and_resumed(start, scenes, tmp_path, monkeypatch):
 
 def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
     place = tmp_path / "weights"
-    encoder = weights.built(weights.find(str(start)))[0]
+    encoder = build_backbone(read_weights(str(start)))[0]
     write(encoder, place)
     gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(place), **QUICK)
     with torch.no_grad():

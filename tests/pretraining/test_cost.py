@@ -54,10 +54,10 @@ def test_loading_can_be_what_takes_longest():
     assert Cost(0.9, 0.1, 0.5, 1, 1).step(s) == pytest.approx(9)
 
 
-def test_a_run_is_its_steps_and_its_looks():
+def test_a_run_is_its_steps_and_its_evaluations():
     s = resolved(batch_size=10, steps=120, evaluate_every=50).settings
-    each = 64 * (0.02 + cost.LOOK * 0.1)  # a look at 32 images, twice
-    assert COST.look(s, 32) == pytest.approx(each)
+    each = 64 * (0.02 + cost.EVALUATION * 0.1)  # an evaluation of 32 images, twice
+    assert COST.evaluation(s, 32) == pytest.approx(each)
     assert COST.run(s, 32) == pytest.approx(120 * 1.7 + 4 * each)  # at steps 0, 50, 100 and 120
     assert COST.run(s, 32, done=60) == pytest.approx(60 * 1.7 + 2 * each)
 
@@ -132,7 +132,7 @@ def test_flags_that_take_less_are_flags():
 @pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
     ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
-    with pytest.raises(plan.UserError, match=f"there are {images} images .* take at most {images}") as remedy:
+    with pytest.raises(plan.UserError, match=f"there are {images} images .* choose at most {images}") as remedy:
         plan.budget(ready, images)
     assert remedy.value.code == 2
 

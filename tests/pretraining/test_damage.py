@@ -15,9 +15,10 @@ from conftest import final_weights, make_scenes
 from gtsa.cli.main import run as command
 from gtsa.core import files
 from gtsa.core.errors import UserError
-from gtsa.core.settings import plain_yaml, validated
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import plain_yaml
 from gtsa.data.run_images import RunImages
-from gtsa.models import weights
+from gtsa.models.weight_sources import read_weights
 from gtsa.pretraining.requested import settings_of
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
@@ -154,18 +155,18 @@ def test_overwrite_leaves_and_names_what_no_run_wrote(copied, tmp_path, images, 
     ):
         assert f"'{name}'" in printed
     assert [p.name for p in checkpoint.listing(copied / "checkpoints")] == ["step-00000002"]
-    assert weights.find(str(copied / "exports" / "timm")).model == "test_vit"
+    assert read_weights(str(copied / "exports" / "timm")).model == "test_vit"
 
 
 def test_what_is_in_the_place_of_a_checkpoint_to_come_is_told_before_the_first_step(begun, monkeypatch, capsys):
     (begun / "checkpoints" / "step-00000099").touch()
     (begun / "checkpoints" / "step-00000007").touch()
     monkeypatch.setattr("gtsa.training.trainer.fit", lambda *_, **__: pytest.fail("it has started"))
-    refused(8, "step-00000007 is no checkpoint of gtsa.*move it away", begun)
+    refused(8, "step-00000007 is not a checkpoint of gtsa.*move it away", begun)
     (begun / "checkpoints" / "step-00000007").unlink()
     with pytest.raises(pytest.fail.Exception):
         gtsa.pretrain(out=str(begun), resume=True)
-    assert "step-00000099 is no checkpoint of gtsa; it is left alone" in capsys.readouterr().out
+    assert "step-00000099 is not a checkpoint of gtsa; it stays as it is" in capsys.readouterr().out
 
 
 def test_drafts_of_a_run_that_was_killed_go_when_it_is_resumed(begun, whole):
@@ -213,11 +214,11 @@ def test_an_older_checkpoint_is_never_taken_in_silence(copied, tmp_path, capsys)
         assert command([str(a) for a in arguments]) == 4
         told = capsys.readouterr().err
         assert "step-00000008 is damaged (optimizer.safetensors was changed or cut short)" in told
-        assert f"name it: {older}" in told
+        assert f"to use it, give {older}" in told
     assert not (tmp_path / "new").exists()
     assert command(["export", str(older), "--out", str(tmp_path / "new")]) == 0
-    named = weights.find(str(older)).tensors
-    assert all((weights.find(str(tmp_path / "new")).tensors[k] == v).all() for k, v in named.items())
+    named = read_weights(str(older)).tensors
+    assert all((read_weights(str(tmp_path / "new")).tensors[k] == v).all() for k, v in named.items())
     flip(older / "objective.safetensors")
     assert command(["export", str(older), "--out", str(tmp_path / "second")]) == 4
     assert f"{older} is damaged (objective.safetensors" in capsys.readouterr().err
@@ -278,7 +279,7 @@ def test_a_checkpoint_without_a_file_of_tensors_is_refused(begun):
 def test_weights_of_a_state_without_its_encoder_are_refused(begun):
     rewritten(begun / "checkpoints" / "step-00000004", lambda state, _: state.pop("encoder"))
     with pytest.raises(UserError, match="it has no 'encoder'") as remedy:
-        weights.find(str(begun))
+        read_weights(str(begun))
     assert remedy.value.code == 4
 
 
@@ -323,7 +324,7 @@ def test_resume_says_which_setting_was_changed(begun, name):
 def test_without_config_yaml_the_checkpoint_says_the_settings(begun, whole, capsys):
     (begun / "config.yaml").unlink()
     gtsa.pretrain(out=str(begun), resume=True)
-    assert "the settings are those that the newest checkpoint keeps" in capsys.readouterr().out
+    assert "config.yaml is missing: using the settings in the newest checkpoint" in capsys.readouterr().out
     assert told(begun) == told(whole)
     assert final_weights(begun) == final_weights(whole)
 
@@ -416,7 +417,7 @@ def test_a_disk_that_stays_full_ends_a_run_with_one_sentence(tmp_path, images, m
     told = capsys.readouterr().err
     assert code == 6
     assert told.startswith("gtsa: ") and told.count("\n") == 1
-    assert "No space left on device" in told and "make room, then go on with --resume" in told
+    assert "No space left on device" in told and "make room, then resume with --resume" in told
     assert checkpoint.newest(out / "checkpoints")[0] == out / "checkpoints" / checkpoint.name(at)
 
 

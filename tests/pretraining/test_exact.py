@@ -82,7 +82,7 @@ def test_stopped_on_request(tmp_path, scenes, tiny_yaml):
     process = fork("pretrain", "--out", out, "--config", tiny_yaml, "--data", scenes, "--steps", 2000)
     code, printed = ended_after(process, out, 4, by=signal.SIGTERM)
     assert code == 75
-    again = re.search(r"go on with: (.+) pretrain --out (.+) --resume", printed)
+    again = re.search(r"resume with: (.+) pretrain --out (.+) --resume", printed)
     assert again and shlex.split(again[2]) == [str(out)]
     told = subprocess.run([*shlex.split(again[1]), "--version"], capture_output=True, text=True)
     assert told.stdout.strip() == gtsa.__version__  # it can be typed as it stands
@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(copied,
     code, printed, _ = run("pretrain", "--out", copied, "--resume")
     assert code == 0
     assert (
-        f"{newest.name} is damaged (objective.safetensors was changed or cut short): going on from step-00000008"
+        f"{newest.name} is damaged (objective.safetensors was changed or cut short): resuming from step-00000008"
         in printed
     )
     assert final_weights(copied) == final_weights(finished)

@@ -16,6 +16,7 @@ from gtsa.core import stops
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.evaluation import tasks
+from gtsa.pretraining.monitor import Monitor
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
@@ -69,7 +70,7 @@ def test_the_training_never_notices(evaluated, finished):
     ("settings", "words"),
     [
         ({"eval": ("knn",)}, "eval: give --eval-val IMAGES .LABELS., or --eval-folds N with --eval-train"),
-        ({"eval_train": ("x",), "eval_folds": 3}, "eval: name what to ask of these images"),
+        ({"eval_train": ("x",), "eval_folds": 3}, "eval: name tasks for these images, e.g. knn; choose from "),
         ({"eval": ("nothing",), "eval_val": ("x",)}, "unknown task 'nothing'"),
         ({"keep_best": "knn"}, "knn is not among --eval"),
     ],
@@ -135,7 +136,7 @@ def test_after_a_resume_both_are_asked_again(question):
     online.best = 20, 62.0
     told = online.choice(right(30), right(31))
     assert question.times == 2
-    assert told.endswith("; not distinguishable from the start: other images could say otherwise")
+    assert told.endswith("; not significantly different from the start")
 
 
 def test_a_choice_that_is_clearly_worse_says_so(question):
@@ -153,21 +154,21 @@ def test_a_start_that_is_untrained_is_no_choice(question):
 
 
 def test_a_figure_that_there_is_not(question):
-    with pytest.raises(UserError, match="knn has no such figure; it has top1, wrong"):
+    with pytest.raises(UserError, match="knn has no such metric; it has top1, wrong"):
         asking(keep_best="knn:top7")(0, right(1))
 
 
 def test_a_look_that_is_broken_off_keeps_no_best(question):
     """Its checkpoint was not saved: the look is taken again, and has to find it better again."""
-    run, online = pretraining._Pretraining.__new__(pretraining._Pretraining), asking()
+    monitor, online = Monitor.__new__(Monitor), asking()
     online(0, right(20))
     before = online.best
 
     def looked(step):
         online(step, right(40))
-        raise stops.Broken(signal.SIGTERM)
+        raise stops.EvaluationStopped(signal.SIGTERM)
 
-    run.online, run.training, run._looked = online, SimpleNamespace(missed=False), looked
-    assert run._unless_stopped(5) is None
-    assert run.training.missed and online.best == before and 5 not in online.per_image
+    monitor.online, monitor.trainer, monitor._evaluate = online, SimpleNamespace(missed=False), looked
+    assert monitor._evaluate_unless_stopped(5) is None
+    assert monitor.trainer.missed and online.best == before and 5 not in online.per_image
     assert online(5, right(40))[1]

@@ -41,7 +41,9 @@ def test_the_plan_alone(images, tmp_path, monkeypatch, capfd, out):
     names = [line.split("  ")[0] for line in printed.splitlines()]
     assert names[:2] == [f"reading {images}", "measuring a step of test_vit on cpu ..."]
     assert {"plan", "images", "steps", "time", "memory", "disk"} <= set(names)
-    assert "learning" not in printed.lower().replace("learning rate", "") and "takes less" not in printed and err == ""
+    assert (
+        "learning" not in printed.lower().replace("learning rate", "") and "aster settings" not in printed and err == ""
+    )
     assert everything(tmp_path) == []
 
 
@@ -68,7 +70,7 @@ def test_a_long_run_on_a_cpu_is_told_what_takes_less(images, monkeypatch, capfd)
     larger = [{"48": "96", "32": "64"}.get(word, word) for word in SMALL]
     assert run(["pretrain", "--plan", "--data", images, *larger, "--batch-size", "4", "--steps", "9"]) == 0
     printed = capfd.readouterr().out
-    assert "what takes less, each on top of the one before" in printed
+    assert "Faster settings, each added to those before it" in printed
     assert "--views.global-crops-size 48 --views.local-crops-size 32: about " in printed
 
 
@@ -82,8 +84,8 @@ def test_steps_that_are_done_are_those_of_our_checkpoints(tmp_path):
     checkpoint.write(out, 40, {}, {})
     for name in ("step-99999999", "step-old"):
         (out / name).mkdir()
-    assert plan._done(SimpleNamespace(resume=True, out=str(tmp_path))) == 40
-    assert plan._done(SimpleNamespace(resume=False, out=str(tmp_path))) is None
+    assert plan._steps_done(SimpleNamespace(resume=True, out=str(tmp_path))) == 40
+    assert plan._steps_done(SimpleNamespace(resume=False, out=str(tmp_path))) is None
 
 
 def test_memory_that_runs_out_for_the_plan_is_told(images, tmp_path, monkeypatch, capfd):

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
-from gtsa.core.settings import read_yaml, validated
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import read_yaml
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining import plan
 from gtsa.pretraining.settings import Pretrain
@@ -79,7 +80,7 @@ def test_config_yaml_is_a_call_written_down(finished, tmp_path):
     data = settings.pop("data")
     again = gtsa.pretrain(data, **settings)
     assert final_weights(again.folder) == final_weights(finished)
-    assert again.verdict.word in ("learning", "too short to tell", "collapsing")
+    assert again.verdict.label in ("learning", "too short to tell", "collapsing")
 
 
 def test_a_run_goes_on_from_anothers_weights(finished, tmp_path, scenes, capsys):
@@ -118,13 +119,13 @@ def test_any_torch_dataset(tmp_path):
 def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeypatch):
     data = make_scenes(tmp_path / "data", 14)
     module = sys.modules["gtsa.pretraining.pretrain"]
-    real = module._Pretraining._networks
+    real = module.build_method
 
-    def spoil(self, *found):
+    def spoil(*given):
         (data / "scene_04.jpg").write_bytes(b"gone")
-        return real(self, *found)
+        return real(*given)
 
-    monkeypatch.setattr(module._Pretraining, "_networks", spoil)
+    monkeypatch.setattr(module, "build_method", spoil)
     done = gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
     log = (done.folder / "train.log").read_text()
     assert log.count("scene_04.jpg could not be read (not a JPEG") == 1
@@ -134,15 +135,15 @@ def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeyp
 def test_too_many_bad_files_in_mid_run_end_it(tmp_path, monkeypatch):
     data = make_scenes(tmp_path / "data", 14)
     module = sys.modules["gtsa.pretraining.pretrain"]
-    real = module._Pretraining._networks
+    real = module.build_method
 
-    def spoil(self, *found):
+    def spoil(*given):
         for i in range(0, 8, 2):
             (data / f"scene_{i:02d}.jpg").unlink()
-        return real(self, *found)
+        return real(*given)
 
-    monkeypatch.setattr(module._Pretraining, "_networks", spoil)
-    with pytest.raises(gtsa.UserError, match="could not be read in mid-run") as remedy:
+    monkeypatch.setattr(module, "build_method", spoil)
+    with pytest.raises(gtsa.UserError, match="could not be read during training") as remedy:
         gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
     assert remedy.value.code == 3
 
@@ -173,7 +174,7 @@ def test_overwrite_removes_only_what_a_run_wrote(finished, tmp_path, scenes):
 
 def shallow(monkeypatch):
     """Models have two blocks, whatever their name says."""
-    module = sys.modules["gtsa.pretraining.pretrain"]  # the package has the function under this name
+    module = sys.modules["gtsa.pretraining.adaptation"]
     monkeypatch.setattr(module, "Backbone", partial(Backbone, arguments={"depth": 2}))
 
 

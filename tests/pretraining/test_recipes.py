@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from gtsa.comparison.settings import Compare
-from gtsa.core.settings import read_yaml, validated
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import read_yaml
 from gtsa.evaluation.settings import Evaluate
 from gtsa.pretraining.settings import Pretrain
 

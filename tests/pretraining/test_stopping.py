@@ -92,8 +92,8 @@ def stopped(command, out, monkeypatch, capfd, phase, number):
     if phase in AT_ONCE:
         assert code == (130 if number == signal.SIGINT else 75)
         assert err.splitlines() == [
-            "gtsa: stopped at once; the same command with --resume goes on from the last checkpoint, or begins where "
-            "there is none"
+            "gtsa: stopped at once; the same command with --resume resumes from the last checkpoint, or starts if there "
+            "is none"
         ]
         return
     assert code == 75

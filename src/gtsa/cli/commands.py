@@ -1,12 +1,12 @@
-"""The verbs on the command line, one function each; what each is for stands in cli.VERBS.
+"""The verbs on the command line, one function each; cli.main.VERBS says what each is for.
 
-Flags come from the same definitions as Python's arguments.
-torch is imported by a verb, once its settings and paths can be right.
+Flags come from the same definitions as Python's arguments. A verb imports torch after settings and paths are checked.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -15,15 +15,14 @@ import gtsa
 from gtsa.cli import early, flags
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
-from gtsa.core.settings import read_yaml, validated
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import read_yaml
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import OPENS, Format
 from gtsa.pretraining.settings import METHODS, Pretrain
 
-Patterns = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
 
-
-def pretrain(**flat: Any) -> None:
+def pretrain(**flat: object) -> None:
     given = flags.settings(flat, Pretrain)
     if given is not None:
         early.pretrain(given)
@@ -33,7 +32,7 @@ def pretrain(**flat: Any) -> None:
 pretrain.__signature__ = flags.signature(Pretrain)  # type: ignore[attr-defined]
 
 
-def evaluate(weights: str, **flat: Any) -> None:
+def evaluate(weights: str, **flat: object) -> None:
     given = flags.settings(flat, Evaluate, weights=weights)
     if given is not None:
         early.evaluate(given)
@@ -47,7 +46,7 @@ evaluate.__signature__ = flags.signature(  # type: ignore[attr-defined]
 )
 
 
-def compare(**flat: Any) -> None:
+def compare(**flat: object) -> None:
     given = flags.settings(flat, Compare)
     if given is not None:
         early.compare(given)
@@ -59,41 +58,61 @@ compare.__signature__ = flags.signature(  # type: ignore[attr-defined]
 )
 
 
-def check(
-    data: str,
-    /,
-    *,
-    json: str | None = None,
-    range16: Annotated[tuple[float, float], Parameter(negative=())] = (0, 65535),
-    data_root: str | None = None,
-    include: Patterns = (),
-    exclude: Patterns = (),
-    follow_links: Annotated[bool, Parameter(negative=())] = False,
-) -> None:
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Selection:
+    """Flags of check and preview: which images of the data are used, and how they are read."""
+
+    range16: Annotated[
+        tuple[float, float] | None,
+        Parameter(negative=(), help="Values of 16-bit images that become black and white. Default: 0 65535."),
+    ] = None
+    data_root: Annotated[
+        str | None, Parameter(help="List files: the folder that paths are relative to and must lie in.")
+    ] = None
+    include: Annotated[
+        tuple[str, ...],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Patterns of paths below the folder; other images are left out.",
+        ),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...],
+        Parameter(
+            consume_multiple=True,
+            negative=(),
+            help="Patterns of paths below the folder that are left out, e.g. masks '*_depth.png'.",
+        ),
+    ] = ()
+    follow_links: Annotated[bool, Parameter(negative=(), help="Follow symbolic links that lead out of the folder.")] = (
+        False
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The flags that were given."""
+        return {name: value for name, value in vars(self).items() if value not in (None, (), False)}
+
+
+Data = Annotated[str, Parameter(help="Folder of images (nested), or a .txt file with one path a line.")]
+ALL = Selection()
+
+
+def check(data: Data, /, *, json: str | None = None, selection: Selection = ALL) -> None:
     """
     Parameters
     ----------
-    data
-        Folder of images (nested), or a .txt file with one path a line.
     json
-        File to write the whole account to.
-    range16
-        Values of 16-bit images that are taken as black and white.
-    data_root
-        For list files: the folder that paths are relative to and must lie in.
-    include
-        Patterns of paths below the folder; other images are left out.
-    exclude
-        Patterns of paths below the folder that are left out, e.g. masks '*_depth.png'.
-    follow_links
-        Follow symbolic links that lead out of the folder.
+        File to write the whole report to.
     """
     early.data(data)
-    gtsa.check(data, json, range16, data_root, include, exclude, follow_links)
+    gtsa.check(data, json, **selection.given)
 
 
 def preview(
-    data: str,
+    data: Data,
     /,
     *,
     out: str = "preview.png",
@@ -102,47 +121,29 @@ def preview(
     config_file: Annotated[str | None, flags.CONFIG] = None,
     model: str | None = None,
     seed: int | None = None,
-    range16: Annotated[tuple[float, float] | None, Parameter(negative=())] = None,
-    data_root: str | None = None,
-    include: Patterns = (),
-    exclude: Patterns = (),
-    follow_links: Annotated[bool, Parameter(negative=())] = False,
+    selection: Selection = ALL,
 ) -> None:
     """
     Parameters
     ----------
-    data
-        Folder of images (nested), or a .txt file with one path a line.
     out
         PNG file to write.
     image
         Number of the image, in the order of the files.
     epoch
-        Views differ from epoch to epoch.
+        Number of the epoch; views differ from epoch to epoch.
     model
-        Its patch decides the crop sizes.
+        Model whose patch size decides the crop sizes.
     seed
         As for pretrain.
-    range16
-        Values of 16-bit images that are taken as black and white.
-    data_root
-        For list files: the folder that paths are relative to and must lie in.
-    include
-        Patterns of paths below the folder; other images are left out.
-    exclude
-        Patterns of paths below the folder that are left out.
-    follow_links
-        Follow symbolic links that lead out of the folder.
     """
     settings = read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
         settings.pop(name, None)
     validated(Pretrain, settings)  # a file may hold anything, e.g. names of preview's own arguments
-    flagged = {"model": model, "seed": seed, "range16": range16, "data_root": data_root, "include": include}
-    flagged |= {"exclude": exclude, "follow_links": follow_links}
-    given = {name: value for name, value in flagged.items() if value not in (None, (), False)}
+    model_and_seed = {name: value for name, value in (("model", model), ("seed", seed)) if value is not None}
     early.data(data)
-    gtsa.preview(data, out, image, epoch, **{**settings, **given})
+    gtsa.preview(data, out, image, epoch, **{**settings, **model_and_seed, **selection.given})
 
 
 def export(
@@ -158,20 +159,20 @@ def export(
     Parameters
     ----------
     weights
-        A run, an export, or any other weights that evaluate takes.
+        A run, an export, or any other weights that evaluate accepts.
     out
-        Folder to make; for dino the .pth file.
+        Folder to write; for dino the .pth file.
     to
         timm: a folder for timm.create_model; hf: a folder for Hugging Face's ViTModel (plain ViTs); dino: a .pth file
         of tensors under "teacher".
     network
-        Where there are both: the teacher (as evaluated) or the student.
+        The teacher (as evaluated) or the student, if the weights hold both.
     model
-        timm's name of the model, where the weights are a bare file that does not say.
+        timm's name of the model, if the weights do not name it.
     """
     early.weights(weights)
-    place = gtsa.export(weights, out, to, network, model)
-    print(f"{place}: open it with {OPENS[to].format(place)}")
+    path = gtsa.export(weights, out, to, network, model)
+    print(f"{path}: open it with {OPENS[to].format(path)}")
 
 
 def methods() -> None:
@@ -188,7 +189,7 @@ def models(pattern: str = "*", /) -> None:
     """
     from gtsa.models.backbone import names
 
-    found = names(pattern if set(pattern) & set("*?[") else f"*{pattern}*")
-    if not found:
-        raise UserError(f"no vision transformer of timm has a name like {pattern!r}; 'gtsa models' lists all")
-    print("\n".join(found))
+    matching = names(pattern if set(pattern) & set("*?[") else f"*{pattern}*")
+    if not matching:
+        raise UserError(f"timm has no vision transformer with a name like {pattern!r}; 'gtsa models' lists all")
+    print("\n".join(matching))

@@ -1,4 +1,4 @@
-"""What can be refused before anything heavy is imported: wrong settings, and paths where nothing is."""
+"""Checks before anything heavy is imported: wrong settings, and paths that do not exist."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import validated
-from gtsa.data.sources import absent
+from gtsa.data.sources import missing_data
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import ELSEWHERE, no_weights
 from gtsa.pretraining.requested import requested_settings
 
 
 def pretrain(given: Mapping[str, Any]) -> None:
-    settings = requested_settings(given, tell=False)
+    settings = requested_settings(given, show=False)
     data(settings.data)
     if settings.init:
         weights(settings.init)
@@ -34,20 +34,20 @@ def compare(given: Mapping[str, Any]) -> None:
     labelled(settings.train, settings.val)
 
 
-def data(place: str) -> None:
-    """Raises UserError (3) where there is nothing."""
-    if not os.path.exists(place):
-        raise absent(place)
+def data(path: str) -> None:
+    """Raises UserError (3) where the data do not exist."""
+    if not os.path.exists(path):
+        raise missing_data(path)
 
 
 def weights(spec: str) -> None:
-    """Raises UserError (4) where there is nothing."""
+    """Raises UserError (4) where the weights do not exist."""
     if not spec.startswith(ELSEWHERE) and not os.path.exists(spec):
         raise no_weights(spec)
 
 
 def labelled(*sets: Sequence[str]) -> None:
-    """Raises UserError (3) where there is nothing under one of IMAGES [LABELS]."""
-    for place in (place for places in sets for place in places):
-        if not os.path.exists(place):
-            raise UserError(f"{escaped(place)}: there is no such file or folder", 3)
+    """Raises UserError (3) where one of IMAGES [LABELS] does not exist."""
+    for path in (path for paths in sets for path in paths):
+        if not os.path.exists(path):
+            raise UserError(f"{escaped(path)}: there is no such file or folder", 3)

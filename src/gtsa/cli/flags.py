@@ -1,4 +1,4 @@
-"""Settings to flags: the command line takes the names, types, defaults and help that settings have."""
+"""Settings as flags: the command line has the names, types, defaults and help of the settings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
-from gtsa.core.settings import merged, read_yaml, to_yaml, validated
+from gtsa.core.settings import Strict, merged, validated
+from gtsa.core.settings_file import read_yaml, to_yaml
 
-CONFIG = Parameter(name="--config", help="YAML file of settings; flags come on top.")
+CONFIG = Parameter(name="--config", help="YAML file of settings; flags override it.")
 PRINT = Parameter(negative=(), help="Print the settings as YAML and stop.")
 
 
-def signature(model: Any, *first: inspect.Parameter, skip: tuple[str, ...] = ()) -> inspect.Signature:
-    """Of a verb whose keywords are the settings of ``model``, ``--config`` and ``--print-config``."""
+def signature(model: type[Strict], *first: inspect.Parameter, skip: tuple[str, ...] = ()) -> inspect.Signature:
+    """The signature of a verb whose keywords are the settings of ``model``, ``--config`` and ``--print-config``."""
     yaml = [
         _keyword("config_file", Annotated[str | None, CONFIG]),
         _keyword("print_config", Annotated[bool, PRINT], False),
@@ -25,44 +26,44 @@ def signature(model: Any, *first: inspect.Parameter, skip: tuple[str, ...] = ())
     return inspect.Signature([*first, *_flags(model, Group("Settings", sort_key=1), skip=skip), *yaml])
 
 
-def settings(flat: dict[str, Any], model: Any, **more: Any) -> dict[str, Any] | None:
-    """The settings of a command line: flags on top of --config; None where --print-config has shown them."""
-    file, stop = flat.pop("config_file", None), flat.pop("print_config", False)
+def settings(flat: dict[str, Any], model: type[Strict], **more: object) -> dict[str, Any] | None:
+    """The settings of a command line: flags override --config. None after --print-config has printed them."""
+    file, print_only = flat.pop("config_file", None), flat.pop("print_config", False)
     given = merged(read_yaml(file) if file else {}, {**_nested(flat), **more})
-    if stop:
+    if print_only:
         print(to_yaml(validated(model, given)), end="")
         return None
     return given
 
 
-def _flags(model: Any, group: Group, prefix: str = "", skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+def _flags(model: type[Strict], group: Group, prefix: str = "", skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
     """A keyword for every setting of a model; sections become dotted flags (--views.local-crops-number)."""
     flags, sections = [], []
     for name, field in model.model_fields.items():
         if name in skip:
             continue
-        if hasattr(field.annotation, "model_fields"):
+        kind: Any = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Strict):
             section = Group(f"--{name}.*", help=field.description or "", sort_key=2)
-            sections += _flags(field.annotation, section, f"{name}.")
+            sections += _flags(kind, section, f"{name}.")
             continue
         flag = f"--{prefix}{name}".replace("_", "-")
         off = (f"--{prefix}no-{name}",) if field.default is True else ()
-        words = " ".join((field.description or "").split())
-        bare = _bare(field.annotation)
+        description = " ".join((field.description or "").split())
+        bare = _without_limits(kind)
         many = get_origin(bare) is tuple and get_args(bare)[-1] is Ellipsis  # --task knn linear
-        text = words[:1].upper() + words[1:]
-        shown = Parameter(name=flag, group=group, help=text, negative=off, consume_multiple=many)
-        kind = Annotated[bare, shown]  # type: ignore[valid-type]
-        flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), kind, field.default))
+        text = description[:1].upper() + description[1:]
+        parameter = Parameter(name=flag, group=group, help=text, negative=off, consume_multiple=many)
+        flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), Annotated[bare, parameter], field.default))
     return flags + sections
 
 
-def _bare(kind: Any) -> Any:
-    """A type without its limits: these are checked for flags, YAML and Python alike, in core.settings.validated."""
+def _without_limits(kind: Any) -> Any:
+    """A type without its limits. core.settings.validated checks these, for flags, YAML and Python alike."""
     if get_origin(kind) is Annotated:
-        return _bare(get_args(kind)[0])
+        return _without_limits(get_args(kind)[0])
     if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        kinds: Any = tuple(map(_bare, get_args(kind)))
+        kinds: Any = tuple(map(_without_limits, get_args(kind)))
         return reduce(or_, kinds)
     return kind
 

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from cyclopts.exceptions import CycloptsError
 
 import gtsa
-from gtsa.core.errors import Alone, UserError, speaks
-from gtsa.core.stops import heard
+from gtsa.core.errors import ProcessLost, UserError, is_first_process
+from gtsa.core.stops import handle_signals
 
 app = cyclopts.App(
     name="gtsa",
@@ -22,26 +22,26 @@ app = cyclopts.App(
     help_on_error=False,
 )
 VERBS = {
-    "pretrain": """Learn a vision transformer from a folder of images, without labels.
+    "pretrain": """Train a vision transformer on a folder of images, without labels.
 
     Without --data it runs on the sample that comes with gtsa (the demo, at most four minutes on two CPU cores).
     """,
-    "evaluate": """Ask one question or several of a backbone, on labelled images.
+    "evaluate": """Evaluate a backbone on labelled images, on one task or several.
 
     WEIGHTS is a run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file.
     """,
-    "compare": """Train methods with several seeds on the same images, ask all networks the same questions, and report.
+    "compare": """Train methods with several seeds on the same images, evaluate all on the same tasks, and report.
 
-    The same command goes on after any end: what is done is not done again.
+    The same command resumes after any interruption: finished networks are kept.
 
-    A YAML file (--config) can say more: pretrain (settings of every run), evaluate (of every question), tasks (of
-    single ones), rows (further rows: {name: settings of gtsa pretrain}). See docs/compare.md.
+    A YAML file (--config) can hold more: pretrain (settings of every run), evaluate (of every task), tasks (of
+    single tasks), rows (further rows: {name: settings of gtsa pretrain}). See docs/compare.md.
     """,
-    "check": "Decode every image once: what is in this data, what is wrong with it, what would we do with it.",
+    "check": "Decode every image once: what the data holds, what is wrong with it, and what pretraining would use.",
     "preview": "Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.",
-    "export": "Write the trained encoder as others can open it, with the same numbers.",
-    "methods": "List the methods that there are.",
-    "models": "List timm's plain vision transformers, all or those whose names hold a word.",
+    "export": "Write the trained encoder in a format that other libraries open, with identical outputs.",
+    "methods": "List the training methods.",
+    "models": "List timm's plain vision transformers: all, or those whose name contains a word.",
 }
 for verb, words in VERBS.items():
     app.command(f"gtsa.cli.commands:{verb}", name=verb, help=inspect.cleandoc(words))
@@ -58,7 +58,7 @@ def completion(
     shell
         The shell to complete in.
     install
-        Write the script to where the shell looks for it, and a line into its start-up file where it needs one.
+        Install the script where the shell finds it, with a line in its start-up file if it needs one.
     """
     if install:
         print(f"{app.install_completion(shell=shell)}: open a new {shell} to use it")
@@ -69,49 +69,49 @@ def completion(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command and ends the process with a code of core.errors.EXIT_CODES; users see no traceback."""
+    """Runs a command and exits with a code of core.errors.EXIT_CODES; users see no traceback."""
     sys.exit(run(arguments))
 
 
 def run(arguments: list[str] | None = None) -> int:
     """The exit code of a command line."""
     try:
-        with heard(trains=_verb(arguments) in ("pretrain ", "evaluate ")):
+        with handle_signals(trains=_verb(arguments) in ("pretrain ", "evaluate ")):
             command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
             command(*bound.args, **bound.kwargs)
         return 0
     except CycloptsError as error:
         print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
         return 2
-    except UserError as remedy:
-        if speaks() or isinstance(remedy, Alone):
-            print(f"gtsa: {remedy}", file=sys.stderr)
-        return remedy.code
+    except UserError as error:
+        if is_first_process() or isinstance(error, ProcessLost):
+            print(f"gtsa: {error}", file=sys.stderr)
+        return error.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, e.g. head
         return 0
     except KeyboardInterrupt as stop:
-        if speaks():
-            print(f"gtsa: stopped at once; {_way_on(arguments)}", file=sys.stderr)
+        if is_first_process():
+            print(f"gtsa: stopped at once; {_next_step(arguments)}", file=sys.stderr)
         code: int = getattr(stop, "code", 130)
         return 75 if code != 130 and _verb(arguments) == "pretrain " else code  # what schedulers start again
 
 
-def _way_on(arguments: list[str] | None) -> str:
+def _next_step(arguments: list[str] | None) -> str:
     """What to do after a stop."""
     given = sys.argv[1:] if arguments is None else arguments
     verb = given[0] if given else ""
     if verb == "evaluate" and any(word.split("=")[0] == "--work" for word in given):
-        return "the same command goes on with the trainings that --work kept"
+        return "the same command resumes the trainings in --work"
     if verb == "evaluate":
-        return "nothing of the task at work was kept; with --work FOLDER the same command goes on with long trainings"
+        return "the unfinished task is lost; with --work FOLDER the same command resumes long trainings"
     if verb == "compare":
-        return "the same command goes on"
+        return "the same command resumes"
     if verb == "check":
-        return "the same command goes on, and does not decode again what was decoded well"
+        return "the same command resumes; images that were decoded are not decoded again"
     if verb == "pretrain":
         anew = ", in place of --overwrite" if "--overwrite" in given else ""
-        return f"the same command with --resume{anew} goes on from the last checkpoint, or begins where there is none"
+        return f"the same command with --resume{anew} resumes from the last checkpoint, or starts if there is none"
     return "give the same command again"
 
 

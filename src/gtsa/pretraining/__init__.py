@@ -1,1 +1,1 @@
-"""gtsa pretrain, and what goes before and after it."""
+"""gtsa pretrain, with its plan and verdict; gtsa check and gtsa preview."""

@@ -1,29 +1,35 @@
-"""Going on from weights that are worth something: a method whose student is held to what it started from."""
+"""The networks of a run, and training that starts from good weights: Gram anchoring, freezing, rates by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gtsa import methods
 from gtsa.core.types import Method, Views
 from gtsa.methods.parts import losses
+from gtsa.methods.parts.teacher import copy_of
 from gtsa.models.backbone import Backbone
+from gtsa.models.weight_sources import Weights
+from gtsa.models.weights import build_backbone
+from gtsa.pretraining.settings import Pretrain
+from gtsa.training.optim import by_dimension
+from gtsa.training.schedules import Ramp
 
 
 class Adaptation(Method):
-    """A method that starts from somebody's weights.
+    """A method that starts from given weights, with Gram anchoring (DINOv3, Siméoni et al. 2025, arXiv 2508.10104).
 
-    Likenesses between the patches of an image are what dense features are good for, and what further training loses
-    first. The anchor holds the student to those of the start: features may turn and stretch as the method wants, as
-    long as patches that were alike stay alike (Gram anchoring: DINOv3, Siméoni et al. 2025, arXiv 2508.10104).
+    Dense tasks use the cosine similarities between the patches of an image, and further training damages these first.
+    A loss on the student's Gram matrix keeps them near those of the start; features may rotate and scale freely.
 
     Args:
-        method: what it is to learn by.
-        start: the encoder as it was. It is no part of the state: it comes from where the weights came from.
-        gram_weight: weight of the mean squared change of cosines, in the first global crop of every image; 0: none.
+        method: what is trained.
+        start: the encoder as it was. It is no part of the state: it is read again from the initial weights.
+        gram_weight: weight of the mean squared change of the Gram matrix of the first global crop; 0: none.
     """
 
     def __init__(self, method: Method, start: Backbone, gram_weight: float) -> None:
@@ -42,7 +48,7 @@ class Adaptation(Method):
 
     def train(self, mode: bool = True) -> Adaptation:
         super().train(mode)
-        self.start.eval()  # no drop path in what is held to
+        self.start.eval()  # no drop path in the reference
         return self
 
     @property
@@ -51,7 +57,7 @@ class Adaptation(Method):
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
-        """The method's figures, and ``agreement`` of the teacher's likenesses between patches with the start's."""
+        """The method's metrics, and ``agreement``: of the teacher's Gram matrix with the start's."""
         return {**self.method.diagnose(views), "agreement": losses.agreement(*self._seen("teacher", views))}
 
     def _seen(self, network: str, views: Views) -> tuple[Tensor, Tensor]:
@@ -68,3 +74,34 @@ class Adaptation(Method):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.method.load_state_dict(*args, **kwargs)
+
+
+def build_method(settings: Pretrain, initial: Weights | None) -> tuple[Method, str]:
+    """The method with its initial weights, which follow from the seed, and how many tensors were loaded."""
+    torch.manual_seed(settings.seed)
+    kind: Callable[..., Method] = methods.found()[settings.method]
+    size = settings.multicrop.global_crops_size
+    if initial is None:
+        return kind(Backbone(settings.model, size, settings.drop_path), **settings.options), ""
+    encoder, loaded = build_backbone(initial, settings.model, size, settings.drop_path)
+    start = copy_of(encoder)
+    return Adaptation(kind(encoder, **settings.options), start, settings.gram_weight), loaded
+
+
+def parameter_groups(method: Method, settings: Pretrain) -> list[dict[str, Any]]:
+    """All trained parameters. With --freeze-encoder and --encoder-lr-scale the encoder starts later and learns slower.
+
+    While it is frozen its learning rate is 0, so that a step costs what it costs later. It has missed the warm-up, and
+    has one of its own afterwards.
+    """
+    encoder = method.encoders["student"]
+    if (settings.freeze_encoder, settings.encoder_lr_scale, settings.layer_decay) == (0, 1, 1):
+        return by_dimension(method.parameters())
+    assert isinstance(encoder, Backbone)
+    end = settings.freeze_encoder + settings.warmup if settings.freeze_encoder else 0.0
+    layers = [
+        {**group, "rate": Ramp(0.0, settings.encoder_lr_scale * share, end, settings.freeze_encoder)}
+        for share, group in encoder.layers(settings.layer_decay)
+    ]
+    slow = {id(p) for group in layers for p in group["params"]}
+    return [*by_dimension(p for p in method.parameters() if id(p) not in slow), *layers]

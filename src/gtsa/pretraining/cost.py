@@ -1,13 +1,12 @@
-"""What a run costs in time and memory, measured on a few of its own images; and what would cost less."""
+"""The cost of a run in time and memory, measured on a few of its images; and faster settings."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -18,20 +17,21 @@ from gtsa.core.types import Crops, Draw, Method, Views
 from gtsa.data.loader import ViewSet, collate
 from gtsa.data.multicrop import MultiCrop
 from gtsa.models.backbone import patch_of
+from gtsa.pretraining.settings import Pretrain, ViewSettings
 from gtsa.training.optim import ScheduledAdamW, clip_each
 from gtsa.training.schedules import Constant
 
 QUICK = 0.5  # seconds that a measured pass may take
 MANY = 16  # images of a measured pass, at most
-LARGE = 4_000_000  # parameters whose update is measured; of more it is worked out
-LOOK = 0.5  # a look at an image, in passes forward and backward
-LONG = 12 * 3600  # seconds from which a run on a CPU is told what would take less
+LARGE = 4_000_000  # parameters whose update is measured; for more it is extrapolated
+EVALUATION = 0.5  # cost of evaluating a view, as a share of passes forward and backward
+LONG = 12 * 3600  # seconds; for a longer run on a CPU the plan shows faster settings
 TINY = ("vit_tiny_patch16_224", 5.5e6)  # a smaller model, and its parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured."""
+    """Measured times and sizes."""
 
     loading: float  # seconds to read an image and cut its views, in one process
     passing: float  # seconds to augment an image's views, and of the passes forward and backward
@@ -39,43 +39,43 @@ class Cost:
     bytes_image: int  # kept for the backward pass, for one image
     bytes_fixed: int  # weights, gradients, moments
 
-    def step(self, s: Any) -> float:
+    def step(self, settings: Pretrain) -> float:
         """Seconds of a step: workers load while others compute."""
-        images: int = s.batch_size // (s.devices * s.nodes)
+        images: int = settings.batch_size // (settings.devices * settings.nodes)
         computing, loading = self.passing * images + self.updating, self.loading * images
-        return max(computing, loading / int(s.workers)) if s.workers else computing + loading
+        return max(computing, loading / int(settings.workers)) if settings.workers else computing + loading
 
-    def look(self, s: Any, images: int) -> float:
-        """Seconds of a look at ``images`` images: as many views as there are in health.Health."""
-        seen = images * max(1, 64 // max(1, images))
-        return seen * (self.loading + LOOK * self.passing)
+    def evaluation(self, settings: Pretrain, images: int) -> float:
+        """Seconds of an evaluation on ``images`` images, with as many views as HealthMonitor draws."""
+        views = images * max(1, 64 // max(1, images))
+        return views * (self.loading + EVALUATION * self.passing)
 
-    def run(self, s: Any, images: int, done: int = 0) -> float:
-        """Seconds of all steps after ``done``, and of the looks."""
-        steps: int = s.steps - done
-        looks = times(done, s.steps, s.evaluate_every) + (done == 0)
-        return self.step(s) * steps + looks * self.look(s, images)
+    def run(self, settings: Pretrain, images: int, done: int = 0) -> float:
+        """Seconds of all steps after ``done``, and of the evaluations."""
+        steps: int = settings.steps - done
+        evaluations = times(done, settings.steps, settings.evaluate_every) + (done == 0)
+        return self.step(settings) * steps + evaluations * self.evaluation(settings, images)
 
 
 def probe(
     method: Method, views: ViewSet, prepare: Callable[[Views], Views], fabric: Fabric, batch: int, free: int
 ) -> Cost:
-    """Measures what an image costs: typical times of several passes, so that a busy moment does not count.
+    """Measures the cost of an image: the median of several passes, so that a busy moment does not count.
 
     Args:
-        batch: images of a step on this device.
-        free: bytes of memory that passes may take.
+        batch: images per step on this device.
+        free: bytes of free memory.
     """
     method.train()
-    before = [buffer.clone() for buffer in method.buffers()]  # what a method gathers of a step
+    before = [buffer.clone() for buffer in method.buffers()]  # statistics that a method accumulates
     drawn, loading = _read(views, min(batch, MANY))
 
-    def once(count: int, hooks: Any) -> float:
+    def once(count: int, hooks: AbstractContextManager[object]) -> float:
         cut = collate((drawn * -(-count // len(drawn)))[:count])
         began = time.perf_counter()
-        seen = prepare(cut)
+        prepared = prepare(cut)
         with fabric.autocast(), hooks:
-            loss = method(seen, 1.0)["loss"]
+            loss = method(prepared, 1.0)["loss"]
         loss.backward()
         _finish(fabric.device)
         return time.perf_counter() - began
@@ -87,11 +87,10 @@ def probe(
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    once(
-        few, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    )  # hooks cost time; it warms up, too
+    counting = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    once(few, counting)  # not timed: hooks cost time; it also warms up
     own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in own) // few
+    activations = sum(size for address, size in kept.items() if address not in own) // few
     count = max(few, min(batch, MANY, int(QUICK * few / once(few, nullcontext())), free // 2 // max(1, activations)))
     passing = typical(lambda: once(count, nullcontext())) / count
     method.zero_grad(set_to_none=True)
@@ -103,15 +102,15 @@ def probe(
 
 
 def typical(once: Callable[[], float], seconds: float = 1.0) -> float:
-    """The median of three to seven values of ``once``, which are seconds; of three where they are long."""
-    found: list[float] = []
-    while len(found) < 3 or (len(found) < 7 and sum(found) < seconds):
-        found.append(once())
-    return statistics.median(found)
+    """The median of three to seven calls of ``once``, each of which returns seconds; three where they are long."""
+    taken: list[float] = []
+    while len(taken) < 3 or (len(taken) < 7 and sum(taken) < seconds):
+        taken.append(once())
+    return statistics.median(taken)
 
 
 def _read(views: ViewSet, count: int) -> tuple[list[Views], float]:
-    """The views of some images, and the seconds that an image typically takes."""
+    """The views of some images, and the median seconds of an image."""
     drawn: list[Views] = []
     taken: list[float] = []
     while len(drawn) < min(2, count) or (len(drawn) < count and sum(taken) < 0.5):
@@ -122,7 +121,7 @@ def _read(views: ViewSet, count: int) -> tuple[list[Views], float]:
 
 
 def _updating(method: Method, device: torch.device) -> float:
-    """Seconds of the optimiser and the teacher for a step, by tensors that stand in for the weights."""
+    """Seconds of the optimiser and the teacher in a step, measured on tensors of the weights' shapes."""
     trained = [p for p in method.parameters() if p.requires_grad]
     some, size = [], 0
     for parameter in trained:
@@ -152,6 +151,7 @@ def _finish(device: torch.device) -> None:
 
 
 def noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> Crops:
+    """Random pixels of the size of global (0) or local (1) crops."""
     n, side = (
         (multicrop.global_crops_number, multicrop.global_crops_size),
         (multicrop.local_crops_number, multicrop.local_crops_size),
@@ -162,33 +162,34 @@ def noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> 
     return Crops(pixels, boxes, torch.zeros(count, n, dtype=torch.int64, device=device), torch.empty(0))
 
 
-# What would cost less
+# Faster settings
 
 
-def cheaper(s: Any, cost: Cost, weights: float, images: int) -> list[tuple[str, str]]:
-    """Flags, each on top of those before it, and how long the run then takes: until it is no longer long.
+def cheaper(settings: Pretrain, cost: Cost, weights: float, images: int) -> list[tuple[str, str]]:
+    """Flags, each added to those before it, and the time of the run with them, until it is short enough.
 
     Args:
-        s: resolved settings.
-        weights: parameters of the encoder.
-        images: that are looked at.
+        settings: resolved settings.
+        weights: number of the encoder's parameters.
+        images: number of images that are evaluated.
     """
-    found, done = [], _work(s.views, patch_of(s.model), weights)
-    for flags, views, model in _smaller(s, weights):
-        part = _work(views, patch_of(s.model), model) / done
+    faster, work = [], _work(settings.views, patch_of(settings.model), weights)
+    for flags, views, model in _smaller(settings, weights):
+        part = _work(views, patch_of(settings.model), model) / work
         less = replace(cost, passing=cost.passing * part, updating=cost.updating * model / weights)
-        seconds = less.run(s, images)
-        found.append((flags, f"about {lasting(seconds)}"))
+        seconds = less.run(settings, images)
+        faster.append((flags, f"about {lasting(seconds)}"))
         if seconds <= LONG:
-            return found
-    last = less if found else cost
-    steps = max(1, int((LONG - 2 * last.look(s, images)) / last.step(s)))
-    return [*found, (f"--steps {steps}", f"about {lasting(last.run(s.model_copy(update={'steps': steps}), images))}")]
+            return faster
+    last = less if faster else cost
+    steps = max(1, int((LONG - 2 * last.evaluation(settings, images)) / last.step(settings)))
+    seconds = last.run(settings.model_copy(update={"steps": steps}), images)
+    return [*faster, (f"--steps {steps}", f"about {lasting(seconds)}")]
 
 
-def _smaller(s: Any, weights: float) -> list[tuple[str, Any, float]]:
-    """Flags, the views and the parameters that they lead to."""
-    patch, views, found = patch_of(s.model), s.views, []
+def _smaller(settings: Pretrain, weights: float) -> list[tuple[str, ViewSettings, float]]:
+    """Flags, and the views and the number of parameters with them."""
+    patch, views, smaller = patch_of(settings.model), settings.views, []
     sizes = {
         f"{kind}_crops_size": max(2, getattr(views, f"{kind}_crops_size") // patch // 2) * patch
         for kind in ("global", "local")
@@ -196,17 +197,17 @@ def _smaller(s: Any, weights: float) -> list[tuple[str, Any, float]]:
     if sizes != {name: getattr(views, name) for name in sizes}:
         views = views.model_copy(update=sizes)
         flags = " ".join(f"--views.{name.replace('_', '-')} {size}" for name, size in sizes.items())
-        found.append((flags, views, weights))
+        smaller.append((flags, views, weights))
     if views.local_crops_number >= 4:
         views = views.model_copy(update={"local_crops_number": views.local_crops_number // 2})
-        found.append((f"--views.local-crops-number {views.local_crops_number}", views, weights))
-    if not s.init and weights > 2 * TINY[1] and patch == patch_of(TINY[0]):
-        found.append((f"--model {TINY[0]}", views, TINY[1]))
-    return found
+        smaller.append((f"--views.local-crops-number {views.local_crops_number}", views, weights))
+    if not settings.init and weights > 2 * TINY[1] and patch == patch_of(TINY[0]):
+        smaller.append((f"--model {TINY[0]}", views, TINY[1]))
+    return smaller
 
 
-def _work(views: Any, patch: int, weights: float) -> float:
-    """Weights times patches: the teacher passes forward, the student backward, too."""
+def _work(views: ViewSettings, patch: int, weights: float) -> float:
+    """Parameters times patches: forward in the teacher, forward and backward in the student."""
     large, small = (views.global_crops_size // patch) ** 2, (views.local_crops_size // patch) ** 2
-    seen: int = 4 * views.global_crops_number * large + 3 * views.local_crops_number * small
-    return weights * seen
+    patches: int = 4 * views.global_crops_number * large + 3 * views.local_crops_number * small
+    return weights * patches

@@ -1,4 +1,4 @@
-"""The plan: every ``auto`` resolved, with its reason, before anything is trained."""
+"""The plan: every ``auto`` is resolved, with a reason, before training starts."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import resolve_workers
 
-FEWEST_STEPS = 1_000
-SMALLEST_BATCH = 8  # that we choose
+FEWEST_STEPS = 1_000  # of a run whose length is auto
+SMALLEST_BATCH = 8  # of a run whose batch size is auto
 MODEL = "vit_small_patch16_224"
-GENTLE = {"freeze_encoder": 0.1, "encoder_lr_scale": 0.1, "layer_decay": 0.75, "gram_weight": 1.0}  # see LOG.md
+GENTLE = {"freeze_encoder": 0.1, "encoder_lr_scale": 0.1, "layer_decay": 0.75, "gram_weight": 1.0}  # for --init: LOG.md
 FROM_SCRATCH = {"freeze_encoder": 0.0, "encoder_lr_scale": 1.0, "layer_decay": 1.0, "gram_weight": 0.0}
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
 
 
 def start(plan: Plan[Pretrain], loaded: str | None) -> None:
-    """Resolves the model, and how gently it goes on from weights.
+    """Resolves the model, and the settings of training from initial weights.
 
     Args:
-        loaded: the model that --init is of; None: it starts untrained.
+        loaded: the model of the initial weights; None without --init.
     """
-    s = plan.settings
-    if s.model == "auto":
+    settings = plan.settings
+    if settings.model == "auto":
         plan.settle({}, model=loaded or MODEL)
-    usual = GENTLE if loaded else FROM_SCRATCH
-    left = {name: value for name, value in usual.items() if is_auto(getattr(s, name))}
-    told = f"{', '.join(name.replace('_', ' ') for name in left)}: the preset for weights to start from"
-    plan.settle({"adaptation": told} if left else {}, **left)
-    if loaded and s.eval and not s.keep_best:
-        plan.settle({}, keep_best=s.eval[0])
+    preset = GENTLE if loaded else FROM_SCRATCH
+    chosen = {name: value for name, value in preset.items() if is_auto(getattr(settings, name))}
+    reason = "preset for initial weights"
+    if len(chosen) < len(preset):
+        reason += f": {', '.join(name.replace('_', ' ') for name in chosen)}"
+    plan.settle({"adaptation": reason} if chosen else {}, **chosen)
+    if loaded and settings.eval and not settings.keep_best:
+        plan.settle({}, keep_best=settings.eval[0])
 
 
 def sizes(plan: Plan[Pretrain]) -> None:
-    """Resolves crop sizes to multiples of the model's patch. Raises UserError where a given one is none."""
+    """Resolves crop sizes to multiples of the patch size. Raises UserError where a given size is not a multiple."""
     patch, views = patch_of(plan.settings.model), plan.settings.views
     chosen, problems = {}, []
     for name in ("global", "local"):
@@ -57,171 +59,208 @@ def sizes(plan: Plan[Pretrain]) -> None:
             near = max(2, given // patch) * patch
             problems.append(
                 f"--views.{name}-crops-size {given} does not suit {plan.settings.model}, whose patch is {patch} px: "
-                f"take {near} or {near + patch}"
+                f"choose {near} or {near + patch}"
             )
     if problems:
         raise UserError("\n".join(problems))
     plan.settle({}, views=views.model_copy(update=chosen))
 
 
-def method(plan: Plan[Pretrain], sized: Mapping[str, Callable[[int], Any]], images: int) -> None:
-    """Resolves the settings of the method that follow from the number of images."""
+def method(plan: Plan[Pretrain], rules: Mapping[str, Callable[[int], Any]], images: int) -> None:
+    """Resolves the method's settings that depend on the number of images, with ``Method.auto_settings``."""
     name = plan.settings.method
     section = getattr(plan.settings, name)
-    found = {key: rule(images) for key, rule in sized.items() if is_auto(getattr(section, key))}
-    if found:
-        told = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in found.items())
-        plan.settle({"method": f"{told} suit {images:,} images"}, **{name: section.model_copy(update=found)})
+    chosen = {key: rule(images) for key, rule in rules.items() if is_auto(getattr(section, key))}
+    if chosen:
+        values = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in chosen.items())
+        plan.settle({"method": f"{values}, for {images:,} images"}, **{name: section.model_copy(update=chosen)})
 
 
-def _number(value: Any) -> str:
+def _number(value: float | tuple[float, ...]) -> str:
     return " to ".join(dict.fromkeys(f"{number:,}" for number in (value if isinstance(value, tuple) else (value,))))
 
 
 def hold_out(plan: Plan[Pretrain], images: int) -> None:
-    """Resolves how many images are left out of training."""
+    """Resolves the number of images that are held out from training."""
     given = plan.settings.hold_out
     if is_auto(given):
         count = min(64, images // 10) if images >= 20 else 0
-        why = "a tenth, at most 64" if count else "too few to spare any: the verdict is about training images"
-        plan.settle({"hold_out": why}, hold_out=count)
+        reason = "a tenth, at most 64" if count else "too few to hold out any: the verdict is about training images"
+        plan.settle({"hold_out": reason}, hold_out=count)
     elif given >= images:
-        raise UserError(f"--hold-out {given} leaves nothing of {images} images to train on", 2)
+        raise UserError(f"--hold-out {given} leaves none of {images} images to train on", 2)
 
 
 def budget(plan: Plan[Pretrain], images: int, base: float = 5e-4) -> None:
-    """Resolves batch, steps, learning rate and intervals for ``images`` training images.
+    """Resolves batch, steps, learning rate, intervals and workers for ``images`` training images.
 
     Args:
         base: the method's published learning rate for a batch of 256.
     """
-    s = plan.settings
-    ranks = s.devices * s.nodes
-    if is_auto(s.batch_size):
+    _resolve_batch(plan, images)
+    _resolve_steps(plan, images)
+    _resolve_rate(plan, base)
+    settings = plan.settings
+    if is_auto(settings.checkpoint_every):
+        reason, interval = "about twenty, at most 1,000 steps apart", min(1000, max(10, settings.steps // 20))
+        plan.settle({"checkpoint_every": reason}, checkpoint_every=interval)
+    if is_auto(settings.evaluate_every):
+        reason = "ten in the run, at least 50 steps apart"
+        plan.settle({"evaluate_every": reason}, evaluate_every=max(50, settings.steps // 10))
+    resolve_workers(plan)
+
+
+def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
+    ranks = plan.settings.devices * plan.settings.nodes
+    if is_auto(plan.settings.batch_size):
         eighth = min(PUBLISHED["batch"], max(SMALLEST_BATCH, images // 8 // 8 * 8))
         batch = max(1, eighth // ranks) * ranks
         plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
     batch = plan.settings.batch_size
     if batch > images:
-        _repeated(plan, batch, images, ranks)
+        _allow_repeats(plan, batch, images, ranks)
     if batch < ranks:
         raise UserError(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
-    if is_auto(s.steps):
-        if is_auto(s.epochs):
-            published = -(-int(PUBLISHED["epochs"]) * images // batch)
-            why = "100 epochs, as published" if published >= FEWEST_STEPS else "the fewest that teach anything"
-            plan.settle({"steps": why}, steps=max(FEWEST_STEPS, published))
-        else:
-            plan.settle({"steps": f"{s.epochs} epochs"}, steps=max(1, round(s.epochs * images / batch)))
-        plan.settle({}, epochs="auto")
-    if is_auto(s.learning_rate):
-        share = batch / 256
-        rate = float(f"{base * (share if share >= 1 else share**0.5):.3g}")
-        why = f"{base:g} x batch / 256, as published"
-        if share < 1:
-            why = f"{base:g} x root of batch / 256: small batches need more"
-        plan.settle({"learning_rate": why}, learning_rate=rate)
-    steps = plan.settings.steps
-    if is_auto(s.checkpoint_every):
-        plan.settle(
-            {"checkpoint_every": "about twenty, at most 1,000 steps apart"},
-            checkpoint_every=min(1000, max(10, steps // 20)),
-        )
-    if is_auto(s.evaluate_every):
-        told = "ten in the run, at least 50 steps apart"
-        plan.settle({"evaluate_every": told}, evaluate_every=max(50, steps // 10))
-    resolve_workers(plan)
 
 
-def _repeated(plan: Plan[Pretrain], batch: int, images: int, ranks: int) -> None:
-    """Says that a step sees images more than once. Raises UserError where it would see them more than twice."""
+def _allow_repeats(plan: Plan[Pretrain], batch: int, images: int, ranks: int) -> None:
+    """Notes that a step repeats images. Raises UserError where it would repeat each more than twice."""
     largest = max(1, images // ranks) * ranks
-    if batch > max(2 * images, SMALLEST_BATCH) and _done(plan.settings) is None:
+    if batch > max(2 * images, SMALLEST_BATCH) and _steps_done(plan.settings) is None:
         raise UserError(
             f"--batch-size {batch}: there are {images:,} images to train on, and every step would repeat each of them "
-            f"{batch / images:.1f} times; take at most {largest}, or leave it to us"
+            f"{batch / images:.1f} times; choose at most {largest}, or leave it out"
         )
     plan.settle({"batch_size": f"more than the {images:,} images: a step repeats some; {largest} would not"})
 
 
+def _resolve_steps(plan: Plan[Pretrain], images: int) -> None:
+    settings = plan.settings
+    if not is_auto(settings.steps):
+        return
+    if is_auto(settings.epochs):
+        published = -(-int(PUBLISHED["epochs"]) * images // settings.batch_size)
+        reason = "100 epochs, as published" if published >= FEWEST_STEPS else "the fewest that teach anything"
+        plan.settle({"steps": reason}, steps=max(FEWEST_STEPS, published))
+    else:
+        steps = max(1, round(settings.epochs * images / settings.batch_size))
+        plan.settle({"steps": f"{settings.epochs} epochs"}, steps=steps)
+    plan.settle({}, epochs="auto")
+
+
+def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
+    if not is_auto(plan.settings.learning_rate):
+        return
+    share = plan.settings.batch_size / 256
+    rate = float(f"{base * (share if share >= 1 else share**0.5):.3g}")
+    reason = f"{base:g} x batch / 256, as published"
+    if share < 1:
+        reason = f"{base:g} x root of batch / 256: small batches need more"
+    plan.settle({"learning_rate": reason}, learning_rate=rate)
+
+
 def memory(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
     """Resolves the number of micro-batches so that a step fits into ``free`` bytes."""
-    s = plan.settings
-    ranks = s.devices * s.nodes
-    if is_auto(s.accumulate):
-        fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
-        each = s.batch_size // ranks
-        parts = next(n for n in range(1, each + 1) if each % n == 0 and (each // n <= fitting or n == each))
-        plan.settle({"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits"}, accumulate=parts)
+    settings = plan.settings
+    if not is_auto(settings.accumulate):
+        return
+    fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
+    each = settings.batch_size // (settings.devices * settings.nodes)
+    parts = next(n for n in range(1, each + 1) if each % n == 0 and (each // n <= fitting or n == each))
+    plan.settle({"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits"}, accumulate=parts)
 
 
 def show(plan: Plan[Pretrain], cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path) -> None:
     """Prints the plan. Raises UserError where the disk has no room for its checkpoints (6).
 
     Args:
+        train, held_out: numbers of images.
+        loaded: how many initial weights were loaded; empty without --init.
         disk: a folder on the disk of the run.
     """
-    s = plan.settings
-    done = _done(s)
-
-    def why(name: str, otherwise: str = "") -> str:
-        return plan.reasons.get(name, otherwise or ("" if done is None else "as the run began"))
-
-    encoder = method.encoders["student"]
+    settings = plan.settings
     size = sum(p.nbytes for p in method.parameters())
-    needed = (s.keep_checkpoints + 1) * (size + 2 * sum(p.nbytes for p in method.parameters() if p.requires_grad))
-    free = shutil.disk_usage(disk).free
+    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    needed, free = (settings.keep_checkpoints + 1) * (size + 2 * trained), shutil.disk_usage(disk).free
     if needed > free:
-        raise UserError(f"--out {s.out}: {gib(needed)} are needed for checkpoints, {gib(free)} are free", 6)
-    each = s.batch_size // (s.devices * s.nodes)
-    v, held = s.views, f"{held_out} more held out to judge by" if held_out else why("hold_out", "none held out")
-    weights = sum(p.numel() for p in encoder.parameters())
-    views = f"{v.global_crops_number} x {v.global_crops_size} + {v.local_crops_number} x {v.local_crops_size} px"
-    seconds = cost.run(s, held_out or min(64, train), done or 0)
+        raise UserError(f"--out {settings.out}: {gib(needed)} are needed for checkpoints, {gib(free)} are free", 6)
+    done, evaluated = _steps_done(settings), held_out or min(64, train)
+    weights = sum(p.numel() for p in method.encoders["student"].parameters())
+    seconds = cost.run(settings, evaluated, done or 0)
+    per_device = settings.batch_size // (settings.devices * settings.nodes)
+    used = gib(cost.bytes_fixed + cost.bytes_image * per_device // settings.accumulate)
     rows = [
-        ("images", f"{train:,}", held),
-        ("model", f"{s.model}, {weights / 1e6:.1f} M parameters", "weights as above" if loaded else "untrained"),
-        *([("adaptation", _gently(s), why("adaptation"))] if loaded else []),
-        ("method", s.method, why("method")),
-        ("views", views, why("views")),
-        ("batch size", s.batch_size, why("batch_size")),
-        ("micro-batches", s.accumulate, why("accumulate")),
-        ("steps", f"{s.steps:,} ({s.steps * s.batch_size / train:,.1f} epochs)", why("steps")),
-        ("learning rate", f"{s.learning_rate:g}", why("learning_rate")),
-        ("device", f"{s.devices * s.nodes} x {s.device}, precision {s.precision}", why("device")),
-        ("threads", torch.get_num_threads(), threads.described()),
-        ("workers", s.workers, why("workers")),
-        ("time", f"about {lasting(seconds)}", _of_time(s, cost, done)),
-        ("memory", gib(cost.bytes_fixed + cost.bytes_image * each // s.accumulate), "weights and one micro-batch"),
-        ("disk", gib(needed), f"{s.keep_checkpoints} checkpoints and one being written; {gib(free)} free"),
+        *_rows(plan, done, train, held_out, weights, loaded),
+        ("time", f"about {lasting(seconds)}", _time_remark(settings, cost, done)),
+        ("memory", used, "weights and one micro-batch"),
+        ("disk", gib(needed), f"{settings.keep_checkpoints} checkpoints and one being written; {gib(free)} free"),
     ]
     table("plan", rows)
-    if seconds > LONG and s.device == "cpu" and done is None:
-        say(f"this is long for a CPU; what takes less, each on top of the one before (at most {LONG // 3600} h):")
-        for flags, takes in cheaper(s, cost, weights, held_out or min(64, train)):
+    if seconds > LONG and settings.device == "cpu" and done is None:
+        say(f"this is long for a CPU. Faster settings, each added to those before it, until at most {LONG // 3600} h:")
+        for flags, takes in cheaper(settings, cost, weights, evaluated):
             say(f"  {flags}: {takes}")
 
 
-def _done(s: Pretrain) -> int | None:
-    """Steps that a run has done which goes on; None: it begins."""
-    places = filter(checkpoint.is_ours, checkpoint.listing(Path(s.out, "checkpoints"))) if s.resume else iter(())
-    newest = next(places, None)
+def _rows(
+    plan: Plan[Pretrain], done: int | None, train: int, held_out: int, weights: int, loaded: str
+) -> list[tuple[str, Any, str]]:
+    """Rows of settings: (name, value, reason)."""
+    settings, views = plan.settings, plan.settings.views
+
+    def why(name: str, default: str = "") -> str:
+        return plan.reasons.get(name, default or ("" if done is None else "as when the run began"))
+
+    held = f"{held_out} more held out for the verdict" if held_out else why("hold_out", "none held out")
+    globals_ = f"{views.global_crops_number} x {views.global_crops_size}"
+    locals_ = f"{views.local_crops_number} x {views.local_crops_size}"
+    epochs = settings.steps * settings.batch_size / train
+    device = f"{settings.devices * settings.nodes} x {settings.device}, precision {settings.precision}"
+    start = "weights as above" if loaded else "untrained"
+    return [
+        ("images", f"{train:,}", held),
+        ("model", f"{settings.model}, {weights / 1e6:.1f} M parameters", start),
+        *(_adaptation(settings, why("adaptation")) if loaded else []),
+        ("method", settings.method, why("method")),
+        ("views", f"{globals_} + {locals_} px", why("views")),
+        ("batch size", settings.batch_size, why("batch_size")),
+        ("micro-batches", settings.accumulate, why("accumulate")),
+        ("steps", f"{settings.steps:,} ({epochs:,.1f} epochs)", why("steps")),
+        ("learning rate", f"{settings.learning_rate:g}", why("learning_rate")),
+        ("device", device, why("device")),
+        ("threads", torch.get_num_threads(), threads.wait_policy()),
+        ("workers", settings.workers, why("workers")),
+    ]
+
+
+def _steps_done(settings: Pretrain) -> int | None:
+    """Steps that a resumed run has done; None for a new run."""
+    if not settings.resume:
+        return None
+    paths = filter(checkpoint.is_ours, checkpoint.listing(Path(settings.out, "checkpoints")))
+    newest = next(paths, None)
     return None if newest is None else int(newest.name.removeprefix("step-"))
 
 
-def _of_time(s: Pretrain, cost: Cost, done: int | None) -> str:
-    """What the time is of."""
-    told = f"steps of {brief(cost.step(s))}, as measured now; with loading and looks"
-    told += f", {done:,} steps are done" if done else ""
-    return f"{told}; --eval comes on top" if s.eval else told
+def _time_remark(settings: Pretrain, cost: Cost, done: int | None) -> str:
+    """What the time includes."""
+    remark = f"steps of {brief(cost.step(settings))}, as measured now; includes loading and evaluations"
+    remark += f", {done:,} steps are done" if done else ""
+    return f"{remark}; --eval is not included" if settings.eval else remark
 
 
 def brief(seconds: float) -> str:
+    """Seconds with two digits, or in words."""
     return f"{seconds:.2g} s" if seconds < 10 else lasting(seconds)
 
 
-def _gently(s: Pretrain) -> str:
-    """How weights to start from are gone on with."""
-    frozen = f"encoder frozen for {round(s.freeze_encoder * s.steps):,} steps, then {s.encoder_lr_scale:g} of the rate"
-    gram = f"Gram weight {s.gram_weight:g}; best by {s.keep_best or 'nothing'}"
-    return f"{frozen}, {s.layer_decay:g} of that a block below; {gram}"
+def _adaptation(settings: Pretrain, reason: str) -> list[tuple[str, str, str]]:
+    """Rows: how initial weights are trained, and what is exported."""
+    frozen = f"frozen for {round(settings.freeze_encoder * settings.steps):,} steps"
+    exported = f"the best network by {settings.keep_best}" if settings.keep_best else "the last network"
+    return [
+        ("encoder", f"{frozen}, then rate x {settings.encoder_lr_scale:g}", reason),
+        ("layer decay", f"{settings.layer_decay:g} per block below", ""),
+        ("Gram weight", f"{settings.gram_weight:g}", ""),
+        ("export", exported, ""),
+    ]

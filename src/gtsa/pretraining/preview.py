@@ -1,31 +1,35 @@
-"""gtsa preview: the views as the model sees them, on one picture."""
+"""gtsa preview: a picture of the views of an image, as the model sees them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.seeds import Stream, generator
-from gtsa.core.settings import Plan, validated
+from gtsa.core.settings import Plan, validated, with_keywords
 from gtsa.core.terminal import say
 from gtsa.data import augment
-from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
-from gtsa.data.run_images import selection
+from gtsa.data.run_images import selection_of
 from gtsa.data.sources import open_source
-from gtsa.models import weights
 from gtsa.models.backbone import IMAGENET
+from gtsa.models.weight_sources import read_weights
+from gtsa.models.weights import model_of
 from gtsa.pretraining import plan, preview_picture
+from gtsa.pretraining.arguments import RunArguments
 from gtsa.pretraining.settings import Pretrain
 
 
-def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0, **settings: Any) -> Path:
-    """Draws one image with its crops, the crops as the student sees them, and pooled targets beside student's cells.
+@with_keywords(Pretrain, skip=("data",))
+def preview(
+    data: object, out: str = "preview.png", image: int = 0, epoch: int = 0, **settings: Unpack[RunArguments]
+) -> Path:
+    """Draws an image with its crops, the crops as the student sees them, and pooled targets beside the student's cells.
 
-    The picture shows the very views that pretraining with the same settings would draw.
+    The views are those that pretraining with the same settings draws.
 
     Args:
         data: folder, list file, or in Python any torch Dataset of images.
@@ -37,12 +41,11 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     Raises:
         UserError: there is no such image, or it cannot be read (3).
     """
-    asked = validated(Pretrain, settings)
-    ready = Plan(asked, {})
-    plan.start(ready, weights.described(weights.find(asked.init))[0] if asked.init and asked.model == "auto" else None)
-    plan.sizes(ready)
-    multicrop = MultiCrop(**ready.settings.views.model_dump())
-    source = open_source(data, **selection(asked))
+    resolved = Plan(validated(Pretrain, settings), {})
+    plan.start(resolved, _model_of_init(resolved.settings))
+    plan.sizes(resolved)
+    multicrop = resolved.settings.multicrop
+    source = open_source(data, selection_of(resolved.settings))
     if epoch < 0:
         raise UserError(f"--epoch {epoch}: epochs are numbered from 0")
     if not len(source):
@@ -52,13 +55,20 @@ def preview(data: Any, out: str = "preview.png", image: int = 0, epoch: int = 0,
     try:
         pixels = source.read(image, multicrop.detail)
     except BadImage as reason:
-        raise UserError(f"{escaped(source.name(image))}: {reason}; choose another with --image", 3) from None
-    views = multicrop(pixels, generator(asked.seed, Stream.VIEWS, 0, image, epoch))
+        raise UserError(f"{escaped(source.name(image))}: {reason}; choose another image with --image", 3) from None
+    views = multicrop(pixels, generator(resolved.settings.seed, Stream.VIEWS, 0, image, epoch))
     finished = augment.apply(views, torch.device("cpu"), *IMAGENET)
-    place = Path(out)
+    path = Path(out)
     try:
-        preview_picture.preview(pixels, views, finished, *IMAGENET).save(place, format="PNG")
+        preview_picture.preview(pixels, views, finished, *IMAGENET).save(path, format="PNG")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}", 6) from None
-    say(f"{escaped(source.name(image))} -> {place}")
-    return place
+    say(f"{escaped(source.name(image))} -> {path}")
+    return path
+
+
+def _model_of_init(settings: Pretrain) -> str | None:
+    """The model of the initial weights, if it decides the patch size."""
+    if not settings.init or settings.model != "auto":
+        return None
+    return model_of(read_weights(settings.init))[0]

@@ -1,4 +1,4 @@
-"""What a pretraining run is asked for: the settings given, over those of the demo or of the run that goes on."""
+"""The requested settings of a run: those given, over those of the demo or of the run that is resumed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from gtsa.core import files
-from gtsa.core.errors import UserError, speaks
-from gtsa.core.settings import differences, merged, read_yaml, validated
+from gtsa.core.errors import UserError, is_first_process
+from gtsa.core.files import IMAGES
+from gtsa.core.settings import differences, merged, validated
+from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import say
 from gtsa.pretraining.settings import MethodSettings, Pretrain
 from gtsa.training import checkpoint
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
-FREE_TO_CHANGE = {  # on --resume; everything else decides what is learnt
+FREE_TO_CHANGE = {  # on --resume; all others decide what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every",
     "checkpoint_every", "evaluate_every", "keep_checkpoints", "eval", "eval_train", "eval_val", "eval_folds",
     "eval_config", "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic", "plan",
 }  # fmt: skip
 
 
-def described(data: Any) -> str:
-    """``data`` as config.yaml tells it: a path, from wherever it is resumed, or words for what is no path."""
+def describe(data: object) -> str:
+    """``data`` as config.yaml names it: an absolute path, or a description of what is no path."""
     if isinstance(data, str | os.PathLike):
         return os.path.abspath(data) if os.path.exists(data) else os.fspath(data)
     if not hasattr(data, "__len__"):
@@ -32,134 +34,150 @@ def described(data: Any) -> str:
     return f"<{type(data).__name__} of {len(data)} items>"
 
 
-def requested_settings(given: Mapping[str, Any], tell: bool = True) -> Any:
-    """Settings as asked for: over the demo where there is no data, over the run's own where it is resumed.
+def requested_settings(given: Mapping[str, object], show: bool = True) -> Pretrain:
+    """The settings given: over those of the demo where there is no data, over the run's own where it is resumed.
 
-    ``tell``: changes of a resumed run are shown.
+    Args:
+        show: print the changes of a resumed run, and settings without effect.
 
     Raises:
-        UserError: a setting is wrong, is missing, or differs from the run's own (2), the run's own are damaged (4), or
+        UserError: a setting is wrong, is missing, or differs from the run's own (2); the run's own are damaged (4);
             the data would be removed (8).
     """
-    base: dict[str, Any] = {}
+    show = show and is_first_process()
     out = given.get("out")
-    own = None
     if isinstance(out, str | os.PathLike):
         given = {**given, "out": os.fspath(out)}
-        own = settings_of(Path(out), tell) if given.get("resume") else None
-    if own is not None:
-        base, given = own, _settled(given)
-        new = validated(Pretrain, merged(base, given))
-        old = validated(Pretrain, base)
-        changes = differences(old, new)
-        if differing := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
-            raise UserError(
-                "--resume goes on with the same settings; these differ:\n  "
-                + "\n  ".join(differing)
-                + "\nleave them out, or start another run with --init and another --out"
-            )
-        for line in changes:
-            if tell and speaks() and line.split(":")[0] not in ("out", "resume", "plan"):
-                say(f"changed: {line}")
-        return new
+        saved = settings_of(Path(out), show) if given.get("resume") else None
+        if saved is not None:
+            return _resumed(saved, given, show)
     if given.get("resume") and given.get("data") is None:
-        if out and (Path(out) / "images.jsonl").exists():
-            told = f"--resume: {out}/config.yaml is gone; bring it back, or give the run's settings and --data again"
-            raise UserError(told, 4)
-        if tell and speaks():
-            say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
+        _check_no_run(out, show)
+    base: dict[str, Any] = {}
     if given.get("data") is None:
         base = read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
-    new = validated(Pretrain, merged(base, given))
-    if tell and speaks() and (idle := _without_effect(new)):
-        say(f"without effect, as the method is {new.method}: {', '.join(idle)}")
-    if new.out is None and new.plan:
-        return new
-    if new.out is None:
+    settings = validated(Pretrain, merged(base, given))
+    if show and (names := _without_effect(settings)):
+        say(f"without effect, as the method is {settings.method}: {', '.join(names)}")
+    if settings.out is None and not settings.plan:
         raise UserError("--out is missing: name a folder for the run")
+    _check_overwrite(settings)
+    return settings
+
+
+def _resumed(saved: Mapping[str, Any], given: Mapping[str, object], show: bool) -> Pretrain:
+    """The settings given, over those that the run has ``saved``."""
+    settings = validated(Pretrain, merged(saved, _without_auto(given)))
+    changes = differences(validated(Pretrain, saved), settings)
+    if fixed := [line for line in changes if line.split(":")[0] not in FREE_TO_CHANGE]:
+        raise UserError(
+            "--resume continues with the same settings; these differ:\n  "
+            + "\n  ".join(fixed)
+            + "\nleave them out, or start another run with --init and another --out"
+        )
+    for line in changes:
+        if show and line.split(":")[0] not in ("out", "resume", "plan"):
+            say(f"changed: {line}")
+    return settings
+
+
+def _check_no_run(out: object, show: bool) -> None:
+    """Raises UserError where ``out`` holds a run whose config.yaml is missing (4)."""
+    if isinstance(out, str | os.PathLike) and (Path(out) / IMAGES).exists():
+        raise UserError(
+            f"--resume: {out}/config.yaml is missing; restore it, or give the run's settings and --data again", 4
+        )
+    if show:
+        say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
+
+
+def _check_overwrite(settings: Pretrain) -> None:
+    """Raises UserError where --overwrite would remove the data or the initial weights (8)."""
+    if not settings.overwrite or settings.out is None:
+        return
+    out = os.path.realpath(settings.out)
     for name in ("data", "init"):
-        place = os.path.realpath(getattr(new, name) or os.devnull)
-        if new.overwrite and os.path.commonpath([place, os.path.realpath(new.out)]) == os.path.realpath(new.out):
-            raise UserError(
-                f"--{name} {getattr(new, name)} lies inside --out, which is to be overwritten; move either", 8
-            )
-    return new
+        value = getattr(settings, name)
+        if os.path.commonpath([os.path.realpath(value or os.devnull), out]) == out:
+            raise UserError(f"--{name} {value} lies inside --out, which is to be overwritten; move either", 8)
 
 
-def written(settings: Any) -> dict[str, Any]:
-    """Settings as a checkpoint keeps them: plain values for JSON."""
-    return dict(json.loads(settings.model_dump_json(exclude={"resume", "overwrite", "plan"})))
+def plain_values(settings: Pretrain) -> dict[str, Any]:
+    """Settings as a checkpoint holds them: plain values for JSON."""
+    values: dict[str, Any] = json.loads(settings.model_dump_json(exclude={"resume", "overwrite", "plan"}))
+    return values
 
 
-def settings_of(out: Path, tell: bool = True) -> dict[str, Any] | None:
-    """The settings of the run in ``out``, or None where there is none.
+def settings_of(out: Path, show: bool = True) -> dict[str, Any] | None:
+    """The settings of the run in ``out``; None where there is no run.
 
-    config.yaml says them, if it is what was written last: its seal is right, and what must not change is as the newest
-    checkpoint keeps it. Where it is gone the checkpoint says them (and ``tell`` shows that).
+    They are read from config.yaml. It must be what was written last: its seal fits, and settings that must not change
+    are those of the newest checkpoint. If config.yaml is missing they are read from the checkpoint (and ``show`` prints
+    that).
 
     Raises:
-        UserError: config.yaml is damaged, or another run's (4).
+        UserError: config.yaml is damaged, or is that of another run (4).
     """
-    where, kept = out / "config.yaml", _kept(out / "checkpoints")
-    if not where.is_file():
+    path, kept = out / "config.yaml", _settings_of_checkpoint(out / "checkpoints")
+    if not path.is_file():
         if kept is None:
             return None
-        if tell:
-            say(f"{where} is gone: the settings are those that the newest checkpoint keeps")
+        if show:
+            say(f"{path} is missing: using the settings in the newest checkpoint")
         return dict(kept.model_dump())
-    seal = files.is_sealed(where.read_bytes())
-    if kept is None and seal is None and not _unsealed_but_whole(out):
-        raise UserError(f"{where} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
+    seal = files.is_sealed(path.read_bytes())
+    if kept is None and seal is None and not _may_lack_seal(out):
+        raise UserError(f"{path} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
     try:
-        base = read_yaml(where, schema=1)
-        now = validated(Pretrain, base) if kept else None
-    except UserError as remedy:
+        saved = read_yaml(path, schema=1)
+        settings = validated(Pretrain, saved) if kept else None
+    except UserError as error:
         if kept is None and seal is not False:
             raise
-        raise _damaged(where, [str(remedy)], kept) from None
-    lines = differences(kept, now) if kept and now else []
+        raise _damaged(path, [str(error)], kept) from None
+    lines = differences(kept, settings) if kept and settings else []
     if seal:
         lines = [line for line in lines if line.split(":")[0] not in FREE_TO_CHANGE]
     lines = [line for line in lines if line.split(":")[0] not in ("out", "resume", "overwrite")]
     if lines or (seal is False and kept is None):
-        raise _damaged(where, lines, kept)
-    return base
+        raise _damaged(path, lines, kept)
+    return saved
 
 
-def _kept(checkpoints: Path) -> Any:
-    """The settings that the newest checkpoint keeps; None where there is none, or one of before they were kept."""
-    found = checkpoint.newest_state(checkpoints).get("settings")
+def _settings_of_checkpoint(checkpoints: Path) -> Pretrain | None:
+    """The settings in the newest checkpoint; None where there is none, or one from before they were saved."""
+    values = checkpoint.newest_state(checkpoints).get("settings")
     try:
-        return None if found is None else validated(Pretrain, found)
+        return None if values is None else validated(Pretrain, values)
     except (UserError, TypeError):  # another version's
         return None
 
 
-def _unsealed_but_whole(out: Path) -> bool:
-    """Whether config.yaml may lack its seal: a run of before there was one, or a file that a user put there."""
-    return any((out / "checkpoints").glob("step-*")) or not (out / "images.jsonl").exists()
+def _may_lack_seal(out: Path) -> bool:
+    """Whether config.yaml may lack its seal: a run from before there were seals, or a file that a user put there."""
+    return any((out / "checkpoints").glob("step-*")) or not (out / IMAGES).exists()
 
 
-def _damaged(where: Path, lines: list[str], kept: Any) -> UserError:
-    told = "\n  ".join(["", *lines]) if lines else " (its last line, a checksum of the others, does not fit)"
-    way = "bring it back"
+def _damaged(path: Path, lines: list[str], kept: Pretrain | None) -> UserError:
+    details = "\n  ".join(["", *lines]) if lines else " (its last line, a checksum of the others, does not fit)"
+    action = "restore it"
     if kept is not None:
-        way += ", or remove it: --resume then takes the settings that the newest checkpoint keeps"
+        action += ", or remove it: --resume then uses the settings in the newest checkpoint"
     return UserError(
-        f"{where} is not what the run was started with:{told}\n{way}. Settings are changed on the command line, not in "
-        "this file",
+        f"{path} is not what the run was started with:{details}\n{action}. Settings are changed on the command "
+        "line, not in this file",
         4,
     )
 
 
-def _settled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` without what is left to us: that was resolved when the run began, and stays as it was."""
-    found = {key: _settled(value) if isinstance(value, Mapping) else value for key, value in given.items()}
-    return {key: value for key, value in found.items() if not (isinstance(value, str) and value == "auto")}
+def _without_auto(given: Mapping[str, object]) -> dict[str, object]:
+    """``given`` without values that are auto: the run has resolved them when it began."""
+    values = {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+    return {key: value for key, value in values.items() if not (isinstance(value, str) and value == "auto")}
 
 
-def _without_effect(settings: Any) -> list[str]:
-    """Settings of other methods that were given another value than their own."""
+def _without_effect(settings: Pretrain) -> list[str]:
+    """Settings of other methods that differ from their defaults."""
     sections = {name: getattr(settings, name) for name in MethodSettings if name != settings.method}
     return [
         line.split(":")[0]

@@ -22,21 +22,21 @@ CHANCE = 0.25  # of four rotations
 
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 
-SCORES = {  # figures of Method.diagnose whose gain over step 0 counts, and what it says
-    "region_score": "true regions are predicted {} than other images' regions (cosine)",
-    "image_score": "views of an image are distinguished {} from other images' views (cosine)",
-    "patch_score": "patches find their place in another view {} (share of the way)",
-    "pixel_score": "hidden patches are painted {} than with another image's colours (share of the error)",
+SCORES = {  # metrics of Method.diagnose whose gain over step 0 counts, and the sentence about it
+    "region_score": "{} prediction of the region that two views share, over other images' regions (cosine)",
+    "image_score": "{} match of two views of an image, over views of other images (cosine)",
+    "patch_score": "{} localisation of patches in another view (share of the distance at random)",
+    "pixel_score": "{} reconstruction of masked patches, over those of other images (share of the error)",
 }
 
-MUTE = 0.01  # of teacher_information: less is none. Seen: 0.0003 where the loss stays at log K, 0.14 where it falls
+MUTE = 0.01  # of teacher_information: less is none. Measured: 0.0003 where the loss stays at log K, 0.14 where it falls
 
 LONG = 1_000  # steps from which a run without progress counts as stalled
 
 
 @dataclass
 class HealthSnapshot:
-    """One look at a network: per-image scores [images], and how its features fill their space."""
+    """One evaluation of a network: per-image scores [images], and the rank and spread of its features."""
 
     scores: dict[str, Tensor]
     rank: float  # effective number of dimensions of the patch tokens, at most their width
@@ -50,12 +50,12 @@ class HealthSnapshot:
 
 
 class HealthMonitor:
-    """Looks at a method with always the same views of the same images.
+    """Evaluates a method with always the same views of the same images.
 
     Args:
         views: the held-out images.
         prepare: brings views to the device, as for training.
-        draws: views of each image; None: so many that there are at least 64 in all.
+        draws: views of each image; None: at least 64 views in all.
     """
 
     def __init__(self, views: ViewSet, prepare: Callable[[Views], Views], draws: int | None = None) -> None:
@@ -92,15 +92,15 @@ class HealthMonitor:
     def _batches(self) -> Iterator[Views]:
         count = len(self.views)
         for draw in range(self.draws):
-            for places in np.array_split(np.arange(count), -(-count // 16)):  # evenly: none is left without others
-                yield self.prepare(collate([self.views[Draw(draw, int(place))] for place in places]))
+            for indices in np.array_split(np.arange(count), -(-count // 16)):  # evenly: no image is alone in its batch
+                yield self.prepare(collate([self.views[Draw(draw, int(index))] for index in indices]))
 
 
 @dataclass
 class Verdict:
-    """What the figures support: one word, and the sentences behind it."""
+    """What the metrics support: a label, and the sentences behind it."""
 
-    word: str  # learning, too short to tell, stalled, collapsing
+    label: str  # learning, too short to tell, stalled, collapsing
     reasons: list[str]
     metrics: dict[str, float]
 
@@ -108,8 +108,8 @@ class Verdict:
 def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: bool = True) -> Verdict:
     """Compares a network with itself at step 0, image by image.
 
-    What counts as learnt lies above chance, or above step 0, with its whole interval, and by a margin: a network that
-    has hardly moved differs from itself by little, but surely.
+    A metric counts as learnt when its whole interval lies above chance (or step 0), by a margin: a network that has
+    hardly changed differs from itself by little, but significantly.
     """
     where = "held-out images" if held_out else "TRAINING images (none were held out)"
     common = now.images[torch.isin(now.images, start.images)]
@@ -133,29 +133,31 @@ def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: boo
         reasons.append(_rotation(rotations, learnt["rotation"]))
     if "agreement" in now.scores:
         metrics["agreement"] = kept = float(now.of("agreement", common).mean())
-        reasons.append(f"likenesses between patches agree to {kept:.2f} with those of the start (1: as they were)")
+        reasons.append(f"the Gram matrix of the patches agrees to {kept:.2f} with that of the start (1: unchanged)")
     mute = False
     if "teacher_information" in now.scores and images > 1:
-        metrics["teacher_information"] = told = float(now.of("teacher_information", common).mean())
-        mute = told < MUTE
-        does = "says nearly the same of all images" if mute else "tells images apart"
-        reasons.append(f"the teacher {does}: {100 * told:.2g} % of what it could tell of each")
+        metrics["teacher_information"] = information = float(now.of("teacher_information", common).mean())
+        mute = information < MUTE
+        state = "nearly the same for all images" if mute else "different between images"
+        reasons.append(
+            f"teacher assignments are {state}: mutual information {100 * information:.2g} % of the largest possible"
+        )
     metrics |= {"rank": now.rank, "rank_at_start": start.rank, "spread": now.spread, "spread_at_start": start.spread}
     shrunk = now.rank < start.rank / 4 or now.spread < start.spread / 4
     reasons.append(
-        f"features {'have shrunk' if shrunk else 'keep their room'}: effective rank {now.rank:.1f} (step 0: "
-        f"{start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
+        f"{'features have collapsed or shrunk' if shrunk else 'no sign of collapse'}: effective rank {now.rank:.1f} "
+        f"(step 0: {start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
     )
     main = learnt[next(iter(now.scores))]
     if mute or (shrunk and not (main and now.spread > start.spread / 10)):
-        word = "collapsing"
+        label = "collapsing"
     elif main or learnt.get("rotation"):
-        word = "learning"
+        label = "learning"
     elif step < LONG:
-        word = "too short to tell"
+        label = "too short to tell"
     else:
-        word = "stalled"
-    return Verdict(word, reasons, metrics)
+        label = "stalled"
+    return Verdict(label, reasons, metrics)
 
 
 def _named(name: str, values: Interval) -> dict[str, float]:
@@ -169,21 +171,21 @@ def _clear(values: Interval, floor: float, margin: float) -> bool:
 def _better(name: str, gain: Interval, images: str) -> str:
     mean, low, high = gain
     clear = "better" if _clear(gain, 0, MARGIN) else "hardly better"
-    words = {"better": clear, "worse": "worse", "not distinguishable": "not distinguishably better"}
-    how = words[intervals.verdict(low, high)]
+    comparison = {"better": clear, "worse": "worse", "not distinguishable": "no significantly better"}
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
-    return f"{SCORES[name].format(how)}, by {mean:+.3f} over step 0 ({between}, {images})"
+    sentence = SCORES[name].format(comparison[intervals.verdict(low, high)])
+    return f"{sentence}: {mean:+.3f} against step 0 ({between}, {images})"
 
 
 def _rotation(accuracy: Interval, learnt: bool) -> str:
     mean, low, high = (100 * value for value in accuracy)
     between = f"95 % interval {low:.1f} to {high:.1f} %" if isfinite(low) else "one image: no interval"
-    how = {"better": "hardly recognised", "worse": "not recognised", "not distinguishable": "not recognised yet"}
-    word = "recognised" if learnt else how[intervals.verdict(accuracy[1] - CHANCE, accuracy[2] - CHANCE)]
-    return f"orientation is {word}: {mean:.1f} % of rotations are named ({between}; chance is 25 %)"
+    otherwise = {"better": "hardly above", "worse": "below", "not distinguishable": "not significantly above"}
+    level = "above" if learnt else otherwise[intervals.verdict(accuracy[1] - CHANCE, accuracy[2] - CHANCE)]
+    return f"rotation accuracy is {level} chance: {mean:.1f} % ({between}; chance is 25 %)"
 
 
-def advice(word: str) -> str:
+def advice(label: str) -> str:
     """What to do about a verdict."""
     return {
         "learning": "train longer for more, or evaluate the export on your task",
@@ -193,4 +195,4 @@ def advice(word: str) -> str:
             "start anew with a lower --learning-rate, a higher momentum of the teacher, or (dino, ibot) a lower "
             "teacher_temp"
         ),
-    }[word]
+    }[label]

@@ -1,0 +1,195 @@
+"""The monitor of a run: what is evaluated between steps, and what of it a checkpoint keeps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtsa.core import stops
+from gtsa.core.errors import UserError
+from gtsa.core.seeds import Stream
+from gtsa.core.terminal import doing, say
+from gtsa.core.types import Method, Views
+from gtsa.data.loader import ViewSet
+from gtsa.data.run_images import RunImages
+from gtsa.evaluation.feature_maps import patch_maps, strip
+from gtsa.models.backbone import Backbone
+from gtsa.models.weight_sources import read_weights
+from gtsa.models.weights import build_backbone
+from gtsa.pretraining.adaptation import Adaptation
+from gtsa.pretraining.online_eval import OnlineEvaluation
+from gtsa.pretraining.requested import plain_values
+from gtsa.pretraining.settings import Pretrain
+from gtsa.pretraining.verdict import HealthMonitor, HealthSnapshot, Verdict, verdict
+from gtsa.training import checkpoint
+from gtsa.training.devices import on_rank_zero
+from gtsa.training.run_folder import RunFolder
+from gtsa.training.trainer import Kept, Trainer
+
+
+@dataclass
+class Start:
+    """The network at step 0, which later ones are compared with."""
+
+    health: HealthSnapshot
+    gallery: Tensor  # [n, 3, side, side] in [0, 1]: images whose feature maps are drawn
+    maps: Tensor  # their patch features
+
+
+class Monitor:
+    """Evaluates a run at step 0, every ``evaluate_every`` steps and at the end: health, pictures, --eval.
+
+    Args:
+        online: the evaluations of --eval, in the first process.
+        prepare: brings views to the device, as for training.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        method: Method,
+        settings: Pretrain,
+        images: RunImages,
+        online: OnlineEvaluation | None,
+        prepare: Callable[[Views], Views],
+    ) -> None:
+        self.trainer, self.method, self.settings = trainer, method, settings
+        self.images, self.online = images, online
+        self.start: Start | None = None  # in the first process
+        views = ViewSet(images.source, images.looked_at, settings.multicrop, settings.seed, Stream.HELD_OUT)
+        self.health = HealthMonitor(views, prepare)
+        self.origin = method.start.fingerprint if isinstance(method, Adaptation) else ""
+
+    def __call__(self, step: int) -> Verdict | None:
+        """Evaluates the network after ``step`` steps; the verdict, in the first process. At step 0 there is none.
+
+        A request to stop breaks an evaluation off; the trainer then repeats it when the run is resumed.
+        """
+        return on_rank_zero(self.trainer.fabric, lambda: self._evaluate_unless_stopped(step))
+
+    def _evaluate_unless_stopped(self, step: int) -> Verdict | None:
+        before = (self.online.best, self.online.per_image) if self.online else None
+        try:
+            with stops.interruptible():
+                if step:
+                    return self._evaluate(step)
+                self._evaluate_start()
+        except stops.EvaluationStopped:
+            self.trainer.missed = True
+            if self.online and before:  # it is repeated: a best of this step was not saved
+                self.online.best, self.online.per_image = before
+        return None
+
+    def _evaluate_start(self) -> None:
+        with doing(f"step 0: evaluating on {len(self.images.looked_at)} images"):
+            health = self.health(self.method)
+            gallery = self.images.gallery(2 * self.settings.multicrop.global_crops_size)
+            self.start = Start(health, gallery, patch_maps(self.teacher, gallery))
+        self._evaluate_online(0)
+
+    def _evaluate(self, step: int) -> Verdict:
+        run, start = self._run, self.start
+        assert start is not None
+        with doing(f"step {step}: evaluating on {len(self.images.looked_at)} images"):
+            health = self.health(self.method)
+        self.images.unreadable(health.replaced, f"evaluation at step {step}: ")
+        result = verdict(health, start.health, step, bool(self.images.held_out))
+        run.log(step, result.metrics, "health.jsonl", verdict=result.label)
+        picture = io.BytesIO()
+        strip(start.gallery, start.maps, patch_maps(self.teacher, start.gallery), step).save(picture, "PNG")
+        run.write(f"pictures/features-{step:08d}.png", picture.getvalue())
+        self._evaluate_online(step)
+        return result
+
+    def _evaluate_online(self, step: int) -> None:
+        """Evaluates the teacher with --eval, and saves this step's checkpoint if it is the best yet."""
+        if self.online is None:
+            return
+        with doing(f"step {step}: evaluating with {', '.join(self.settings.eval)}"):
+            metrics, better = self.online(step, self.teacher)
+        self._run.log(step, metrics, "evaluations.jsonl")
+        say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        if better:
+            self.trainer.save(step, *self.state(), folder=self._run.path("best", "checkpoints"))
+
+    def chosen(self) -> tuple[Backbone, str]:
+        """The network to export, and why; without --eval the last teacher, with no reason."""
+        if self.online is None or self.online.best is None:
+            return self.teacher, ""
+        best, _ = build_backbone(read_weights(str(Path(self.settings.out) / "best")))
+        best = best.to(self.trainer.fabric.device).eval()
+        start = self.method.start if isinstance(self.method, Adaptation) else None
+        return best, self.online.choice(start, best)
+
+    @property
+    def teacher(self) -> Backbone:
+        teacher = self.method.encoders["teacher"]
+        assert isinstance(teacher, Backbone)
+        return teacher
+
+    @property
+    def _run(self) -> RunFolder:
+        assert self.trainer.run is not None  # the first process alone evaluates
+        return self.trainer.run
+
+    # What a checkpoint keeps
+
+    def state(self) -> Kept:
+        """Tensors and plain values for a checkpoint: what ``resume`` restores, and what opens the encoder."""
+        values = {
+            "encoder": {
+                "model": self.teacher.model,
+                "arguments": self.teacher.arguments,
+                "normalisation": self.teacher.normalisation,
+                "pooling": self.teacher.pooling,
+            },
+            "settings": plain_values(self.settings),
+            "origin": self.origin,
+            "images": self.images.digest,
+            "unreadable": {str(number): reason for number, reason in self.images.bad.items()},
+            "best": self.online and self.online.best,
+        }
+        if self.start is None:  # not the first process, which writes
+            return {}, values
+        health = self.start.health
+        tensors = {
+            **{f"score.{name}": scores for name, scores in health.scores.items()},
+            "rank": torch.tensor(health.rank, dtype=torch.float64),
+            "spread": torch.tensor(health.spread, dtype=torch.float64),
+            "images": health.images,
+            "maps": self.start.maps,
+            "gallery": (255 * self.start.gallery).round().to(torch.uint8),
+        }
+        return {"start": tensors}, values
+
+    def resume(self) -> None:
+        """Restores trainer and monitor from the newest checkpoint, if there is one.
+
+        Raises:
+            UserError: the checkpoint is of other images or initial weights, or is damaged (4).
+        """
+        other = f"{self.settings.out}/images.jsonl is not the one that the run was started with"
+        restored = self.trainer.restore("images", self.images.digest, other)
+        if restored is None:
+            return
+        tensors, values = restored
+        if values.get("origin", self.origin) != self.origin:
+            raise UserError(
+                f"--init {self.settings.init} is not what the run was started from; give the weights of then", 4
+            )
+        with checkpoint.understood(Path(self.settings.out, "checkpoints", checkpoint.name(values["step"]))):
+            self._restore(tensors["start"], values)
+
+    def _restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self.images.bad = {int(number): reason for number, reason in values["unreadable"].items()}
+        if self.online and values.get("best"):
+            self.online.best = tuple(values["best"])
+        scores = {k.removeprefix("score."): v for k, v in tensors.items() if k.startswith("score.")}
+        health = HealthSnapshot(scores, float(tensors["rank"]), float(tensors["spread"]), tensors["images"])
+        self.start = Start(health, tensors["gallery"].float() / 255, tensors["maps"])
