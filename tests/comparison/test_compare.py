@@ -18,7 +18,7 @@ from gtsa.comparison.results import read_result
 from gtsa.comparison.rows import make_rows
 from gtsa.comparison.stages import list_final_jobs
 from gtsa.core.errors import UserError
-from gtsa.core.settings import plain_yaml
+from gtsa.core.settings_file import plain_yaml
 from gtsa.models.weights import load_backbone
 
 __all__ = ["data", "whole"]  # fixtures

@@ -16,7 +16,7 @@ from gtsa.comparison import compare, jobs, queue, report
 from gtsa.comparison.rows import make_rows
 from gtsa.comparison.stages import list_final_jobs
 from gtsa.core.errors import UserError
-from gtsa.core.settings import plain_yaml
+from gtsa.core.settings_file import plain_yaml
 
 __all__ = ["data"]  # fixtures
 

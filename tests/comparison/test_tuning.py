@@ -129,7 +129,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
     evaluate = Segmentation.__call__
 
     def record_split(self, backbone, train, val, context):
-        splits.append((set(train.places), set(val.places)))
+        splits.append((set(train.indices), set(val.indices)))
         return evaluate(self, backbone, train, val, context)
 
     monkeypatch.setattr(Segmentation, "__call__", record_split)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from evaluating import labelled, make_context, noise
-from gtsa.core.settings import read_yaml, to_yaml, validated
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import read_yaml, to_yaml
 from gtsa.data.labels import IGNORE, Boxes
 from gtsa.evaluation import evaluators
 from gtsa.evaluation.evaluator import Evaluator

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from gtsa.data.pixels import BadImage
-from gtsa.data.sources import kinds, open_source
+from gtsa.data.sources import Selection, kinds, open_source
 
 GOOD, BAD = 4, 2
 
@@ -74,7 +74,7 @@ def test_one_kind_claims_it_and_opens_it(kind, example):
 
 
 def test_it_has_the_protocol(kind, example):
-    source = kind(example, range16=(0, 65535), data_root=None)
+    source = kind(example, Selection(range16=(0, 65535), data_root=None))
     assert len(source) == GOOD + BAD
     assert isinstance(source.ignored, dict)
     assert list(source.unreadable) == []

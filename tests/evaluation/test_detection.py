@@ -483,7 +483,7 @@ def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
 def test_the_learning_rate_falls_after_8_and_11_of_12_epochs(backbone, monkeypatch, warmup):
     taught = {}
     monkeypatch.setattr(
-        "gtsa.evaluation.evaluators.detection.teach",
+        "gtsa.training.supervised.train",
         lambda _, optimizer, *__, **settings: taught.update(settings, optimizer=optimizer),
     )
     Detection(scale=64, width=8, batch_size=2, warmup=warmup)(

@@ -19,7 +19,8 @@ from conftest import TINY, run_apart
 from evaluating import coloured
 from gtsa.cli.main import run
 from gtsa.core.errors import UserError
-from gtsa.core.settings import read_yaml, validated
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import read_yaml
 from gtsa.data.run_images import RunImages
 from gtsa.evaluation import evaluators
 from gtsa.evaluation.context import EvalContext

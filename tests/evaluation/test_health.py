@@ -1,4 +1,4 @@
-"""Figures and verdicts, on networks and numbers whose answer is known."""
+"""Metrics and verdicts, on networks and numbers whose answer is known."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def metrics(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
 
 
 @pytest.mark.parametrize(
-    ("now", "step", "word"),
+    ("now", "step", "label"),
     [
         (metrics(0.03), 200, "learning"),
         (metrics(0.015), 200, "too short to tell"),  # above 0 with its whole interval, and worth nothing
@@ -70,37 +70,46 @@ def metrics(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
         (metrics(-0.05), 5000, "stalled"),
     ],
 )
-def test_the_verdict_says_what_the_figures_support(now, step, word):
+def test_the_verdict_says_what_the_metrics_support(now, step, label):
     found = verdict(now, HealthSnapshot({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8)), step)
-    assert found.word == word
+    assert found.label == label
 
 
 @pytest.mark.parametrize(
     ("gain", "words"),
     [
-        (0.1, "true regions are predicted better than other images' regions (cosine), by +0.100"),
-        (0.012, "predicted hardly better than"),
-        (-0.069, "predicted worse than other images' regions (cosine), by -0.069 over step 0 (95 % interval -0.0"),
-        (0.001, "predicted not distinguishably better than"),
-        (-0.001, "predicted not distinguishably better than"),
+        (
+            0.1,
+            "better prediction of the region that two views share, over other images' regions (cosine): +0.100 against",
+        ),
+        (
+            0.012,
+            "hardly better prediction of the region that two views share, over other images' regions (cosine): +0.012",
+        ),
+        (
+            -0.069,
+            "worse prediction of the region that two views share, over other images' regions (cosine): -0.069 against step 0 (95 % interval -0.0",
+        ),
+        (0.001, "no significantly better prediction of the region that two views share"),
+        (-0.001, "no significantly better prediction of the region that two views share"),
     ],
 )
 def test_better_worse_and_not_distinguishable_are_three_cases(gain, words):
     start = HealthSnapshot({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8))
-    assert words in verdict(metrics(gain), start, 500).reasons[0]
+    assert verdict(metrics(gain), start, 500).reasons[0].startswith(words)
 
 
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        (0.5, "recognised: 50.0"),
-        (0.265, "hardly recognised"),
-        (0.25, "not recognised yet"),
-        (0.2, "not recognised: 20"),
+        (0.5, "above chance: 50.0 %"),
+        (0.265, "hardly above chance: 26.5 %"),
+        (0.25, "not significantly above chance: 25.0 %"),
+        (0.2, "below chance: 20.0 %"),
     ],
 )
 def test_so_are_rotations_against_chance(share, words):
-    assert f"orientation is {words}" in verdict(metrics(0.0, rotation=share), metrics(0.0), 500).reasons[1]
+    assert f"rotation accuracy is {words}" in verdict(metrics(0.0, rotation=share), metrics(0.0), 500).reasons[1]
 
 
 def test_a_verdict_is_about_held_out_images_or_says_so():
@@ -110,9 +119,9 @@ def test_a_verdict_is_about_held_out_images_or_says_so():
 
 
 def test_one_image_supports_nothing():
-    """Nor is it a sign of collapse that a teacher tells nothing: that needs another image."""
+    """Nor is a teacher information of 0 a sign of collapse: it is 0 for any single image."""
     now = metrics(0.5, rotation=0.9, n=1, teacher_information=0.0)
-    assert verdict(now, metrics(0.0, n=1), 100).word == "too short to tell"
+    assert verdict(now, metrics(0.0, n=1), 100).label == "too short to tell"
 
 
 def asked(see, count=4, **options):
@@ -144,25 +153,25 @@ def test_which_patches_are_looked_at_goes_with_seed_and_image(monkeypatch):
 
 
 def test_a_start_that_was_lucky_is_no_learning():
-    """The views are always the same: what the untrained network names by luck it names at every look."""
+    """The views are always the same: rotations that the untrained network predicts by luck count at no evaluation."""
     start = metrics(0.0, rotation=0.31)
-    assert verdict(metrics(0.0, rotation=0.31), start, 200).word == "too short to tell"
-    assert verdict(metrics(0.0, rotation=0.4), start, 200).word == "learning"
+    assert verdict(metrics(0.0, rotation=0.31), start, 200).label == "too short to tell"
+    assert verdict(metrics(0.0, rotation=0.4), start, 200).label == "learning"
 
 
 @pytest.mark.parametrize(
-    ("tells", "word", "reason"),
+    ("information", "label", "reason"),
     [
-        (0.3, "learning", "tells images apart: 30 %"),
-        (0.0003, "collapsing", "says nearly the same of all images: 0.03 %"),
+        (0.3, "learning", "teacher assignments are different between images: mutual information 30 %"),
+        (0.0003, "collapsing", "teacher assignments are nearly the same for all images: mutual information 0.03 %"),
     ],
 )
-def test_a_teacher_that_says_the_same_of_all_images_is_no_learning(tells, word, reason):
-    """Views of an image are still told from others', as by the collapsed DINO of the small experiment."""
-    found = verdict(metrics(0.13, teacher_information=tells), metrics(0.0), 1000)
-    assert found.word == word
+def test_a_teacher_with_the_same_output_for_all_images_is_no_learning(information, label, reason):
+    """Views of an image are still matched, as by the collapsed DINO of the small experiment."""
+    found = verdict(metrics(0.13, teacher_information=information), metrics(0.0), 1000)
+    assert found.label == label
     assert any(reason in line for line in found.reasons)
-    assert found.metrics["teacher_information"] == pytest.approx(tells)
+    assert found.metrics["teacher_information"] == pytest.approx(information)
 
 
 def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():

@@ -14,11 +14,10 @@ from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Examples
 from gtsa.data.labels import IGNORE
 from gtsa.data.loader import StepSampler
-from gtsa.evaluation.evaluators import segmentation
 from gtsa.evaluation.evaluators.segmentation import PixelCrossEntropy, Segmentation, TrainingCrops, parameter_groups
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.models.backbone import Backbone
-from gtsa.training import trainer
+from gtsa.training import supervised
 from gtsa.training.schedules import Polynomial
 
 QUICK = {"size": 128, "scales": (1.0, 1.0), "steps": 30, "batch_size": 4, "learning_rate": 0.2}
@@ -247,7 +246,7 @@ def _asked_to_stop():
 @pytest.mark.parametrize("head", ["fpn", "linear"])
 @pytest.mark.parametrize("stop", [_power_cut, _asked_to_stop])
 def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
-    monkeypatch.setattr(segmentation, "teach", functools.partial(trainer.teach, checkpoint_every=2))
+    monkeypatch.setattr(supervised, "train", functools.partial(supervised.train, checkpoint_every=2))
     masks = [m[:h] for m, h in zip(stripes(5, 48, 40), (48, 20, 33, 48, 33), strict=True)]
     data = labelled(painted(masks), masks)
     settings = {**TUNED, "crop": 32, "head": head, "size": 0, "learning_rate": 1e-2}

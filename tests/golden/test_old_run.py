@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from conftest import run
-from gtsa.core.settings import read_yaml
+from conftest import run, run_apart
+from gtsa.core.settings_file import read_yaml
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining.requested import settings_of
 from gtsa.training import checkpoint
@@ -27,10 +27,10 @@ def old(tmp_path):
     return tmp_path / "run"
 
 
-def test_it_opens_with_the_same_weights_and_figures(old, scenes, tmp_path):
-    backbone, said = load_backbone(str(old))
+def test_it_opens_with_the_same_weights_and_metrics(old, scenes, tmp_path):
+    backbone, loaded = load_backbone(str(old))
     assert backbone.fingerprint == FINGERPRINT
-    assert said.startswith("78 of 78 tensors loaded")
+    assert loaded.startswith("78 of 78 tensors loaded")
     tasks = ("--task", "health", "rotation", "--train", scenes, "--folds", 2, "--rotation.size", 64)
     code, _, err = run("evaluate", old, *tasks, "--out", tmp_path / "report.json")
     assert code == 0, err
@@ -56,15 +56,16 @@ def test_its_settings_have_todays_names(old):
     assert now["dino"]["teacher_temp_warmup"] == now["ibot"]["teacher_temp_warmup"] == 0.29
 
 
-def test_it_goes_on_with_its_images_at_another_place(old, scenes):
-    code, out, err = run("pretrain", "--out", old, "--data", scenes, "--resume", "--steps", 13)
+def test_it_resumes_with_its_images_in_another_folder(old, scenes):
+    """In a process of its own: a resume sets the number of threads."""
+    code, out, err = run_apart("pretrain", "--out", old, "--data", scenes, "--resume", "--steps", 13)
     assert code == 0, err
     assert "training from step 12 to 13" in out + err
     assert read_yaml(old / "config.yaml")["views"]["hflip"] == 0.0
     assert "schema: 2" in (old / "config.yaml").read_text()
 
 
-def test_as_a_file_of_settings_it_says_the_new_names(old, scenes, tmp_path):
+def test_as_a_file_of_settings_it_is_refused_with_the_new_names(old, scenes, tmp_path):
     code, _, err = run("pretrain", "--config", old / "config.yaml", "--data", scenes, "--out", tmp_path / "new")
     assert code == 2
     assert "clip: is called clip_grad now" in err

@@ -1,4 +1,4 @@
-"""Going on from good weights: the preset keeps them where going on as from scratch destroys them, and so is chosen."""
+"""Training from good weights: the preset keeps their quality, settings for scratch destroy it, and the better is chosen."""
 
 import json
 

@@ -12,7 +12,7 @@ from comparing import data, results, settings
 from test_exact import ended_after, lines_of
 
 from conftest import SMALL_HEADS, final_weights, run, start
-from gtsa.core.settings import plain_yaml
+from gtsa.core.settings_file import plain_yaml
 
 pytestmark = pytest.mark.long
 __all__ = ["data"]  # a fixture

@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
 
 def test_orientation_is_learnt(trained):
     assert trained.verdict.metrics["rotation_accuracy"] > 0.9
-    assert trained.verdict.word == "learning"
+    assert trained.verdict.label == "learning"
 
 
 @pytest.mark.parametrize("what", ["region", "patch"])
@@ -65,12 +65,12 @@ def test_dino_does_not_collapse_on_the_sample(tmp_path):
     assert np.mean(losses[-10:]) < highest - 0.3
     assert 0.3 < np.mean(entropies[-10:]) < 0.95
     assert done.verdict.metrics["teacher_information"] > 0.05
-    assert done.verdict.word == "learning"
+    assert done.verdict.label == "learning"
 
 
-def test_dino_with_settings_for_large_data_collapses_on_the_sample_and_says_so(tmp_path):
+def test_dino_with_settings_for_large_data_collapses_on_the_sample_and_the_verdict_reports_it(tmp_path):
     """The published temperatures with a teacher that follows fast."""
     options = {"momentum": 0.99, "teacher_temp": (0.04, 0.07)}
     done = gtsa.pretrain(out=str(tmp_path / "run"), method="dino", steps=250, learning_rate=6e-4, dino=options)
     assert done.verdict.metrics["teacher_information"] < 0.002
-    assert done.verdict.word == "collapsing"
+    assert done.verdict.label == "collapsing"

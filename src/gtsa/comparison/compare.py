@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Unpack
 
 from gtsa.comparison import beforehand, tuning
+from gtsa.comparison.arguments import CompareArguments
 from gtsa.comparison.queue import run_jobs
 from gtsa.comparison.report import ReportWriter
 from gtsa.comparison.results import read_result
@@ -20,14 +22,15 @@ from gtsa.comparison.stages import (
     list_reported_jobs,
 )
 from gtsa.core.errors import UserError
-from gtsa.core.settings import validated
-from gtsa.core.stops import heard
+from gtsa.core.settings import validated, with_keywords
+from gtsa.core.stops import handle_signals
 from gtsa.core.terminal import say
 from gtsa.data.sources import open_source
 from gtsa.pretraining.verdict import LONG
 
 
-def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: object) -> Path:
+@with_keywords(Compare)
+def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[CompareArguments]) -> Path:
     """Trains every method with every seed, evaluates all networks on the same tasks, and reports with intervals.
 
     Finished networks are kept, so the same call resumes the comparison after any interruption. A run that fails is
@@ -50,7 +53,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: object) -> Pat
     # Rows: methods, variants, further rows, controls, given weights
     rows = make_rows(settings)
 
-    with heard():
+    with handle_signals():
         # Check everything beforehand: images, settings, weights and labels
         beforehand.check(rows, settings)
 

@@ -26,7 +26,7 @@ from gtsa.evaluation import evaluators, tasks
 from gtsa.evaluation.evaluator import Evaluator
 from gtsa.evaluation.settings import Evaluate, EvaluatorSettings
 from gtsa.pretraining.settings import METHODS
-from gtsa.training.trainer import digest_of
+from gtsa.training.digest import digest_of
 
 STAGES = {"images": "equal images", "flops": "equal operations"}  # the stages in the report
 TRIAL_SEED = 1_000  # of all trials: equal initialisation and images for all settings; no final run has this seed

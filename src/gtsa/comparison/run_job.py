@@ -27,8 +27,9 @@ from gtsa.comparison.settings import Compare
 from gtsa.core.drawing import squares
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
-from gtsa.core.settings import Plan, plain_yaml, read_yaml, validated
-from gtsa.core.stops import heard
+from gtsa.core.settings import Plan, validated
+from gtsa.core.settings_file import plain_yaml, read_yaml
+from gtsa.core.stops import handle_signals
 from gtsa.core.types import Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
@@ -246,7 +247,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def main(path: Path) -> None:
     """Entry point of the process of a job."""
     try:
-        with heard(), considerate():
+        with handle_signals(), considerate():
             run(*read_job(path))
     except UserError as error:
         print(f"gtsa: {error}", file=sys.stderr)

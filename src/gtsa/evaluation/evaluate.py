@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from lightning_fabric import Fabric
 
 from gtsa.core.errors import UserError
 from gtsa.core.files import clear_drafts, store
-from gtsa.core.settings import validated
+from gtsa.core.settings import validated, with_keywords
 from gtsa.core.terminal import say, table
 from gtsa.data.labels import Labelled
 from gtsa.evaluation import intervals, predictions, tasks
+from gtsa.evaluation.arguments import EvaluateArguments
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.backbone import Backbone
@@ -62,8 +63,9 @@ class Report(TypedDict):
     unfinished: NotRequired[list[str]]  # tasks that have no result yet
 
 
+@with_keywords(Evaluate)
 @threads.considerate()
-def evaluate(weights: str, task: str | Sequence[str] = (), **settings: object) -> Report:
+def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Unpack[EvaluateArguments]) -> Report:
     """Evaluates a backbone on labelled images, with one task or several.
 
     Args:

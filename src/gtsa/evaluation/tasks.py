@@ -7,19 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from lightning_fabric import Fabric
 
 from gtsa.core.errors import UserError
 from gtsa.core.files import IMAGES
-from gtsa.core.settings import read_yaml
 from gtsa.core.terminal import say
 from gtsa.data import labels
 from gtsa.data.labels import Kind, Labelled
 from gtsa.data.labels.unlabelled import unlabelled
-from gtsa.data.run_images import RunImages
+from gtsa.data.run_images import open_images_of
 from gtsa.data.scan import scan
 from gtsa.evaluation import evaluators, intervals
 from gtsa.evaluation.context import EvalContext
@@ -148,7 +146,7 @@ def _decode_all(flag: str, data: Labelled) -> None:
     problems = labels.Problems(flag)
     for name, reason in scan(data.source, decode=True).bad:
         problems.add("image that cannot be read", name, f"{reason}: repair it, or remove it from the labels")
-    problems.insist()
+    problems.raise_if_any()
 
 
 def _open_data(evaluator: Evaluator, name: str, settings: Evaluate, opener: Opener) -> tuple[Labelled, Labelled]:
@@ -183,8 +181,8 @@ def _check_split(name: str, train: Labelled, val: Labelled) -> None:
         )
     if missing := sorted(set(train.classes) - set(val.classes)):
         say(f"{name}: --val has no example of {_first_five(missing)}")
-    train_paths = {train.source.path(index) or index for index in train.places}
-    if common := sum((val.source.path(index) or -1) in train_paths for index in val.places):
+    train_paths = {train.source.path(index) or index for index in train.indices}
+    if common := sum((val.source.path(index) or -1) in train_paths for index in val.indices):
         say(f"{name}: {common:,} of {len(val):,} evaluation images are also training images: the metrics are too high")
 
 
@@ -200,17 +198,13 @@ def _open_labels(paths: tuple[str, ...], kinds: tuple[Kind, ...], settings: Eval
     """
     if len(paths) == 1 and "none" in kinds:
         kinds = ("none",)
-    options = {
-        "ignore": settings.ignore,
-        "reduce_zero_label": settings.reduce_zero_label,
-        "classes": settings.classes,
-    }
+    options = settings.ignore, settings.reduce_zero_label, settings.classes
     messages: list[str] = []
     for kind in kinds:
-        key = (*paths, kind, *options.values())
+        key = (*paths, kind, *options)
         try:
             if key not in shared:
-                shared[key] = labels.open_labelled(paths[0], paths[1] if len(paths) > 1 else None, kind, **options)
+                shared[key] = labels.open_labelled(paths[0], paths[1] if len(paths) > 1 else None, kind, *options)
             return shared[key]
         except labels.UnknownFormat as error:
             messages.append(str(error))
@@ -227,10 +221,9 @@ def _open_held_out(weights: str) -> Labelled:
             "--val is missing: give --val IMAGES, without labels (a run of gtsa has held-out images, and "
             f"{weights} is not a run)"
         )
-    settings = SimpleNamespace(**{**read_yaml(run / "config.yaml", schema=1), "out": str(run)})
     try:
-        images = RunImages(settings.data, settings, say)
-    except (UserError, OSError, ValueError, AttributeError) as error:
+        images = open_images_of(run, say)
+    except (UserError, OSError, ValueError) as error:
         raise UserError(
             f"the images of {run} cannot be opened ({error}); give --val IMAGES, without labels", 3
         ) from None

@@ -23,9 +23,9 @@ from gtsa.evaluation.heads.mask_rcnn import LONGEST, Detector, Target
 from gtsa.evaluation.loading import batches, normalised, read, resized, training_batches
 from gtsa.evaluation.parameter_groups import split_by_decay
 from gtsa.models.backbone import Encoder
+from gtsa.training import supervised
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Steps, warmup_then
-from gtsa.training.trainer import teach
 
 
 class Detection(Evaluator):
@@ -116,7 +116,7 @@ class Detection(Evaluator):
             targets = [{name: t.to(context.device) for name, t in target.items()} for target in examples.targets]
             return DetectionBatch(images, targets)
 
-        teach(
+        supervised.train(
             DetectionLoss(detector), optimizer, stream, prepare, steps=steps, batch_size=self.batch_size,
             accumulate=self.accumulate, fabric=context.fabric, seed=context.seed, folder=context.folder,
             depends=(sorted(vars(self).items()), data.fingerprint),
@@ -171,7 +171,7 @@ class TrainingViews(Dataset[tuple[int, Tensor, Target]]):
         return len(self.data)
 
     def __getitem__(self, draw: Draw) -> tuple[int, Tensor, Target]:
-        index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
+        index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.position])
         pixels, rng = read(self.data, index), generator(self.seed, Stream.VIEWS, index, draw.epoch)
         view = draw_view(pixels.shape[-2], pixels.shape[-1], self.scale, rng)
         return index, *apply_view(pixels, self.data.target(index), view)
@@ -227,7 +227,7 @@ def coco_detections(
     boxes = (output["boxes"] * zoom).cpu()
     detections: list[DetectedObject] = [
         {
-            "image_id": data.image_ids[data.places[index]],
+            "image_id": data.image_ids[data.indices[index]],
             "category_id": data.category_ids[label - 1],
             "bbox": to_xywh(box),
             "score": score,

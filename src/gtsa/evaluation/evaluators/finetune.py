@@ -28,9 +28,9 @@ from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import fine_tunable, pooled, tokens_of, whole_patches
 from gtsa.evaluation.loading import normalised, read, training_batches
 from gtsa.models.backbone import Backbone, Encoder
+from gtsa.training import supervised
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine, warmup_then
-from gtsa.training.trainer import teach
 
 
 class Finetune(Evaluator):
@@ -131,7 +131,7 @@ class Finetune(Evaluator):
             for number, (pixels, classes, indices) in enumerate(micro_batches, start * self.accumulate):
                 yield Examples(pixels, (classes, number), indices)
 
-        teach(
+        supervised.train(
             network, optimizer, batches, self._prepare(network, len(train.classes), context), steps=steps,
             batch_size=batch, accumulate=self.accumulate, fabric=context.fabric, seed=context.seed,
             folder=context.folder, depends=(sorted(vars(self).items()), context.tokens, train.fingerprint),
@@ -202,7 +202,7 @@ class Augmented(Dataset[tuple[Tensor, int, int]]):
                 op.level_fn = _posterize_bits
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
-        index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
+        index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.position])
         image = Image.fromarray(read(self.data, index).permute(1, 2, 0).numpy())
         with seeded(generator(self.seed, Stream.FINETUNE_CROPS, draw.epoch, index), torch.device("cpu")):
             return self.augment(image), self.data.target(index), index

@@ -39,7 +39,7 @@ class FeatureHealth(Evaluator):
         chosen: list[Tensor] = []
         for (tokens,) in tokens_of(backbone, val, context, max(self.resize, crop), crop):
             for patches in tokens.patches.flatten(1, 2).cpu():
-                image = val.places[len(chosen)]  # the draw depends on the image, not on its position in ``val``
+                image = val.indices[len(chosen)]  # the draw depends on the image, not on its position in ``val``
                 draw = generator(context.seed, Stream.HEALTH_PATCHES, image)
                 order = torch.from_numpy(draw.permutation(len(patches)))
                 chosen.append(patches[order[: max(1, -(-TOKENS // len(val)))]].clone())

@@ -20,9 +20,9 @@ from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import image_features
 from gtsa.models.backbone import Encoder
+from gtsa.training import supervised
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Cosine
-from gtsa.training.trainer import teach
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 MOMENTUM = 0.9
@@ -111,13 +111,13 @@ class Linear(Evaluator):
 
         def batches(start: int) -> Iterator[Examples]:
             for draws in StepSampler(len(rows), batch, steps, start):
-                images = rows[[epoch_order(context.seed, draw.epoch, len(rows))[draw.place] for draw in draws]]
+                images = rows[[epoch_order(context.seed, draw.epoch, len(rows))[draw.position] for draw in draws]]
                 yield Examples(features[images], targets[images], images)
 
         def prepare(batch: Examples) -> Examples:
             return Examples(batch.pixels.to(context.device), batch.targets.to(context.device), batch.images)
 
-        teach(
+        supervised.train(
             heads, optimizer, batches, prepare, steps=steps, batch_size=batch, fabric=context.fabric, seed=context.seed,
             folder=context.folder, depends=(self.pairs, features, targets, rows),
         )  # fmt: skip

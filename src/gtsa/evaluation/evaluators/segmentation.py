@@ -25,9 +25,9 @@ from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.evaluation.loading import normalised, read, resized, training_batches
 from gtsa.evaluation.parameter_groups import split_by_decay
 from gtsa.models.backbone import Encoder
+from gtsa.training import supervised
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.schedules import Constant, Polynomial, warmup_then
-from gtsa.training.trainer import teach
 
 PUBLISHED: dict[str, dict[str, float]] = {
     "linear": {"size": 448, "learning_rate": 1e-3, "weight_decay": 1e-4},
@@ -119,7 +119,7 @@ class Segmentation(Evaluator):
 
         crops = TrainingCrops(train, size, crop, self.scales, self.flip, context.seed)
         settings = sorted(item for item in vars(self).items() if item[0] != "sliding")
-        teach(
+        supervised.train(
             objective, self._optimizer(network), lambda start: self._batches(crops, context, start), prepare,
             steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, fabric=context.fabric,
             seed=context.seed, folder=context.folder, depends=(settings, train.classes, train.fingerprint, backbone),
@@ -163,7 +163,7 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor, int]]):
         return len(self.data)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, int]:
-        image = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.place])
+        image = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.position])
         rng = generator(self.seed, Stream.SEGMENTATION_CROPS, image, draw.epoch)
         pixels, truth = read(self.data, image), self.data.target(image)
         scale = rng.uniform(*self.scales)
