@@ -80,18 +80,24 @@ def test_the_verdict_says_what_the_metrics_support(now, step, label):
     [
         (
             0.1,
-            "better prediction of the region that two views share, over other images' regions (cosine): +0.100 against",
+            "prediction of shared regions, against those of other images (cosine): better than at step 0, +0.100",
         ),
         (
             0.012,
-            "hardly better prediction of the region that two views share, over other images' regions (cosine): +0.012",
+            "prediction of shared regions, against those of other images (cosine): hardly better than at step 0, +0.012",
         ),
         (
             -0.069,
-            "worse prediction of the region that two views share, over other images' regions (cosine): -0.069 against step 0 (95 % interval -0.0",
+            "prediction of shared regions, against those of other images (cosine): worse than at step 0, -0.069 (95 % interval -0.0",
         ),
-        (0.001, "no significantly better prediction of the region that two views share"),
-        (-0.001, "no significantly better prediction of the region that two views share"),
+        (
+            0.001,
+            "prediction of shared regions, against those of other images (cosine): not significantly better than at step 0",
+        ),
+        (
+            -0.001,
+            "prediction of shared regions, against those of other images (cosine): not significantly better than at step 0",
+        ),
     ],
 )
 def test_better_worse_and_not_distinguishable_are_three_cases(gain, words):

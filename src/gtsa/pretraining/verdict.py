@@ -23,10 +23,10 @@ CHANCE = 0.25  # of four rotations
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 
 SCORES = {  # metrics of Method.diagnose whose gain over step 0 counts, and the sentence about it
-    "region_score": "{} prediction of the region that two views share, over other images' regions (cosine)",
-    "image_score": "{} match of two views of an image, over views of other images (cosine)",
-    "patch_score": "{} localisation of patches in another view (share of the distance at random)",
-    "pixel_score": "{} reconstruction of masked patches, over those of other images (share of the error)",
+    "region_score": "prediction of shared regions, against those of other images (cosine)",
+    "image_score": "match of two views of an image, against views of other images (cosine)",
+    "patch_score": "localisation of patches in another view (share of the random distance)",
+    "pixel_score": "reconstruction of masked patches, against those of other images (share of the error)",
 }
 
 MUTE = 0.01  # of teacher_information: less is none. Measured: 0.0003 where the loss stays at log K, 0.14 where it falls
@@ -171,10 +171,10 @@ def _clear(values: Interval, floor: float, margin: float) -> bool:
 def _better(name: str, gain: Interval, images: str) -> str:
     mean, low, high = gain
     clear = "better" if _clear(gain, 0, MARGIN) else "hardly better"
-    comparison = {"better": clear, "worse": "worse", "not distinguishable": "no significantly better"}
+    comparison = {"better": clear, "worse": "worse", "not distinguishable": "not significantly better"}
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
-    sentence = SCORES[name].format(comparison[intervals.verdict(low, high)])
-    return f"{sentence}: {mean:+.3f} against step 0 ({between}, {images})"
+    change = comparison[intervals.verdict(low, high)]
+    return f"{SCORES[name]}: {change} than at step 0, {mean:+.3f} ({between}, {images})"
 
 
 def _rotation(accuracy: Interval, learnt: bool) -> str:
