@@ -138,8 +138,8 @@ class Clock:
     def __init__(
         self, steps: int, evaluate_every: int, save_every: int, step: float | None = None, evaluation: float = 0.0
     ) -> None:
-        self.steps, self.every = steps, {"look": evaluate_every, "save": save_every}
-        self.seconds = {"look": evaluation, "save": 0.0}
+        self.steps, self.every = steps, {"evaluation": evaluate_every, "save": save_every}
+        self.seconds = {"evaluation": evaluation, "save": 0.0}
         self.expected, self.recent, self.first = step, deque[float](maxlen=100), True
 
     def step(self, seconds: float) -> None:

@@ -42,8 +42,7 @@ class Trainer:
     """An objective and its optimiser, with logs, checkpoints, evaluations between steps, and requests to stop.
 
     Args:
-        objective: what is trained; moved to the device.
-        optimizer: over its parameters.
+        objective, optimizer: what is trained, moved to the device, and the optimiser of its parameters.
         fabric: the engine.
         run: the folder of logs and checkpoints; None in all processes but the first.
         resume: the command that resumes a training that was stopped.
@@ -140,9 +139,8 @@ class Trainer:
         Raises:
             UserError: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
         """
-        s = self.settings
-        module, optimizer = self.wrapped
-        self._make_way()
+        s, (module, optimizer) = self.settings, self.wrapped
+        self._check_foreign_files()
         steps = fit(
             module, optimizer, batches, prepare,
             fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
@@ -151,7 +149,7 @@ class Trainer:
             self.run.start_logs(self.start, done=self.start == s.steps or self.missed)
         if self.start == 0 or self.missed:
             self.missed = False
-            self._timed("look", evaluate, self.start)
+            self._timed("evaluation", evaluate, self.start)
         self._announce()
         progress = Progress(s.steps, self.start, s.batch_size, clock=self.clock) if self.run else None
         with stops.requests() as requests:
@@ -183,7 +181,7 @@ class Trainer:
         evaluates = step % s.evaluate_every == 0 and step < s.steps
         saves = step % s.checkpoint_every == 0 or step == s.steps
         if evaluates:
-            self._timed("look", evaluate, step)
+            self._timed("evaluation", evaluate, step)
         if saves:
             self._timed("save", self.save, step, *state())
         if (evaluates or saves) and not stopping:
@@ -253,7 +251,7 @@ class Trainer:
         parts = {f"{n}.{name}": part for n, done in enumerate(self.recent) for name, part in done.parts.items()}
         return {"recent": parts} if parts else {}
 
-    def _make_way(self) -> None:
+    def _check_foreign_files(self) -> None:
         """Reports foreign files among the checkpoints. Raises UserError where one is in the way of a checkpoint (8)."""
         for path in checkpoint.foreign(Path(self.settings.out) / "checkpoints"):
             step = checkpoint.NAME.fullmatch(path.name)
@@ -280,9 +278,8 @@ class Trainer:
         """Shares replaced and skipped images between all processes; returns whether any has a request to stop."""
         if self.fabric.world_size == 1:
             return requested
-        here = torch.tensor(
-            [requested, bool(done.replaced or done.skipped)], dtype=torch.float32, device=self.fabric.device
-        )
+        flags = [requested, bool(done.replaced or done.skipped)]
+        here = torch.tensor(flags, dtype=torch.float32, device=self.fabric.device)
         stopping, changed = cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")).tolist()
         if changed:
             gathered: list[tuple[list[Replaced], list[int]]] = [([], [])] * self.fabric.world_size
