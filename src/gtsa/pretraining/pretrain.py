@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -42,7 +42,7 @@ from gtsa.training.devices import launch_fabric, on_rank_zero, resolve_device
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.run_folder import RunFolder
 from gtsa.training.schedules import Cosine, warmup_then
-from gtsa.training.trainer import Trainer
+from gtsa.training.trainer import Trainer, TrainerSettings
 
 
 @dataclass
@@ -113,7 +113,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
 
         # Training, from step 0 or from the newest checkpoint. The monitor evaluates between steps.
         resume = f"{command()} pretrain --out {shlex.quote(final.out)} --resume"
-        trainer = Trainer(method, _optimizer(method, final), final, fabric, run, resume, expected)
+        trainer = Trainer(method, _optimizer(method, final), _trainer_settings(final), fabric, run, resume, expected)
         monitor = Monitor(trainer, method, final, pool, online, prepare)
         if final.resume:
             monitor.resume()
@@ -211,6 +211,10 @@ def _optimizer(method: Method, settings: Pretrain) -> ScheduledAdamW:
         settings.clip_grad,
         (0.9, settings.beta2),
     )
+
+
+def _trainer_settings(settings: Pretrain) -> TrainerSettings:
+    return TrainerSettings(**{field.name: getattr(settings, field.name) for field in fields(TrainerSettings)})
 
 
 def _batches(settings: Pretrain, pool: RunImages, start: int, fabric: Fabric) -> DataLoader[Views]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,7 @@ from gtsa.training.digest import digest_of
 from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.run_folder import RunFolder
-from gtsa.training.trainer import Trainer, means
-
-
-@dataclass
-class _Settings:
-    steps: int
-    batch_size: int
-    accumulate: int
-    seed: int
-    log_every: int
-    evaluate_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    out: str
+from gtsa.training.trainer import Trainer, TrainerSettings, means
 
 
 def train(
@@ -79,7 +65,7 @@ def train(
         return
     digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
     run = RunFolder(folder, resume=True)
-    settings = _Settings(steps, batch_size, accumulate, seed, log_every, steps, checkpoint_every, 1, str(folder))
+    settings = TrainerSettings(steps, batch_size, accumulate, seed, log_every, steps, checkpoint_every, 1, str(folder))
     try:
         training = Trainer(objective, optimizer, settings, fabric, run, "the same command")
         other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -24,7 +25,8 @@ from gtsa.training.run_folder import RunFolder
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 
 
-class TrainerSettings(Protocol):
+@dataclass(frozen=True)
+class TrainerSettings:
     """The settings that a trainer needs. Intervals are in steps."""
 
     steps: int
@@ -291,9 +293,7 @@ class Trainer:
 
 def means(recent: list[StepResult]) -> dict[str, float]:
     """Means over some steps: the parts of the loss and the seconds; and the share of the time that data took."""
-    values = {}
-    for name in recent[-1].parts:
-        parts = [done.parts[name] for done in recent if name in done.parts]
-        values[name] = float(sum(parts) / len(parts))
+    parts = {name: [done.parts[name] for done in recent if name in done.parts] for name in recent[-1].parts}
+    values = {name: float(sum(each) / len(each)) for name, each in parts.items()}
     seconds = sum(done.seconds for done in recent)
     return values | {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
