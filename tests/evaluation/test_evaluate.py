@@ -350,12 +350,12 @@ class Places(list):
 def test_settings_of_a_fold_are_evaluated_on_all_other_images_by_models_not_trained_on_it(images, folds, seed):
     question = Task("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
     per_image = question.per_image(None, EvalContext(None, "mean", seed, 1, 0))
-    told = question.without(per_image, seed)
+    told = question.metrics_without_each_fold(per_image, seed)
     assert len(told) == folds
     for (_, fold), metrics in zip(folds_of(images, folds, seed), told, strict=True):
         assert sorted(metrics["images"]) == sorted(set(range(images)) - set(fold))
         assert not set(metrics["learnt"]) & set(fold)
-    assert replace(question, pairs=False).without(per_image, seed) == []
+    assert replace(question, pairs=False).metrics_without_each_fold(per_image, seed) == []
 
 
 def test_evidence_of_folds_is_put_together():

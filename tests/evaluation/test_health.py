@@ -206,3 +206,13 @@ def test_an_image_shows_the_same_patches_in_any_company_and_others_show_others(m
     ]
     assert all(torch.equal(shown[0][image], shown[1][i]) for i, image in enumerate([3, 1, 0, 2]))
     assert len({tuple(some.flatten().tolist()) for some in shown[0]}) > 1
+
+
+def test_the_metric_of_a_new_method_has_a_verdict():
+    """Without a sentence of its own: a method is one file."""
+    noise = torch.linspace(-0.01, 0.01, 8, dtype=torch.float64)
+    start, now = (HealthSnapshot({"puzzle_score": value + noise}, 80.0, 0.8, torch.arange(8)) for value in (0.0, 0.1))
+    found = verdict(now, start, 200)
+    assert found.label == "learning"
+    assert found.reasons[0].startswith("puzzle score: better than at step 0, +0.100")
+    assert found.metrics["puzzle_gain"] == pytest.approx(0.1)

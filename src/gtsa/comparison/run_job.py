@@ -79,7 +79,7 @@ def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result:
     if job.row.source is None:
         backbone, training = _train(job, settings, folder)
     else:
-        backbone, training = _make_untrained(job.row.source, job.number, settings), Result()
+        backbone, training = _open_reference(job.row.source, job.number, settings), Result()
     results, per_image = _evaluate(backbone, job, settings, folder / "work")
     if job.stage != "trial":
         write_per_image(job, settings, per_image)
@@ -140,7 +140,7 @@ def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str
     return options
 
 
-def _make_untrained(source: str, seed: int, settings: Compare) -> Encoder:
+def _open_reference(source: str, seed: int, settings: Compare) -> Encoder:
     """A control, an untrained network, or given weights."""
     if source in CONTROLS:
         return CONTROLS[source](patch_of(settings.model))
@@ -210,7 +210,7 @@ def _evaluate(
         of_task = per_image[task.name, feature] = task.per_image(backbone, context)
         metrics = task.evaluator.metrics(of_task)
         result = TaskResult(task=task.name, feature=feature, metrics=metrics, images=len(task.val))
-        if without := task.without(of_task, EVALUATION_SEED):
+        if without := task.metrics_without_each_fold(of_task, EVALUATION_SEED):
             result["without"] = without
         results.append(result)
     return results, per_image

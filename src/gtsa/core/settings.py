@@ -32,7 +32,7 @@ from gtsa.core.migration import name_now
 from gtsa.core.plugins import REQUIRED, Declared
 
 if TYPE_CHECKING:
-    # Once the plan is made every setting has a value, and this is its type to all who read it: none is auto or missing.
+    # For type checkers: after planning no setting is "auto" or missing, so both add nothing to a setting's type.
     Auto: TypeAlias = Never
     Missing: TypeAlias = Never
 else:
@@ -225,13 +225,13 @@ def differences(old: Strict, new: Strict, prefix: str = "") -> list[str]:
     return lines
 
 
-class Copied(Protocol):
+class HasModelCopy(Protocol):
     """Settings, of which a copy with other values can be made."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self: ...
 
 
-P = TypeVar("P", bound=Copied)
+P = TypeVar("P", bound=HasModelCopy)
 
 
 @dataclass

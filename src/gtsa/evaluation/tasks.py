@@ -71,8 +71,8 @@ class Task:
             parts.append(self.evaluator(backbone, self.val.take(train), self.val.take(val), context))
         return joined(parts)
 
-    def without(self, per_image: PerImage, seed: int) -> list[dict[str, float]]:
-        """From results of pairs, for every fold: metrics of all other images, by models not trained on the fold.
+    def metrics_without_each_fold(self, per_image: PerImage, seed: int) -> list[dict[str, float]]:
+        """For each fold: metrics on the other images, from models that did not train on that fold.
 
         Empty for a fold without which the metrics are undefined.
         """

@@ -149,24 +149,24 @@ class GTSA(Method):
             Two tensors [B, V, G, c, c, C].
         """
         if self.region_target == "global":
-            ours, target = student.mean((2, 3))[:, :, None], teacher.mean((2, 3))[:, None]
+            pooled, target = student.mean((2, 3))[:, :, None], teacher.mean((2, 3))[:, None]
             shape = (*student.shape[:2], teacher.shape[1], 1, 1, student.shape[-1])
-            return ours[..., None, None, :].expand(shape), target[..., None, None, :].expand(shape)
+            return pooled[..., None, None, :].expand(shape), target[..., None, None, :].expand(shape)
         boxes, seen_boxes = regions(view, seen)
         cells = self.cells[size] if self.cells else round(0.7 * student.shape[2])
-        ours = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
+        pooled = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
         target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, c, c, C]
         rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
-        return ours, rotate_maps(target, rotations).transpose(1, 2)
+        return pooled, rotate_maps(target, rotations).transpose(1, 2)
 
     # Patch correspondence, wherever similar patches are (section 3.4)
 
     def patch_loss(self, student: Tensor, teacher: Tensor, size: int) -> Tensor:
         """The patch correspondence loss [B, V, G] of whole maps [B, V, h, w, C] and [B, G, h, w, C]."""
-        ours, target = student.flatten(2, 3), teacher.flatten(2, 3)
-        matches = self.matches[size] if self.matches else max(1, ours.shape[2] // 2)
-        matches = min(matches, ours.shape[2], target.shape[2])
-        return losses.patch_correspondence(ours[:, :, None], target[:, None], matches)
+        patches, target = student.flatten(2, 3), teacher.flatten(2, 3)
+        matches = self.matches[size] if self.matches else max(1, patches.shape[2] // 2)
+        matches = min(matches, patches.shape[2], target.shape[2])
+        return losses.patch_correspondence(patches[:, :, None], target[:, None], matches)
 
     # For evaluation
 

@@ -82,7 +82,7 @@ class Monitor:
                 self._evaluate_start()
         except stops.EvaluationStopped:
             self.trainer.missed = True
-            if self.online and before:  # it is repeated: a best of this step was not saved
+            if self.online and before:  # it will run again: this step's best checkpoint was not saved
                 self.online.best, self.online.per_image = before
         return None
 
@@ -181,7 +181,7 @@ class Monitor:
         tensors, values = restored
         if values.get("origin", self.origin) != self.origin:
             raise UserError(
-                f"--init {self.settings.init} is not what the run was started from; give the weights of then", 4
+                f"--init {self.settings.init} differs from the initial weights of this run; pass the original ones", 4
             )
         with checkpoint.understood(Path(self.settings.out, "checkpoints", checkpoint.name(values["step"]))):
             self._restore(tensors["start"], values)

@@ -82,7 +82,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    # The run folder: it is locked, and the first process alone writes into it. A plan has one that is removed.
+    # The run folder: it is locked, and the first process alone writes into it. With --plan it is temporary.
     with open_run(resolved, fabric) as run:
         # Images: each is used, or named with its reason. The rest of the plan follows from their number.
         listed = on_rank_zero(fabric, partial(_list_images, data, resolved.settings, run)) or {}
@@ -93,7 +93,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         plan.hold_out(resolved, images)
         plan.budget(resolved, images - resolved.settings.hold_out, kind.base_lr)
 
-        # Networks, and the data of the evaluations during training. Nothing is refused after them.
+        # Networks, and the data of the evaluations during training. All mistakes are reported before this point.
         method, loaded = build_method(resolved.settings, initial)
         online = on_rank_zero(fabric, lambda: _online_evaluation(resolved.settings))
         if run:
@@ -136,7 +136,7 @@ def _list_images(data: object, settings: Pretrain, run: RunFolder | None) -> dic
 
 
 def _online_evaluation(settings: Pretrain) -> OnlineEvaluation | None:
-    """The tasks of --eval, if there are any. The start may be chosen if it has initial weights."""
+    """The tasks of --eval, if there are any. With --init the start is a candidate too."""
     return OnlineEvaluation(settings, bool(settings.init)) if settings.eval else None
 
 

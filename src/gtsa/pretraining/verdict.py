@@ -22,7 +22,7 @@ CHANCE = 0.25  # of four rotations
 
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 
-SCORES = {  # metrics of Method.diagnose whose gain over step 0 counts, and the sentence about it
+SCORES = {  # sentences about metrics of Method.diagnose; the gain over step 0 counts of all that end in _score
     "region_score": "prediction of shared regions, against those of other images (cosine)",
     "image_score": "match of two views of an image, against views of other images (cosine)",
     "patch_score": "localisation of patches in another view (share of the random distance)",
@@ -118,7 +118,7 @@ def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: boo
     reasons: list[str] = []
     learnt: dict[str, bool] = {}
     for name in now.scores:
-        if name in SCORES:
+        if name.endswith("_score"):
             gain = interval(now.of(name, common) - start.of(name, common))
             metrics |= _named(name.replace("score", "gain"), gain)
             reasons.append(_better(name, gain, f"{images} {where}"))
@@ -148,7 +148,7 @@ def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: boo
         f"{'features have collapsed or shrunk' if shrunk else 'no sign of collapse'}: effective rank {now.rank:.1f} "
         f"(step 0: {start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
     )
-    main = learnt[next(iter(now.scores))]
+    main = learnt[next(iter(now.scores)).removesuffix("_accuracy")]
     if mute or (shrunk and not (main and now.spread > start.spread / 10)):
         label = "collapsing"
     elif main or learnt.get("rotation"):
@@ -174,7 +174,7 @@ def _better(name: str, gain: Interval, images: str) -> str:
     comparison = {"better": clear, "worse": "worse", "not distinguishable": "not significantly better"}
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
     change = comparison[intervals.verdict(low, high)]
-    return f"{SCORES[name]}: {change} than at step 0, {mean:+.3f} ({between}, {images})"
+    return f"{SCORES.get(name, name.replace('_', ' '))}: {change} than at step 0, {mean:+.3f} ({between}, {images})"
 
 
 def _rotation(accuracy: Interval, learnt: bool) -> str:
@@ -189,7 +189,7 @@ def advice(label: str) -> str:
     """What to do about a verdict."""
     return {
         "learning": "train longer for more, or evaluate the export on your task",
-        "too short to tell": f"give it more steps (at least {LONG:,}) before you judge",
+        "too short to tell": f"give it more steps (at least {LONG:,}) before you draw conclusions",
         "stalled": "more varied images, a larger batch or a higher --learning-rate may help",
         "collapsing": (
             "start anew with a lower --learning-rate, a higher momentum of the teacher, or (dino, ibot) a lower "

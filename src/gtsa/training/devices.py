@@ -13,12 +13,12 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa.core.errors import UserError
-from gtsa.core.settings import Copied, Plan, is_auto
+from gtsa.core.settings import HasModelCopy, Plan, is_auto
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-class DeviceSettings(Copied, Protocol):
+class DeviceSettings(HasModelCopy, Protocol):
     """The settings of where something runs."""
 
     @property

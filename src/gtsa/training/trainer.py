@@ -67,19 +67,19 @@ class Trainer:
         self.start = 0  # steps that were done before
         self.skips: deque[int] = deque()
         self.recent: list[StepResult] = []  # steps since the last line of the log
-        self.missed = False  # the evaluation after this step, which a request to stop has broken off
+        self.missed = False  # the evaluation at this step was interrupted and must be repeated
         self.clock = Clock(settings.steps, settings.evaluate_every, settings.checkpoint_every, *expected)
 
-    def restore(self, key: str, value: str, otherwise: str) -> Kept | None:
+    def restore(self, key: str, value: str, mismatch: str) -> Kept | None:
         """Restores the newest whole checkpoint and returns all that it holds; None where there is none.
 
         Args:
             key, value: an entry that the checkpoint's state must have.
-            otherwise: the message where it has another value.
+            mismatch: error message where the stored value differs.
 
         Raises:
-            UserError: it is of another training or version, or there are checkpoints and none of them is whole (4);
-                it has more steps than the settings (2).
+            UserError: the checkpoint belongs to another training or version, or every checkpoint is damaged (4); it
+                has more steps than the settings (2).
         """
         path, problems = checkpoint.newest(Path(self.settings.out) / "checkpoints")
         if path is None:
@@ -94,7 +94,7 @@ class Trainer:
             self.note(f"{problem}: resuming from {path.name}")
         tensors, state = checkpoint.read(path)
         if state.get(key) != value:
-            raise UserError(otherwise, 4)
+            raise UserError(mismatch, 4)
         if state["step"] > self.settings.steps:
             raise UserError(f"{state['step']} steps are done: --steps must be at least that, not {self.settings.steps}")
         with checkpoint.understood(path):
