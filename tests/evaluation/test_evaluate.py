@@ -102,9 +102,9 @@ def test_evaluation_images_that_are_also_training_images_are_reported(places, ca
 def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
     report = asked(places, ("knn", "linear"), out=str(tmp_path / "out.json"))
     knn, linear = report["results"]
-    assert knn["guessing"] == {"most frequent class": pytest.approx(100 / 3)}
+    assert knn["chance"] == {"most frequent class": pytest.approx(100 / 3)}
     assert knn["intervals"]["top1, k = 3"] == (100.0, 100.0) and knn["seconds"] > 0
-    assert report["asked"]["task"] == ["knn", "linear"] and report["asked"]["train"] == [str(places / "train")]
+    assert report["requested"]["task"] == ["knn", "linear"] and report["requested"]["train"] == [str(places / "train")]
     shown = capsys.readouterr().out
     assert "95 % intervals over images; most frequent class: 33.33 %" in " ".join(shown.split())
     assert "step 10/" in shown or "ETA 0 s" in shown  # a training tells how far it is, with a folder or without
@@ -224,8 +224,8 @@ def test_rotation_needs_images_alone(places, tmp_path):
         ({"train": places / "train", "val": tmp_path / "nested"}, 4),
     ):
         (result,) = asked(places, "rotation", **data)["results"]
-        assert result["images"]["judged"] == images and "rotation accuracy" in result["metrics"]
-        assert not result["guessing"]
+        assert result["images"]["evaluated"] == images and "rotation accuracy" in result["metrics"]
+        assert not result["chance"]
 
 
 def test_labels_of_one_side_alone_are_told(places, tmp_path):
@@ -240,7 +240,7 @@ def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part)
     small = {"resize": 64, "crop": 64}
     (own,) = gtsa.evaluate(str(finished / part), "health", device="cpu", workers=0, health=small)["results"]
     assert f"evaluated on {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
-    assert own["images"] == {"judged": TINY["hold_out"]}
+    assert own["images"] == {"evaluated": TINY["hold_out"]}
     settings = validated(Pretrain, read_yaml(finished / "config.yaml"))
     pool = RunImages(str(scenes), settings, print)
     for number in pool.held_out:
@@ -276,8 +276,8 @@ def test_several_questions_in_one_call(places, tmp_path):
     assert list(linear["metrics"]) == ["top1"]
     assert knn["settings"] == {"k": (3, 1), "temperature": 0.07, "resize": 64, "crop": 64}
     for result in (knn, linear, rotation):
-        assert result["images"] == {"judged": 6, "trained_on": 12}
-    assert health["images"] == {"judged": 6}
+        assert result["images"] == {"evaluated": 6, "trained_on": 12}
+    assert health["images"] == {"evaluated": 6}
     assert knn["data"] == linear["data"] and knn["data"]["train"] != knn["data"]["val"]
     assert knn["classes"] == 3
 
@@ -305,7 +305,7 @@ def test_another_file_name_is_another_data_set(places, tmp_path):
 def test_folds_evaluate_every_image_once(places, task, tmp_path):
     report = asked(places, task, val=(), folds=4, predictions=str(tmp_path), work=str(tmp_path / "work"))
     (result,) = report["results"]
-    assert result["images"] == {"judged": 12, "folds": 4}
+    assert result["images"] == {"evaluated": 12, "folds": 4}
     assert all(np.isfinite(value) for value in result["metrics"].values())
     if task == "knn":
         assert result["metrics"]["top1, k = 3"] == 100.0

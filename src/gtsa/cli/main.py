@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
-from cyclopts.exceptions import CycloptsError
+from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 
 import gtsa
 from gtsa.core.errors import ProcessLost, UserError, is_first_process
@@ -81,7 +81,7 @@ def run(arguments: list[str] | None = None) -> int:
             command(*bound.args, **bound.kwargs)
         return 0
     except CycloptsError as error:
-        print(f"gtsa: {_flat(error)}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
+        print(f"gtsa: {_explain(error, _verb(arguments))}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
         return 2
     except UserError as error:
         if is_first_process() or isinstance(error, ProcessLost):
@@ -113,6 +113,13 @@ def _next_step(arguments: list[str] | None) -> str:
         anew = ", in place of --overwrite" if "--overwrite" in given else ""
         return f"the same command with --resume{anew} resumes from the last checkpoint, or starts if there is none"
     return "give the same command again"
+
+
+def _explain(error: CycloptsError, verb: str) -> str:
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        hint = "; give the images with --data" if verb in ("pretrain ", "compare ") else ""
+        return f"unexpected argument {' '.join(error.unused_tokens)}{hint}"
+    return _flat(error)
 
 
 def _flat(error: Exception) -> str:

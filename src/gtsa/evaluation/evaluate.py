@@ -44,7 +44,7 @@ class Result(TypedDict):
     classes: int
     data: dict[str, str]
     metrics: dict[str, float]
-    guessing: dict[str, float]
+    chance: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     per_class: dict[str, dict[str, float | None]]
     seconds: float
@@ -54,7 +54,7 @@ class Report(TypedDict):
     """What --out writes."""
 
     weights: dict[str, str]
-    asked: dict[str, object]  # the settings that the user gave
+    requested: dict[str, object]  # the settings that the user gave
     tokens: str
     seed: int
     device: str
@@ -143,7 +143,7 @@ def _stopped(path: Path, requested: Mapping[str, object]) -> bool:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(report, dict) and "unfinished" in report and report.get("asked") == requested
+    return isinstance(report, dict) and "unfinished" in report and report.get("requested") == requested
 
 
 def _write(path: Path, report: Report, unfinished: list[str]) -> None:
@@ -169,7 +169,7 @@ def _new_report(settings: Evaluate, requested: dict[str, object], backbone: Back
             "network": settings.network,
             "fingerprint": backbone.fingerprint,
         },
-        "asked": requested,
+        "requested": requested,
         "tokens": settings.tokens,
         "seed": settings.seed,
         "device": f"{fabric.device.type}, precision {settings.precision}",
@@ -201,14 +201,14 @@ def _run_task(task: tasks.Task, backbone: Backbone, fabric: Fabric, settings: Ev
         "classes": len(task.val.classes),
         "data": task.data,
         "metrics": task.evaluator.metrics(per_image),
-        "guessing": _guessing(task.val),
+        "chance": _chance(task.val),
         "intervals": _intervals(task, per_image),
         "per_class": _per_class(task, per_image),
         "seconds": time.perf_counter() - began,
     }
 
 
-def _guessing(data: Labelled) -> dict[str, float]:
+def _chance(data: Labelled) -> dict[str, float]:
     """Metrics of guessing: the share of the most frequent class; with several classes an image, their mean share."""
     if data.kind == "classes":
         counts = np.bincount([data.target(i) for i in range(len(data))])
@@ -246,7 +246,7 @@ def _per_class(task: tasks.Task, per_image: PerImage) -> dict[str, dict[str, flo
 
 def _show(result: Result) -> None:
     images = result["images"]
-    title = f"{images['judged']:,} images"
+    title = f"{images['evaluated']:,} images"
     if "folds" in images:
         title = f"{images['folds']}-fold over {title}"
     elif "trained_on" in images:
@@ -254,6 +254,6 @@ def _show(result: Result) -> None:
     ranges = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in result["intervals"].items()}
     if ranges:
         title += "; 95 % intervals over images"
-    title += "".join(f"; {name}: {value:.2f} %" for name, value in result["guessing"].items())
+    title += "".join(f"; {name}: {value:.2f} %" for name, value in result["chance"].items())
     rows = [(name, f"{value:.2f}", ranges.get(name, "")) for name, value in result["metrics"].items()]
     table(f"{result['task']} ({title})", rows)

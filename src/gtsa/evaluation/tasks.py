@@ -95,8 +95,8 @@ class Task:
     def images(self) -> dict[str, int]:
         """Numbers of images, and of folds, for the report."""
         if self.folds:
-            return {"judged": len(self.val), "folds": self.folds}
-        return {"judged": len(self.val)} | ({"trained_on": len(self.train)} if len(self.train) else {})
+            return {"evaluated": len(self.val), "folds": self.folds}
+        return {"evaluated": len(self.val)} | ({"trained_on": len(self.train)} if len(self.train) else {})
 
     @property
     def data(self) -> dict[str, str]:

@@ -87,11 +87,11 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         # Images: each is used, or named with its reason. The rest of the plan follows from their number.
         listed = on_rank_zero(fabric, partial(_list_images, data, resolved.settings, run)) or {}
         counted = on_rank_zero(fabric, lambda: run_images.count_images(listed, resolved.settings.out)) or 0
-        images: int = fabric.broadcast(counted)
+        count: int = fabric.broadcast(counted)
         kind = methods.found()[requested.method]
-        plan.method(resolved, kind.auto_settings, images)
-        plan.hold_out(resolved, images)
-        plan.budget(resolved, images - resolved.settings.hold_out, kind.base_lr)
+        plan.method(resolved, kind.auto_settings, count)
+        plan.hold_out(resolved, count)
+        plan.budget(resolved, count - resolved.settings.hold_out, kind.base_lr)
 
         # Networks, and the data of the evaluations during training. All mistakes are reported before this point.
         method, loaded = build_method(resolved.settings, initial)
@@ -102,10 +102,10 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         fabric.barrier()
 
         # The cost of a step, measured on these images: micro-batches that fit, and the plan as the user sees it.
-        pool = RunImages(data, resolved.settings, partial(_note, run))
+        images = RunImages(data, resolved.settings, partial(_note, run))
         _write_config(run, resolved.settings)
         prepare = partial(_prepare, method, fabric.device)
-        expected = _measure_and_show(resolved, method, loaded, pool, prepare, fabric, requested)
+        expected = _measure_and_show(resolved, method, loaded, images, prepare, fabric, requested)
         if requested.plan:
             return _trained(Path(requested.out or "."), Verdict("planned", [], {}))
         final = resolved.settings
@@ -114,11 +114,11 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         # Training, from step 0 or from the newest checkpoint. The monitor evaluates between steps.
         resume = f"{command()} pretrain --out {shlex.quote(final.out)} --resume"
         trainer = Trainer(method, _optimizer(method, final), _trainer_settings(final), fabric, run, resume, expected)
-        monitor = Monitor(trainer, method, final, pool, online, prepare)
+        monitor = Monitor(trainer, method, final, images, online, prepare)
         if final.resume:
             monitor.resume()
-        batches = _batches(final, pool, trainer.start, fabric)
-        trainer(batches, prepare, pool.account, monitor, monitor.state)
+        batches = _batches(final, images, trainer.start, fabric)
+        trainer(batches, prepare, images.account, monitor, monitor.state)
 
         # Verdict and export.
         verdict, choice = monitor(final.steps), ""
@@ -126,7 +126,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
             network, choice = monitor.chosen()
             with doing("exporting"), stops.saving():
                 write_export(network, run.path("exports", "timm"), _model_name(final.data))
-            _report(run, verdict, choice, pool, network, bool(loaded))
+            _report(run, verdict, choice, images, network, bool(loaded))
         fabric.barrier()
         return _trained(Path(final.out), verdict or Verdict("see rank 0", [], {}), choice)
 
@@ -168,7 +168,7 @@ def _measure_and_show(
     resolved: Plan[Pretrain],
     method: Method,
     loaded: str,
-    pool: RunImages,
+    images: RunImages,
     prepare: Callable[[Views], Views],
     fabric: Fabric,
     requested: Pretrain,
@@ -179,15 +179,15 @@ def _measure_and_show(
         settings, device = resolved.settings, fabric.device
         per_device = max(1, settings.batch_size // (settings.devices * settings.nodes))
         with doing(f"measuring a step of {settings.model} on {device}"):
-            views, free = ViewSet(pool.source, pool.train, settings.multicrop, settings.seed), _free_memory(device)
+            views, free = ViewSet(images.source, images.train, settings.multicrop, settings.seed), _free_memory(device)
             measured = cost.probe(method.to(device), views, prepare, fabric, per_device, free)
         plan.memory(resolved, measured, _free_memory(device))
         if loaded:
             say(loaded)
         disk = _existing(Path(requested.out or ".").absolute())
-        plan.show(resolved, measured, method, len(pool.train), len(pool.held_out), loaded, disk)
+        plan.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk)
         settings = resolved.settings
-        return settings.accumulate, measured.step(settings), measured.evaluation(settings, len(pool.looked_at))
+        return settings.accumulate, measured.step(settings), measured.evaluation(settings, len(images.looked_at))
 
     accumulate, step, evaluation = fabric.broadcast(on_rank_zero(fabric, work) or (0, 0.0, 0.0))
     resolved.settle({}, accumulate=accumulate)
@@ -217,11 +217,13 @@ def _trainer_settings(settings: Pretrain) -> TrainerSettings:
     return TrainerSettings(**{field.name: getattr(settings, field.name) for field in fields(TrainerSettings)})
 
 
-def _batches(settings: Pretrain, pool: RunImages, start: int, fabric: Fabric) -> DataLoader[Views]:
+def _batches(settings: Pretrain, images: RunImages, start: int, fabric: Fabric) -> DataLoader[Views]:
     """Micro-batches of this process, from step ``start`` on."""
-    views = ViewSet(pool.source, pool.train, settings.multicrop, settings.seed)
+    views = ViewSet(images.source, images.train, settings.multicrop, settings.seed)
     rank, ranks = fabric.global_rank, fabric.world_size
-    sampler = StepSampler(len(pool.train), settings.batch_size, settings.steps, start, rank, ranks, settings.accumulate)
+    sampler = StepSampler(
+        len(images.train), settings.batch_size, settings.steps, start, rank, ranks, settings.accumulate
+    )
     return loader(views, sampler, settings.workers, pin=fabric.device.type == "cuda")
 
 
@@ -229,7 +231,7 @@ def _model_name(data: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in Path(data).name)[:40]
 
 
-def _report(run: RunFolder, verdict: Verdict, choice: str, pool: RunImages, network: Backbone, adapted: bool) -> None:
+def _report(run: RunFolder, verdict: Verdict, choice: str, images: RunImages, network: Backbone, adapted: bool) -> None:
     """Verdict, choice, and where the results are, for the user and the run's log."""
     out = run.folder
     run.note(f"done: {verdict.label}. " + ". ".join(verdict.reasons))
@@ -238,8 +240,8 @@ def _report(run: RunFolder, verdict: Verdict, choice: str, pool: RunImages, netw
         say(f"  - {reason}")
     if not choice:
         say(f"  -> {advice(verdict.label)}")
-    if pool.bad:
-        say(f"  {len(pool.bad)} images could not be read during the run; {out}/train.log names them")
+    if images.bad:
+        say(f"  {len(images.bad)} images could not be read during the run; {out}/train.log names them")
     if choice:
         run.note(f"choice: {choice}")
         say(f"\nchoice: {choice}\n  -> this network is exported; {out}/best is a run that holds it")

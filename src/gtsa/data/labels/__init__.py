@@ -31,13 +31,6 @@ __all__ = [
     "open_labelled",
     "split_part",
 ]
-NEEDED = {
-    "none": "a folder of images",
-    "classes": "class folders, a CSV with columns path and label, or iNaturalist JSON",
-    "multilabel": "a JSON object of image names with lists of classes, or FILE:PART where it is in parts",
-    "masks": "a folder of PNG masks with the images' names",
-    "boxes": "a COCO JSON file",
-}
 
 
 class UnknownFormat(UserError):
@@ -77,7 +70,9 @@ def open_labelled(
         if form.claims(images, labels, kind):
             return form.read(images, labels or "", kind, LabelOptions(ignore, reduce_zero_label, classes))
     given = f"{images} with labels {labels}" if labels else images
-    raise UnknownFormat(f"{escaped(given)}: this evaluation needs {NEEDED[kind]}")
+    *most, last = [form.needs[kind] for form in formats() if kind in form.needs]
+    needed = f"{', '.join(most)}{',' if len(most) > 1 else ''} or {last}" if most else last
+    raise UnknownFormat(f"{escaped(given)}: this evaluation needs {needed}")
 
 
 def formats() -> list[type[LabelFormat]]:

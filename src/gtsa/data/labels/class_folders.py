@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
 from gtsa.data.labels._classes import label_images, read_class_names
@@ -15,6 +16,8 @@ class ClassFolders(LabelFormat):
 
     The classes are the folders, or the list of ``classes`` where train and val do not both have all folders.
     """
+
+    needs: ClassVar[dict[Kind, str]] = {"classes": "class folders"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ class Coco(LabelFormat):
     extend 1 px over the edge of the image. Instances with an empty box and area 0 (COCO train2017 has two) are left out
     and reported. An empty box with another area is a fault.
     """
+
+    needs: ClassVar[dict[Kind, str]] = {"boxes": "a COCO JSON file"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:

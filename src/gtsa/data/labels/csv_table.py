@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator
+from typing import ClassVar
 
 from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
 from gtsa.data.labels._classes import label_images, read_class_names
@@ -22,6 +23,8 @@ class Table(LabelFormat):
     is a header. The columns may then be in any order, among others. Without a header there are exactly these two. The
     classes are all labels in the table, sorted, or the list of ``classes``.
     """
+
+    needs: ClassVar[dict[Kind, str]] = {"classes": "a CSV with columns path and label"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
 from gtsa.data.labels._classes import check_unique, label_images, read_class_names
@@ -18,6 +18,8 @@ LISTS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[\s*\{')  # a mul
 
 class INaturalist(LabelFormat):
     """``file_name`` starts at the images' folder. The classes are all categories in the order of their ids."""
+
+    needs: ClassVar[dict[Kind, str]] = {"classes": "iNaturalist JSON"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:

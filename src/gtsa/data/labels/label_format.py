@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gtsa.data.labels.labelled import Kind, Labelled
 
@@ -24,7 +25,13 @@ class LabelOptions:
 
 
 class LabelFormat(ABC):
-    """A format of labels. It has no state: both methods are static."""
+    """A format of labels. It has no state: both methods are static.
+
+    Attributes:
+        needs: for each kind of labels that the format can hold, what the user has to give, in a few words.
+    """
+
+    needs: ClassVar[dict[Kind, str]]
 
     @staticmethod
     @abstractmethod

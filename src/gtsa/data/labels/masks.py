@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class Masks(LabelFormat):
     of names, or an object with ``classes``, a list of names or of {"id": 0, "name": "person"}, and optionally
     ``ignore_index``. Without either file the classes are "class 0" to the largest value that occurs.
     """
+
+    needs: ClassVar[dict[Kind, str]] = {"masks": "a folder of PNG masks with the images' names"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:

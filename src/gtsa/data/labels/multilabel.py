@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Multilabel(LabelFormat):
     {"classes": [...], "train": {...}, "val": {...}}. LABELS is then FILE:PART, e.g. labels.json:train. If neither
     the file nor the user lists ``classes``, they are all names in all parts, sorted.
     """
+
+    needs: ClassVar[dict[Kind, str]] = {
+        "multilabel": "a JSON object of image names with lists of classes, or FILE:PART where it is in parts"
+    }
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:

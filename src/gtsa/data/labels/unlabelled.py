@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import ClassVar
 
 from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
 from gtsa.data.labels._classes import digest
@@ -15,6 +16,8 @@ from gtsa.data.sources.list_file import Listing
 
 class Unlabelled(LabelFormat):
     """A folder of images, or a .txt file that lists them. LABELS are ignored."""
+
+    needs: ClassVar[dict[Kind, str]] = {"none": "a folder of images"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:
