@@ -238,7 +238,7 @@ def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
         file.unlink()
     place.rmdir()
     write(encoder, place)
-    with pytest.raises(UserError, match="is not what the run was started from") as told:
+    with pytest.raises(UserError, match="differs from the initial weights of this run") as told:
         gtsa.pretrain(out=str(tmp_path / "run"), resume=True, steps=8)
     assert told.value.code == 4
 
