@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import gtsa
+from conftest import run
 from gtsa import methods
 from gtsa.cli import main
 from gtsa.core import plugins
@@ -187,3 +188,17 @@ def test_plugins_find_classes_and_nothing_else():
     from gtsa.core.types import Method
 
     assert plugins.classes(methods, Method) == methods.found()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--anchor", "1"], "Unknown option: --anchor. It is called --gram-weight now"),
+        (["pretrain", "--views.flip", "1"], "Unknown option: --views.flip. It is called --views.hflip now"),
+        (["pretrain", "photos"], "unexpected argument photos; give the images with --data"),
+        (["export", "run", "--to", "hf"], "--out needs a value"),
+    ],
+)
+def test_mistakes_of_the_command_line_say_what_to_do(arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2 and message in err

@@ -108,7 +108,7 @@ def test_what_the_user_has_set_is_left_alone(monkeypatch, name):
     with threads.considerate():
         time.sleep(0.05)
     assert seen.told == []
-    assert threads.wait_policy() == f"{name}=7, as set by you"
+    assert threads.wait_policy() == f"{name}=7, from the environment"
 
 
 @GNU

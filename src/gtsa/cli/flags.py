@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from functools import reduce
-from operator import or_
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
-from gtsa.core.settings import Strict, merged, validated
+from gtsa.core.settings import Strict, merged, validated, without_limits
 from gtsa.core.settings_file import read_yaml, to_yaml
 
 CONFIG = Parameter(name="--config", help="YAML file of settings; flags override it.")
@@ -50,22 +47,12 @@ def _flags(model: type[Strict], group: Group, prefix: str = "", skip: tuple[str,
         flag = f"--{prefix}{name}".replace("_", "-")
         off = (f"--{prefix}no-{name}",) if field.default is True else ()
         description = " ".join((field.description or "").split())
-        bare = _without_limits(kind)
+        bare = without_limits(kind)
         many = get_origin(bare) is tuple and get_args(bare)[-1] is Ellipsis  # --task knn linear
         text = description[:1].upper() + description[1:]
         parameter = Parameter(name=flag, group=group, help=text, negative=off, consume_multiple=many)
         flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), Annotated[bare, parameter], field.default))
     return flags + sections
-
-
-def _without_limits(kind: Any) -> Any:
-    """A type without its limits. core.settings.validated checks these, for flags, YAML and Python alike."""
-    if get_origin(kind) is Annotated:
-        return _without_limits(get_args(kind)[0])
-    if isinstance(kind, UnionType) or get_origin(kind) is Union:
-        kinds: Any = tuple(map(_without_limits, get_args(kind)))
-        return reduce(or_, kinds)
-    return kind
 
 
 def _keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 
 import gtsa
 from gtsa.core.errors import ProcessLost, UserError, is_first_process
+from gtsa.core.migration import name_now
 from gtsa.core.stops import handle_signals
 
 app = cyclopts.App(
@@ -119,7 +121,13 @@ def _explain(error: CycloptsError, verb: str) -> str:
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         hint = "; give the images with --data" if verb in ("pretrain ", "compare ") else ""
         return f"unexpected argument {' '.join(error.unused_tokens)}{hint}"
-    return _flat(error)
+    if option := re.match(r"Unknown option: \"?--(?:(\w+)\.)?([\w-]+)", text := _flat(error)):
+        section, name = option[1] or "", option[2].replace("-", "_")
+        if now := name_now(section, name):
+            flag = f"--{section}.{now}" if section else f"--{now}"
+            return f"{text.partition('. Did')[0]}. It is called {flag.replace('_', '-')} now"
+    missing = re.search(r"parameter (--[\w.-]+) requires an argument", text)
+    return f"{missing[1]} needs a value" if missing else text
 
 
 def _flat(error: Exception) -> str:

@@ -8,6 +8,9 @@ import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from types import UnionType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -19,6 +22,7 @@ from typing import (
     Self,
     TypeAlias,
     TypeVar,
+    Union,
     get_args,
     get_origin,
 )
@@ -78,6 +82,15 @@ class Documented(Strict):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+def without_limits(kind: Any) -> Any:
+    """A type as users write it: no limits, which ``validated`` checks, and a dictionary for a section."""
+    if get_origin(kind) is Annotated:
+        return without_limits(get_args(kind)[0])
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return reduce(or_, map(without_limits, get_args(kind)))
+    return dict if isinstance(kind, type) and issubclass(kind, Strict) else kind
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -93,7 +106,7 @@ def with_keywords(model: type[Strict], skip: Collection[str] = ()) -> Callable[[
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.get_default(call_default_factory=True),
-                annotation=field.annotation,
+                annotation=without_limits(field.annotation),
             )
             for name, field in model.model_fields.items()
             if name not in given

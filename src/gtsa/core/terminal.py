@@ -194,9 +194,7 @@ class Progress:
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
         metrics = "  ".join(
-            f"{name.replace('_accuracy', '')} {100 * value:.0f} %"
-            if name.endswith("accuracy")
-            else f"{name} {value:.3f}"
+            f"{name.replace('_', ' ')} {100 * value:.0f} %" if name.endswith("accuracy") else f"{name} {value:.3f}"
             for name, value in values.items()
             if name not in ("seconds", "waited", "learning_rate", "gradient")
         )

@@ -161,6 +161,8 @@ def _open_data(evaluator: Evaluator, name: str, settings: Evaluate, opener: Open
         paths = "IMAGES, without labels" if "none" in kinds else "IMAGES LABELS"
         raise UserError(f"--task {name} needs training images: give --train {paths}, or --folds N with --train alone")
     val = opener(settings.val, kinds) if settings.val else _open_held_out(settings.weights)
+    if not evaluator.uses_train_set and settings.train:
+        say(f"{name}: --train is not used")
     if not evaluator.uses_train_set:
         return val.take(()), val
     train = opener(settings.train, kinds)

@@ -140,7 +140,7 @@ def _resolve_steps(plan: Plan[Pretrain], images: int) -> None:
         return
     if is_auto(settings.epochs):
         published = -(-int(PUBLISHED["epochs"]) * images // settings.batch_size)
-        reason = "100 epochs, as published" if published >= FEWEST_STEPS else "the fewest that teach anything"
+        reason = "100 epochs, as published" if published >= FEWEST_STEPS else "the smallest useful number"
         plan.settle({"steps": reason}, steps=max(FEWEST_STEPS, published))
     else:
         steps = max(1, round(settings.epochs * images / settings.batch_size))
@@ -155,7 +155,7 @@ def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
     rate = float(f"{base * (share if share >= 1 else share**0.5):.3g}")
     reason = f"{base:g} x batch / 256, as published"
     if share < 1:
-        reason = f"{base:g} x root of batch / 256: small batches need more"
+        reason = f"{base:g} x root of batch / 256: in proportion it would be too small"
     plan.settle({"learning_rate": reason}, learning_rate=rate)
 
 
@@ -167,7 +167,9 @@ def memory(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
     fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
     each = settings.batch_size // (settings.devices * settings.nodes)
     parts = next(n for n in range(1, each + 1) if each % n == 0 and (each // n <= fitting or n == each))
-    plan.settle({"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits"}, accumulate=parts)
+    plan.settle(
+        {"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits in memory"}, accumulate=parts
+    )
 
 
 def show(plan: Plan[Pretrain], cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path) -> None:
@@ -216,7 +218,7 @@ def _rows(
     locals_ = f"{views.local_crops_number} x {views.local_crops_size}"
     epochs = settings.steps * settings.batch_size / train
     device = f"{settings.devices * settings.nodes} x {settings.device}, precision {settings.precision}"
-    start = "weights as above" if loaded else "untrained"
+    start = "weights as above" if loaded else "random weights"
     return [
         ("images", f"{train:,}", held),
         ("model", f"{settings.model}, {weights / 1e6:.1f} M parameters", start),

@@ -72,7 +72,7 @@ class PretrainSettings(Documented):
     encoder_lr_scale: Annotated[float, Field(gt=0)] | Auto = AUTO
     """Factor on the learning rate of the encoder's last block. auto: 0.1 with --init, else 1."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = AUTO
-    """Factor from the learning rate of a block to that of the block below. auto: 0.75 with --init, else 1."""
+    """Layer-wise decay of the learning rate, from block to block. auto: 0.75 with --init, else 1."""
     gram_weight: Annotated[float, Field(ge=0)] | Auto = AUTO
     """Weight of a loss that keeps the patches' Gram matrix near that of the start. auto: 1 with --init, else 0."""
     epochs: Count | Auto = AUTO
@@ -86,21 +86,21 @@ class PretrainSettings(Documented):
     learning_rate: Positive | Auto = AUTO
     """Peak learning rate. auto: 5e-4 (mae: 1.5e-4) x batch / 256, as published; below 256 the root of batch / 256."""
     final_learning_rate: float = Field(1e-6, ge=0)
-    """Learning rate at the end of its cosine."""
+    """Final learning rate of the cosine schedule."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the run in which the learning rate rises."""
     weight_decay: float = Field(0.04, ge=0)
     """Weight decay at the start; none on biases and one-dimensional parameters."""
     final_weight_decay: float = Field(0.4, ge=0)
-    """Weight decay at the end of its cosine."""
+    """Final weight decay of its cosine schedule."""
     clip_grad: float = Field(3.0, ge=0)
-    """Largest gradient norm of each parameter tensor. 0: no clipping."""
+    """Gradient norm that each parameter tensor is clipped to. 0: no clipping."""
     beta2: float = Field(0.999, gt=0, lt=1)
     """AdamW: decay of the second moment."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth (drop path) of the student's last block."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else 32."""
+    """auto: bf16 on a GPU that supports it, else 32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: all GPUs, or the CPU."""
     devices: Count | Auto = AUTO

@@ -188,7 +188,7 @@ def _rotation(accuracy: Interval, learnt: bool) -> str:
 def advice(label: str) -> str:
     """What to do about a verdict."""
     return {
-        "learning": "train longer for more, or evaluate the export on your task",
+        "learning": "evaluate the export on your task; longer training may improve it",
         "too short to tell": f"give it more steps (at least {LONG:,}) before you draw conclusions",
         "stalled": "more varied images, a larger batch or a higher --learning-rate may help",
         "collapsing": (

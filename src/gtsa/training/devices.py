@@ -91,7 +91,9 @@ def resolve_workers(plan: Plan[D]) -> None:
     if settings.device == "cuda":
         count, reason = readers(settings.devices), f"{cores()} cores, one left for each device"
     else:
-        count, reason = (0, "the cores are busy with training") if cores() <= 4 else (2, f"{cores()} cores")
+        count, reason = (
+            (0, "images are read between steps: all cores train") if cores() <= 4 else (2, f"{cores()} cores")
+        )
     plan.settle({"workers": reason}, workers=count)
 
 

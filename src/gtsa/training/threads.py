@@ -53,7 +53,7 @@ def considerate() -> Iterator[None]:
 def wait_policy() -> str:
     """How threads wait, for the plan."""
     if variables := set_by_user():
-        return f"{variables}, as set by you"
+        return f"{variables}, from the environment"
     return "spin while waiting, sleep while other processes are busy" if _supported() else "OpenMP's own waiting policy"
 
 
