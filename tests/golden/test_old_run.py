@@ -77,4 +77,4 @@ def test_a_run_of_a_newer_version_is_refused(old):
     (old / "config.yaml").write_text("schema: 3\n" + text)
     code, _, err = run("pretrain", "--out", old, "--resume")
     assert code == 4
-    assert "newer gtsa" in err
+    assert "has schema 3, and this gtsa reads schemas up to 2: update gtsa" in err

@@ -65,7 +65,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
             _announce(settings)
 
             # Rows that learn nothing (controls, given weights): a wrong task fails here, before hours of training
-            run_jobs("rows without training", list(list_jobs_without_training(rows, settings)), settings, report.update)
+            run_jobs("rows without training", list(list_jobs_without_training(rows)), settings, report.update)
 
             # Trials: short runs that choose the settings of every method
             run_jobs("trials", list(tuning.list_trial_jobs(rows, settings)), settings, report.update)

@@ -13,7 +13,7 @@ from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 
 
-def list_jobs_without_training(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
+def list_jobs_without_training(rows: Sequence[Row]) -> Iterator[Job]:
     """One job for every row without training. These run first, so that a wrong task fails before hours of training."""
     yield from (Job(row, "images", 0) for row in rows if row.source is not None)
 

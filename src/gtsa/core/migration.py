@@ -43,12 +43,12 @@ def migrated(values: Mapping[str, Any], schema: int, source: str) -> dict[str, A
         source: the file, for the message.
 
     Raises:
-        UserError: a newer version of gtsa wrote them (4).
+        UserError: the schema is none of this version's, as in files of a newer one (4).
     """
     if schema == SCHEMA:
         return dict(values)
     if not isinstance(schema, int) or schema > SCHEMA:
-        raise UserError(f"{source} was written by a newer gtsa (schema {schema}, not {SCHEMA}): update gtsa", 4)
+        raise UserError(f"{source} has schema {schema!r}, and this gtsa reads schemas up to {SCHEMA}: update gtsa", 4)
     return {
         RENAMED[""].get(name, name): (
             {RENAMED[name].get(key, key): inner for key, inner in value.items()}

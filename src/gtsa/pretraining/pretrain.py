@@ -40,7 +40,7 @@ from gtsa.pretraining.verdict import Verdict, advice
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, on_rank_zero, resolve_device
 from gtsa.training.optim import ScheduledAdamW
-from gtsa.training.run_folder import RunFolder
+from gtsa.training.run_folder import RunFolder, note
 from gtsa.training.schedules import Cosine, warmup_then
 from gtsa.training.trainer import Trainer, TrainerSettings
 
@@ -93,7 +93,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         plan.hold_out(resolved, count)
         plan.budget(resolved, count - resolved.settings.hold_out, kind.base_lr)
 
-        # Networks, and the data of the evaluations during training. All mistakes are reported before this point.
+        # Networks, and the data of the evaluations during training. These are the last that can be refused.
         method, loaded = build_method(resolved.settings, initial)
         online = on_rank_zero(fabric, lambda: _online_evaluation(resolved.settings))
         if run:
@@ -102,7 +102,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         fabric.barrier()
 
         # The cost of a step, measured on these images: micro-batches that fit, and the plan as the user sees it.
-        images = RunImages(data, resolved.settings, partial(_note, run))
+        images = RunImages(data, resolved.settings, partial(note, run))
         _write_config(run, resolved.settings)
         prepare = partial(_prepare, method, fabric.device)
         expected = _measure_and_show(resolved, method, loaded, images, prepare, fabric, requested)
@@ -148,13 +148,6 @@ def _config(settings: Pretrain) -> str:
 def _write_config(run: RunFolder | None, settings: Pretrain) -> None:
     if run:
         run.write("config.yaml", _config(settings))
-
-
-def _note(run: RunFolder | None, text: str) -> None:
-    """Tells the user, and the run's log."""
-    if run:
-        run.note(text)
-        say(text)
 
 
 def _prepare(method: Method, device: torch.device, views: Views) -> Views:

@@ -87,7 +87,8 @@ def _check_no_run(out: object, show: bool) -> None:
         raise UserError(
             f"--resume: {out}/config.yaml is missing; restore it, or give the run's settings and --data again", 4
         )
-    if show:
+    occupied = isinstance(out, str | os.PathLike) and any(path.name != ".lock" for path in Path(out).glob("*"))
+    if show and not occupied:  # otherwise the folder is refused
         say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
 
 

@@ -43,6 +43,13 @@ def _release_locks() -> None:
 os.register_at_fork(after_in_child=_release_locks)
 
 
+def note(run: RunFolder | None, text: str) -> None:
+    """Tells the user, and the run's log; nothing in processes without the run folder."""
+    if run:
+        run.note(text)
+        say(text)
+
+
 class RunFolder:
     """A folder that this process writes a run into. Until ``close`` it is locked for other processes.
 

@@ -20,7 +20,7 @@ from gtsa.core.types import Objective, Replaced, StepResult
 from gtsa.training import checkpoint
 from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
-from gtsa.training.run_folder import RunFolder
+from gtsa.training.run_folder import RunFolder, note
 
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 
@@ -210,9 +210,7 @@ class Trainer:
 
     def note(self, text: str) -> None:
         """Tells the user, and the run's log."""
-        if self.run:
-            self.run.note(text)
-            say(text)
+        note(self.run, text)
 
     @property
     def _scaler(self) -> Any:
