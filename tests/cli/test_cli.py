@@ -203,7 +203,7 @@ def test_check_accounts_for_every_file(tmp_path, capsys):
 
 def test_check_of_clean_data(scenes, capsys):
     assert in_process(["check", str(scenes)]) == 0
-    assert "14 decoded whole and used" in capsys.readouterr().out
+    assert "14 readable" in capsys.readouterr().out
 
 
 def test_preview_draws_the_views(tmp_path, scenes, capsys):

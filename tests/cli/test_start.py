@@ -106,7 +106,7 @@ def test_the_package_is_lazy_and_its_verbs_are_functions():
 @pytest.mark.parametrize(
     ("name", "one", "maker"),
     [
-        (f"{kind.__name__}.{name}", one, kind.found()[name])
+        (f"{kind.__name__}.{name}", one, kind.load_all()[name])
         for kind in (methods, evaluators)
         for name, one in kind.declared().items()
     ]
@@ -123,15 +123,15 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
             assert (kind, default) == (parameter.annotation, parameter.default)
     assert arguments == {}
     assert one.doc == inspect.getdoc(maker)
-    shared = ("published_settings", "base_lr", "min_views", "needs_overlap", "search_space")
+    shared = ("published_settings", "base_lr", "min_views", "min_images", "needs_overlap", "search_space")
     for constant in (*shared, "label_kinds", "uses_train_set", "trains_long"):
         assert one.constants.get(constant) == getattr(maker, constant, None)
     assert sorted(one.constants.get("auto_settings", {})) == sorted(getattr(maker, "auto_settings", {}))
 
 
 def test_every_method_and_evaluation_is_declared():
-    assert list(methods.declared()) == list(methods.found())
-    assert list(evaluators.declared()) == list(evaluators.found())
+    assert list(methods.declared()) == list(methods.load_all())
+    assert list(evaluators.declared()) == list(evaluators.load_all())
 
 
 def test_what_needs_an_import_is_not_worked_out(tmp_path):
@@ -187,7 +187,7 @@ def test_installed_completion_lies_where_the_shell_looks(tmp_path, monkeypatch, 
 def test_plugins_find_classes_and_nothing_else():
     from gtsa.core.types import Method
 
-    assert plugins.classes(methods, Method) == methods.found()
+    assert plugins.classes(methods, Method) == methods.load_all()
 
 
 @pytest.mark.parametrize(

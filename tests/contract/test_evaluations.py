@@ -16,7 +16,7 @@ from gtsa.evaluation.evaluator import Evaluator
 from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.models.backbone import Backbone
 
-FOUND = evaluators.found()
+FOUND = evaluators.load_all()
 TRAIN, VAL, SIDE = 12, 6, 64
 SMALL = {  # settings that make an evaluation quick; without an entry here it has its defaults
     "clusters": {"k": 4, "dimensions": 8, "size": 64, "repeats": 2},

@@ -12,7 +12,7 @@ from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import MethodSettings
 from gtsa.pretraining.verdict import SCORES
 
-FOUND = methods.found()
+FOUND = methods.load_all()
 
 
 def small(maker):

@@ -38,6 +38,28 @@ def test_a_command_ends_with_one_line(monkeypatch, capsys, tmp_path, number, cod
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "way"),
+    [
+        (
+            ["--data", "x"],
+            "the same command with --resume resumes from the last checkpoint, or starts if there is none",
+        ),
+        (
+            [],  # --resume starts no run on the sample
+            "the same command with --resume resumes from the last checkpoint; if there is no run yet, give the same "
+            "command again",
+        ),
+    ],
+)
+def test_a_stopped_pretraining_says_what_resumes_it(monkeypatch, capsys, tmp_path, arguments, way):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr(gtsa, "pretrain", lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
+    assert run(["pretrain", "--out", "run", *arguments]) == 130
+    assert capsys.readouterr().err == f"gtsa: stopped at once; {way}\n"
+
+
 def test_the_way_out_is_not_interrupted():
     with pytest.raises(Stopped) as caught, handle_signals():
         try:

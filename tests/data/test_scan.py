@@ -180,7 +180,7 @@ def test_check_says_what_it_used_and_one_line_for_one_reason(tmp_path, capsys):
     with pytest.raises(UserError):
         check(str(tmp_path))
     out = " ".join(capsys.readouterr().out.split())
-    assert "5 decoded whole and used" in out
+    assert "5 readable" in out
     assert "7 files: an HTML page, not an image: download it again (bad 0.png, bad 1.png, bad 2.png, ...)" in out
     assert "empty.jpg: empty file" in out
 
@@ -306,7 +306,7 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
 def test_a_run_replaces_an_image_that_is_another_by_now(tmp_path):
     data = make_scenes(tmp_path / "data", 6)
     settings = Pretrain(data=str(data), out=str(tmp_path), hold_out=0, max_bad=0.5)
-    files = run_images.scan_images(str(data), settings, begun=False, checkpoints=False)
+    files = run_images.scan_images(str(data), settings.data, settings.selection, settings.max_bad)
     (tmp_path / "images.jsonl").write_text(files["images.jsonl"])
     (tmp_path / "scan.json").write_text(files["scan.json"])
     said = []

@@ -156,7 +156,7 @@ def test_results_are_not_overwritten(places, tmp_path):
 
 def stopped(places, monkeypatch, tmp_path, task, **more):
     """An evaluation that is stopped in ``task``."""
-    maker = evaluators.found()[task]
+    maker = evaluators.load_all()[task]
 
     def stops(self, backbone, train, val, context):
         context.on_prediction(0, torch.ones(3))

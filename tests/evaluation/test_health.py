@@ -165,6 +165,43 @@ def test_a_start_that_was_lucky_is_no_learning():
     assert verdict(metrics(0.0, rotation=0.4), start, 200).label == "learning"
 
 
+def spread_out(values):
+    return HealthSnapshot({"region_score": torch.tensor(values).double()}, 80.0, 0.8, torch.arange(len(values)))
+
+
+@pytest.mark.parametrize(
+    ("gains", "step", "label", "early"),
+    [
+        # mean +0.037, interval +0.004 to +0.071, as measured with 6 images after 3 steps
+        ([0.010, 0.010, 0.025, 0.030, 0.047, 0.100], 3, "too short to tell", "6 images give a wide interval"),
+        ([0.010, 0.010, 0.025, 0.030, 0.047, 0.100], 999, "too short to tell", "6 images give a wide interval"),
+        ([0.010, 0.010, 0.025, 0.030, 0.047, 0.100], 1000, "learning", ""),
+        # mean +0.109, interval +0.050 to +0.167, as of the demo
+        ([0.01, 0.05, 0.08, 0.10, 0.11, 0.13, 0.17, 0.222], 650, "learning", ""),
+        # as wide for the spread of the images, with enough of them
+        ([0.022, 0.028] * 16, 3, "learning", ""),
+        ([-0.02, 0.07] * 16, 3, "too short to tell", "must exceed +0.02"),
+        ([-0.02, 0.07] * 16, 1000, "learning", ""),
+    ],
+)
+def test_a_short_run_needs_stronger_evidence(gains, step, label, early):
+    found = verdict(spread_out(gains), spread_out([0.0] * len(gains)), step)
+    assert found.label == label
+    assert found.reasons[0].startswith("prediction of shared regions, against those of other images (cosine): better")
+    reasons = [reason for reason in found.reasons if reason.startswith("too early for a verdict")]
+    assert len(reasons) == bool(early) and all(early in reason for reason in reasons)
+    assert ("--hold-out" in " ".join(reasons)) == ("images give" in early)
+
+
+def test_so_do_rotations_of_a_short_run():
+    accuracies = torch.tensor([0.28, 0.28, 0.3, 0.3, 0.4, 0.5]).double()  # mean 0.343, interval 0.25 to 0.43
+    start, now = (
+        HealthSnapshot({"region_score": 0 * a, "rotation_accuracy": a}, 80.0, 0.8, torch.arange(6))
+        for a in (0 * accuracies + 0.2, accuracies)
+    )
+    assert [verdict(now, start, step).label for step in (3, 1000)] == ["too short to tell", "learning"]
+
+
 @pytest.mark.parametrize(
     ("information", "label", "reason"),
     [

@@ -114,7 +114,7 @@ def test_the_preset_follows_the_number_of_images():
     for images, prototypes, temperatures in ((38, 1024, (0.02, 0.02)), (10_000, 2048, (0.02, 0.02)),
                                              (118_287, 65536, (0.04, 0.07))):  # fmt: skip
         ready = Plan(validated(Pretrain, {"method": "dino"}), {})
-        plan.method(ready, DINO.auto_settings, images)
+        plan.resolve_method(ready, DINO.auto_settings, images)
         assert (ready.settings.dino.num_prototypes, ready.settings.dino.teacher_temp) == (prototypes, temperatures)
 
 

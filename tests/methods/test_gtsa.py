@@ -13,7 +13,7 @@ from torchvision.ops import roi_align
 from gtsa.core.types import Crops, Views
 from gtsa.data import augment
 from gtsa.data.multicrop import MultiCrop
-from gtsa.methods import found
+from gtsa.methods import load_all
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.methods.parts.geometry import patch_centres
 from gtsa.models.backbone import Backbone
@@ -364,7 +364,7 @@ def test_the_teacher_stays_in_evaluation_mode():
 
 def test_encoders_are_the_two(method):
     assert dict(method.encoders) == {"teacher": method.teacher.encoder, "student": method.student.encoder}
-    assert found()["gtsa"] is GTSA
+    assert load_all()["gtsa"] is GTSA
 
 
 # Geometry, seen in pictures

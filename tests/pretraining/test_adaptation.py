@@ -87,12 +87,12 @@ def test_the_anchor_joins_the_loss_of_the_student_alone():
             p.add_(0.1 * torch.randn(p.shape, dtype=p.dtype))
     parts, alone = method(seen, 0.5), method.method(seen, 0.5)
     pixels = seen.global_crops.pixels[:, 0]
-    change = losses.gram(method.encoders["student"](pixels).patches, method.start(pixels).patches).mean()
+    change = losses.gram(method.encoders["student"](pixels).patches, method.initial_encoder(pixels).patches).mean()
     assert change > 1e-4
     assert parts["loss"].item() == pytest.approx(alone["loss"].item() + 2 * change.item(), rel=1e-9)
     parts["change"].backward()
     assert any(p.grad is not None and p.grad.any() for p in method.encoders["student"].parameters())
-    assert all(p.grad is None for p in [*method.start.parameters(), *method.encoders["teacher"].parameters()])
+    assert all(p.grad is None for p in [*method.initial_encoder.parameters(), *method.encoders["teacher"].parameters()])
 
 
 def test_without_an_anchor_the_loss_is_the_methods_own():
@@ -103,7 +103,7 @@ def test_without_an_anchor_the_loss_is_the_methods_own():
 def test_a_checkpoint_is_the_methods_own():
     method = adapting(1.0)
     assert method.state_dict().keys() == method.method.state_dict().keys()
-    assert not method.start.training
+    assert not method.initial_encoder.training
 
 
 # The preset
@@ -189,7 +189,7 @@ def test_the_preset_is_printed_and_the_model_is_that_of_the_weights(start, scene
 
 def test_from_scratch_nothing_is_gentle():
     ready = Plan(validated(Pretrain, {}), {})
-    plan.start(ready, None)
+    plan.resolve_initial(ready, None)
     assert {k: getattr(ready.settings, k) for k in plan.GENTLE} == plan.FROM_SCRATCH
     assert ready.settings.model == "vit_small_patch16_224"
 

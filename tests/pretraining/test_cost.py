@@ -22,9 +22,9 @@ COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fi
 
 def resolved(**given):
     ready = resolve_device(validated(Pretrain, {"device": "cpu", "workers": 0, **given}))
-    plan.start(ready, None)
-    plan.sizes(ready)
-    plan.budget(ready, 331)
+    plan.resolve_initial(ready, None)
+    plan.resolve_sizes(ready)
+    plan.resolve_budget(ready, 331)
     return ready
 
 
@@ -133,12 +133,12 @@ def test_flags_that_take_less_are_flags():
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
     ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
     with pytest.raises(plan.UserError, match=f"there are {images} images .* choose at most {images}") as remedy:
-        plan.budget(ready, images)
+        plan.resolve_budget(ready, images)
     assert remedy.value.code == 2
 
 
 @pytest.mark.parametrize(("batch", "images"), [(400, 331), (8, 3), ("auto", 3)])
 def test_a_batch_of_few_repeats_is_explained(batch, images):
     ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
-    plan.budget(ready, images)
+    plan.resolve_budget(ready, images)
     assert ready.reasons["batch_size"] == f"more than the {images} images: a step repeats some; {images} would not"

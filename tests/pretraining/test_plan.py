@@ -7,8 +7,13 @@ import torch
 
 from conftest import make_scenes
 from gtsa.cli.main import run
+from gtsa.core.settings import validated
+from gtsa.methods.gtsa import GTSA
 from gtsa.pretraining import cost, plan
+from gtsa.pretraining.cost import Cost
+from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.training import checkpoint
+from gtsa.training.devices import resolve_device
 
 SMALL = [
     "--model",
@@ -95,3 +100,80 @@ def test_memory_that_runs_out_for_the_plan_is_told(images, tmp_path, monkeypatch
     monkeypatch.setattr(cost, "probe", probe)
     assert run(["pretrain", "--plan", "--data", str(images), "--model", "test_vit"]) == 6
     assert "memory ran out" in capfd.readouterr().err
+
+
+# Methods that need several images at a time
+
+
+@pytest.fixture
+def batch_norm(monkeypatch):
+    """As a method with batch norm declares it."""
+    monkeypatch.setitem(METHODS["gtsa"].constants, "min_images", 2)
+
+
+def budget(**given):
+    ready = resolve_device(validated(Pretrain, {"device": "cpu", "workers": 0, **given}))
+    plan.resolve_budget(ready, 100)
+    return ready
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"batch_size": 1}, "--batch-size 1: the method gtsa needs at least 2 images at a time on a device, not 1; give --batch-size 2 or more"),
+        (
+            {"batch_size": 4, "accumulate": 4},
+            "--batch-size 4 in 4 micro-batches: the method gtsa needs at least 2 images at a time on a device, not 1; "
+            "give --batch-size 8 or more, or a smaller --accumulate",
+        ),
+        (
+            {"batch_size": 4, "devices": 4},
+            "--batch-size 4 over 4 processes: the method gtsa needs at least 2 images at a time on a device, not 1; "
+            "give --batch-size 8 or more",
+        ),
+    ],
+)  # fmt: skip
+def test_too_small_a_batch_for_the_method_is_refused(batch_norm, given, words):
+    with pytest.raises(plan.UserError) as error:
+        budget(**given)
+    assert (error.value.code, str(error.value)) == (2, words)
+    assert budget(**{**given, "method": "dino"}).settings.batch_size == given["batch_size"]  # it needs one
+
+
+def test_a_batch_that_is_large_enough_for_the_method_is_accepted(batch_norm):
+    assert budget(batch_size=4, accumulate=2).settings.accumulate == 2
+    assert budget(batch_size=8, devices=4).settings.batch_size == 8
+    assert budget(devices=16).settings.batch_size == 32  # auto: two images for each process
+
+
+@pytest.mark.parametrize(
+    ("fewest", "accumulate", "reason"),
+    [
+        (1, 12, "1 MiB of memory free"),
+        (2, 6, "1 MiB of memory free, and gtsa needs 2 images at a time"),
+        (5, 2, "1 MiB of memory free, and gtsa needs 5 images at a time"),
+        (12, 1, "1 MiB of memory free, and gtsa needs 12 images at a time"),
+    ],
+)
+def test_micro_batches_are_not_split_below_what_the_method_needs(monkeypatch, fewest, accumulate, reason):
+    monkeypatch.setitem(METHODS["gtsa"].constants, "min_images", fewest)
+    ready = budget(batch_size=12)
+    plan.resolve_accumulate(ready, Cost(0.0, 0.0, 0.0, 2**30, 0), 2**20)
+    assert (ready.settings.accumulate, ready.reasons["accumulate"]) == (accumulate, reason)
+
+
+def test_a_run_with_too_small_a_batch_for_its_method_writes_nothing(batch_norm, images, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert run(["pretrain", "--data", images, "--out", str(out), *SMALL, "--batch-size", "4", "--accumulate", "4"]) == 2
+    assert "needs at least 2 images at a time" in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_a_step_is_measured_with_as_many_images_as_the_method_needs(monkeypatch, images, capfd):
+    monkeypatch.setitem(METHODS["gtsa"].constants, "min_images", 3)
+    sizes, forward = [], GTSA.forward
+    monkeypatch.setattr(
+        GTSA, "forward", lambda self, views, time: (sizes.append(len(views.images)), forward(self, views, time))[1]
+    )
+    assert run(["pretrain", "--plan", "--data", images, *SMALL, "--batch-size", "4"]) == 0
+    assert sizes and min(sizes) >= 3

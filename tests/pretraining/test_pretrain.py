@@ -211,5 +211,5 @@ def test_every_switch_trains(tmp_path, scenes, settings, monkeypatch):
 @pytest.mark.parametrize(("steps", "apart"), [(20, 50), (500, 50), (4000, 400)])
 def test_looks_are_ten_in_a_run_but_not_closer_than_fifty_steps(steps, apart):
     ready = resolve_device(validated(Pretrain, {"steps": steps, "device": "cpu"}))
-    plan.budget(ready, 100)
+    plan.resolve_budget(ready, 100)
     assert ready.settings.evaluate_every == apart

@@ -40,7 +40,7 @@ def stepped(name, device, precision="32"):
     the device's own."""
     fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
     torch.manual_seed(0)
-    method = methods.found()[name](Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2}))
+    method = methods.load_all()[name](Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2}))
     module, wrapped = fabric.setup(method, ScheduledAdamW(method, Constant(RATE), Constant(0.04)))
     module.train()
     seen = views().each(lambda crops: crops.each(lambda tensor: tensor.to(fabric.device)))
@@ -54,7 +54,7 @@ def stepped(name, device, precision="32"):
     return found, weights
 
 
-@pytest.mark.parametrize("name", sorted(methods.found()))
+@pytest.mark.parametrize("name", sorted(methods.load_all()))
 def test_a_step_is_that_of_the_cpu(name):
     (here, weights), (there, same) = stepped(name, "cpu"), stepped(name, "cuda")
     for mine, theirs in zip(here, there, strict=True):
@@ -63,7 +63,7 @@ def test_a_step_is_that_of_the_cpu(name):
     assert float((weights - same).abs().mean()) < RATE / 10
 
 
-@pytest.mark.parametrize("name", sorted(methods.found()))
+@pytest.mark.parametrize("name", sorted(methods.load_all()))
 def test_bf16_is_near(name):
     (full, _), (half, _) = (stepped(name, "cuda", precision) for precision in ("32", "bf16"))
     assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=0.05)
@@ -90,7 +90,7 @@ def test_augmentation_is_that_of_the_cpu():
 
 def figures_on(device, name, kind):
     torch.manual_seed(0)
-    evaluator = evaluators.found()[name](**SMALL.get(name, {}))
+    evaluator = evaluators.load_all()[name](**SMALL.get(name, {}))
     train, val = sets(kind)
     fabric = Fabric(accelerator=device, devices=1)
     network = copy.deepcopy(backbone()).to(fabric.device)
@@ -113,9 +113,9 @@ def test_evaluations_answer_as_on_the_cpu(name, kind):
             assert value == pytest.approx(here[figure], rel=0.05, abs=3.0), figure
 
 
-@pytest.mark.parametrize("method", sorted(methods.found()))
+@pytest.mark.parametrize("method", sorted(methods.load_all()))
 def test_pretraining_takes_bf16_by_itself_and_resumes_bit_for_bit(tmp_path, scenes, method):
-    told = {key: value for key, value in TINY.items() if key not in methods.found() or key == method}
+    told = {key: value for key, value in TINY.items() if key not in methods.load_all() or key == method}
     told |= {"method": method, "deterministic": True}
     whole = pretrain(str(scenes), **told, out=str(tmp_path / "whole"))
     assert "precision: bf16" in (whole.folder / "config.yaml").read_text()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gtsa.training.optim import ScheduledAdamW, clip_each
+from gtsa.training.optim import ScheduledAdamW, clip_each, schedule_layers, split_by_decay
 from gtsa.training.schedules import Constant, Cosine
 
 few = settings(deadline=None, max_examples=40)
@@ -79,6 +79,28 @@ def test_groups_are_by_dimension():
     assert {names[id(p)] for p in plain["params"]} == {"0.bias", "2.bias", "3.weight", "3.bias", "scale"}
     for clipped in (decayed, plain):
         assert clipped["betas"] == (0.9, 0.999)
+
+
+def test_exempt_parameters_are_not_decayed_and_the_order_stays():
+    model = network()
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, spared = split_by_decay(model.named_parameters(), lambda name: name == "2.weight")
+    order = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [names[id(p)] for p in decayed["params"]] == ["0.weight"] and decayed["decayed"] is True
+    assert [names[id(p)] for p in spared["params"]] == [name for name in order if name != "0.weight"]
+    assert spared["decayed"] is False
+
+
+def test_layers_learn_at_their_own_rates():
+    model = network()
+    layers = [
+        (0.25, {"params": [model[0].weight], "decayed": True}),
+        (1.0, {"params": [model[2].bias], "decayed": False}),
+    ]
+    optimizer = ScheduledAdamW(schedule_layers(layers, lambda scale: Cosine(scale, 0.0)), Constant(0.1), Constant(0.3))
+    optimizer.set_time(0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 * 0.125, 0.1 * 0.5])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
 
 
 def test_schedules_set_rate_and_decay():

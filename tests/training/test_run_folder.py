@@ -92,12 +92,41 @@ def test_a_failed_resume_changes_nothing(copied, tmp_path):
     assert run("pretrain", "--out", copied, "--resume")[0] == 0
 
 
-def test_resume_without_data_starts_a_run_on_the_sample(tmp_path, capsys):
+@pytest.mark.parametrize("place", ["missing", "empty", "foreign"])
+def test_resume_without_data_needs_a_run(tmp_path, place):
+    out = tmp_path / place
+    if place != "missing":
+        out.mkdir()
+    if place == "foreign":
+        (out / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, err = run("pretrain", "--resume", "--out", out)
+    expected = f"gtsa: --resume: there is no run in {out}; check --out, or give --data to start a run there\n"
+    assert (code, printed, err) == (2, "", expected)
+    assert run("pretrain", "--resume", "--plan", "--out", out)[0] == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_without_data_needs_out(tmp_path):
+    for given in (("--resume",), ("--resume", "--plan")):
+        assert run("pretrain", *given)[::2] == (
+            2,
+            "gtsa: --out is missing: --resume needs the folder of the run\n",
+        )
+
+
+def test_resume_with_data_starts_a_run(tmp_path, scenes):
     out = str(tmp_path / "new")
-    new = requested_settings({"out": out, "resume": True})
+    settings = requested_settings({"out": out, "resume": True, "data": str(scenes)})
+    assert (settings.data, settings.out) == (str(scenes), out)
+    gtsa.pretrain(str(scenes), out=out, resume=True, **{**SHORT, "steps": 2})
+    assert list((tmp_path / "new" / "checkpoints").glob("step-00000002"))
+
+
+def test_without_data_a_run_on_the_sample_starts(tmp_path):
+    out = str(tmp_path / "new")
+    new = requested_settings({"out": out})
     assert new.data == str(SAMPLE / "images") and new.model == "test_vit" and new.out == out
-    assert "there is no run in" in capsys.readouterr().out
-    assert requested_settings({"out": out}) == new.model_copy(update={"resume": False})
 
 
 def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copied):

@@ -65,7 +65,7 @@ class Selection:
 
     range16: Annotated[
         tuple[float, float] | None,
-        Parameter(negative=(), help="Values of 16-bit images that become black and white. Default: 0 65535."),
+        Parameter(negative=(), help="Values of 16-bit images that are mapped to black and white. Default: 0 65535."),
     ] = None
     data_root: Annotated[
         str | None, Parameter(help="List files: the folder that paths are relative to and must lie in.")
@@ -129,13 +129,13 @@ def preview(
     out
         PNG file to write.
     image
-        Number of the image, in the order of the files.
+        Number of the image, from 0, in the order of the files.
     epoch
-        Number of the epoch; views differ from epoch to epoch.
+        Number of the epoch, from 0; views differ from epoch to epoch.
     model
         Model whose patch size decides the crop sizes.
     seed
-        As for pretrain.
+        Seed of the views, as in gtsa pretrain.
     """
     settings = read_yaml(config_file) if config_file else {}
     for name in ("data", "out"):
@@ -168,7 +168,7 @@ def export(
     network
         The teacher (as evaluated) or the student, if the weights hold both.
     model
-        timm's name of the model, if the weights do not name it.
+        Name of the timm model, if the weights do not hold it.
     """
     early.weights(weights)
     path = gtsa.export(weights, out, to, network, model)

@@ -39,7 +39,7 @@ VERBS = {
     A YAML file (--config) can hold more: pretrain (settings of every run), evaluate (of every task), tasks (of
     single tasks), rows (further rows: {name: settings of gtsa pretrain}). See docs/compare.md.
     """,
-    "check": "Decode every image once: what the data holds, what is wrong with it, and what pretraining would use.",
+    "check": "Decode every image once. Report the kinds of images, damaged files, and what pretraining would use.",
     "preview": "Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.",
     "export": "Write the trained encoder in a format that other libraries open, with identical outputs.",
     "methods": "List the training methods.",
@@ -113,7 +113,10 @@ def _next_step(arguments: list[str] | None) -> str:
         return "the same command resumes; images that were decoded are not decoded again"
     if verb == "pretrain":
         anew = ", in place of --overwrite" if "--overwrite" in given else ""
-        return f"the same command with --resume{anew} resumes from the last checkpoint, or starts if there is none"
+        resumes = f"the same command with --resume{anew} resumes from the last checkpoint"
+        if any(word.split("=")[0] in ("--data", "--config") for word in given):
+            return f"{resumes}, or starts if there is none"
+        return f"{resumes}; if there is no run yet, give the same command again"
     return "give the same command again"
 
 

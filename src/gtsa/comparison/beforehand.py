@@ -75,12 +75,12 @@ def _check_reserved_settings(settings: Compare) -> None:
 def _check_trained_row(row: Row, settings: Compare, images: int) -> None:
     pretrain = validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), settings) | {"out": settings.out})
     resolved = Plan(pretrain, {})
-    plan.start(resolved, _read_model(pretrain))
-    plan.sizes(resolved)
-    method = methods.found()[pretrain.method]
-    plan.method(resolved, method.auto_settings, images)
-    plan.hold_out(resolved, images)
-    plan.budget(resolved, images - resolved.settings.hold_out, method.base_lr)
+    plan.resolve_initial(resolved, _read_model(pretrain))
+    plan.resolve_sizes(resolved)
+    method = methods.load_all()[pretrain.method]
+    plan.resolve_method(resolved, method.auto_settings, images)
+    plan.resolve_hold_out(resolved, images)
+    plan.resolve_budget(resolved, images - resolved.settings.hold_out, method.base_lr)
     with torch.device("meta"):  # the constructor checks the options of the method; no memory is used
         encoder = Backbone(resolved.settings.model, resolved.settings.views.global_crops_size)
         method(encoder, **resolved.settings.options)

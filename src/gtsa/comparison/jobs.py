@@ -112,7 +112,7 @@ def merge_task_settings(task: str, settings: Compare) -> dict[str, Any]:
 
 def make_evaluator(task: str, settings: Compare) -> Evaluator:
     options = merge_task_settings(task, settings).get(task, {})
-    return evaluators.found()[task](**dict(validated(EvaluatorSettings[task], options, f"--task {task}")))
+    return evaluators.load_all()[task](**dict(validated(EvaluatorSettings[task], options, f"--task {task}")))
 
 
 def list_primary_tasks(settings: Compare) -> tuple[str, ...]:

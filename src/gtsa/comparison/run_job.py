@@ -146,8 +146,8 @@ def _open_reference(source: str, seed: int, settings: Compare) -> Encoder:
         return CONTROLS[source](patch_of(settings.model))
     if source == "untrained":
         resolved = Plan(validated(Pretrain, {"model": settings.model, **settings.pretrain}), {})
-        plan.start(resolved, None)
-        plan.sizes(resolved)
+        plan.resolve_initial(resolved, None)
+        plan.resolve_sizes(resolved)
         torch.manual_seed(seed)  # the same initial weights as in pretraining
         return Backbone(settings.model, resolved.settings.views.global_crops_size)
     return load_backbone(source)[0]
@@ -161,13 +161,14 @@ def count_flops_per_image(resolved: Pretrain) -> float:
     """
     multicrop = MultiCrop(**resolved.views.model_dump())
     encoder = Backbone(resolved.model, multicrop.global_crops_size)
-    method = methods.found()[resolved.method](encoder, **resolved.options)
+    method = methods.load_all()[resolved.method](encoder, **resolved.options)
     method.train()
     sizes = 1 + (multicrop.local_crops_number > 0)
-    groups = [cost.noise(multicrop, size, 2, torch.device("cpu")) for size in range(sizes)]
+    images = max(2, method.min_images)
+    groups = [cost.noise(multicrop, size, images, torch.device("cpu")) for size in range(sizes)]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         method(Views.of(groups), 1.0)["loss"].backward()
-    return float(counter.get_total_flops()) / 2
+    return float(counter.get_total_flops()) / images
 
 
 def _sum_seconds(run_folder: Path) -> float:

@@ -142,6 +142,7 @@ class Method(Objective):
     base_lr: ClassVar[float] = 5e-4  # published peak learning rate for a batch of 256
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that trials draw settings from
     min_views: ClassVar[int] = 2  # views of an image
+    min_images: ClassVar[int] = 1  # images of a micro-batch on a device, e.g. 2 for batch norm
     auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # values of auto settings, by the number of images
     needs_overlap: ClassVar[bool] = False  # crops must overlap and must not be mirrored
 

@@ -22,27 +22,28 @@ class MultiCrop:
     """Draws and cuts the views of one image (GTSA, section 3.1 and the published settings).
 
     Attributes:
-        global_crops_number: crops for student and teacher; at least one, and two views in all.
-        local_crops_number: crops for the student only.
-        global_crops_size: side of a global crop, px.
-        local_crops_size: side of a local crop, px.
-        global_crops_scale: range of a global crop's share of the image's area.
-        local_crops_scale: range of a local crop's share of the image's area.
-        aspect: range of width over height, drawn log-uniformly.
-        global_overlap: a global crop shares more than this part of the image's area with every one drawn before it; 0:
-            it may lie anywhere.
-        local_overlap: a local crop shares more than this part of the image's area with every global crop; 0: anywhere.
-        rotations: quarter-turns, uniform over the four; False leaves every crop upright.
-        hflip: probability that a crop is mirrored left to right.
+        global_crops_number: global crops of an image, for student and teacher; at least one, and two views in all.
+        local_crops_number: local crops of an image, for the student only.
+        global_crops_size: side of a global crop, px. auto: 224, in whole patches.
+        local_crops_size: side of a local crop, px. auto: 96, in whole patches.
+        global_crops_scale: range of a global crop's area, as a fraction of the image's area.
+        local_crops_scale: range of a local crop's area, as a fraction of the image's area.
+        aspect: range of the aspect ratio (width / height), drawn log-uniformly.
+        global_overlap: a global crop overlaps every earlier global crop by more than this fraction of the image's area;
+            0: it may lie anywhere.
+        local_overlap: a local crop overlaps every global crop by more than this fraction of the image's area; 0: it may
+            lie anywhere.
+        rotations: rotate every crop by a random number of quarter-turns, 0 to 3.
+        hflip: probability of a horizontal flip.
         color_jitter: probability of colour jitter.
         grayscale: probability of greyscale.
         gaussian_blur: probabilities of Gaussian blur: of the first global crop, of the other global crops, and of local
             crops.
-        solarize: probabilities, likewise, that the brighter half of the values is inverted.
-        brightness: of the jitter, a factor from 1 -+ this.
-        contrast: of the jitter, a factor from 1 -+ this.
-        saturation: of the jitter, a factor from 1 -+ this.
-        hue: shift drawn from -+ this, in turns of the colour wheel.
+        solarize: probabilities of solarisation (the brighter half of the values is inverted), as for gaussian_blur.
+        brightness: brightness jitter x: factor drawn from 1 - x to 1 + x.
+        contrast: contrast jitter x: factor drawn from 1 - x to 1 + x.
+        saturation: saturation jitter x: factor drawn from 1 - x to 1 + x.
+        hue: hue jitter x: shift drawn from -x to x, in turns of the colour wheel; at most 0.5.
         sigma: range of the blur's standard deviation, px.
     """
 

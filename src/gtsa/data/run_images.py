@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
@@ -28,54 +27,9 @@ from gtsa.data.sources import Selection, open_source
 ADVICE = "bring it back, or start another run"
 
 
-class ImageSettings(Protocol):
-    """The settings of a run that its images depend on."""
-
-    @property
-    def out(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def hold_out(self) -> int: ...
-    @property
-    def max_bad(self) -> float: ...
-    @property
-    def range16(self) -> tuple[float, float]: ...
-    @property
-    def data_root(self) -> str | None: ...
-
-
-class SelectionSettings(Protocol):
-    """The settings that select images."""
-
-    @property
-    def range16(self) -> tuple[float, float]: ...
-    @property
-    def data_root(self) -> str | None: ...
-    @property
-    def include(self) -> Sequence[str]: ...
-    @property
-    def exclude(self) -> Sequence[str]: ...
-    @property
-    def follow_links(self) -> bool: ...
-
-
-class ScanSettings(SelectionSettings, Protocol):
-    """The settings of a scan."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def out(self) -> str: ...
-    @property
-    def resume(self) -> bool: ...
-    @property
-    def max_bad(self) -> float: ...
-
-
 @dataclass(frozen=True)
-class StoredSettings:
-    """ImageSettings of an earlier run, read from its config.yaml."""
+class ImageSettings:
+    """The settings of a run that its images depend on."""
 
     out: str
     seed: int
@@ -85,34 +39,27 @@ class StoredSettings:
     data_root: str | None
 
 
-def scan_images(data: object, settings: ScanSettings, begun: bool, checkpoints: bool) -> dict[str, str]:
-    """Scans the images of a new run and returns its files, {name: text}; nothing for a run that resumes.
+def scan_images(data: object, name: str, selection: Selection, max_bad: float) -> dict[str, str]:
+    """Scans the images of a new run and returns its files, {name: text}.
 
     Args:
-        begun, checkpoints: whether the run's folder has a list of images, and checkpoints.
+        name: what to call data that are no path.
+        max_bad: share of damaged images that is accepted.
 
     Raises:
-        UserError: there are no images, too many of them are damaged (3), or the run's list of images is gone (4).
+        UserError: there are no images, or too many of them are damaged (3).
     """
-    if settings.resume and begun:
-        return {}
-    if settings.resume and checkpoints:
-        raise UserError(f"{settings.out} has checkpoints, but {IMAGES} is gone: {ADVICE}", 4)
-    say(f"reading {data if isinstance(data, str) else settings.data}")
+    say(f"reading {data if isinstance(data, str) else name}")
     with Count("listed") as listed:
-        source = open_source(data, selection_of(settings), progress=listed)
-    result = scan(source, range16=settings.range16)
-    check_scan(result, data, settings.max_bad)
+        source = open_source(data, selection, progress=listed)
+    result = scan(source, range16=selection.range16)
+    check_scan(result, data, max_bad)
     for line in group_by_reason(result.bad):
         say(f"left out: {line}")
     for line in [*([f"left out: {describe_links(result)}"] if result.outside else []), *result.remarks]:
         say(line)
     lines = [json.dumps(list_entry(source, i, result.sides.get(i))) for i in result.used]
     return {"scan.json": json.dumps(result.report(), indent=1) + "\n", IMAGES: "\n".join(lines) + "\n"}
-
-
-def selection_of(settings: SelectionSettings) -> Selection:
-    return Selection(settings.range16, settings.data_root, settings.include, settings.exclude, settings.follow_links)
 
 
 def count_images(files: dict[str, str], out: str) -> int:
@@ -140,7 +87,6 @@ class RunImages:
 
     Args:
         data: as given by the user.
-        settings: of pretraining, resolved.
         note: writes a line to the terminal and to the run's log.
 
     Attributes:
@@ -203,14 +149,10 @@ def open_images_of(folder: Path, note: Callable[[str], None]) -> RunImages:
     """The images of an earlier run, by its config.yaml. Raises UserError, OSError or ValueError where it is damaged."""
     config = read_yaml(folder / "config.yaml", schema=1)
     try:
-        settings = StoredSettings(
-            str(folder),
-            config["seed"],
-            config["hold_out"],
-            config["max_bad"],
-            tuple(config["range16"]),
+        settings = ImageSettings(
+            str(folder), config["seed"], config["hold_out"], config["max_bad"], tuple(config["range16"]),
             config["data_root"],
-        )
+        )  # fmt: skip
         return RunImages(config["data"], settings, note)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.yaml is incomplete: {error}", 4) from None

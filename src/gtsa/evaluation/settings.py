@@ -30,9 +30,9 @@ class EvaluateSettings(Documented):
     tokens: Literal["mean", "cls", "both"] = "mean"
     """One vector per image: the mean of the patch tokens (GTSA trains no CLS token), the CLS token, or both."""
     network: Literal["teacher", "student"] = "teacher"
-    """Which network of a run."""
+    """Network of a run to evaluate."""
     model: str | None = None
-    """timm's name of the model, if a bare file of weights does not have it."""
+    """Name of the timm model, if a file of weights does not hold it."""
     out: str | None = None
     """JSON file for settings, fingerprints and metrics."""
     predictions: str | None = None
@@ -48,15 +48,15 @@ class EvaluateSettings(Documented):
     classes: str | None = None
     """Text file with the names of the classes of masks, one per line, in the order of their numbers."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Determines folds and trainings."""
+    """Seed of folds and trainings."""
     batch_size: Count = 32
     """Images per forward pass of the frozen backbone."""
     workers: Natural | Auto = AUTO
     """Processes that read images."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that supports it, else 32."""
+    """Numeric precision. auto: bf16 on a GPU that supports it, else 32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one."""
+    """Kind of device. auto: the GPU if there is one."""
     devices: Literal[1] = 1
     """An evaluation uses one device."""
     nodes: Literal[1] = 1

@@ -128,7 +128,7 @@ def open_tasks(settings: Evaluate, shared: Opened | None = None) -> list[Task]:
     opener = partial(_open_labels, settings=settings, shared={} if shared is None else shared)  # reads labels only once
     for name in settings.task:
         arguments = dict(getattr(settings, name))
-        evaluator = evaluators.found()[name](**arguments)
+        evaluator = evaluators.load_all()[name](**arguments)
         folds = settings.folds if evaluator.uses_train_set else None  # without training, all images at once
         tasks.append(Task(name, arguments, evaluator, *_open_data(evaluator, name, settings, opener), folds))
     sides = {id(data): (flag, data) for task in tasks if task.evaluator.trains_long for flag, data in _sides(task)}

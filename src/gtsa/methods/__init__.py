@@ -22,8 +22,8 @@ def declared() -> dict[str, plugins.Declared]:
     return plugins.all_declared(here, "Method", here.parent / "core" / "types.py")
 
 
-def found() -> dict[str, type[Method]]:
-    """{name: class} of every method in this folder."""
+def load_all() -> dict[str, type[Method]]:
+    """{name: class} of every method in this folder; imports all of them."""
     from gtsa.core.types import Method
 
     return plugins.classes(sys.modules[__name__], Method)  # type: ignore[type-abstract]

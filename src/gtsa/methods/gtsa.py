@@ -36,16 +36,18 @@ class GTSA(Method):
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
         projector_dim: hidden width of projector U.
-        out_dim: width of the maps that are compared: the outputs of U and H.
+        out_dim: output width of U and H, whose maps are compared.
         predictor_dim: hidden width of predictor H.
-        cells: pooled cells per side for (global, local) views; None: round(0.7 g) for a g x g token grid.
-        matches: number of patch matches that count for (global, local) views; None: floor(g g / 2).
+        cells: cells per side of the pooled grid, for global and local views. By default round(0.7 g) for a map of g x g
+            patches.
+        matches: best patch matches that the patch correspondence loss uses, for global and local views. By default
+            half of the patches.
         region_weight: weight of the region loss; 0 leaves it out.
         patch_weight: weight of the patch correspondence loss; 0 leaves it out.
         rotation_weight: weight of the rotation loss; 0 leaves it and its head out.
-        patch_start: time from which the patch correspondence loss counts.
-        region_target: ``overlap``, the pooled region that the views of student and teacher share; or ``global``, the
-            mean of each whole map, which makes the method insensitive to cropping (an ablation).
+        patch_start: fraction of the run after which the patch correspondence loss is used.
+        region_target: target of the region loss. overlap: the pooled region that the views of student and teacher
+            share; global: the mean of each whole map, which makes the method insensitive to cropping (an ablation).
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 

@@ -40,19 +40,19 @@ class IBOT(Method):
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
-        num_prototypes: K, outputs of the head. auto: 8,192 as published; 1,024 to 4,096 below 20,000 images.
+        num_prototypes: number of prototypes. auto: 8,192 as published; 1,024 to 4,096 below 20,000 images.
         hidden_dim: width of the head's hidden layers.
         bottleneck_dim: width of the vectors that are compared with the prototypes.
         student_temp: temperature of the student's softmax.
         teacher_temp: temperature of the teacher's softmax at the start, and after its warm-up. auto: 0.04 and 0.07 as
             published; below 20,000 images 0.02, because the logits of small networks differ less between images.
-        teacher_temp_warmup: time in which it rises linearly. Published are 30 of 100 epochs, of which the last has
-            the end value already.
-        mask_ratio: range of the share of a global crop's patches that are masked for the student.
-        mask_probability: share of global crops that are masked.
+        teacher_temp_warmup: fraction of the run in which the teacher's temperature rises linearly. Published are 30 of
+            100 epochs, of which the last has the end value already.
+        mask_ratio: range of the mask ratio: the fraction of a global crop's patches that the student does not see.
+        mask_probability: probability that a global crop is masked.
         patch_weight: weight of the loss on masked patches.
-        freeze_last_layer: time until which the student's prototypes are frozen.
-        center_momentum: share of each centre that is kept in a step.
+        freeze_last_layer: fraction of the run, from its start, in which the student's prototypes are frozen.
+        center_momentum: momentum of each centre, the running mean of the teacher's logits.
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 

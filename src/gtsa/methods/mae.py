@@ -29,7 +29,7 @@ class MAE(Method):
 
     Args:
         encoder: the encoder to train; it is what is exported.
-        mask_ratio: share of the patches that are masked.
+        mask_ratio: fraction of the patches that are masked.
         decoder_dim: width of the decoder: a multiple of 4. If it is a multiple of 32, each head is 32 wide.
         decoder_depth: number of the decoder's blocks.
         normalise: reconstruct each patch normalised by its own mean and standard deviation.

@@ -16,7 +16,7 @@ from gtsa.models.backbone import Backbone
 from gtsa.models.weight_sources import Weights
 from gtsa.models.weights import build_backbone
 from gtsa.pretraining.settings import Pretrain
-from gtsa.training.optim import by_dimension
+from gtsa.training.optim import schedule_layers, split_by_decay
 from gtsa.training.schedules import Ramp
 
 
@@ -28,19 +28,19 @@ class Adaptation(Method):
 
     Args:
         method: what is trained.
-        start: the encoder as it was. It is no part of the state: it is read again from the initial weights.
+        initial_encoder: the encoder as it was. It is no part of the state: it is read again from the initial weights.
         gram_weight: weight of the mean squared change of the Gram matrix of the first global crop; 0: none.
     """
 
-    def __init__(self, method: Method, start: Backbone, gram_weight: float) -> None:
+    def __init__(self, method: Method, initial_encoder: Backbone, gram_weight: float) -> None:
         super().__init__()
-        self.method, self.start, self.gram_weight = method, start, gram_weight
+        self.method, self.initial_encoder, self.gram_weight = method, initial_encoder, gram_weight
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = self.method(views, time)
         if self.gram_weight == 0:
             return parts
-        change = losses.gram(*self._seen("student", views)).mean()
+        change = losses.gram(*self._patch_tokens("student", views)).mean()
         return {**parts, "loss": parts["loss"] + self.gram_weight * change, "change": change}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor) -> None:
@@ -48,7 +48,7 @@ class Adaptation(Method):
 
     def train(self, mode: bool = True) -> Adaptation:
         super().train(mode)
-        self.start.eval()  # no drop path in the reference
+        self.initial_encoder.eval()  # no drop path in the reference
         return self
 
     @property
@@ -58,14 +58,14 @@ class Adaptation(Method):
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """The method's metrics, and ``agreement``: of the teacher's Gram matrix with the start's."""
-        return {**self.method.diagnose(views), "agreement": losses.agreement(*self._seen("teacher", views))}
+        return {**self.method.diagnose(views), "agreement": losses.agreement(*self._patch_tokens("teacher", views))}
 
-    def _seen(self, network: str, views: Views) -> tuple[Tensor, Tensor]:
+    def _patch_tokens(self, network: str, views: Views) -> tuple[Tensor, Tensor]:
         """Patch tokens [B, h, w, D] of the first global crops, now and at the start."""
         pixels = views.global_crops.pixels[:, 0]
         with torch.no_grad():
-            start = self.start(pixels).patches
-        return self.encoders[network](pixels).patches, start
+            initial = self.initial_encoder(pixels).patches
+        return self.encoders[network](pixels).patches, initial
 
     # A checkpoint is the method's own
 
@@ -79,13 +79,13 @@ class Adaptation(Method):
 def build_method(settings: Pretrain, initial: Weights | None) -> tuple[Method, str]:
     """The method with its initial weights, which follow from the seed, and how many tensors were loaded."""
     torch.manual_seed(settings.seed)
-    kind: Callable[..., Method] = methods.found()[settings.method]
+    kind: Callable[..., Method] = methods.load_all()[settings.method]
     size = settings.multicrop.global_crops_size
     if initial is None:
         return kind(Backbone(settings.model, size, settings.drop_path), **settings.options), ""
     encoder, loaded = build_backbone(initial, settings.model, size, settings.drop_path)
-    start = copy_of(encoder)
-    return Adaptation(kind(encoder, **settings.options), start, settings.gram_weight), loaded
+    initial_encoder = copy_of(encoder)
+    return Adaptation(kind(encoder, **settings.options), initial_encoder, settings.gram_weight), loaded
 
 
 def parameter_groups(method: Method, settings: Pretrain) -> list[dict[str, Any]]:
@@ -96,12 +96,13 @@ def parameter_groups(method: Method, settings: Pretrain) -> list[dict[str, Any]]
     """
     encoder = method.encoders["student"]
     if (settings.freeze_encoder, settings.encoder_lr_scale, settings.layer_decay) == (0, 1, 1):
-        return by_dimension(method.parameters())
+        return split_by_decay(method.named_parameters())
     assert isinstance(encoder, Backbone)
     end = settings.freeze_encoder + settings.warmup if settings.freeze_encoder else 0.0
-    layers = [
-        {**group, "rate": Ramp(0.0, settings.encoder_lr_scale * share, end, settings.freeze_encoder)}
-        for share, group in encoder.layers(settings.layer_decay)
-    ]
+    layers = schedule_layers(
+        encoder.layers(settings.layer_decay),
+        lambda scale: Ramp(0.0, settings.encoder_lr_scale * scale, end, settings.freeze_encoder),
+    )
     slow = {id(p) for group in layers for p in group["params"]}
-    return [*by_dimension(p for p in method.parameters() if id(p) not in slow), *layers]
+    heads = [(name, p) for name, p in method.named_parameters() if id(p) not in slow]
+    return [*split_by_decay(heads), *layers]

@@ -67,7 +67,7 @@ def _show(result: Scan, data: object) -> None:
     width, height = report["width"], report["height"]
     formats = ", ".join(f"{count:,} {kind}" for kind, count in result.formats.most_common())
     rows = [
-        ("images", f"{result.total:,}", f"{result.decoded:,} decoded whole and used"),
+        ("images", f"{result.total:,}", f"{result.decoded:,} readable"),
         ("used", f"{len(result.used):,}", formats),
         ("width, px", f"{width['least']} to {width['most']}", f"median {width['median']}"),
         ("height, px", f"{height['least']} to {height['most']}", f"median {height['median']}"),

@@ -58,13 +58,20 @@ class Cost:
 
 
 def probe(
-    method: Method, views: ViewSet, prepare: Callable[[Views], Views], fabric: Fabric, batch: int, free: int
+    method: Method,
+    views: ViewSet,
+    prepare: Callable[[Views], Views],
+    fabric: Fabric,
+    batch: int,
+    free: int,
+    fewest: int = 1,
 ) -> Cost:
     """Measures the cost of an image: the median of several passes, so that a busy moment does not count.
 
     Args:
         batch: images per step on this device.
         free: bytes of free memory.
+        fewest: images that the method needs at a time.
     """
     method.train()
     before = [buffer.clone() for buffer in method.buffers()]  # statistics that a method accumulates
@@ -80,7 +87,7 @@ def probe(
         _finish(fabric.device)
         return time.perf_counter() - began
 
-    few = min(2, batch)
+    few = min(max(2, fewest), batch)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from gtsa.training.trainer import Kept, Trainer
 
 
 @dataclass
-class Start:
+class StepZero:
     """The network at step 0, which later ones are compared with."""
 
     health: HealthSnapshot
@@ -61,10 +61,10 @@ class Monitor:
     ) -> None:
         self.trainer, self.method, self.settings = trainer, method, settings
         self.images, self.online = images, online
-        self.start: Start | None = None  # in the first process
+        self.step_zero: StepZero | None = None  # in the first process
         views = ViewSet(images.source, images.looked_at, settings.multicrop, settings.seed, Stream.HELD_OUT)
         self.health = HealthMonitor(views, prepare)
-        self.origin = method.start.fingerprint if isinstance(method, Adaptation) else ""
+        self.origin = method.initial_encoder.fingerprint if isinstance(method, Adaptation) else ""
 
     def __call__(self, step: int) -> Verdict | None:
         """Evaluates the network after ``step`` steps; the verdict, in the first process. At step 0 there is none.
@@ -79,30 +79,30 @@ class Monitor:
             with stops.interruptible():
                 if step:
                     return self._evaluate(step)
-                self._evaluate_start()
+                self._evaluate_step_zero()
         except stops.EvaluationStopped:
             self.trainer.missed = True
             if self.online and before:  # it will run again: this step's best checkpoint was not saved
                 self.online.best, self.online.per_image = before
         return None
 
-    def _evaluate_start(self) -> None:
+    def _evaluate_step_zero(self) -> None:
         with doing(f"step 0: evaluating on {len(self.images.looked_at)} images"):
             health = self.health(self.method)
             gallery = self.images.gallery(2 * self.settings.multicrop.global_crops_size)
-            self.start = Start(health, gallery, patch_maps(self.teacher, gallery))
+            self.step_zero = StepZero(health, gallery, patch_maps(self.teacher, gallery))
         self._evaluate_online(0)
 
     def _evaluate(self, step: int) -> Verdict:
-        run, start = self._run, self.start
-        assert start is not None
+        run, step_zero = self._run, self.step_zero
+        assert step_zero is not None
         with doing(f"step {step}: evaluating on {len(self.images.looked_at)} images"):
             health = self.health(self.method)
         self.images.unreadable(health.replaced, f"evaluation at step {step}: ")
-        result = verdict(health, start.health, step, bool(self.images.held_out))
+        result = verdict(health, step_zero.health, step, bool(self.images.held_out))
         run.log(step, result.metrics, "health.jsonl", verdict=result.label)
         picture = io.BytesIO()
-        strip(start.gallery, start.maps, patch_maps(self.teacher, start.gallery), step).save(picture, "PNG")
+        strip(step_zero.gallery, step_zero.maps, patch_maps(self.teacher, step_zero.gallery), step).save(picture, "PNG")
         run.write(f"pictures/features-{step:08d}.png", picture.getvalue())
         self._evaluate_online(step)
         return result
@@ -118,14 +118,14 @@ class Monitor:
         if better:
             self.trainer.save(step, *self.state(), folder=self._run.path("best", "checkpoints"))
 
-    def chosen(self) -> tuple[Backbone, str]:
+    def choose_network(self) -> tuple[Backbone, str]:
         """The network to export, and why; without --eval the last teacher, with no reason."""
         if self.online is None or self.online.best is None:
             return self.teacher, ""
         best, _ = build_backbone(read_weights(str(Path(self.settings.out) / "best")))
         best = best.to(self.trainer.fabric.device).eval()
-        start = self.method.start if isinstance(self.method, Adaptation) else None
-        return best, self.online.choice(start, best)
+        initial = self.method.initial_encoder if isinstance(self.method, Adaptation) else None
+        return best, self.online.choice(initial, best)
 
     @property
     def teacher(self) -> Backbone:
@@ -155,16 +155,16 @@ class Monitor:
             "unreadable": {str(number): reason for number, reason in self.images.bad.items()},
             "best": self.online and self.online.best,
         }
-        if self.start is None:  # not the first process, which writes
+        if self.step_zero is None:  # not the first process, which writes
             return {}, values
-        health = self.start.health
+        health = self.step_zero.health
         tensors = {
             **{f"score.{name}": scores for name, scores in health.scores.items()},
             "rank": torch.tensor(health.rank, dtype=torch.float64),
             "spread": torch.tensor(health.spread, dtype=torch.float64),
             "images": health.images,
-            "maps": self.start.maps,
-            "gallery": (255 * self.start.gallery).round().to(torch.uint8),
+            "maps": self.step_zero.maps,
+            "gallery": (255 * self.step_zero.gallery).round().to(torch.uint8),
         }
         return {"start": tensors}, values
 
@@ -192,4 +192,4 @@ class Monitor:
             self.online.best = tuple(values["best"])
         scores = {k.removeprefix("score."): v for k, v in tensors.items() if k.startswith("score.")}
         health = HealthSnapshot(scores, float(tensors["rank"]), float(tensors["spread"]), tensors["images"])
-        self.start = Start(health, tensors["gallery"].float() / 255, tensors["maps"])
+        self.step_zero = StepZero(health, tensors["gallery"].float() / 255, tensors["maps"])

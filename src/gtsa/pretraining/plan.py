@@ -15,7 +15,7 @@ from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
 from gtsa.models.backbone import patch_of
 from gtsa.pretraining.cost import LONG, Cost, cheaper
-from gtsa.pretraining.settings import Pretrain
+from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.training import checkpoint, threads
 from gtsa.training.devices import resolve_workers
 
@@ -27,7 +27,7 @@ FROM_SCRATCH = {"freeze_encoder": 0.0, "encoder_lr_scale": 1.0, "layer_decay": 1
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
 
 
-def start(plan: Plan[Pretrain], loaded: str | None) -> None:
+def resolve_initial(plan: Plan[Pretrain], loaded: str | None) -> None:
     """Resolves the model, and the settings of training from initial weights.
 
     Args:
@@ -46,7 +46,7 @@ def start(plan: Plan[Pretrain], loaded: str | None) -> None:
         plan.settle({}, keep_best=settings.eval[0])
 
 
-def sizes(plan: Plan[Pretrain]) -> None:
+def resolve_sizes(plan: Plan[Pretrain]) -> None:
     """Resolves crop sizes to multiples of the patch size. Raises UserError where a given size is not a multiple."""
     patch, views = patch_of(plan.settings.model), plan.settings.views
     chosen, problems = {}, []
@@ -66,7 +66,7 @@ def sizes(plan: Plan[Pretrain]) -> None:
     plan.settle({}, views=views.model_copy(update=chosen))
 
 
-def method(plan: Plan[Pretrain], rules: Mapping[str, Callable[[int], Any]], images: int) -> None:
+def resolve_method(plan: Plan[Pretrain], rules: Mapping[str, Callable[[int], Any]], images: int) -> None:
     """Resolves the method's settings that depend on the number of images, with ``Method.auto_settings``."""
     name = plan.settings.method
     section = getattr(plan.settings, name)
@@ -80,7 +80,7 @@ def _number(value: float | tuple[float, ...]) -> str:
     return " to ".join(dict.fromkeys(f"{number:,}" for number in (value if isinstance(value, tuple) else (value,))))
 
 
-def hold_out(plan: Plan[Pretrain], images: int) -> None:
+def resolve_hold_out(plan: Plan[Pretrain], images: int) -> None:
     """Resolves the number of images that are held out from training."""
     given = plan.settings.hold_out
     if is_auto(given):
@@ -91,11 +91,14 @@ def hold_out(plan: Plan[Pretrain], images: int) -> None:
         raise UserError(f"--hold-out {given} leaves none of {images} images to train on", 2)
 
 
-def budget(plan: Plan[Pretrain], images: int, base: float = 5e-4) -> None:
+def resolve_budget(plan: Plan[Pretrain], images: int, base: float = 5e-4) -> None:
     """Resolves batch, steps, learning rate, intervals and workers for ``images`` training images.
 
     Args:
         base: the method's published learning rate for a batch of 256.
+
+    Raises:
+        UserError: the batch is too large for the images, or too small for the processes or the method (2).
     """
     _resolve_batch(plan, images)
     _resolve_steps(plan, images)
@@ -114,13 +117,36 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
     ranks = plan.settings.devices * plan.settings.nodes
     if is_auto(plan.settings.batch_size):
         eighth = min(PUBLISHED["batch"], max(SMALLEST_BATCH, images // 8 // 8 * 8))
-        batch = max(1, eighth // ranks) * ranks
+        batch = max(_min_images(plan.settings), eighth // ranks) * ranks
         plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
     batch = plan.settings.batch_size
     if batch > images:
         _allow_repeats(plan, batch, images, ranks)
     if batch < ranks:
         raise UserError(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
+    _check_min_images(plan.settings)
+
+
+def _min_images(settings: Pretrain) -> int:
+    """The fewest images that the method accepts in a micro-batch on a device."""
+    fewest: int = METHODS[settings.method].constants["min_images"]
+    return fewest
+
+
+def _check_min_images(settings: Pretrain) -> None:
+    """Raises UserError where a micro-batch on a device has too few images for the method."""
+    fewest, ranks = _min_images(settings), settings.devices * settings.nodes
+    parts = 1 if is_auto(settings.accumulate) else settings.accumulate
+    each = settings.batch_size // (ranks * parts)
+    if each >= fewest:
+        return
+    split = f" in {parts} micro-batches" if parts > 1 else ""
+    split += f" over {ranks} processes" if ranks > 1 else ""
+    raise UserError(
+        f"--batch-size {settings.batch_size}{split}: the method {settings.method} needs at least {fewest} images at a "
+        f"time on a device, not {each}; give --batch-size {fewest * ranks * parts} or more"
+        + (", or a smaller --accumulate" if parts > 1 else "")
+    )
 
 
 def _allow_repeats(plan: Plan[Pretrain], batch: int, images: int, ranks: int) -> None:
@@ -159,17 +185,20 @@ def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
     plan.settle({"learning_rate": reason}, learning_rate=rate)
 
 
-def memory(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
-    """Resolves the number of micro-batches so that a step fits into ``free`` bytes."""
+def resolve_accumulate(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
+    """Resolves the number of micro-batches so that a step fits into ``free`` bytes, as far as the method allows."""
     settings = plan.settings
     if not is_auto(settings.accumulate):
         return
     fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
     each = settings.batch_size // (settings.devices * settings.nodes)
-    parts = next(n for n in range(1, each + 1) if each % n == 0 and (each // n <= fitting or n == each))
-    plan.settle(
-        {"accumulate": f"{gib(free)} of memory free" if parts > 1 else "a step fits in memory"}, accumulate=parts
-    )
+    fewest = _min_images(settings)
+    allowed = [n for n in range(1, each + 1) if each % n == 0 and each // n >= fewest]
+    parts = next((n for n in allowed if each // n <= fitting), allowed[-1])
+    reason = f"{gib(free)} of memory free" if parts > 1 else "a step fits in memory"
+    if each // parts > fitting and fewest > 1:
+        reason = f"{gib(free)} of memory free, and {settings.method} needs {fewest} images at a time"
+    plan.settle({"accumulate": reason}, accumulate=parts)
 
 
 def show(plan: Plan[Pretrain], cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path) -> None:
@@ -218,10 +247,10 @@ def _rows(
     locals_ = f"{views.local_crops_number} x {views.local_crops_size}"
     epochs = settings.steps * settings.batch_size / train
     device = f"{settings.devices * settings.nodes} x {settings.device}, precision {settings.precision}"
-    start = "weights as above" if loaded else "random weights"
+    weights_from = "weights as above" if loaded else "random weights"
     return [
         ("images", f"{train:,}", held),
-        ("model", f"{settings.model}, {weights / 1e6:.1f} M parameters", start),
+        ("model", f"{settings.model}, {weights / 1e6:.1f} M parameters", weights_from),
         *(_adaptation(settings, why("adaptation")) if loaded else []),
         ("method", settings.method, why("method")),
         ("views", f"{globals_} + {locals_} px", why("views")),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 import psutil
 import torch
@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 
 from gtsa import methods
 from gtsa.core import files, stops
+from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, with_keywords
 from gtsa.core.settings_file import to_yaml
 from gtsa.core.terminal import command, doing, say
 from gtsa.core.types import Method, Views
 from gtsa.data import augment, run_images
 from gtsa.data.loader import StepSampler, ViewSet, loader
-from gtsa.data.run_images import RunImages
+from gtsa.data.run_images import ImageSettings, RunImages
 from gtsa.models.backbone import Backbone
 from gtsa.models.export import write as write_export
 from gtsa.models.weight_sources import read_weights
@@ -35,7 +36,7 @@ from gtsa.pretraining.monitor import Monitor
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.open_run import open_run
 from gtsa.pretraining.requested import describe, requested_settings
-from gtsa.pretraining.settings import Pretrain
+from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.pretraining.verdict import Verdict, advice
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, on_rank_zero, resolve_device
@@ -43,6 +44,8 @@ from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.run_folder import RunFolder, note
 from gtsa.training.schedules import Cosine, warmup_then
 from gtsa.training.trainer import Trainer, TrainerSettings
+
+T = TypeVar("T", ImageSettings, TrainerSettings)
 
 
 @dataclass
@@ -75,8 +78,8 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
     resolved = resolve_device(requested)
     initial = read_weights(requested.init) if requested.init else None
     given_model = None if requested.model == "auto" else requested.model
-    plan.start(resolved, model_of(initial, given_model)[0] if initial else None)
-    plan.sizes(resolved)
+    plan.resolve_initial(resolved, model_of(initial, given_model)[0] if initial else None)
+    plan.resolve_sizes(resolved)
     fabric = launch_fabric(resolved.settings)
     if requested.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -88,10 +91,10 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         listed = on_rank_zero(fabric, partial(_list_images, data, resolved.settings, run)) or {}
         counted = on_rank_zero(fabric, lambda: run_images.count_images(listed, resolved.settings.out)) or 0
         count: int = fabric.broadcast(counted)
-        kind = methods.found()[requested.method]
-        plan.method(resolved, kind.auto_settings, count)
-        plan.hold_out(resolved, count)
-        plan.budget(resolved, count - resolved.settings.hold_out, kind.base_lr)
+        kind = methods.load_all()[requested.method]
+        plan.resolve_method(resolved, kind.auto_settings, count)
+        plan.resolve_hold_out(resolved, count)
+        plan.resolve_budget(resolved, count - resolved.settings.hold_out, kind.base_lr)
 
         # Networks, and the data of the evaluations during training. These are the last that can be refused.
         method, loaded = build_method(resolved.settings, initial)
@@ -102,37 +105,48 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         fabric.barrier()
 
         # The cost of a step, measured on these images: micro-batches that fit, and the plan as the user sees it.
-        images = RunImages(data, resolved.settings, partial(note, run))
+        images = RunImages(data, _select(ImageSettings, resolved.settings), partial(note, run))
         _write_config(run, resolved.settings)
         prepare = partial(_prepare, method, fabric.device)
         expected = _measure_and_show(resolved, method, loaded, images, prepare, fabric, requested)
         if requested.plan:
-            return _trained(Path(requested.out or "."), Verdict("planned", [], {}))
+            return _result(Path(requested.out or "."), Verdict("planned", [], {}))
         final = resolved.settings
         _write_config(run, final)
 
         # Training, from step 0 or from the newest checkpoint. The monitor evaluates between steps.
         resume = f"{command()} pretrain --out {shlex.quote(final.out)} --resume"
-        trainer = Trainer(method, _optimizer(method, final), _trainer_settings(final), fabric, run, resume, expected)
+        trainer = Trainer(
+            method, _optimizer(method, final), _select(TrainerSettings, final), fabric, run, resume, expected
+        )
         monitor = Monitor(trainer, method, final, images, online, prepare)
         if final.resume:
             monitor.resume()
-        batches = _batches(final, images, trainer.start, fabric)
+        batches = _batches(final, images, trainer.first_step, fabric)
         trainer(batches, prepare, images.account, monitor, monitor.state)
 
         # Verdict and export.
         verdict, choice = monitor(final.steps), ""
         if run and verdict:
-            network, choice = monitor.chosen()
+            network, choice = monitor.choose_network()
             with doing("exporting"), stops.saving():
                 write_export(network, run.path("exports", "timm"), _model_name(final.data))
             _report(run, verdict, choice, images, network, bool(loaded))
         fabric.barrier()
-        return _trained(Path(final.out), verdict or Verdict("see rank 0", [], {}), choice)
+        return _result(Path(final.out), verdict or Verdict("see rank 0", [], {}), choice)
 
 
 def _list_images(data: object, settings: Pretrain, run: RunFolder | None) -> dict[str, str]:
-    return run_images.scan_images(data, settings, run.began, run.has_checkpoints) if run else {}
+    """The files that list the images of a new run; none for a run that resumes, and in all processes but the first.
+
+    Raises:
+        UserError: the run's list of images is gone (4), and all that ``scan_images`` raises.
+    """
+    if run is None or (settings.resume and run.began):
+        return {}
+    if settings.resume and run.has_checkpoints:
+        raise UserError(f"{settings.out} has checkpoints, but {files.IMAGES} is gone: {run_images.ADVICE}", 4)
+    return run_images.scan_images(data, settings.data, settings.selection, settings.max_bad)
 
 
 def _online_evaluation(settings: Pretrain) -> OnlineEvaluation | None:
@@ -173,8 +187,9 @@ def _measure_and_show(
         per_device = max(1, settings.batch_size // (settings.devices * settings.nodes))
         with doing(f"measuring a step of {settings.model} on {device}"):
             views, free = ViewSet(images.source, images.train, settings.multicrop, settings.seed), _free_memory(device)
-            measured = cost.probe(method.to(device), views, prepare, fabric, per_device, free)
-        plan.memory(resolved, measured, _free_memory(device))
+            fewest = METHODS[settings.method].constants["min_images"]
+            measured = cost.probe(method.to(device), views, prepare, fabric, per_device, free, fewest)
+        plan.resolve_accumulate(resolved, measured, _free_memory(device))
         if loaded:
             say(loaded)
         disk = _existing(Path(requested.out or ".").absolute())
@@ -206,8 +221,9 @@ def _optimizer(method: Method, settings: Pretrain) -> ScheduledAdamW:
     )
 
 
-def _trainer_settings(settings: Pretrain) -> TrainerSettings:
-    return TrainerSettings(**{field.name: getattr(settings, field.name) for field in fields(TrainerSettings)})
+def _select(kind: type[T], settings: Pretrain) -> T:
+    """The settings that a part of the run needs: the fields of the dataclass ``kind``."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
 
 
 def _batches(settings: Pretrain, images: RunImages, start: int, fabric: Fabric) -> DataLoader[Views]:
@@ -245,5 +261,5 @@ def _report(run: RunFolder, verdict: Verdict, choice: str, images: RunImages, ne
     say(f'load it:  timm.create_model("local-dir:{out}/exports/timm", pretrained=True)  # model(x): {vector}')
 
 
-def _trained(out: Path, verdict: Verdict, choice: str = "") -> Trained:
+def _result(out: Path, verdict: Verdict, choice: str = "") -> Trained:
     return Trained(out, out / "exports" / "timm", verdict, choice)

@@ -13,7 +13,6 @@ from gtsa.core.settings import Plan, validated, with_keywords
 from gtsa.core.terminal import say
 from gtsa.data import augment
 from gtsa.data.pixels import BadImage
-from gtsa.data.run_images import selection_of
 from gtsa.data.sources import open_source
 from gtsa.models.backbone import IMAGENET
 from gtsa.models.weight_sources import read_weights
@@ -42,10 +41,10 @@ def preview(
         UserError: there is no such image, or it cannot be read (3).
     """
     resolved = Plan(validated(Pretrain, settings), {})
-    plan.start(resolved, _model_of_init(resolved.settings))
-    plan.sizes(resolved)
+    plan.resolve_initial(resolved, _model_of_init(resolved.settings))
+    plan.resolve_sizes(resolved)
     multicrop = resolved.settings.multicrop
-    source = open_source(data, selection_of(resolved.settings))
+    source = open_source(data, resolved.settings.selection)
     if epoch < 0:
         raise UserError(f"--epoch {epoch}: epochs are numbered from 0")
     if not len(source):

@@ -41,8 +41,8 @@ def requested_settings(given: Mapping[str, object], show: bool = True) -> Pretra
         show: print the changes of a resumed run, and settings without effect.
 
     Raises:
-        UserError: a setting is wrong, is missing, or differs from the run's own (2); the run's own are damaged (4);
-            the data would be removed (8).
+        UserError: a setting is wrong, is missing, or differs from the run's own; there is no run to resume, and no
+            data for a new one (2); the run's own settings are damaged (4); the data would be removed (8).
     """
     show = show and is_first_process()
     out = given.get("out")
@@ -50,9 +50,9 @@ def requested_settings(given: Mapping[str, object], show: bool = True) -> Pretra
         given = {**given, "out": os.fspath(out)}
         saved = settings_of(Path(out), show) if given.get("resume") else None
         if saved is not None:
-            return _resumed(saved, given, show)
+            return _resume_settings(saved, given, show)
     if given.get("resume") and given.get("data") is None:
-        _check_no_run(out, show)
+        raise _no_run_error(out)
     base: dict[str, Any] = {}
     if given.get("data") is None:
         base = read_yaml(SAMPLE / "demo.yaml") | {"data": str(SAMPLE / "images")}
@@ -65,7 +65,7 @@ def requested_settings(given: Mapping[str, object], show: bool = True) -> Pretra
     return settings
 
 
-def _resumed(saved: Mapping[str, Any], given: Mapping[str, object], show: bool) -> Pretrain:
+def _resume_settings(saved: Mapping[str, Any], given: Mapping[str, object], show: bool) -> Pretrain:
     """The settings given, over those that the run has ``saved``."""
     settings = validated(Pretrain, merged(saved, _without_auto(given)))
     changes = differences(validated(Pretrain, saved), settings)
@@ -81,15 +81,15 @@ def _resumed(saved: Mapping[str, Any], given: Mapping[str, object], show: bool) 
     return settings
 
 
-def _check_no_run(out: object, show: bool) -> None:
-    """Raises UserError where ``out`` holds a run whose config.yaml is missing (4)."""
-    if isinstance(out, str | os.PathLike) and (Path(out) / IMAGES).exists():
-        raise UserError(
+def _no_run_error(out: object) -> UserError:
+    """The error of --resume without --data, where ``out`` holds no settings of a run."""
+    if not isinstance(out, str | os.PathLike):
+        return UserError("--out is missing: --resume needs the folder of the run")
+    if (Path(out) / IMAGES).exists():
+        return UserError(
             f"--resume: {out}/config.yaml is missing; restore it, or give the run's settings and --data again", 4
         )
-    occupied = isinstance(out, str | os.PathLike) and any(path.name != ".lock" for path in Path(out).glob("*"))
-    if show and not occupied:  # otherwise the folder is refused
-        say(f"there is no run in {out} yet: starting one, on the sample that comes with gtsa")
+    return UserError(f"--resume: there is no run in {os.fspath(out)}; check --out, or give --data to start a run there")
 
 
 def _check_overwrite(settings: Pretrain) -> None:
@@ -135,13 +135,13 @@ def settings_of(out: Path, show: bool = True) -> dict[str, Any] | None:
     except UserError as error:
         if kept is None and seal is not False:
             raise
-        raise _damaged(path, [str(error)], kept) from None
+        raise _damaged_config_error(path, [str(error)], kept) from None
     lines = differences(kept, settings) if kept and settings else []
     if seal:
         lines = [line for line in lines if line.split(":")[0] not in FREE_TO_CHANGE]
     lines = [line for line in lines if line.split(":")[0] not in ("out", "resume", "overwrite")]
     if lines or (seal is False and kept is None):
-        raise _damaged(path, lines, kept)
+        raise _damaged_config_error(path, lines, kept)
     return saved
 
 
@@ -159,7 +159,7 @@ def _may_lack_seal(out: Path) -> bool:
     return any((out / "checkpoints").glob("step-*")) or not (out / IMAGES).exists()
 
 
-def _damaged(path: Path, lines: list[str], kept: Pretrain | None) -> UserError:
+def _damaged_config_error(path: Path, lines: list[str], kept: Pretrain | None) -> UserError:
     details = "\n  ".join(["", *lines]) if lines else " (its last line, a checksum of the others, does not fit)"
     action = "restore it"
     if kept is not None:

@@ -34,6 +34,7 @@ assert _found is not None
 MULTICROP = _found
 if TYPE_CHECKING:
     from gtsa.data.multicrop import MultiCrop
+    from gtsa.data.sources import Selection
 
     class ViewSettings(MultiCrop):
         """MultiCrop's arguments; sizes may be auto."""
@@ -64,7 +65,7 @@ class PretrainSettings(Documented):
     method: str = "gtsa"
     """Training method; 'gtsa methods' lists them."""
     model: str = "auto"
-    """Vision transformer of timm, by name. auto: that of --init, or vit_small_patch16_224."""
+    """Name of a timm vision transformer (see 'gtsa models'). auto: that of --init, or vit_small_patch16_224."""
     init: str | None = None
     """Initial weights: a run, an export, timm:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth."""
     freeze_encoder: Annotated[float, Field(ge=0, lt=1)] | Auto = AUTO
@@ -72,9 +73,9 @@ class PretrainSettings(Documented):
     encoder_lr_scale: Annotated[float, Field(gt=0)] | Auto = AUTO
     """Factor on the learning rate of the encoder's last block. auto: 0.1 with --init, else 1."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = AUTO
-    """Layer-wise decay of the learning rate, from block to block. auto: 0.75 with --init, else 1."""
+    """Layer-wise learning rate decay: factor from each block to the one below. auto: 0.75 with --init, else 1."""
     gram_weight: Annotated[float, Field(ge=0)] | Auto = AUTO
-    """Weight of a loss that keeps the patches' Gram matrix near that of the start. auto: 1 with --init, else 0."""
+    """Weight of a loss that keeps the patches' Gram matrix near that of --init. auto: 1 with --init, else 0."""
     epochs: Count | Auto = AUTO
     """Passes over the images. auto: 100, or as many as make 1,000 steps."""
     steps: Count | Auto = AUTO
@@ -92,25 +93,25 @@ class PretrainSettings(Documented):
     weight_decay: float = Field(0.04, ge=0)
     """Weight decay at the start; none on biases and one-dimensional parameters."""
     final_weight_decay: float = Field(0.4, ge=0)
-    """Final weight decay of its cosine schedule."""
+    """Final weight decay of the cosine schedule."""
     clip_grad: float = Field(3.0, ge=0)
     """Gradient norm that each parameter tensor is clipped to. 0: no clipping."""
     beta2: float = Field(0.999, gt=0, lt=1)
-    """AdamW: decay of the second moment."""
+    """AdamW: decay rate of the second moment."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth (drop path) of the student's last block."""
+    """Drop path rate (stochastic depth) of the student's last block; linear from 0 at the first."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that supports it, else 32."""
+    """Numeric precision. auto: bf16 on a GPU that supports it, else 32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: all GPUs, or the CPU."""
+    """Kind of device. auto: all GPUs, or the CPU."""
     devices: Count | Auto = AUTO
     """Processes on this machine, one per GPU. auto: all GPUs; one on CPU. Under torchrun: those that it started."""
     nodes: int = Field(1, ge=1)
     """Number of machines; start each with torchrun."""
     deterministic: bool = False
-    """Deterministic kernels on GPUs too (slower). On CPU they always are."""
+    """Use deterministic kernels on GPUs (slower). On a CPU they always are."""
     workers: Natural | Auto = AUTO
-    """Processes that read images, per device."""
+    """Processes that read images, per device. auto: by the number of CPU cores."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of views, order and initial weights."""
     checkpoint_every: Count | Auto = AUTO
@@ -124,9 +125,9 @@ class PretrainSettings(Documented):
     eval: tuple[str, ...] = ()
     """Tasks to evaluate the teacher on during training, as in 'gtsa evaluate --task'."""
     eval_train: tuple[str, ...] = ()
-    """IMAGES [LABELS] of --eval to train on."""
+    """IMAGES [LABELS] that the tasks of --eval train on."""
     eval_val: tuple[str, ...] = ()
-    """IMAGES [LABELS] of --eval to evaluate on."""
+    """IMAGES [LABELS] that the tasks of --eval evaluate on."""
     eval_folds: Annotated[int, Field(ge=2)] | None = None
     """Cross-validation on --eval-train, in place of --eval-val."""
     eval_config: str | None = None
@@ -139,7 +140,7 @@ class PretrainSettings(Documented):
     max_bad: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images that is accepted; one always is."""
     range16: tuple[float, float] = (0, 65535)
-    """Values of 16-bit images that become black and white."""
+    """Values of 16-bit images that are mapped to black and white."""
     data_root: str | None = None
     """List files: the folder that paths are relative to and must lie in. Default: the folder of the list file."""
     include: tuple[str, ...] = ()
@@ -149,7 +150,7 @@ class PretrainSettings(Documented):
     follow_links: bool = False
     """Follow symbolic links that lead out of the data folder."""
     resume: bool = False
-    """Resume the run in --out; start it if the folder is empty."""
+    """Resume the run in --out. With --data: start it if there is none."""
     overwrite: bool = False
     """Remove the run in --out and start a new one."""
     plan: bool = False
@@ -229,6 +230,13 @@ class PretrainSettings(Documented):
         from gtsa.data.multicrop import MultiCrop
 
         return MultiCrop(**self.views.model_dump())
+
+    @property
+    def selection(self) -> Selection:
+        """Which images of the data are used."""
+        from gtsa.data.sources import Selection
+
+        return Selection(self.range16, self.data_root, self.include, self.exclude, self.follow_links)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -31,7 +31,9 @@ SCORES = {  # sentences about metrics of Method.diagnose; the gain over step 0 c
 
 MUTE = 0.01  # of teacher_information: less is none. Measured: 0.0003 where the loss stays at log K, 0.14 where it falls
 
-LONG = 1_000  # steps from which a run without progress counts as stalled
+LONG = 1_000  # steps from which a run without progress counts as stalled; before, a gain needs stronger evidence
+
+FEW = 20  # images: with fewer, the reason for a missing verdict is also their number
 
 
 @dataclass
@@ -108,29 +110,30 @@ class Verdict:
 def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: bool = True) -> Verdict:
     """Compares a network with itself at step 0, image by image.
 
-    A metric counts as learnt when its whole interval lies above chance (or step 0), by a margin: a network that has
-    hardly changed differs from itself by little, but significantly.
+    A metric counts as learnt when its interval lies above chance (or step 0), and its mean exceeds it by a margin: a
+    network that has hardly changed differs from itself by little, but significantly. Before step ``LONG`` the whole
+    interval must exceed it by the margin.
     """
     where = "held-out images" if held_out else "TRAINING images (none were held out)"
     common = now.images[torch.isin(now.images, start.images)]
     images = len(common)
     metrics: dict[str, Any] = {"images": images}
     reasons: list[str] = []
-    learnt: dict[str, bool] = {}
+    gains: dict[str, list[Interval]] = {}  # over step 0, and over chance; a metric is learnt when all of its gains are
     for name in now.scores:
         if name.endswith("_score"):
             gain = interval(now.of(name, common) - start.of(name, common))
             metrics |= _named(name.replace("score", "gain"), gain)
             reasons.append(_better(name, gain, f"{images} {where}"))
-            learnt[name] = _clear(gain, 0, MARGIN)
+            gains[name] = [gain]
     if "rotation_accuracy" in now.scores:
         accuracy = now.of("rotation_accuracy", common)
         rotations = interval(accuracy)
-        learnt["rotation"] = _clear(rotations, CHANCE, MARGIN)
+        gains["rotation"] = [interval(accuracy - CHANCE)]
         if "rotation_accuracy" in start.scores:  # views are always the same: the start may have been lucky with them
-            learnt["rotation"] &= _clear(interval(accuracy - start.of("rotation_accuracy", common)), 0, MARGIN)
+            gains["rotation"].append(interval(accuracy - start.of("rotation_accuracy", common)))
         metrics |= _named("rotation_accuracy", rotations)
-        reasons.append(_rotation(rotations, learnt["rotation"]))
+        reasons.append(_rotation(rotations, _learnt(gains["rotation"])))
     if "agreement" in now.scores:
         metrics["agreement"] = kept = float(now.of("agreement", common).mean())
         reasons.append(f"the Gram matrix of the patches agrees to {kept:.2f} with that of the start (1: unchanged)")
@@ -148,29 +151,38 @@ def verdict(now: HealthSnapshot, start: HealthSnapshot, step: int, held_out: boo
         f"{'features have collapsed or shrunk' if shrunk else 'no sign of collapse'}: effective rank {now.rank:.1f} "
         f"(step 0: {start.rank:.1f}), spread {now.spread:.3f} (step 0: {start.spread:.3f})"
     )
-    main = learnt[next(iter(now.scores)).removesuffix("_accuracy")]
-    if mute or (shrunk and not (main and now.spread > start.spread / 10)):
-        label = "collapsing"
-    elif main or learnt.get("rotation"):
-        label = "learning"
-    elif step < LONG:
-        label = "too short to tell"
-    else:
-        label = "stalled"
-    return Verdict(label, reasons, metrics)
+    decisive = [gains[next(iter(now.scores)).removesuffix("_accuracy")], gains.get("rotation", [])]
+    if mute or (shrunk and not (_learnt(decisive[0]) and now.spread > start.spread / 10)):
+        return Verdict("collapsing", reasons, metrics)
+    learnt = any(map(_learnt, decisive))
+    if learnt and (step >= LONG or any(map(_learnt_early, decisive))):
+        return Verdict("learning", reasons, metrics)
+    if learnt:
+        reasons.append(_too_early(images))
+    return Verdict("too short to tell" if step < LONG else "stalled", reasons, metrics)
 
 
 def _named(name: str, values: Interval) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
-def _clear(values: Interval, floor: float, margin: float) -> bool:
-    return values[1] > floor and values[0] >= floor + margin
+def _learnt(gains: Sequence[Interval]) -> bool:
+    return bool(gains) and all(low > 0 and mean >= MARGIN for mean, low, _ in gains)
+
+
+def _learnt_early(gains: Sequence[Interval]) -> bool:
+    """Whether gains are large enough for a verdict before step ``LONG``."""
+    return bool(gains) and all(low >= MARGIN for _, low, _ in gains)
+
+
+def _too_early(images: int) -> str:
+    reason = f"too early for a verdict: before step {LONG:,} the whole interval of a gain must exceed {MARGIN:+g}"
+    return f"{reason}; {images} images give a wide interval, hold out more with --hold-out" if images < FEW else reason
 
 
 def _better(name: str, gain: Interval, images: str) -> str:
     mean, low, high = gain
-    clear = "better" if _clear(gain, 0, MARGIN) else "hardly better"
+    clear = "better" if _learnt([gain]) else "hardly better"
     comparison = {"better": clear, "worse": "worse", "not distinguishable": "not significantly better"}
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
     change = comparison[intervals.verdict(low, high)]

@@ -1,8 +1,8 @@
-"""AdamW with scheduled learning rate and weight decay, and gradient clipping per tensor."""
+"""AdamW with scheduled learning rate and weight decay, its groups of parameters, and gradient clipping per tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class ScheduledAdamW(torch.optim.AdamW):
         clip: float = 3.0,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        groups = by_dimension(module.parameters()) if isinstance(module, nn.Module) else module
+        groups = split_by_decay(module.named_parameters()) if isinstance(module, nn.Module) else module
         defaults = {"decayed": True, "rate": Constant(1.0), "weight_decay": 0.0}
         groups = [{**defaults, **group} for group in groups if group["params"]]
         self.found_inf: Tensor | None = None  # 1 on the device: skip this step
@@ -50,13 +50,25 @@ class ScheduledAdamW(torch.optim.AdamW):
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
-def by_dimension(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """The trained parameters in two groups: matrices, with weight decay, and all others, without."""
-    trained = [p for p in parameters if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "decayed": True},
-        {"params": [p for p in trained if p.ndim <= 1], "decayed": False},
-    ]
+def split_by_decay(
+    named: Iterable[tuple[str, nn.Parameter]], exempt: Callable[[str], bool] = lambda name: False
+) -> list[dict[str, Any]]:
+    """The trained parameters in two groups: those with weight decay, then those without.
+
+    Parameters of one dimension (norms, biases) and those whose names are ``exempt`` (e.g. positions) have none.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and not exempt(name)].append(parameter)
+    return [{"params": parameters, "decayed": decayed} for decayed, parameters in groups.items()]
+
+
+def schedule_layers(
+    layers: Iterable[tuple[float, dict[str, Any]]], rate: Callable[[float], Schedule]
+) -> list[dict[str, Any]]:
+    """The groups of ``layers`` (as of ``Backbone.layers``), each with the factor ``rate(scale)`` on its rate."""
+    return [{**group, "rate": rate(scale)} for scale, group in layers]
 
 
 @torch.no_grad()

@@ -71,8 +71,8 @@ def train(
         other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"
         training.restore("digest", digest, other)
         run.write("config.yaml", f"digest: {digest}\nsteps: {steps}\n")
-        if training.start < steps:
-            training(batches(training.start), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
+        if training.first_step < steps:
+            training(batches(training.first_step), prepare, _nothing, _nothing, lambda: ({}, {"digest": digest}))
     except OSError as error:
         message = f"{error.filename or folder}: {error.strerror or error}"
         raise UserError(f"--work: {message}; make room or repair it, then give the same command again", 6) from None

@@ -64,7 +64,7 @@ class Trainer:
         self.objective, self.optimizer, self.resume = objective, optimizer, resume
         self.settings, self.fabric, self.run = settings, fabric, run
         self.wrapped = fabric.setup(objective, optimizer)
-        self.start = 0  # steps that were done before
+        self.first_step = 0  # numbered from 0, so it is also the number of steps done before
         self.skips: deque[int] = deque()
         self.recent: list[StepResult] = []  # steps since the last line of the log
         self.missed = False  # the evaluation at this step was interrupted and must be repeated
@@ -113,8 +113,8 @@ class Trainer:
             self._scaler.load_state_dict(state["scaler"])
         if state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])  # sums depend on it
-        self.start, self.skips = state["step"], deque(state["skips"])
-        self.missed = state.get("missed", False) and self.start < self.settings.steps
+        self.first_step, self.skips = state["step"], deque(state["skips"])
+        self.missed = state.get("missed", False) and self.first_step < self.settings.steps
         window = [StepResult(step, {}, seconds, waited) for step, seconds, waited in state.get("recent", ())]
         for key, tensor in tensors.get("recent", {}).items():
             number, name = key.split(".", 1)
@@ -141,19 +141,20 @@ class Trainer:
         Raises:
             UserError: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
         """
-        s, (module, optimizer) = self.settings, self.wrapped
+        settings, (module, optimizer) = self.settings, self.wrapped
         self._check_foreign_files()
         steps = fit(
-            module, optimizer, batches, prepare,
-            fabric=self.fabric, steps=s.steps, start=self.start, accumulate=s.accumulate, seed=s.seed, skips=self.skips,
+            module, optimizer, batches, prepare, fabric=self.fabric, steps=settings.steps, start=self.first_step,
+            accumulate=settings.accumulate, seed=settings.seed, skips=self.skips,
         )  # fmt: skip
         if self.run:
-            self.run.start_logs(self.start, done=self.start == s.steps or self.missed)
-        if self.start == 0 or self.missed:
+            self.run.start_logs(self.first_step, done=self.first_step == settings.steps or self.missed)
+        if self.first_step == 0 or self.missed:
             self.missed = False
-            self._timed("evaluation", evaluate, self.start)
+            self._timed("evaluation", evaluate, self.first_step)
         self._announce()
-        progress = Progress(s.steps, self.start, s.batch_size, clock=self.clock) if self.run else None
+        shown = settings.steps, self.first_step, settings.batch_size
+        progress = Progress(*shown, clock=self.clock) if self.run else None
         with stops.requests() as requests:
             try:
                 for done in steps:
@@ -161,7 +162,7 @@ class Trainer:
                     self.clock.step(done.seconds)
                     stopping = self._share(done, bool(requests))
                     account(done)
-                    if done.step % s.log_every == 0 or done.step == s.steps:
+                    if done.step % settings.log_every == 0 or done.step == settings.steps:
                         self._log(progress)
                     elif progress and progress.due:
                         progress.show(done.step, means(self.recent))
@@ -179,9 +180,9 @@ class Trainer:
         state: Callable[[], Kept],
     ) -> None:
         """Evaluates, saves, and stops on request; a request that came meanwhile does not wait for another step."""
-        s = self.settings
-        evaluates = step % s.evaluate_every == 0 and step < s.steps
-        saves = step % s.checkpoint_every == 0 or step == s.steps
+        settings = self.settings
+        evaluates = step % settings.evaluate_every == 0 and step < settings.steps
+        saves = step % settings.checkpoint_every == 0 or step == settings.steps
         if evaluates:
             self._timed("evaluation", evaluate, step)
         if saves:
@@ -192,10 +193,9 @@ class Trainer:
             return
         if not saves:
             self.save(step, *state())
-        rest = "" if step < s.steps else "; verdict and export are still to do"
-        raise UserError(
-            f"stopped on request at step {step} of {s.steps}, checkpoint saved{rest}; resume with: {self.resume}", 75
-        )
+        rest = "" if step < settings.steps else "; verdict and export are still to do"
+        saved = f"stopped on request at step {step} of {settings.steps}, checkpoint saved"
+        raise UserError(f"{saved}{rest}; resume with: {self.resume}", 75)
 
     def _timed(self, kind: str, work: Callable[..., object], *arguments: object) -> None:
         began = time.perf_counter()
@@ -204,9 +204,9 @@ class Trainer:
 
     def _announce(self) -> None:
         """Shows how long training takes: the first line of progress may come late."""
-        s = self.settings
-        if self.run and self.clock.expected is not None and self.start < s.steps:
-            say(f"training from step {self.start} to {s.steps:,}, in all about {lasting(self.clock.left(self.start))}")
+        first, steps = self.first_step, self.settings.steps
+        if self.run and self.clock.expected is not None and first < steps:
+            say(f"training from step {first} to {steps:,}, in all about {lasting(self.clock.left(first))}")
 
     def note(self, text: str) -> None:
         """Tells the user, and the run's log."""
@@ -255,7 +255,7 @@ class Trainer:
         """Reports foreign files among the checkpoints. Raises UserError where one is in the way of a checkpoint (8)."""
         for path in checkpoint.foreign(Path(self.settings.out) / "checkpoints"):
             step = checkpoint.NAME.fullmatch(path.name)
-            if step and self.start < int(step[1]) <= self.settings.steps:
+            if step and self.first_step < int(step[1]) <= self.settings.steps:
                 raise UserError(checkpoint.obstruction(path), 8)
             self.note(f"{path} is not a checkpoint of gtsa; it stays as it is")
 

@@ -18,8 +18,8 @@ def declared() -> dict[str, plugins.Declared]:
     return plugins.all_declared(here, "Evaluator", here.with_name("evaluator.py"))
 
 
-def found() -> dict[str, type[Evaluator]]:
-    """{name: class} of every evaluator in this folder; the name is the module's."""
+def load_all() -> dict[str, type[Evaluator]]:
+    """{name: class} of every evaluator in this folder; the name is the module's. Imports all of them."""
     from gtsa.evaluation.evaluator import Evaluator
 
     return plugins.classes(sys.modules[__name__], Evaluator)  # type: ignore[type-abstract]

@@ -41,10 +41,10 @@ class Clusters(Evaluator):
     """Patch tokens of the evaluation images are clustered; each cluster takes the class that it overlaps most.
 
     Args:
-        k: clusters; fewer if there are not five tokens for each.
-        dimensions: standardised tokens are projected on this number of principal components.
+        k: number of clusters; fewer if there are not five tokens for each.
+        dimensions: number of principal components that standardised tokens are projected on.
         size: side of the square that images are resized to, px.
-        repeats: clusterings with different initialisations; the metrics are their mean.
+        repeats: number of clusterings with different initialisations; the metrics are their mean.
     """
 
     label_kinds = ("masks",)

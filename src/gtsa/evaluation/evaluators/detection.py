@@ -21,10 +21,9 @@ from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import fine_tunable
 from gtsa.evaluation.heads.mask_rcnn import LONGEST, Detector, Target
 from gtsa.evaluation.loading import batches, normalised, read, resized, training_batches
-from gtsa.evaluation.parameter_groups import split_by_decay
 from gtsa.models.backbone import Encoder
 from gtsa.training import supervised
-from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.optim import ScheduledAdamW, split_by_decay
 from gtsa.training.schedules import Constant, Steps, warmup_then
 
 
@@ -41,10 +40,10 @@ class Detection(Evaluator):
         steps: optimiser steps, instead of epochs. 0: the untrained head.
         batch_size: images per step.
         accumulate: micro-batches per step, to save memory.
-        learning_rate: peak; a tenth of it from 8/12 of the steps on, a hundredth from 11/12 on.
+        learning_rate: peak learning rate; a tenth of it from 8/12 of the steps on, a hundredth from 11/12 on.
         head_rate: factor on the learning rate of pyramid and head: more than 1 for short trainings.
-        weight_decay: none on norms, biases, positions and CLS.
-        drop_path: stochastic depth of the last block.
+        weight_decay: weight decay; none on norms, biases, positions and CLS.
+        drop_path: drop path rate (stochastic depth) of the last block.
         warmup: steps in which the learning rate rises, at most a tenth of all.
         freeze: train pyramid and head alone, on a frozen backbone.
         width: channels of pyramid and head.

@@ -29,7 +29,7 @@ from gtsa.evaluation.features import fine_tunable, pooled, tokens_of, whole_patc
 from gtsa.evaluation.loading import normalised, read, training_batches
 from gtsa.models.backbone import Backbone, Encoder
 from gtsa.training import supervised
-from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.optim import ScheduledAdamW, schedule_layers, split_by_decay
 from gtsa.training.schedules import Constant, Cosine, warmup_then
 
 
@@ -43,15 +43,16 @@ class Finetune(Evaluator):
         batch_size: images per step.
         accumulate: micro-batches per step, to save memory. Each has an even number of images, as they are mixed in
             pairs.
-        learning_rate: peak for a batch of 256; it is scaled by batch / 256.
+        learning_rate: peak learning rate for a batch of 256; it is scaled by batch / 256.
         warmup: epochs in which the learning rate rises; then it falls along a cosine. auto: 5, at most a tenth of all.
-        layer_decay: a block's learning rate is that of the block above times this.
-        weight_decay: none on biases, norms, positions and CLS.
-        drop_path: stochastic depth of the last block, linear from 0 at the first.
-        mixup, cutmix: parameter of their beta distributions; every batch is mixed by one of the two; 0: never by it.
-        erasing: probability that a rectangle of an image is erased.
-        magnitude: of RandAugment, from 0 to 10, with a standard deviation of 0.5; 0: no RandAugment.
-        smoothing: share of a label that is spread over all classes.
+        layer_decay: layer-wise learning rate decay: factor from each block to the one below.
+        weight_decay: weight decay; none on biases, norms, positions and CLS.
+        drop_path: drop path rate (stochastic depth) of the last block; it rises linearly from 0 at the first.
+        mixup: alpha of mixup's beta distribution; 0: no mixup. Every batch gets either mixup or CutMix.
+        cutmix: alpha of CutMix's beta distribution; 0: no CutMix.
+        erasing: probability of random erasing (a rectangle of the image becomes noise).
+        magnitude: magnitude of RandAugment, from 0 to 10 (its standard deviation is 0.5); 0: no RandAugment.
+        smoothing: label smoothing, the share of a label that is spread over all classes.
         resize: short side in px that evaluation images are resized to, bicubic.
         crop: side in px of the network's input.
     """
@@ -179,8 +180,8 @@ class Classifier(Objective):
 
 def parameter_groups(network: Classifier, decay: float) -> list[dict[str, Any]]:
     """The trained parameters, layer by layer. The head has the full learning rate, the last block ``decay`` of it."""
-    layers = [{**group, "rate": Constant(decay * share)} for share, group in network.backbone.layers(decay)]
-    return [*layers, {"params": [network.head.weight]}, {"params": [network.head.bias], "decayed": False}]
+    layers = schedule_layers(network.backbone.layers(decay), lambda scale: Constant(decay * scale))
+    return [*layers, *split_by_decay(network.head.named_parameters())]
 
 
 class Augmented(Dataset[tuple[Tensor, int, int]]):

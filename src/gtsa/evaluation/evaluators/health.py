@@ -24,7 +24,7 @@ class FeatureHealth(Evaluator):
 
     Args:
         resize: short side in px that images are resized to, bicubic.
-        crop: central square that the backbone sees, px.
+        crop: side of the central square that the backbone sees, px.
     """
 
     label_kinds = ("none",)

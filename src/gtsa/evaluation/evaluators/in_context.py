@@ -19,7 +19,7 @@ class InContext(Evaluator):
     """Every patch takes the classes of the most similar patches of the training images.
 
     Args:
-        k: neighbours of a patch.
+        k: number of neighbours of a patch.
         temperature: a neighbour weighs softmax(cosine similarity / temperature).
         memory: largest number of training patches in the memory, a random choice spread over the images.
         size: side of the square that images are resized to, px.

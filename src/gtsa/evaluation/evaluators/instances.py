@@ -22,7 +22,7 @@ class Instances(Evaluator):
     similar training instances vote for.
 
     Args:
-        k: neighbours.
+        k: number of neighbours.
         temperature: a neighbour's vote weighs exp(cosine similarity / temperature).
         size: side of the square that images are resized to, px.
         groups: predict supercategories, if the file has them, instead of categories.

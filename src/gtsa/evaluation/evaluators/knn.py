@@ -22,7 +22,7 @@ class KNN(Evaluator):
         k: numbers of neighbours; the first one is the primary metric.
         temperature: a neighbour's vote weighs exp(cosine similarity / temperature).
         resize: short side in px that images are resized to, bicubic.
-        crop: central square that the backbone sees, px.
+        crop: side of the central square that the backbone sees, px.
     """
 
     label_kinds = ("classes",)

@@ -38,12 +38,12 @@ class Linear(Evaluator):
     is equal to that, except in the first steps, where its bias correction replaces the build-up of the momentum.
 
     Args:
-        learning_rates: for a batch of 256; they are scaled by batch / 256.
-        blocks: numbers of last blocks whose features are concatenated.
+        learning_rates: learning rates to try, for a batch of 256; they are scaled by batch / 256.
+        blocks: numbers of last blocks to try; the features of these blocks are concatenated.
         steps: training steps. auto: 100 epochs, at least 1,000 and at most 12,500 steps.
         batch_size: images per step.
         resize: short side in px that images are resized to, bicubic.
-        crop: central square that the backbone sees, px.
+        crop: side of the central square that the backbone sees, px.
     """
 
     label_kinds = ("classes", "multilabel")

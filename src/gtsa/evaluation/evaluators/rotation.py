@@ -42,7 +42,7 @@ class Rotation(Evaluator):
 
     Args:
         resize: short side in px that images are resized to, bicubic.
-        crop: central square that the backbone sees, px.
+        crop: side of the central square that the backbone sees, px.
         size: side of the square that images with masks are resized to for in-context retrieval, px.
     """
 

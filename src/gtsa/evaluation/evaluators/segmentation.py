@@ -23,10 +23,9 @@ from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import fine_tunable, whole_patches
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.evaluation.loading import normalised, read, resized, training_batches
-from gtsa.evaluation.parameter_groups import split_by_decay
 from gtsa.models.backbone import Encoder
 from gtsa.training import supervised
-from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.optim import ScheduledAdamW, split_by_decay
 from gtsa.training.schedules import Constant, Polynomial, warmup_then
 
 PUBLISHED: dict[str, dict[str, float]] = {
@@ -49,10 +48,10 @@ class Segmentation(Evaluator):
         steps: training steps.
         batch_size: crops per step.
         accumulate: micro-batches per step, to save memory.
-        learning_rate: peak. auto: 1e-3 (linear), 6e-5 (fpn).
-        weight_decay: none on positions, CLS token, norms and biases. auto: 1e-4 (linear), 0.01 (fpn).
+        learning_rate: peak learning rate. auto: 1e-3 (linear), 6e-5 (fpn).
+        weight_decay: weight decay; none on positions, CLS token, norms and biases. auto: 1e-4 (linear), 0.01 (fpn).
         warmup: share of the steps in which the learning rate rises; then it falls linearly to 0.
-        strides: of the FPN's maps: true: a quarter of a patch to two patches; flat: all one patch.
+        strides: strides of the FPN's maps. true: from a quarter of a patch to two patches; flat: one patch each.
         sliding: stride in px of sliding windows; 0: whole images at once.
     """
 
