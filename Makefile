@@ -22,6 +22,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(READY)
+	@echo "ready. Next: $(BIN)/gtsa --help, make demo, or make test"
 
 demo: setup
 	$(BIN)/gtsa pretrain --out runs/demo --overwrite

@@ -56,15 +56,15 @@ def make_scenes(folder, count=14):
 def shared(factory, name, make):
     """The folder ``name``, made by the first process that asks for it with ``make(folder)``."""
     base = factory.getbasetemp()
-    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
-    place.parent.mkdir(exist_ok=True)
-    with open(place.with_suffix(".lock"), "w") as lock:
+    location = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
+    location.parent.mkdir(exist_ok=True)
+    with open(location.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = place.with_suffix(".done")
+        done = location.with_suffix(".done")
         if not done.exists():
-            make(place)
+            make(location)
             done.touch()
-    return place
+    return location
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +77,10 @@ def finished(tmp_path_factory, scenes):
     """The folder of a run of TINY that nothing interrupted; whoever changes it copies it first."""
     from gtsa import pretrain
 
-    place = shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
-    before = final_weights(place)
-    yield place
-    assert final_weights(place) == before, "a test has changed the run that all others compare theirs with"
+    location = shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
+    before = final_weights(location)
+    yield location
+    assert final_weights(location) == before, "a test has changed the run that all others are compared with"
 
 
 @pytest.fixture(scope="session")
@@ -102,13 +102,13 @@ def arithmetic():
 
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(2, 64, 19, 48, generator=draw)
-    found = [
+    results = [
         F.conv2d(x, torch.randn(32, 64, 3, 3, generator=draw), padding=1),
         F.linear(x, torch.randn(96, 48, generator=draw)),
         F.scaled_dot_product_attention(x, x, x),
         F.layer_norm(x, (48,)).softmax(-1).exp(),
     ]
-    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in found)).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in results)).hexdigest()[:16]
     return digest, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), use_fused_attn()
 
 
@@ -160,8 +160,8 @@ def run_apart(*arguments, **options):
 
 def final_weights(folder):
     """The bytes of all tensors of the newest checkpoint, by file."""
-    place = max((folder / "checkpoints").glob("step-*"))
-    return {file.name: file.read_bytes() for file in place.glob("*.safetensors")}
+    location = max((folder / "checkpoints").glob("step-*"))
+    return {file.name: file.read_bytes() for file in location.glob("*.safetensors")}
 
 
 # The end of the report: what failed, by area (a file of tests); the last line stays pytest's own
@@ -181,8 +181,8 @@ def pytest_terminal_summary(terminalreporter):
 
 def areas(counts):
     """Lines about {area: {failed, error, passed: count}}: one for each area with failures, one for all others."""
-    wrong = {area: found for area, found in counts.items() if found["failed"] or found["error"]}
-    others = [found for area, found in counts.items() if area not in wrong]
-    for area, found in sorted(wrong.items()):
-        yield f"FAILED AREA {area}: " + ", ".join(f"{found[kind]} {kind}" for kind in found)
+    wrong = {area: outcomes for area, outcomes in counts.items() if outcomes["failed"] or outcomes["error"]}
+    others = [outcomes for area, outcomes in counts.items() if area not in wrong]
+    for area, outcomes in sorted(wrong.items()):
+        yield f"FAILED AREA {area}: " + ", ".join(f"{outcomes[kind]} {kind}" for kind in outcomes)
     yield f"{len(others)} {'other ' if wrong else ''}areas without failures: {sum(map(Counter.total, others))} tests passed"

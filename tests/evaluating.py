@@ -86,5 +86,5 @@ class Stub(nn.Module):
 def cells(images, patch=8):
     """Pixels of every patch: [N, 3, H, W] -> [N, h, w, 3 * patch * patch]."""
     n, c, h, w = images.shape
-    found = images.reshape(n, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
-    return found.reshape(n, h // patch, w // patch, -1)
+    blocks_of_pixels = images.reshape(n, c, h // patch, patch, w // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    return blocks_of_pixels.reshape(n, h // patch, w // patch, -1)

@@ -27,9 +27,9 @@ class Forked:
     """
 
     def __init__(self, work, *arguments, environment=None):
-        self._told = Path(tempfile.mkdtemp())
+        self._output = Path(tempfile.mkdtemp())
         self._process = WARM.Process(
-            target=_child, args=(self._told, multiprocessing.get_start_method(), environment or {}, work, arguments)
+            target=_child, args=(self._output, multiprocessing.get_start_method(), environment or {}, work, arguments)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -49,16 +49,16 @@ class Forked:
         """(standard output, standard error), once it has ended."""
         self._process.join(timeout)
         assert self.poll() is not None, f"still running after {timeout} s"
-        return tuple((self._told / name).read_text() for name in ("out", "err"))
+        return tuple((self._output / name).read_text() for name in ("out", "err"))
 
 
-def _child(told, method, environment, work, arguments):
+def _child(output, method, environment, work, arguments):
     multiprocessing.set_start_method(
         method, force=True
     )  # a data worker is started as everywhere, not from a cold server
     os.setsid()  # a group of its own, with all that it starts
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(told / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
     sys.exit(work(*arguments))
 

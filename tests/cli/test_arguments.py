@@ -55,16 +55,16 @@ def kinds(kind: Any) -> set:
 
 def argument_kinds(kind: Any) -> set:
     """The same of an argument: one value or several stand for a tuple of any length, a mapping for a section."""
-    found = {member for member in kinds(kind) if member != os.PathLike[str]}  # a path is text or PathLike
-    for member in list(found):
+    actual = {member for member in kinds(kind) if member != os.PathLike[str]}  # a path is text or PathLike
+    for member in list(actual):
         if get_origin(member) is Sequence:
             (element,) = argument_kinds(get_args(member)[0])
-            assert element in found, f"{kind}: one value without a sequence is accepted, too"
-            found = (found - {member, element}) | {("many", element)}
+            assert element in actual, f"{kind}: one value without a sequence is accepted, too"
+            actual = (actual - {member, element}) | {("many", element)}
         elif get_origin(member) is Mapping:
             assert get_args(member)[0] is str
-            found = (found - {member}) | {("section",)}
-    return found
+            actual = (actual - {member}) | {("section",)}
+    return actual
 
 
 @pytest.mark.parametrize("verb", OWN)

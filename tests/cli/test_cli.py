@@ -16,7 +16,7 @@ from gtsa.core.terminal import command, lasting
 from gtsa.pretraining import preview_picture
 
 
-def told(capsys, *arguments):
+def run_command(capsys, *arguments):
     code = in_process([str(a) for a in arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err + captured.out
@@ -25,19 +25,19 @@ def told(capsys, *arguments):
 
 def test_empty_folder(tmp_path, capsys):
     (tmp_path / "data").mkdir()
-    code, err = told(capsys, "pretrain", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    code, err = run_command(capsys, "pretrain", "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert code == 3
     assert "no images (it is empty)" in err
 
 
 def test_a_file_instead_of_a_folder(tmp_path, scenes, capsys):
-    code, err = told(capsys, "pretrain", "--data", scenes / "scene_00.jpg", "--out", tmp_path / "run")
+    code, err = run_command(capsys, "pretrain", "--data", scenes / "scene_00.jpg", "--out", tmp_path / "run")
     assert code == 3
     assert "is a file: give the folder that it is in" in err
 
 
-def test_a_folder_that_is_not_there(tmp_path, capsys):
-    code, err = told(capsys, "pretrain", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
+def test_a_missing_folder(tmp_path, capsys):
+    code, err = run_command(capsys, "pretrain", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert code == 3
     assert "no such folder" in err
 
@@ -45,7 +45,7 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
 def test_a_folder_of_text_files(tmp_path, capsys):
     for i in range(3):
         (tmp_path / f"{i}.md").write_text("words")
-    code, err = told(capsys, "pretrain", "--data", tmp_path, "--out", tmp_path.parent / "run")
+    code, err = run_command(capsys, "pretrain", "--data", tmp_path, "--out", tmp_path.parent / "run")
     assert code == 3
     assert "no images (it holds 3 .md)" in err
 
@@ -55,7 +55,7 @@ def test_truncated_jpegs(tmp_path, capsys):
     for name in ("scene_00.jpg", "scene_02.jpg"):
         whole = (data / name).read_bytes()
         (data / name).write_bytes(whole[: len(whole) // 2])
-    code, err = told(capsys, "pretrain", "--data", data, "--out", tmp_path / "run")
+    code, err = run_command(capsys, "pretrain", "--data", data, "--out", tmp_path / "run")
     assert code == 3
     assert "2 of 4 images cannot be used" in err
     assert "scene_00.jpg: damaged: image file is truncated" in err
@@ -65,7 +65,7 @@ def test_truncated_jpegs(tmp_path, capsys):
 def test_a_60000_x_1_image(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (60_000, 1)).save(tmp_path / "data" / "line.png")
-    code, err = told(capsys, "pretrain", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    code, err = run_command(capsys, "pretrain", "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert code == 3
     assert "line.png: 60000 x 1 px: the short side needs at least 16 px" in err
 
@@ -79,20 +79,20 @@ def test_a_decompression_bomb_is_refused_from_its_header(tmp_path, capsys):
     (tmp_path / "data" / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     )
-    code, err = told(capsys, "check", tmp_path / "data")
+    code, err = run_command(capsys, "check", tmp_path / "data")
     assert code == 3
     assert "1 of 1 images cannot be used" in err
 
 
-def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
+def test_a_folder_that_is_not_empty(tmp_path, scenes, capsys):
     out = tmp_path / "run"
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
-    code, err = told(capsys, "pretrain", "--data", scenes, "--out", out)
+    code, err = run_command(capsys, "pretrain", "--data", scenes, "--out", out)
     assert code == 2
     assert "--resume" in err
     assert "--overwrite" in err
-    code, err = told(capsys, "pretrain", "--data", scenes, "--out", out, "--resume")
+    code, err = run_command(capsys, "pretrain", "--data", scenes, "--out", out, "--resume")
     assert code == 2
     assert "no run of gtsa" in err
     assert (out / "thesis.tex").read_text() == "mine"
@@ -136,14 +136,14 @@ def test_a_folder_that_holds_something(tmp_path, scenes, capsys):
     ],
 )
 def test_wrong_settings(tmp_path, scenes, capsys, arguments, code, words):
-    found, err = told(capsys, "pretrain", "--data", scenes, "--out", tmp_path / "run", *arguments)
-    assert (found, words in err) == (code, True), err
+    actual_code, err = run_command(capsys, "pretrain", "--data", scenes, "--out", tmp_path / "run", *arguments)
+    assert (actual_code, words in err) == (code, True), err
 
 
 def test_all_errors_at_once(tmp_path, scenes, capsys):
     path = tmp_path / "bad.yaml"
     path.write_text("epochs: 0\nlearning_rates: 1\nviews: {local_crop: 3}\n")
-    code, err = told(capsys, "pretrain", "--config", path, "--data", scenes, "--out", tmp_path / "run")
+    code, err = run_command(capsys, "pretrain", "--config", path, "--data", scenes, "--out", tmp_path / "run")
     assert code == 2
     for words in ("epochs: 0", "did you mean learning_rate?", "did you mean local_crops_size?"):
         assert words in err
@@ -154,7 +154,9 @@ def test_a_class_path_is_refused_and_not_imported(tmp_path, scenes, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w').close()\n")
     (tmp_path / "bad.yaml").write_text("gtsa:\n  class_path: evil.Method\n  init_args: {}\n")
-    code, err = told(capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run")
+    code, err = run_command(
+        capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run"
+    )
     assert code == 2
     assert "gtsa.class_path: there is no such setting" in err
     assert not (tmp_path / "proof").exists()
@@ -162,7 +164,9 @@ def test_a_class_path_is_refused_and_not_imported(tmp_path, scenes, monkeypatch,
 
 def test_a_python_tag_in_yaml_is_refused(tmp_path, scenes, capsys):
     (tmp_path / "bad.yaml").write_text(f"seed: !!python/object/apply:os.mkdir [{tmp_path / 'proof'}]\n")
-    code, err = told(capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run")
+    code, err = run_command(
+        capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run"
+    )
     assert code == 2
     assert "not plain YAML" in err
     assert not (tmp_path / "proof").exists()
@@ -170,7 +174,9 @@ def test_a_python_tag_in_yaml_is_refused(tmp_path, scenes, capsys):
 
 def test_duplicate_keys_in_yaml_are_refused(tmp_path, scenes, capsys):
     (tmp_path / "bad.yaml").write_text("seed: 1\nseed: 2\n")
-    code, err = told(capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run")
+    code, err = run_command(
+        capsys, "pretrain", "--config", tmp_path / "bad.yaml", "--data", scenes, "--out", tmp_path / "run"
+    )
     assert code == 2
     assert "duplicate key" in err
 
@@ -214,7 +220,7 @@ def test_preview_draws_the_views(tmp_path, scenes, capsys):
     assert a == b != c
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 800
-    code, err = told(capsys, "preview", scenes, "--image", "99", "--out", tmp_path / "d.png")
+    code, err = run_command(capsys, "preview", scenes, "--image", "99", "--out", tmp_path / "d.png")
     assert code == 3
     assert "14 images" in err
 
@@ -243,13 +249,13 @@ def test_boxes_at_the_edge_of_a_tile_are_whole():
     assert (tile[edge:-edge, edge:-edge] == 0).all()
 
 
-def test_places_that_cannot_be_written(tmp_path, scenes, capsys):
+def test_paths_that_cannot_be_written(tmp_path, scenes, capsys):
     (tmp_path / "file").write_text("")
     for arguments in (
         ["check", scenes, "--json", tmp_path / "file" / "x.json"],
         ["preview", scenes, "--out", tmp_path / "no" / "x.png"],
     ):
-        code, err = told(capsys, *arguments)
+        code, err = run_command(capsys, *arguments)
         assert code == 6
         assert "cannot be written" in err
 
@@ -273,7 +279,7 @@ def test_durations_are_no_times_of_day(seconds, words):
     ("called", "typed"),
     [("/my things/.venv/bin/gtsa", ["/my things/.venv/bin/gtsa"]), ("train.py", [sys.executable, "-m", "gtsa"])],
 )
-def test_what_is_to_be_typed_where_gtsa_is_not_on_the_path(monkeypatch, tmp_path, called, typed):
+def test_commands_are_shown_with_a_path_if_gtsa_is_not_on_the_path(monkeypatch, tmp_path, called, typed):
     monkeypatch.setattr(sys, "argv", [called])
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shlex.split(command()) == typed
@@ -282,7 +288,7 @@ def test_what_is_to_be_typed_where_gtsa_is_not_on_the_path(monkeypatch, tmp_path
     assert command() == "gtsa"
 
 
-def test_settings_of_another_method_are_told(scenes, tmp_path, capsys):
+def test_settings_of_another_method_are_reported(scenes, tmp_path, capsys):
     arguments = [
         "--data",
         scenes,
@@ -294,12 +300,12 @@ def test_settings_of_another_method_are_told(scenes, tmp_path, capsys):
         "--views.global-crops-size",
         48,
     ]
-    told = "without effect, as the method is gtsa: mae.mask_ratio"
-    assert run("pretrain", *arguments, "--mae.mask-ratio", 0.5)[1].count(told) == 1
+    message = "without effect, as the method is gtsa: mae.mask_ratio"
+    assert run("pretrain", *arguments, "--mae.mask-ratio", 0.5)[1].count(message) == 1
     assert "without effect" not in run("pretrain", *arguments, "--gtsa.momentum", 0.5)[1]
 
 
-def test_an_empty_folder_is_told_as_that(tmp_path):
+def test_an_empty_folder_is_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, error = run("check", tmp_path / "empty", "--json", tmp_path / "new" / "report.json")
     assert (code, "no images (it is empty); put" in error) == (3, True) and (tmp_path / "new" / "report.json").exists()

@@ -12,6 +12,7 @@ import gtsa
 from conftest import run
 from gtsa import methods
 from gtsa.cli import main
+from gtsa.cli.examples import EXAMPLES
 from gtsa.core import plugins
 from gtsa.core.plugins import REQUIRED, declared
 from gtsa.data.multicrop import MultiCrop
@@ -67,10 +68,10 @@ for command in {list(QUICK)}:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What each of the quick commands says, its code, and what was imported by then; one process for all."""
-    place = tmp_path_factory.mktemp("quick")
+    folder = tmp_path_factory.mktemp("quick")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        cwd=place,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -78,16 +79,16 @@ def answers(tmp_path_factory):
     )
     first, *parts = done.stdout.split("<\n")
     assert first == "import []\n"
-    assert list(place.iterdir()) == []
+    assert list(folder.iterdir()) == []
     return dict(zip(QUICK, parts, strict=True))
 
 
 @pytest.mark.parametrize("command", QUICK, ids=" ".join)
 def test_is_answered_without_anything_heavy(answers, command):
     code, words = QUICK[command]
-    said, _, end = answers[command].rpartition(">")
+    output, _, end = answers[command].rpartition(">")
     assert end.split(maxsplit=1) == [str(code), "[]\n"]
-    assert words in said
+    assert words in output
 
 
 def test_the_package_is_lazy_and_its_verbs_are_functions():
@@ -156,16 +157,16 @@ def test_verbs_are_those_of_python():
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_verbs_and_flags(tmp_path):
-    """The script is read by a real bash, which is then asked as a Tab asks it."""
+    """A real bash reads the script and then completes as with the Tab key."""
     script = subprocess.run(
         [sys.executable, "-m", "gtsa", "completion", "bash"], capture_output=True, text=True, check=True
     )
-    place = tmp_path / "gtsa.bash"
-    place.write_text(script.stdout)
+    folder = tmp_path / "gtsa.bash"
+    folder.write_text(script.stdout)
 
     def offered(*words):
         ask = f"""
-            source {place}
+            source {folder}
             COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; COMP_LINE="{" ".join(words)}"; COMP_POINT=${{#COMP_LINE}}
             _gtsa gtsa "{words[-1]}" "{words[-2]}"; printf '%s\\n' "${{COMPREPLY[@]}}"
         """
@@ -176,7 +177,7 @@ def test_bash_completes_verbs_and_flags(tmp_path):
     assert "--gtsa.region-weight" in offered("gtsa", "pretrain", "--gtsa.re")
 
 
-def test_installed_completion_lies_where_the_shell_looks(tmp_path, monkeypatch, capsys):
+def test_completion_is_installed_where_the_shell_reads_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert main.run(["completion", "fish", "--install"]) == 0
@@ -202,3 +203,28 @@ def test_plugins_find_classes_and_nothing_else():
 def test_mistakes_of_the_command_line_say_what_to_do(arguments, message):
     code, _, err = run(*arguments)
     assert code == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["evaluate"], True),
+        (["evaluate", "random:test_vit", "--val", "images"], True),
+        (["evaluate", "random:test_vit", "--task", "knn", "--train", "images"], True),
+        (["evaluate", "random:test_vit", "--task", "knn", "--train", ".", "--folds", "1"], False),
+        (["compare", "--data", ".", "--out", "o"], True),
+        (["compare", "--data", ".", "--train", ".", "--folds", "2"], True),
+        (["compare", "--data", ".", "--out", "o", "--train", ".", "--folds", "2", "--methods", "byol"], False),
+    ],
+)
+def test_a_complete_command_is_shown_if_something_is_missing(arguments, shown):
+    code, _, err = run(*arguments)
+    assert code == 2 and (f"\nexample: {EXAMPLES[arguments[0]]}\n" in err) == shown
+
+
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_the_example_of_a_verb_is_in_its_help_and_is_valid(verb):
+    command = EXAMPLES[verb].split()
+    assert EXAMPLES[verb] in " ".join(run(verb, "--help")[1].split())
+    code, out, err = run(*command[1:], "--print-config")
+    assert (command[0], command[1], code, err) == ("gtsa", verb, 0, "") and "folds: 5" in out

@@ -21,29 +21,29 @@ def _nothing_is_trained(monkeypatch):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with images, class folders, masks, and files that are none of what they seem."""
-    place = tmp_path_factory.mktemp("wrong")
-    make_scenes(place / "scenes", 6)
+    folder = tmp_path_factory.mktemp("wrong")
+    make_scenes(folder / "scenes", 6)
     for kind, seeds in (("a", (0, 1)), ("b", (2, 3))):
-        make_scenes(place / "classes" / kind, 0)
+        make_scenes(folder / "classes" / kind, 0)
         for seed in seeds:
-            Image.fromarray(np.full((32, 32, 3), 60 * seed, np.uint8)).save(place / "classes" / kind / f"{seed}.png")
-    (place / "masks").mkdir()
-    for image in (place / "scenes").iterdir():
-        Image.fromarray(np.eye(72, 96, dtype=np.uint8)).save(place / "masks" / f"{image.stem}.png")
-    (place / "empty").mkdir()
-    (place / "full").mkdir()
-    (place / "full" / "thesis.tex").write_text("mine")
-    (place / "text.txt").write_text("no image\n")
-    (place / "list.txt").write_text("scenes/scene_00.jpg\n")
-    (place / "broken.json").write_text('{"images": [')
-    (place / "half.pth").write_bytes(b"PK\x03\x04 and no more")
-    (place / "half.safetensors").write_bytes(b"\xff" * 30)
-    (place / "config-only").mkdir()
-    (place / "config-only" / "config.json").write_text(json.dumps({"architecture": "os.system"}))
-    return place
+            Image.fromarray(np.full((32, 32, 3), 60 * seed, np.uint8)).save(folder / "classes" / kind / f"{seed}.png")
+    (folder / "masks").mkdir()
+    for image in (folder / "scenes").iterdir():
+        Image.fromarray(np.eye(72, 96, dtype=np.uint8)).save(folder / "masks" / f"{image.stem}.png")
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.tex").write_text("mine")
+    (folder / "text.txt").write_text("no image\n")
+    (folder / "list.txt").write_text("scenes/scene_00.jpg\n")
+    (folder / "broken.json").write_text('{"images": [')
+    (folder / "half.pth").write_bytes(b"PK\x03\x04 and no more")
+    (folder / "half.safetensors").write_bytes(b"\xff" * 30)
+    (folder / "config-only").mkdir()
+    (folder / "config-only" / "config.json").write_text(json.dumps({"architecture": "os.system"}))
+    return folder
 
 
-def asked(root, capsys, arguments, yaml=None):
+def run_command(root, capsys, arguments, yaml=None):
     """(exit code, first line of what is wrong) of a command line, in which {} stands for the folder."""
     given = [str(argument).replace("{}", str(root)) for argument in arguments]
     if yaml is not None:
@@ -114,6 +114,11 @@ COMMANDS = [
     (["evaluate", "timm:os.system", *KNN[2:]], 4, "os.system"),
     ([*MASKS, "--train", "{}/scenes", "{}/nowhere", "--folds", "2"], 3, "nowhere"),
     ([*MASKS, "--train", "{}/scenes", "{}/broken.json", "--folds", "2"], 3, "masks"),
+    (
+        ["evaluate", W, "--task", "detection", "--train", "{}/scenes", "{}/masks", "--folds", "2"], 3,
+        "--task detection needs boxes (a COCO JSON file); {}/scenes with labels {}/masks has none",
+    ),
+    ([*MASKS, "--train", "{}/broken.json", "{}/scenes", "--folds", "2"], 3, "give IMAGES first, then LABELS"),
     ([*MASKS, "--train", "{}/scenes", "{}/masks", "{}/masks", "--folds", "2"], 2, "IMAGES and LABELS"),
     ([*MASKS, "--train", "{}/scenes", "{}/masks", "--folds", "2", "--classes", "{}/nowhere"], 3, "nowhere"),
     (["evaluate", W, "--task", "detection", "--train", "{}/scenes", "{}/broken.json", "--folds", "2"], 3, "broken.json"),
@@ -173,15 +178,15 @@ FILES = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), COMMANDS, ids=[words for *_, words in COMMANDS])
-def test_what_is_wrong_on_the_command_line_is_told(root, capsys, arguments, code, words):
-    found, told = asked(root, capsys, arguments)
+def test_errors_on_the_command_line_are_reported(root, capsys, arguments, code, words):
+    actual_code, message = run_command(root, capsys, arguments)
     words = words.replace("{}", str(root))
-    assert (found, words in told) == (code, True), told
+    assert (actual_code, words in message) == (code, True), message
 
 
 @pytest.mark.parametrize(("arguments", "yaml", "code", "words"), FILES, ids=[words for *_, words in FILES])
-def test_what_is_wrong_in_a_file_of_settings_is_told(root, capsys, arguments, yaml, code, words):
+def test_errors_in_a_file_of_settings_are_reported(root, capsys, arguments, yaml, code, words):
     yaml = yaml.replace("{}/", f"{root}/") if isinstance(yaml, str) else yaml
-    found, told = asked(root, capsys, arguments, yaml)
-    assert (found, words in told) == (code, True), told
-    assert len(told) < 2000  # whatever the file holds
+    actual_code, message = run_command(root, capsys, arguments, yaml)
+    assert (actual_code, words in message) == (code, True), message
+    assert len(message) < 2000  # whatever the file holds

@@ -23,6 +23,28 @@ def test_a_single_value_is_accepted_for_a_tuple(data, tmp_path, monkeypatch):
     assert make_rows(config.model_copy(update={"weights": ("..", "x" * 300)}))[-2].name == "weights"
 
 
+@pytest.mark.parametrize(
+    ("task", "primary"),
+    [
+        (("knn",), "knn"),
+        (("segmentation", "knn"), "segmentation"),
+        (("knn", "in_context", "segmentation"), "segmentation:mIoU+in_context:mIoU"),
+    ],
+)
+def test_the_default_primary_metric_follows_the_tasks(task, primary, data, tmp_path):
+    config = validate(data, tmp_path, task=task)
+    assert config.primary == primary
+    assert validate(data, tmp_path, task=task, primary="auto") == config
+    again = jobs.job_to_json(Job(make_rows(config)[0], "images", 0), config)
+    (tmp_path / "job.json").write_text(again)
+    assert jobs.read_job(tmp_path / "job.json")[1] == config
+
+
+def test_missing_evaluation_images_are_reported_for_the_tasks_that_lack_them(data, tmp_path):
+    with pytest.raises(UserError, match="val: give the evaluation images of in_context, or --folds N with --train"):
+        validate(data, tmp_path, folds=None, tasks={"segmentation": {"folds": 2}})
+
+
 def test_an_unknown_metric_is_reported_before_any_training(data, tmp_path, monkeypatch):
     run_jobs_here(monkeypatch)
     arguments = settings(data, tmp_path, primary="in_context:mIoUU", controls=("position",))

@@ -126,3 +126,11 @@ def test_the_page_begins_with_collapse_untrained_and_losses():
     assert "gtsa is not distinguishable from untrained on the primary metric" in others[0]
     assert "significantly worse than colour" in others[1] and "-5.00 (95 % interval -6.00 to -4.00)" in others[1]
     assert "significantly better than dino" in others[2] and "+3.00 (95 % interval +2.00 to +4.00)" in others[2]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("knn:top1, k = 10", 3.0), ("knn", 2.0), ("knn:top1", None), ("linear", None)]
+)
+def test_a_primary_metric_without_a_name_is_the_first_metric_of_its_task_in_a_curve(part, value):
+    entry = {"step": 5, "knn: top1, k = 20": 2.0, "knn: top1, k = 10": 3.0}
+    assert report_page._read_curve_value(entry, part) == value

@@ -16,7 +16,7 @@ from gtsa.evaluation.evaluator import Evaluator
 from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.models.backbone import Backbone
 
-FOUND = evaluators.load_all()
+EVALUATORS = evaluators.load_all()
 TRAIN, VAL, SIDE = 12, 6, 64
 SMALL = {  # settings that make an evaluation quick; without an entry here it has its defaults
     "clusters": {"k": 4, "dimensions": 8, "size": 64, "repeats": 2},
@@ -53,13 +53,13 @@ def targets(kind, count, seed):
 
 def boxes(draw, n=2):
     corners = torch.from_numpy(draw.integers(0, 30, (n, 2)))
-    found = torch.cat([corners, corners + 20], dim=1)
+    actual = torch.cat([corners, corners + 20], dim=1)
     masks = torch.zeros(n, SIDE, SIDE, dtype=torch.bool)
-    for mask, (x1, y1, x2, y2) in zip(masks, found.tolist(), strict=True):
+    for mask, (x1, y1, x2, y2) in zip(masks, actual.tolist(), strict=True):
         mask[y1:y2, x1:x2] = True
     classes = torch.from_numpy(draw.integers(0, 7, n))
     return Boxes(
-        found.float(), classes, masks, torch.zeros(n, dtype=torch.bool), masks.sum((1, 2)).float(),
+        actual.float(), classes, masks, torch.zeros(n, dtype=torch.bool), masks.sum((1, 2)).float(),
         torch.from_numpy(draw.choice(10**6, n, replace=False)),
     )  # fmt: skip
 
@@ -84,13 +84,13 @@ def backbone():
 
 
 def kinds():
-    return [(name, kind) for name, maker in FOUND.items() for kind in maker.label_kinds]
+    return [(name, kind) for name, maker in EVALUATORS.items() for kind in maker.label_kinds]
 
 
 @cache
 def evaluated(name, kind, order=tuple(range(VAL)), run=0):
     """The evaluator, and PerImage of the images in this order; another ``run`` evaluates again."""
-    evaluator = FOUND[name](**SMALL.get(name, {}))
+    evaluator = EVALUATORS[name](**SMALL.get(name, {}))
     train, val = sets(kind)
     torch.manual_seed(run), np.random.seed(run)
     return evaluator, evaluator(
@@ -118,12 +118,12 @@ def chosen(per_image, which):
 
 
 def test_evaluations_are_listed():
-    assert {"knn", "linear", "finetune", "rotation", "health"} <= set(FOUND)
+    assert {"knn", "linear", "finetune", "rotation", "health"} <= set(EVALUATORS)
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", EVALUATORS)
 def test_is_an_evaluator_with_plain_settings_and_help(name, tmp_path):
-    maker = FOUND[name]
+    maker = EVALUATORS[name]
     assert issubclass(maker, Evaluator)
     assert (inspect.getdoc(inspect.getmodule(maker)) or "").splitlines()[0].count("?") >= 1, (
         "the first line of the module is a question"

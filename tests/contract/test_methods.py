@@ -12,7 +12,7 @@ from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import MethodSettings
 from gtsa.pretraining.verdict import SCORES
 
-FOUND = methods.load_all()
+METHODS = methods.load_all()
 
 
 def small(maker):
@@ -31,21 +31,21 @@ def views(batch=3, globals_=2, locals_=2):
     return Views.of(groups, torch.arange(batch))
 
 
-def test_methods_are_found():
-    assert {"gtsa", "dino", "ibot", "mae"} <= set(FOUND)
+def test_all_methods_are_discovered():
+    assert {"gtsa", "dino", "ibot", "mae"} <= set(METHODS)
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", METHODS)
 class TestMethod:
     def test_is_a_method_with_plain_settings(self, name):
-        assert issubclass(FOUND[name], Method)
-        assert next(iter(inspect.signature(FOUND[name]).parameters)) == "encoder"
+        assert issubclass(METHODS[name], Method)
+        assert next(iter(inspect.signature(METHODS[name]).parameters)) == "encoder"
         settings = validated(MethodSettings[name], {})
         for key, field in type(settings).model_fields.items():
             assert field.description, f"{key} has no help in the docstring of {name}"
 
     def test_losses_are_finite_scalars_and_reach_the_student_alone(self, name):
-        method = small(FOUND[name]).train()
+        method = small(METHODS[name]).train()
         parts = method(views(), 0.5)
         assert all(part.ndim == 0 and torch.isfinite(part) for part in parts.values())
         parts["loss"].backward()
@@ -56,7 +56,7 @@ class TestMethod:
 
     def test_the_loss_is_a_mean_over_the_batch(self, name, monkeypatch):
         monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.3))  # all images draw alike
-        method = small(FOUND[name]).eval()
+        method = small(METHODS[name]).eval()
         whole, one = views(batch=4), views(batch=4)
         halves = [
             one.each(lambda c, part=part: c.each(lambda t: t[part] if len(t) else t))
@@ -68,7 +68,7 @@ class TestMethod:
         torch.testing.assert_close(together, apart)
 
     def test_the_teacher_follows_and_stays_in_evaluation_mode(self, name):
-        method = small(FOUND[name]).train()
+        method = small(METHODS[name]).train()
         if method.encoders["teacher"] is method.encoders["student"]:
             return
         assert not method.encoders["teacher"].training
@@ -84,12 +84,12 @@ class TestMethod:
     def test_the_same_seed_gives_the_same_step(self, name):
         losses = []
         for _ in range(2):
-            method = small(FOUND[name]).train()
+            method = small(METHODS[name]).train()
             torch.manual_seed(5)
             losses.append(method(views(), 0.5)["loss"].item())
         assert losses[0] == losses[1]
 
     def test_diagnoses_are_per_image(self, name):
-        metrics = small(FOUND[name]).eval().diagnose(views())
+        metrics = small(METHODS[name]).eval().diagnose(views())
         assert next(iter(metrics)) in SCORES
         assert all(values.shape == (3,) and torch.isfinite(values).all() for values in metrics.values())

@@ -1,4 +1,4 @@
-"""What every source must be, found by walking gtsa.sources: a new one needs an example here that it claims, no more."""
+"""The contract of every source in gtsa.data.sources: a new one needs only an example here that it claims."""
 
 import pickle
 
@@ -31,7 +31,7 @@ class Dataset:
 
 @pytest.fixture
 def examples(tmp_path):
-    """Things that a source may be asked to open; each holds four pictures and two that cannot be read."""
+    """Data for a source to open; each holds four pictures and two that cannot be read."""
     for i in range(GOOD):
         picture(i).save(tmp_path / f"{i}.png")
     for i in range(BAD):
@@ -55,13 +55,13 @@ def example(kind, examples):
 
 def reads(source):
     """{name: pixels or the reason why there are none}"""
-    found = {}
+    read_images = {}
     for i in range(len(source)):
         try:
-            found[source.name(i)] = source.read(i)
+            read_images[source.name(i)] = source.read(i)
         except BadImage as reason:
-            found[source.name(i)] = str(reason)
-    return found
+            read_images[source.name(i)] = str(reason)
+    return read_images
 
 
 def equal(a, b):
@@ -92,9 +92,9 @@ def test_names_are_unique_and_come_in_the_same_order_again(kind, example):
 
 
 def test_images_are_read_and_the_others_have_a_reason(kind, example):
-    found = reads(kind(example))
-    images = [value for value in found.values() if torch.is_tensor(value)]
-    reasons = [value for value in found.values() if isinstance(value, str)]
+    read_images = reads(kind(example))
+    images = [value for value in read_images.values() if torch.is_tensor(value)]
+    reasons = [value for value in read_images.values() if isinstance(value, str)]
     assert (len(images), len(reasons)) == (GOOD, BAD)
     assert all(reasons)
     expected = {picture(i).tobytes() for i in range(GOOD)}

@@ -22,15 +22,15 @@ def gone():
 def test_drafts_of_dead_processes_go_and_no_others(tmp_path, gone):
     outside = tmp_path / "outside"
     outside.write_text("mine")
-    place = tmp_path / "place"
-    (place / f".timm.{gone}").mkdir(parents=True)
+    folder = tmp_path / "folder"
+    (folder / f".timm.{gone}").mkdir(parents=True)
     for name in (f".timm.{gone}/model.safetensors", f".config.yaml.{gone}", f".notes.{gone}", ".config.yaml.swp"):
-        (place / name).write_text("x")
-    (place / f".config.yaml.{os.getppid()}").write_text("x")
-    (place / f".scan.json.{gone}").symlink_to(outside)
-    files.clear_drafts(place, "config.yaml", "scan.json", "timm")
+        (folder / name).write_text("x")
+    (folder / f".config.yaml.{os.getppid()}").write_text("x")
+    (folder / f".scan.json.{gone}").symlink_to(outside)
+    files.clear_drafts(folder, "config.yaml", "scan.json", "timm")
     left = {f".notes.{gone}", ".config.yaml.swp", f".config.yaml.{os.getppid()}", f".scan.json.{gone}"}
-    assert {p.name for p in place.iterdir()} == left
+    assert {p.name for p in folder.iterdir()} == left
     assert outside.read_text() == "mine"
 
 
@@ -59,11 +59,11 @@ def test_a_seal_shows_every_changed_byte_and_truncation():
     whole = files.sealed("steps: 12\nseed: 0\n").encode()
     assert files.is_sealed(whole) is True
     assert files.is_sealed(b"steps: 12\n") is None
-    for place in range(len(whole)):
-        assert not files.is_sealed(whole[:place])
+    for position in range(len(whole)):
+        assert not files.is_sealed(whole[:position])
         for bit in range(8):
             changed = bytearray(whole)
-            changed[place] ^= 1 << bit
+            changed[position] ^= 1 << bit
             assert not files.is_sealed(bytes(changed))
 
 

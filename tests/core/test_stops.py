@@ -22,7 +22,7 @@ from gtsa.core.stops import Processes, Stopped, handle_signals
             ["evaluate", "x", "--task", "knn", "--val", "x", "--work", "w"],
             "the same command resumes the trainings in --work",
         ),
-        (["compare", "--data", "x", "--out", "x"], "the same command resumes"),
+        (["compare", "--data", "x", "--out", "x", "--train", "x", "--folds", "2"], "the same command resumes"),
         (["check", "x"], "the same command resumes; images that were decoded are not decoded again"),
         (["preview", "x"], "give the same command again"),
     ],
@@ -70,7 +70,7 @@ def test_the_way_out_is_not_interrupted():
     assert caught.value.code == 143
 
 
-def test_what_others_handle_or_ignore_is_left_to_them():
+def test_signals_that_others_handle_or_ignore_are_left_to_them():
     """As nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

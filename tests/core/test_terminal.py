@@ -1,4 +1,4 @@
-"""What is shown while things run: on a terminal a line that is rewritten, in a log lines, not a flood; and ETAs."""
+"""Progress: on a terminal a line that is rewritten, in a log lines, not a flood; and ETAs."""
 
 import io
 import logging
@@ -26,7 +26,7 @@ def shown(request, monkeypatch):
     return lambda: file.getvalue(), request.param
 
 
-def test_what_takes_a_while_says_so(shown):
+def test_slow_work_is_announced(shown):
     text, is_terminal = shown
     with doing("measuring a step"):
         during = text()
@@ -37,7 +37,7 @@ def test_what_takes_a_while_says_so(shown):
         assert text() == "measuring a step ...\n"
 
 
-def test_what_is_quick_is_not_in_a_log(shown):
+def test_quick_work_is_not_in_a_log(shown):
     text, is_terminal = shown
     with doing("saving", log=False):
         pass

@@ -42,7 +42,7 @@ def close(a, b, atol=2e-6):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("ours", "reference"),
     [
         (augment.brightened, vision.adjust_brightness),
         (augment.contrasted, vision.adjust_contrast),
@@ -52,9 +52,9 @@ def close(a, b, atol=2e-6):
 )
 @few
 @given(a=factors, b=factors, seed=st.integers(0, 99))
-def test_factor_is_torchvisions(ours, theirs, a, b, seed):
+def test_factor_is_torchvisions(ours, reference, a, b, seed):
     x = floats(seed, 2, 3, 9, 9)
-    close(ours(x, column(a, b)), torch.stack([theirs(x[0], a), theirs(x[1], b)]))
+    close(ours(x, column(a, b)), torch.stack([reference(x[0], a), reference(x[1], b)]))
 
 
 @few
@@ -78,8 +78,8 @@ def test_grey_is_torchvisions():
 def test_blur_is_torchvisions(a, b, side):
     x = floats(side, 2, 3, side, side)
     width = 2 * min(6, side - 1) + 1
-    theirs = [vision.gaussian_blur(x[i], [width, width], [s, s]) for i, s in enumerate((a, b))]
-    close(augment.blurred(x, column(a, b)), torch.stack(theirs))
+    reference = [vision.gaussian_blur(x[i], [width, width], [s, s]) for i, s in enumerate((a, b))]
+    close(augment.blurred(x, column(a, b)), torch.stack(reference))
 
 
 def crops(recipes, rotations, seed=0, side=12):
@@ -121,11 +121,11 @@ recipes_ = st.tuples(
 
 @few
 @given(st.lists(st.tuples(recipes_, st.integers(0, 3)), min_size=1, max_size=6), st.integers(0, 99))
-def test_whole_recipe_is_torchvision_in_its_order(asked, seed):
-    recipes, rotations = zip(*asked, strict=True)
+def test_whole_recipe_is_torchvision_in_its_order(requested, seed):
+    recipes, rotations = zip(*requested, strict=True)
     given_ = crops(recipes, rotations, seed)
     out = augment.apply(Views(given_), CPU, MEAN, STD).global_crops
-    for i, (recipe, turn) in enumerate(asked):
+    for i, (recipe, turn) in enumerate(requested):
         close(out.pixels[i, 0], slowly(given_.pixels[i, 0], recipe, turn, MEAN, STD), 1e-4)
 
 

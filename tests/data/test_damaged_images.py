@@ -1,4 +1,4 @@
-"""Holes in the middle of files: found where they can be, and nothing found in whole files of many encoders."""
+"""Holes in the middle of files are detected if possible, and whole files of many encoders have none."""
 
 import io
 
@@ -55,7 +55,7 @@ def jpegs(image, qualities):
             yield encoded(image.convert(mode), quality=quality)
 
 
-def told(tmp_path, data, form="JPEG"):
+def reason_of(tmp_path, data, form="JPEG"):
     path = tmp_path / "a"
     path.write_bytes(data)
     with Image.open(path) as image:
@@ -73,8 +73,8 @@ def decodes(data):
 def damaged(data, start, fill, count):
     """``count`` copies in which ``fill`` lies somewhere behind ``start``, as far as Pillow takes them."""
     for _ in range(count):
-        place = int(RNG.integers(start, max(start + 1, len(data) - 2 - len(fill))))
-        copy = data[:place] + fill + data[place + len(fill) :]
+        position = int(RNG.integers(start, max(start + 1, len(data) - 2 - len(fill))))
+        copy = data[:position] + fill + data[position + len(fill) :]
         if len(copy) == len(data) and copy != data and decodes(copy):
             yield copy
 
@@ -83,67 +83,68 @@ def test_no_false_alarm(tmp_path):
     drawn = [Image.fromarray(array.astype(np.uint8)).convert("RGB") for array in DRAWN]
     files = [data for image in [*PHOTOS, *map(noisy, PHOTOS), *drawn] for data in jpegs(image, (30, 75, 100))]
     assert len(files) > 400
-    assert [reason for data in files if (reason := told(tmp_path, data))] == []
+    assert [reason for data in files if (reason := reason_of(tmp_path, data))] == []
 
 
 @pytest.mark.parametrize(("size", "share"), [(16, 0.6), (64, 0.7), (512, 0.8), (4096, 0.85)])
 def test_zeros_in_a_jpeg(tmp_path, size, share, record_property):
-    """Without libjpeg's warnings three in four are found, with them nearly all."""
+    """Without libjpeg's warnings three in four are detected, with them nearly all."""
     share = {16: 0.85, 64: 0.95, 512: 0.98, 4096: 0.98}[size] if damage.sees_warnings() else share
-    found = total = 0
+    detected = total = 0
     for image in map(noisy, PHOTOS):
         for data in jpegs(image.resize((320, 240)), (75, 95)):
             for copy in damaged(data, data.index(b"\xff\xda") + 14, bytes(size), 2):
                 total += 1
-                found += told(tmp_path, copy) is not None
-    record_property("found", f"{found} of {total}")
-    assert total > 20 and found >= share * total, (found, total)
+                detected += reason_of(tmp_path, copy) is not None
+    record_property("found", f"{detected} of {total}")
+    assert total > 20 and detected >= share * total, (detected, total)
 
 
 @needs_warnings
 def test_random_bytes_in_a_jpeg(tmp_path):
-    found = total = 0
+    detected = total = 0
     for image in map(noisy, PHOTOS):
         for data in jpegs(image, (75, 95)):
             fill = bytes(RNG.integers(0, 255, 64).astype(np.uint8))
             for copy in damaged(data, data.index(b"\xff\xda") + 14, fill, 3):
                 total += 1
-                found += told(tmp_path, copy) is not None
-    assert total > 60 and found >= 0.75 * total, (found, total)
+                detected += reason_of(tmp_path, copy) is not None
+    assert total > 60 and detected >= 0.75 * total, (detected, total)
 
 
 @needs_warnings
 def test_padding_before_the_end_is_no_damage(tmp_path):
     data = encoded(PHOTOS[0])
-    assert told(tmp_path, data[:-2] + bytes(40) + data[-2:]) is None
-    assert told(tmp_path, data[:-2] + b"\xff" * 40 + data[-2:]) is None
-    assert "extraneous" in told(tmp_path, data[:-2] + bytes(range(1, 60)) + data[-2:])
+    assert reason_of(tmp_path, data[:-2] + bytes(40) + data[-2:]) is None
+    assert reason_of(tmp_path, data[:-2] + b"\xff" * 40 + data[-2:]) is None
+    assert "extraneous" in reason_of(tmp_path, data[:-2] + bytes(range(1, 60)) + data[-2:])
 
 
 def test_what_follows_the_first_picture_does_not_count(tmp_path):
     data = encoded(PHOTOS[0])
-    assert told(tmp_path, data + bytes(5000)) is None
-    assert told(tmp_path, data + data[:900] + bytes(5000), "MPO") is None
+    assert reason_of(tmp_path, data + bytes(5000)) is None
+    assert reason_of(tmp_path, data + data[:900] + bytes(5000), "MPO") is None
 
 
 def test_zeros_in_a_quantisation_table(tmp_path):
     data = encoded(PHOTOS[0])
-    place = data.index(b"\xff\xdb") + 5
+    position = data.index(b"\xff\xdb") + 5
     assert (
-        told(tmp_path, data[: place + 20] + bytes(8) + data[place + 28 :]) == "damaged: a quantisation table with zeros"
+        reason_of(tmp_path, data[: position + 20] + bytes(8) + data[position + 28 :])
+        == "damaged: a quantisation table with zeros"
     )
 
 
 def test_zeros_in_a_webp(tmp_path):
-    found = total = 0
+    detected = total = 0
     for image in map(noisy, PHOTOS):
         for quality in (30, 80, 100):
             data = encoded(image, "WEBP", quality=quality)
             for size in (64, 512):
                 for copy in damaged(data, 60, bytes(size), 5):
                     total += 1
-                    found += told(tmp_path, copy, "WEBP") is not None
-    assert total > 30 and found == total
+                    detected += reason_of(tmp_path, copy, "WEBP") is not None
+    assert total > 30 and detected == total
 
 
 def test_no_false_alarm_in_webp(tmp_path):
@@ -152,17 +153,17 @@ def test_no_false_alarm_in_webp(tmp_path):
     options = [{"quality": 30}, {"quality": 90, "method": 0}, {"quality": 90, "method": 6}, {"lossless": True}]
     for image in [*PHOTOS, *drawn, *large]:
         for option in options:
-            assert told(tmp_path, encoded(image, "WEBP", **option), "WEBP") is None
+            assert reason_of(tmp_path, encoded(image, "WEBP", **option), "WEBP") is None
 
 
 def test_zeros_beside_the_picture_of_a_webp_are_no_damage(tmp_path):
     """Cameras pad what they say about a picture; transparency may be stored as it is."""
     exif = Image.Exif()
     exif[0x927C] = bytes(4000)
-    assert told(tmp_path, encoded(PHOTOS[0], "WEBP", quality=80, exif=exif), "WEBP") is None
+    assert reason_of(tmp_path, encoded(PHOTOS[0], "WEBP", quality=80, exif=exif), "WEBP") is None
     clear = PHOTOS[0].convert("RGBA")
     clear.putalpha(0)
-    assert told(tmp_path, encoded(clear, "WEBP", quality=80), "WEBP") is None
+    assert reason_of(tmp_path, encoded(clear, "WEBP", quality=80), "WEBP") is None
 
 
 def test_the_scan_names_a_jpeg_with_a_hole(tmp_path):
@@ -172,6 +173,6 @@ def test_the_scan_names_a_jpeg_with_a_hole(tmp_path):
     data[3000:3600] = bytes(600)
     (tmp_path / "1.jpg").write_bytes(data)
     assert decodes(bytes(data))
-    for _ in range(2):  # what was found is not forgotten
+    for _ in range(2):  # the result is remembered
         ((name, reason),) = scan(Folder(str(tmp_path)), decode=True).bad
         assert name == "1.jpg" and "zero bytes" in reason

@@ -127,17 +127,17 @@ def test_grey_black_and_white_and_palette(tmp_path, mode, name):
 def test_palette_by_hand(tmp_path):
     image = Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32) % 2, "P")
     image.putpalette([10, 20, 30, 200, 100, 50])
-    found = pixels(saved(tmp_path / "a.png", image))
-    assert found[0, :2].tolist() == [[10, 20, 30], [200, 100, 50]]
+    actual = pixels(saved(tmp_path / "a.png", image))
+    assert actual[0, :2].tolist() == [[10, 20, 30], [200, 100, 50]]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
 def test_cmyk_by_hand(tmp_path, name):
     image = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
     image.paste((0, 255, 0, 0), (16, 0, 32, 32))
-    found = pixels(saved(tmp_path / name, image))
-    assert np.abs(found[8, 4] - [0, 255, 255]).max() <= 3
-    assert np.abs(found[8, 28] - [255, 0, 255]).max() <= 3
+    actual = pixels(saved(tmp_path / name, image))
+    assert np.abs(actual[8, 4] - [0, 255, 255]).max() <= 3
+    assert np.abs(actual[8, 28] - [255, 0, 255]).max() <= 3
 
 
 def test_constant(tmp_path):
@@ -160,10 +160,10 @@ def test_transparent_pixels_show_grey(tmp_path, mode, name):
     image.paste((90, 90, 90, 0), (0, 0, 16, 16))
     image.paste((50, 50, 50, 128), (16, 0, 32, 16))
     options = {"lossless": True, "exact": True} if name == "a.webp" else {}
-    found = pixels(saved(tmp_path / name, image.convert(mode), **options))
-    assert found[20, 20].tolist() == [200] * 3
-    assert found[4, 4].tolist() == list(NEUTRAL)
-    assert np.abs(found[4, 20] - mixed([50] * 3, 128)).max() <= 1
+    actual = pixels(saved(tmp_path / name, image.convert(mode), **options))
+    assert actual[20, 20].tolist() == [200] * 3
+    assert actual[4, 4].tolist() == list(NEUTRAL)
+    assert np.abs(actual[4, 20] - mixed([50] * 3, 128)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
@@ -173,9 +173,9 @@ def test_a_transparent_colour_shows_grey(tmp_path, mode):
         image.putpalette([0, 0, 0, 9, 9, 9, 250, 240, 230])
     image.paste({"P": 2, "L": 250, "RGB": (250, 240, 230)}[mode], (16, 0, 32, 32))
     path = saved(tmp_path / "a.png", image, transparency={"P": 1, "L": 60, "RGB": (1, 2, 3)}[mode])
-    found = pixels(path)
-    assert found[8, 4].tolist() == list(NEUTRAL)
-    assert found[8, 28].tolist() == ([250] * 3 if mode == "L" else [250, 240, 230])
+    actual = pixels(path)
+    assert actual[8, 4].tolist() == list(NEUTRAL)
+    assert actual[8, 28].tolist() == ([250] * 3 if mode == "L" else [250, 240, 230])
 
 
 # Sixteen bits and floats
@@ -195,10 +195,10 @@ def test_sixteen_bit_grey_keeps_its_levels(tmp_path, name):
             "deflate.tif": {"compression": "zlib"},
         }
         tiff(path, ramp(), **kind.get(name, {}))
-    found = pixels(path)
-    assert len(np.unique(found)) >= 250
-    assert np.abs(found - (ramp() / 257)[..., None]).max() <= 0.5
-    assert (found.min(), found.max()) == (0, 255)
+    actual = pixels(path)
+    assert len(np.unique(actual)) >= 250
+    assert np.abs(actual - (ramp() / 257)[..., None]).max() <= 0.5
+    assert (actual.min(), actual.max()) == (0, 255)
 
 
 @pytest.mark.parametrize("kind", ["chunky", "planar", "big endian", "big", "png"])
@@ -211,9 +211,9 @@ def test_sixteen_bit_colour_keeps_its_levels(tmp_path, kind):
     else:
         options = {"big endian": {"byteorder": ">"}, "big": {"bigtiff": True}}
         tiff(path, array, photometric="rgb", **options.get(kind, {}))
-    found = pixels(path)
-    assert min(len(np.unique(found[..., band])) for band in range(3)) >= 250
-    assert np.abs(found - array / 257).max() <= (1 if kind == "png" else 0.5)
+    actual = pixels(path)
+    assert min(len(np.unique(actual[..., band])) for band in range(3)) >= 250
+    assert np.abs(actual - array / 257).max() <= (1 if kind == "png" else 0.5)
 
 
 def test_sixteen_bit_alpha_shows_grey(tmp_path):
@@ -224,18 +224,18 @@ def test_sixteen_bit_alpha_shows_grey(tmp_path):
         tiff(tmp_path / "a.tif", array, photometric="rgb", extrasamples=["unassalpha"]),
         written(tmp_path / "a.png", deep_png(array)),
     ):
-        found = pixels(path)
-        assert found[0, 2].tolist() == list(NEUTRAL)
-        assert found[0, 3].tolist() == [255, 0, 0]
+        actual = pixels(path)
+        assert actual[0, 2].tolist() == list(NEUTRAL)
+        assert actual[0, 3].tolist() == [255, 0, 0]
 
 
 def test_declared_range_by_hand(tmp_path):
     array = np.full((16, 16), 3000, dtype=np.uint16)
     array[0, :5] = [0, 1000, 2000, 5000, 65535]
     for path in (tiff(tmp_path / "a.tif", array), saved(tmp_path / "a.png", array)):
-        found = pixels(path, range16=(1000, 5000))[..., 0]
-        assert found[0, :5].tolist() == [0, 0, 64, 255, 255]
-        assert found[1, 1] == 128
+        actual = pixels(path, range16=(1000, 5000))[..., 0]
+        assert actual[0, :5].tolist() == [0, 0, 64, 255, 255]
+        assert actual[1, 1] == 128
 
 
 def test_declared_range_of_colours(tmp_path):
@@ -468,7 +468,7 @@ def test_truncated_files_are_refused(tmp_path, name, part):
         (b"P6 20 20 255\n" + bytes(1200), "not a JPEG"),
     ],
 )
-def test_what_is_no_image_says_what_it_is(tmp_path, content, word):
+def test_files_that_are_not_images_are_reported_by_type(tmp_path, content, word):
     path = written(tmp_path / "a.jpg", content)
     refused(path, word)
     with pytest.raises(BadImage, match=word):
@@ -492,7 +492,7 @@ def test_formats_beyond_the_list_are_refused(tmp_path):
     ],
     ids=["FIFO", "folder", "device", "missing", "dangling", "loop"],
 )
-def test_what_is_no_file_says_so(tmp_path, make, word):
+def test_entries_that_are_not_files_are_reported(tmp_path, make, word):
     make(tmp_path / "a.jpg")
     refused(tmp_path / "a.jpg", word)
 
@@ -527,14 +527,14 @@ def test_paths_may_be_text_odd_and_impossible(tmp_path):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(16, 400), st.integers(16, 400), st.floats(0.01, 1))
-def test_drafts_are_never_smaller_than_asked(tmp_path_factory, width, height, scale):
+def test_drafts_are_never_smaller_than_requested(tmp_path_factory, width, height, scale):
     path = saved(tmp_path_factory.getbasetemp() / "draft.jpg", Image.new("RGB", (width, height), (9, 9, 200)))
     seen = []
-    found = pixels(path, detail=lambda w, h: seen.append((w, h)) or scale)
+    actual = pixels(path, detail=lambda w, h: seen.append((w, h)) or scale)
     assert seen == [(width, height)]
-    assert found.shape[0] >= scale * height
-    assert found.shape[1] >= scale * width
-    assert found.shape[:2] in [tuple(-(-side // part) for side in (height, width)) for part in (1, 2, 4, 8)]
+    assert actual.shape[0] >= scale * height
+    assert actual.shape[1] >= scale * width
+    assert actual.shape[:2] in [tuple(-(-side // part) for side in (height, width)) for part in (1, 2, 4, 8)]
 
 
 def test_drafts_are_as_small_as_they_may_be(tmp_path):
@@ -604,8 +604,8 @@ def only_bad_image(path):
 def test_flipped_bytes_raise_bad_image_or_nothing(files, tmp_path_factory, which, where, early):
     data = bytearray(files[which])
     reach = min(len(data), 200) if early else len(data)  # headers are where most can go wrong
-    for place, value in where:
-        data[int(place * reach)] = value
+    for position, value in where:
+        data[int(position * reach)] = value
     only_bad_image(written(tmp_path_factory.getbasetemp() / "fuzzed", bytes(data)))
 
 
@@ -656,8 +656,8 @@ def test_libraries_print_nothing(tmp_path, capfd):
         warnings.simplefilter("always")
         for data in whole:
             for _ in range(40):
-                place = int(rng.integers(4, min(len(data) - 4, 400)))
-                path = written(tmp_path / "c.tif", data[:place] + rng.bytes(4) + data[place + 4 :])
+                position = int(rng.integers(4, min(len(data) - 4, 400)))
+                path = written(tmp_path / "c.tif", data[:position] + rng.bytes(4) + data[position + 4 :])
                 for read in (read_header, decode):
                     try:
                         read(path)

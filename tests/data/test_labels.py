@@ -1,4 +1,4 @@
-"""Labels as they come: clean ones give the right targets, every planted fault is told by file and place."""
+"""Labels of every format: clean ones give the right targets, every planted fault is reported by file and location."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def put(root, *names, size=(20, 18)):
 
 
 def refused(images, labels, kind, **options):
-    """What is told of wrong labels."""
+    """The error message about wrong labels."""
     with pytest.raises(UserError) as caught:
         open_labelled(str(images), labels if labels is None else str(labels), kind, **options)
     assert caught.value.code == 3
@@ -44,14 +44,14 @@ def write(path, content):
 
 
 def moved(data, tmp_path):
-    """The same data set in another place."""
+    """The same data set in another folder."""
     return shutil.copytree(data, tmp_path / "elsewhere" / "copy", symlinks=True)
 
 
 # What all formats share
 
 
-def test_every_format_is_found_once():
+def test_every_format_is_discovered_once():
     names = [form.__name__ for form in formats()]
     assert {"ClassFolders", "Coco", "INaturalist", "Masks", "Multilabel", "Table", "Unlabelled"} <= set(names)
     assert len(set(names)) == len(names)
@@ -77,10 +77,10 @@ def test_without_problems_nothing_is_raised():
 
 
 @pytest.mark.parametrize("labels", [None, "nothing.csv", "nothing.json:train"])
-def test_what_is_not_there_is_told(tmp_path, labels):
+def test_missing_files_are_reported(tmp_path, labels):
     images = tmp_path / "images" if labels is None else put(tmp_path, "a.jpg")
-    place = images if labels is None else tmp_path / labels
-    assert f"{place}: there is no such file or folder" in refused(images, labels and tmp_path / labels, "classes")
+    location = images if labels is None else tmp_path / labels
+    assert f"{location}: there is no such file or folder" in refused(images, labels and tmp_path / labels, "classes")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_not_there_is_told(tmp_path, labels):
         ("x.json:train", "boxes", "a COCO JSON file"),
     ],
 )
-def test_what_no_format_answers_to_says_what_is_needed(tmp_path, labels, kind, needs):
+def test_labels_of_no_known_format_are_refused_with_what_is_needed(tmp_path, labels, kind, needs):
     put(tmp_path, "a.jpg")
     write(tmp_path / labels.partition(":")[0], "{}")
     with pytest.raises(UnknownFormat) as caught:
@@ -133,7 +133,7 @@ def test_class_folders(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("plant", "kind", "place"),
+    ("plant", "kind", "location"),
     [
         (lambda root: put(root, "lost.jpg"), "image outside a class folder", "lost.jpg"),
         (lambda root: (root / "empty").mkdir(), "class folder without images", "empty"),
@@ -142,12 +142,12 @@ def test_class_folders(tmp_path, capsys):
         (lambda root: shutil.rmtree(root / "dog"), "too few classes", ""),
     ],
 )
-def test_faults_of_class_folders(tmp_path, plant, kind, place):
+def test_faults_of_class_folders(tmp_path, plant, kind, location):
     put(tmp_path, "cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg")
     open_labelled(str(tmp_path), None, "classes")
     plant(tmp_path)
     message = refused(tmp_path, None, "classes")
-    assert f"1 x {kind}\n" in message and f"\n  {place}" in message and str(tmp_path) in message
+    assert f"1 x {kind}\n" in message and f"\n  {location}" in message and str(tmp_path) in message
 
 
 def test_all_faults_of_class_folders_at_once(tmp_path):
@@ -180,28 +180,28 @@ def test_classes_are_numbered_as_in_another_set():
         return Labelled(None, range(len(targets)), targets, kind, classes, "digest", **more)
 
     few, many = ("b", "d"), ("a", "b", "c", "d")
-    found = {}
-    things = Boxes(torch.zeros(2, 4), torch.tensor([1, 0]), None, torch.zeros(2), torch.zeros(2), torch.zeros(2))
+    actual = {}
+    boxes = Boxes(torch.zeros(2, 4), torch.tensor([1, 0]), None, torch.zeros(2), torch.zeros(2), torch.zeros(2))
     for kind, target in (
         ("classes", 1),
         ("multilabel", torch.tensor([False, True])),
         ("masks", torch.tensor([[0, 1], [IGNORE, 1]])),
-        ("boxes", things),
+        ("boxes", boxes),
     ):
         other = labelled(kind, many, [], category_ids=(5, 6, 7, 8))
         same = labelled(kind, few, [target], category_ids=(6, 8)).numbered_as(other)
         assert (same.classes, same.category_ids) == (many, (5, 6, 7, 8))
         assert pickle.loads(pickle.dumps(same)).classes == many
-        found[kind] = same.target(0)
+        actual[kind] = same.target(0)
         assert other.numbered_as(other) is other
-    assert found["classes"] == 3
-    assert found["multilabel"].tolist() == [False, False, False, True]
-    assert found["masks"].tolist() == [[1, 3], [IGNORE, 3]]
-    assert found["boxes"].classes.tolist() == [3, 1]
+    assert actual["classes"] == 3
+    assert actual["multilabel"].tolist() == [False, False, False, True]
+    assert actual["masks"].tolist() == [[1, 3], [IGNORE, 3]]
+    assert actual["boxes"].classes.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "messages"),
     [
         ("", "no classes"),
         ("a\nb\na\n", "line 3: a: as line 1"),
@@ -209,12 +209,12 @@ def test_classes_are_numbered_as_in_another_set():
         (b"\xff\xfea", "not UTF-8"),
     ],
 )
-def test_faults_of_a_list_of_classes(tmp_path, content, told):
+def test_faults_of_a_list_of_classes(tmp_path, content, messages):
     put(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")
     file = tmp_path / "names.txt"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = refused(tmp_path, None, "classes", classes=str(file))
-    assert told in message and "names.txt" in message
+    assert messages in message and "names.txt" in message
     assert "No such file" in refused(tmp_path, None, "classes", classes=str(tmp_path / "none.txt"))
 
 
@@ -254,7 +254,7 @@ def test_names_that_are_no_utf8_in_a_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "place"),
+    ("row", "kind", "location"),
     [
         ("none.jpg,cat", "image missing on disk", "none.jpg"),
         ("sub,cat", "image missing on disk", "not a regular file"),
@@ -276,14 +276,14 @@ def test_names_that_are_no_utf8_in_a_table(tmp_path):
         ("b.jpg,dog,3", "row of another width", "3 cells"),
     ],
 )
-def test_faults_of_a_table(tmp_path, four, row, kind, place):
+def test_faults_of_a_table(tmp_path, four, row, kind, location):
     os.mkfifo(four / "pipe")
     put(tmp_path, "secret.jpg")
     (four / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (four / "out").symlink_to(tmp_path)
     message = refused(four, write(tmp_path / "x.csv", f"a.jpg,cat\nb.jpg,dog\n{row}\n"), "classes")
     assert f"1 x {kind}\n" in message and message.count(" x ") == 1
-    assert "\n  line 3: " in message and place in message and "x.csv" in message
+    assert "\n  line 3: " in message and location in message and "x.csv" in message
 
 
 def test_links_inside_the_folder_are_good(tmp_path, four):
@@ -301,7 +301,7 @@ def test_all_faults_of_a_table_at_once(tmp_path, four):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "messages"),
     [
         ("", "no rows"),
         ("path,label\n", "no rows"),
@@ -310,8 +310,8 @@ def test_all_faults_of_a_table_at_once(tmp_path, four):
         pytest.param('a.jpg,cat\n"b.jpg,' + "x" * 200_000, "not CSV", id="open quote"),
     ],
 )
-def test_faults_of_a_whole_table(tmp_path, four, text, told):
-    assert told in refused(four, write(tmp_path / "x.csv", text), "classes")
+def test_faults_of_a_whole_table(tmp_path, four, text, messages):
+    assert messages in refused(four, write(tmp_path / "x.csv", text), "classes")
 
 
 # iNaturalist
@@ -352,7 +352,7 @@ def change(content, *path, to=None, **values):
 
 
 @pytest.mark.parametrize(
-    ("path", "to", "kind", "place"),
+    ("path", "to", "kind", "location"),
     [
         (("images",), None, "missing key", "images"),
         (("annotations",), {"a": 1}, "wrong type", "annotations"),
@@ -381,14 +381,14 @@ def change(content, *path, to=None, **values):
         (("categories", 1, "name"), "Acer", "category named twice", "category 7"),
     ],
 )
-def test_faults_of_inaturalist(tmp_path, four, path, to, kind, place):
+def test_faults_of_inaturalist(tmp_path, four, path, to, kind, location):
     content = species()
     change(content, *path, to=to)
     message = refused(four, write(tmp_path / "x.json", content), "classes")
-    assert f"1 x {kind}\n" in message and f"\n  {place}: " in message and "x.json" in message
+    assert f"1 x {kind}\n" in message and f"\n  {location}: " in message and "x.json" in message
 
 
-def test_a_damaged_json_is_told(tmp_path, four):
+def test_a_damaged_json_is_reported(tmp_path, four):
     message = refused(four, write(tmp_path / "x.json", json.dumps(species())[:-20]), "classes")
     assert "1 x not JSON" in message and "line 1" in message
 
@@ -436,7 +436,7 @@ def test_several_is_no_inaturalist(tmp_path, four):
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "place"),
+    ("content", "kind", "location"),
     [
         ("{", "not JSON", "x.json"),
         pytest.param("[" * 200_000, "not JSON", "x.json", id="deep"),
@@ -455,13 +455,13 @@ def test_several_is_no_inaturalist(tmp_path, four):
         ('{"a.jpg": ["dog"], "b.jpg": ["cat"], "a.jpg": []}', "key that is written twice", "a.jpg"),
     ],
 )
-def test_faults_of_several(tmp_path, four, content, kind, place):
+def test_faults_of_several(tmp_path, four, content, kind, location):
     message = refused(four, write(tmp_path / "x.json", content), "multilabel")
-    assert f"1 x {kind}\n" in message and f"{place}: " in message.partition("in detail")[2]
+    assert f"1 x {kind}\n" in message and f"{location}: " in message.partition("in detail")[2]
 
 
 @pytest.mark.parametrize(
-    ("classes", "kind", "place"),
+    ("classes", "kind", "location"),
     [
         (["dog", "cat"], "unknown class", "image sub/c.jpg: emu"),
         (["dog", "cat", "emu", "dog"], "class named twice", "classes[3]: dog"),
@@ -469,9 +469,9 @@ def test_faults_of_several(tmp_path, four, content, kind, place):
         ("dog", "wrong type", "classes: "),
     ],
 )
-def test_faults_of_classes_in_parts(tmp_path, four, classes, kind, place):
+def test_faults_of_classes_in_parts(tmp_path, four, classes, kind, location):
     message = refused(four, f"{write(tmp_path / 'x.json', {'classes': classes, 'train': PLAIN})}:train", "multilabel")
-    assert f"1 x {kind}\n" in message and f"\n  {place}" in message
+    assert f"1 x {kind}\n" in message and f"\n  {location}" in message
 
 
 # No labels

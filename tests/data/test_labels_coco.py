@@ -83,7 +83,7 @@ def opened(root, content):
 
 
 def fault(root, content):
-    """What is told, while nothing can draw masks."""
+    """The error message; masks cannot be drawn meanwhile."""
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("faster_coco_eval")}
     blocked = {**dict.fromkeys(loaded), "faster_coco_eval": None}
     sys.modules.update(blocked)
@@ -98,12 +98,12 @@ def fault(root, content):
 def drawn(segmentation, height, width):
     """What pycocotools makes of it."""
     if isinstance(segmentation, list):
-        found = coco.merge(coco.frPyObjects(segmentation, height, width))
+        encoded = coco.merge(coco.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
-        found = coco.frPyObjects(segmentation, height, width)
+        encoded = coco.frPyObjects(segmentation, height, width)
     else:
-        found = {**segmentation, "counts": segmentation["counts"].encode()}
-    return coco.decode(found).astype(bool)
+        encoded = {**segmentation, "counts": segmentation["counts"].encode()}
+    return coco.decode(encoded).astype(bool)
 
 
 # What is read
@@ -139,12 +139,12 @@ def test_an_image_without_annotations_is_empty(root):
     assert len(none.classes) == len(none.crowd) == len(none.areas) == len(none.ids) == 0
 
 
-def test_single_things_without_a_mask_are_faults(root):
+def test_single_objects_without_a_mask_are_faults(root):
     content = clean()
     content["annotations"][1]["segmentation"] = []
-    with pytest.raises(UserError, match="1 x annotation without a mask") as told:
+    with pytest.raises(UserError, match="1 x annotation without a mask") as caught:
         opened(root, content)
-    assert f"annotation {content['annotations'][1]['id']}: " in str(told.value) and told.value.code == 3
+    assert f"annotation {content['annotations'][1]['id']}: " in str(caught.value) and caught.value.code == 3
 
 
 def test_boxes_alone(root, capsys):
@@ -162,7 +162,7 @@ def test_boxes_alone(root, capsys):
     assert "no mask" not in capsys.readouterr().out
 
 
-def test_what_is_done_to_a_target_is_done_to_no_other(root):
+def test_changing_one_target_changes_no_other(root):
     data = opened(root, clean())
     data.target(0).boxes.zero_()
     assert data.target(0).boxes[0].tolist() == [2, 3, 9.5, 12.25]
@@ -179,7 +179,7 @@ def test_shapes_may_reach_one_pixel_over_the_edge(root):
     assert np.array_equal(data.target(2).masks[0], drawn(content["annotations"][1]["segmentation"], HEIGHT, WIDTH))
 
 
-def test_things_of_no_size_that_say_so_are_left_out(root, capsys):
+def test_objects_with_an_area_of_zero_are_left_out(root, capsys):
     """COCO train2017 has two: annotations 918 and 2206849."""
     content = clean()
     flat = [9.98, 8.56, 15.52, 8.56, 15.52, 8.56, 11.09, 8.56]
@@ -244,8 +244,8 @@ def test_any_polygons(width, height, data):
 def test_any_string_is_numbers_or_a_fault(text):
     try:
         assert _unpack(text).dtype == np.int64
-    except InvalidShape as found:
-        assert found.kind == "bad run-length string"
+    except InvalidShape as encoded:
+        assert encoded.kind == "bad run-length string"
 
 
 # Faults
@@ -392,9 +392,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("plant", "kind", "place"), FAULTS, ids=[f"{i} {kind}" for i, (_, kind, _) in enumerate(FAULTS)]
+    ("plant", "kind", "location"), FAULTS, ids=[f"{i} {kind}" for i, (_, kind, _) in enumerate(FAULTS)]
 )
-def test_faults(root, plant, kind, place):
+def test_faults(root, plant, kind, location):
     put(root, "secret.jpg", size=(WIDTH, HEIGHT))
     (root / "images" / "link.jpg").symlink_to(root / "secret.jpg")
     (root / "images" / "out").symlink_to(root)
@@ -402,19 +402,21 @@ def test_faults(root, plant, kind, place):
     content = clean()
     plant(content)
     message = fault(root, content)
-    assert f"1 x {kind}\n" in message and f"\n  {place}: " in message and str(root / "x.json") in message
+    assert f"1 x {kind}\n" in message and f"\n  {location}: " in message and str(root / "x.json") in message
 
 
 @pytest.mark.parametrize(
-    ("plant", "kind", "place"), FAULTS[29:], ids=[f"{i} {kind}" for i, (_, kind, _) in enumerate(FAULTS[29:])]
+    ("plant", "kind", "location"), FAULTS[29:], ids=[f"{i} {kind}" for i, (_, kind, _) in enumerate(FAULTS[29:])]
 )
-def test_a_fault_is_told_once(root, plant, kind, place):
+def test_a_fault_is_reported_once(root, plant, kind, location):
     """One fault of an annotation or category makes no others."""
     content = clean()
     plant(content)
-    told = re.findall(r"\n +(\d+) x (.*)", fault(root, content))
+    kinds_reported = re.findall(r"\n +(\d+) x (.*)", fault(root, content))
     lost = {"duplicate id", "wrong type", "missing key"}  # of a category's id: then annotations know no such class
-    assert ("1", kind) in told and (len(told) == 1 or (place.startswith("category") and kind in lost))
+    assert ("1", kind) in kinds_reported and (
+        len(kinds_reported) == 1 or (location.startswith("category") and kind in lost)
+    )
 
 
 @pytest.mark.parametrize(
@@ -443,14 +445,14 @@ def test_all_faults_at_once(root):
         "1 x run lengths that do not fill the image",
     ):  # fmt: skip
         assert line in message
-    for place in (
+    for location in (
         "image 3: sub/a.jpg: 5 x 18 px",
         "annotation 1: ",
         "annotation 2: ",
         "annotation 9: ",
         "annotation 100: ",
     ):
-        assert f"\n  {place}" in message
+        assert f"\n  {location}" in message
     assert "and 487 more" in message and message.count("\n") < 35
 
 
@@ -478,19 +480,19 @@ JSON = st.recursive(
 )
 
 
-def places(content, path=()):
+def list_locations(content, path=()):
     yield path
     entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in entries:
-        yield from places(value, (*path, key))
+        yield from list_locations(value, (*path, key))
 
 
-PLACES = list(places(clean()))[1:]
+PLACES = list(list_locations(clean()))[1:]
 
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), JSON), min_size=1, max_size=3))
-def test_anything_anywhere_is_told_or_sound(tmp_path_factory, changes):
+def test_any_change_anywhere_is_reported_or_valid(tmp_path_factory, changes):
     """Nothing but a UserError comes out of it, and what passes can be drawn."""
     root = tmp_path_factory.getbasetemp() / "anything"
     if not root.exists():
@@ -502,12 +504,12 @@ def test_anything_anywhere_is_told_or_sound(tmp_path_factory, changes):
             for key in path[:-1]:
                 inner = inner[key]
             inner[path[-1]] = copy.deepcopy(value)
-        except (KeyError, IndexError, TypeError):  # an earlier change took the place away
+        except (KeyError, IndexError, TypeError):  # an earlier change removed the location
             continue
     try:
         data = opened(root, content)
-    except UserError as remedy:
-        assert remedy.code == 3 and "x.json" in str(remedy)
+    except UserError as caught:
+        assert caught.code == 3 and "x.json" in str(caught)
         return
     for index in range(len(data)):
         target = data.target(index)

@@ -1,4 +1,4 @@
-"""Masks as they come: every way to write numbers in a PNG is read, and what is no such mask is told."""
+"""Masks: every way to write numbers in a PNG is read, and files that are no such mask are reported."""
 
 import json
 import os
@@ -129,11 +129,11 @@ def test_ignore(root):
 
 
 @pytest.mark.parametrize("value", [255, 42])
-def test_a_value_far_above_all_others_is_told_with_its_file(root, value):
+def test_a_value_far_above_all_others_is_reported_with_its_file(root, value):
     png(root / "masks" / "a.png", np.where(IDS == 3, value, IDS))
-    with pytest.raises(UserError, match=f"value {value} far above all others") as told:
+    with pytest.raises(UserError, match=f"value {value} far above all others") as caught:
         opened(root)
-    assert f"\n  a.png: no other is above 3: give --ignore {value}" in str(told.value)
+    assert f"\n  a.png: no other is above 3: give --ignore {value}" in str(caught.value)
     assert opened(root, ignore=value).classes[-1] == "class 3"
 
 
@@ -148,7 +148,7 @@ def test_reduce_zero_label(root):
     assert np.array_equal(data.target(0), np.choose(IDS, [IGNORE, 0, 1, IGNORE]))
 
 
-@pytest.mark.parametrize("place", ["masks/classes.json", "classes.json"])
+@pytest.mark.parametrize("location", ["masks/classes.json", "classes.json"])
 @pytest.mark.parametrize(
     "content",
     [
@@ -157,8 +157,8 @@ def test_reduce_zero_label(root):
         {"classes": [{"id": 3, "name": "z"}, {"id": 0, "name": "w"}, {"id": 2, "name": "y"}, {"id": 1, "name": "x"}]},
     ],
 )
-def test_names_beside_the_masks(root, place, content):
-    write(root / place, content)
+def test_names_beside_the_masks(root, location, content):
+    write(root / location, content)
     data = opened(root)
     assert data.classes == ("w", "x", "y", "z") and np.array_equal(data.target(0), IDS)
     names = write(root / "names.txt", "a\nb\nc\nd\ne")
@@ -175,7 +175,7 @@ def test_ids_with_gaps_and_a_value_to_ignore(root):
     assert "unknown class id" in fault(root, ignore=5)
 
 
-def test_shares_of_pixels_are_told(root, capsys):
+def test_shares_of_pixels_are_reported(root, capsys):
     ids = np.zeros((HEIGHT, WIDTH), np.uint8)
     ids[:9], ids[9:12] = 1, 255
     for name in ("a.png", "sub/b.png"):
@@ -185,7 +185,7 @@ def test_shares_of_pixels_are_told(root, capsys):
 
 
 @pytest.mark.parametrize("name", ["Void", "unlabeled", "unlabelled", "ignore"])
-def test_a_class_that_hardly_is_one_is_told(root, capsys, name):
+def test_a_very_rare_class_is_reported(root, capsys, name):
     names = str(write(root / "names.txt", f"road\nsky\ntree\n{name}"))
     opened(root, classes=names)
     assert f"{name} (value 3) counts as a class: give --ignore 3 if it stands for no class" in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_a_class_that_hardly_is_one_is_told(root, capsys, name):
     assert "give --ignore" not in capsys.readouterr().out
 
 
-def test_a_class_that_is_black_in_the_palette_is_told(root, capsys):
+def test_a_class_that_is_black_in_the_palette_is_reported(root, capsys):
     for path in (root / "masks" / "a.png", root / "masks" / "sub" / "b.png"):
         image = Image.fromarray(IDS).convert("P")
         image.putpalette([128, 64, 128, 0, 0, 9, 9, 9, 0, 0, 0, 0] + [0] * 753)
@@ -272,8 +272,8 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "kind", "told"), FAULTS)
-def test_faults(root, plant, kind, told):
+@pytest.mark.parametrize(("plant", "kind", "messages"), FAULTS)
+def test_faults(root, plant, kind, messages):
     names = str(write(root / "names.txt", "w\nx\ny\nz"))
     opened(root, classes=names)
     plant(root)
@@ -281,7 +281,7 @@ def test_faults(root, plant, kind, told):
         assert np.array_equal(opened(root, classes=names).target(0), IDS)
         return
     message = fault(root, classes=names)
-    assert f"1 x {kind}\n" in message and message.count(" x " + kind) == 1 and f"\n  {told}" in message
+    assert f"1 x {kind}\n" in message and message.count(" x " + kind) == 1 and f"\n  {messages}" in message
     assert str(root / "masks") in message
 
 
@@ -311,7 +311,7 @@ def test_no_masks(root):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "messages"),
     [
         ("[", "not JSON"),
         ("3", "wrong type"),
@@ -326,10 +326,10 @@ def test_no_masks(root):
         ({"classes": ["a", "b", "c", "d"], "ignore_index": "255"}, "ignore_index: a whole number"),
     ],
 )
-def test_faults_of_the_names(root, content, told):
+def test_faults_of_the_names(root, content, messages):
     file = write(root / "classes.json", content)
     message = fault(root)
-    assert told in message and str(file) in message
+    assert messages in message and str(file) in message
 
 
 # Sizes, upright

@@ -64,7 +64,7 @@ shapes = st.tuples(st.integers(1, 60), st.sampled_from([4, 8, 12]), st.integers(
 
 @few
 @given(shapes)
-def test_draws_run_through_the_epochs_place_by_place(shape):
+def test_draws_run_through_the_epochs_position_by_position(shape):
     images, batch, steps = shape
     flat = [draw for step in draws(*shape) for draw in step]
     assert flat == [Draw(n // images, n % images) for n in range(batch * steps)]
@@ -126,22 +126,22 @@ def test_every_image_is_seen_once_an_epoch(images, batch):
 def test_only_the_images_that_take_part_are_shown():
     views = ViewSet(Numbers(), [3, 7, 8], SMALL, 0)
     assert len(views) == 3
-    assert sorted(int(views[Draw(0, place)].images) for place in range(3)) == [3, 7, 8]
+    assert sorted(int(views[Draw(0, position)].images) for position in range(3)) == [3, 7, 8]
 
 
 # Random numbers
 
 
-def test_random_numbers_are_a_pure_function_of_their_place():
-    places = [
+def test_random_numbers_are_a_pure_function_of_seed_stream_and_counter():
+    positions = [
         (seed, stream, *p)
         for seed in (0, 1)
         for stream in (Stream.ORDER, Stream.VIEWS, Stream.HELD_OUT)
         for p in np.ndindex(3, 3, 3)
     ]
-    values = [tuple(generator(*place).random(2)) for place in places]
-    assert len(set(values)) == len(places)
-    assert values == [tuple(generator(*place).random(2)) for place in places]
+    values = [tuple(generator(*position).random(2)) for position in positions]
+    assert len(set(values)) == len(positions)
+    assert values == [tuple(generator(*position).random(2)) for position in positions]
 
 
 def test_streams_of_neighbours_do_not_overlap():
@@ -151,7 +151,7 @@ def test_streams_of_neighbours_do_not_overlap():
 
 
 def test_numbers_are_those_of_earlier_versions():
-    """A resumed run must go on with the same stream, so these values never change."""
+    """A resumed run must continue the same stream, so these values never change."""
     assert generator(1, 2, 3, 4, 5).random(3).tolist() == [0.22712908488982364, 0.686645454093741, 0.218159770339326]
     assert epoch_order(0, 0, 10).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
 
@@ -167,13 +167,13 @@ def test_views_of_a_draw_are_the_same_again_and_others_elsewhere():
     assert int(views[Draw(1, later)].images) == image
     assert not equal(views[Draw(0, 3)], views[Draw(1, later)])
     other = view_set(seed=6)
-    place = list(epoch_order(6, 0, 10)).index(image)
-    assert not equal(views[Draw(0, 3)], other[Draw(0, place)])
+    position = list(epoch_order(6, 0, 10)).index(image)
+    assert not equal(views[Draw(0, 3)], other[Draw(0, position)])
     held = ViewSet(Numbers(), range(10), SMALL, 5, stream=Stream.HELD_OUT)
     assert not equal(views[Draw(0, 3)], held[Draw(0, 3)])
 
 
-def test_the_source_is_asked_for_the_detail_that_crops_need():
+def test_images_are_read_with_the_detail_that_crops_need():
     views = view_set()
     views[Draw(0, 0)]
     assert views.source.details == [SMALL.detail]
@@ -191,7 +191,7 @@ def test_reading_leaves_the_global_random_numbers():
 
 def test_batches_are_their_draws_one_after_the_other():
     views = view_set(bad=[2])
-    parts = [views[Draw(0, place)] for place in range(10)]
+    parts = [views[Draw(0, position)] for position in range(10)]
     batch = collate(parts)
     assert batch.images.tolist() == [int(part.images) for part in parts]
     assert batch.replaced == [r for part in parts for r in part.replaced]
@@ -223,7 +223,7 @@ def test_the_stream_is_the_same_for_any_number_of_workers():
         assert all(equal(a, b) for a, b in zip(alone, stream(workers), strict=True))
 
 
-def test_the_stream_goes_on_where_it_is_started():
+def test_the_stream_continues_from_its_start():
     assert all(equal(a, b) for a, b in zip(stream(0)[2:], stream(0, start=2), strict=True))
 
 
@@ -265,7 +265,7 @@ def test_a_worker_ends_with_its_parent_has_its_own_group_and_holds_no_lock(tmp_p
 
 
 def by_place(views, epoch=0):
-    return [views[Draw(epoch, place)] for place in range(len(views))]
+    return [views[Draw(epoch, position)] for position in range(len(views))]
 
 
 def order(views, epoch=0):
@@ -274,11 +274,11 @@ def order(views, epoch=0):
 
 @few
 @given(st.sets(st.integers(0, 9), max_size=9), st.integers(0, 3))
-def test_the_next_image_that_can_be_read_takes_the_place(bad, epoch):
+def test_the_next_readable_image_replaces_a_bad_one(bad, epoch):
     views = view_set(bad=bad)
     wanted = order(views, epoch)
-    for place, shown in enumerate(by_place(views, epoch)):
-        line = wanted[place:] + wanted[:place]
+    for position, shown in enumerate(by_place(views, epoch)):
+        line = wanted[position:] + wanted[:position]
         good = next(image for image in line if image not in bad)
         skipped = line[: line.index(good)]
         assert shown.images.tolist() == [good]

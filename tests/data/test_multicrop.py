@@ -89,16 +89,16 @@ def test_long_images_keep_the_share_where_two_globals_are_drawn(short, ratio, se
             assert (w + 1) * (h + 1) >= low * width * height
 
 
-def test_crops_by_construction_meet_three_that_hardly_share_a_place():
+def test_constructed_crops_overlap_three_crops_that_hardly_overlap():
     earlier = ((0, 0, 1000, 300), (0, 0, 300, 1000), (271, 271, 1000, 1000))  # 29 x 29 px in common
-    found = {_construct_box(1000, 1000, 0.1, 0.01, earlier, rng(seed)) for seed in range(100)}
-    assert all(shared(box, other) > 10_000 for box in found for other in earlier)
-    assert (0, 0, 1000, 1000) in found
-    assert len(found) > 10
+    actual = {_construct_box(1000, 1000, 0.1, 0.01, earlier, rng(seed)) for seed in range(100)}
+    assert all(shared(box, other) > 10_000 for box in actual for other in earlier)
+    assert (0, 0, 1000, 1000) in actual
+    assert len(actual) > 10
 
 
 class Counting:
-    """Random numbers that count how often they are asked for."""
+    """Random numbers that count how often they are drawn."""
 
     def __init__(self):
         self.inner, self.calls = rng(), 0
@@ -115,10 +115,10 @@ def test_tries_are_bounded(width, height):
     assert counting.calls <= 10 * (3 * TRIES + 3)
 
 
-def test_no_draw_is_wasted_where_nothing_is_asked():
+def test_without_a_required_overlap_there_is_one_draw():
     counting = Counting()
     MultiCrop(global_crops_number=1, local_crops_number=0, global_crops_scale=(0.1, 0.2)).boxes(500, 500, counting)
-    assert counting.calls == 3  # share, aspect, place
+    assert counting.calls == 3  # share, aspect, position
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -243,7 +243,7 @@ def test_crops_are_mirrored():
     assert torch.equal(half.boxes, other.boxes)
 
 
-def test_share_is_uniform_aspect_log_uniform_and_place_uniform():
+def test_share_is_uniform_aspect_log_uniform_and_position_uniform():
     free = MultiCrop(1, 3000, local_overlap=0)
     x1, y1, x2, y2 = np.array(free.boxes(3000, 2000, rng())[1], dtype=float).T
     assert uniform((x2 - x1) * (y2 - y1) / 6e6, 0.0995, 0.3005)

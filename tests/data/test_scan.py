@@ -73,10 +73,10 @@ def test_a_farm_of_links_says_how_to_follow_them(tmp_path):
         put(tmp_path, f"real/{i}.png")
         (tmp_path / "farm" / f"{i}.png").symlink_to(tmp_path / f"real/{i}.png")
     source = Folder(str(tmp_path / "farm"), Selection(follow_links=False))
-    found = scan.scan(source)
+    actual = scan.scan(source)
     with pytest.raises(UserError, match="3 links lead out of the folder .*follow with --follow-links"):
-        scan.check_scan(found, "farm", 0.01)
-    assert "3 links" in describe_links(found)
+        scan.check_scan(actual, "farm", 0.01)
+    assert "3 links" in describe_links(actual)
     check(str(tmp_path / "farm"), follow_links=True)
 
 
@@ -169,7 +169,7 @@ def test_depths_below_zero_are_no_twelve_bits(monkeypatch):
     assert one._remark_on_range() == ""
 
 
-# What is said
+# Messages
 
 
 def test_check_says_what_it_used_and_one_line_for_one_reason(tmp_path, capsys):
@@ -189,16 +189,16 @@ def test_reasons_come_by_their_number():
     assert group_by_reason([("a", "x"), ("b", "y"), ("c", "y")]) == ["2 files: y (b, c)", "a: x"]
 
 
-def test_what_takes_long_is_counted(monkeypatch):
-    said = []
+def test_slow_work_shows_a_count(monkeypatch):
+    messages = []
     clock = iter(range(0, 1000, 7))
     monkeypatch.setattr(terminal.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(terminal, "say", said.append)
+    monkeypatch.setattr(terminal, "say", messages.append)
     with terminal.Count("checked", 200) as count:
         for done in range(1, 21):
             count(done, "3 bad" if done > 10 else "")
-    assert said[0] == "checked 5 of 200  ETA 22 min 45 s"
-    assert 3 <= len(said) <= 6 and said[-1].endswith("3 bad")
+    assert messages[0] == "checked 5 of 200  ETA 22 min 45 s"
+    assert 3 <= len(messages) <= 6 and messages[-1].endswith("3 bad")
     assert terminal.Count("listed").line(12000, 3) == "listed 12,000"
 
 
@@ -218,9 +218,9 @@ def test_a_terminal_has_its_line_rewritten(monkeypatch):
 def test_listing_tells_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("gtsa.data.sources.folder.EVERY", 2)
     put(tmp_path, *(f"{i}.png" for i in range(5)))
-    told = []
-    Folder(str(tmp_path), progress=told.append)
-    assert told == [2, 4]
+    counts = []
+    Folder(str(tmp_path), progress=counts.append)
+    assert counts == [2, 4]
 
 
 # Memory, threads
@@ -279,7 +279,7 @@ def test_a_large_jpeg_is_decoded_small_but_whole(tmp_path):
 # Files that are others by now
 
 
-def test_another_image_in_the_place_of_one_is_bad(tmp_path):
+def test_an_image_that_was_exchanged_is_bad(tmp_path):
     put(tmp_path, "a.png", "b.bmp", "c.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -303,19 +303,19 @@ def test_another_image_in_the_place_of_one_is_bad(tmp_path):
     assert Frozen(Folder(str(tmp_path), files=names(source)), old).read(0).shape[-1] == 40
 
 
-def test_a_run_replaces_an_image_that_is_another_by_now(tmp_path):
+def test_a_run_replaces_an_image_that_was_exchanged(tmp_path):
     data = make_scenes(tmp_path / "data", 6)
     settings = Pretrain(data=str(data), out=str(tmp_path), hold_out=0, max_bad=0.5)
     files = run_images.scan_images(str(data), settings.data, settings.selection, settings.max_bad)
     (tmp_path / "images.jsonl").write_text(files["images.jsonl"])
     (tmp_path / "scan.json").write_text(files["scan.json"])
-    said = []
-    images = run_images.RunImages(str(data), settings, said.append)
+    messages = []
+    images = run_images.RunImages(str(data), settings, messages.append)
     scene(50, 64, 64).save(data / "scene_02.jpg")
     views = ViewSet(images.source, images.train, MultiCrop(1, 32, 1, 16), 0)
-    found = [views[Draw(0, place)] for place in range(6)]
-    images.unreadable((entry for view in found for entry in view.replaced), "step 3: ")
-    (line,) = said
+    actual = [views[Draw(0, position)] for position in range(6)]
+    images.unreadable((entry for view in actual for entry in view.replaced), "step 3: ")
+    (line,) = messages
     assert "scene_02.jpg could not be read (another image than when the run began: 64 x 64 px, was 96 x 72)" in line
 
 

@@ -161,10 +161,10 @@ def test_depth_is_not_limited_by_the_stack(tmp_path):
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 120)
     try:
-        found = names(Folder(tmp_path))
+        listed = names(Folder(tmp_path))
     finally:
         sys.setrecursionlimit(limit)
-    assert found == ["d/" * 300 + "x.png"]
+    assert listed == ["d/" * 300 + "x.png"]
 
 
 def test_range_reaches_the_decoder(tmp_path):
@@ -259,7 +259,7 @@ def test_an_empty_list_is_empty(tmp_path):
 @pytest.mark.parametrize(
     ("data", "word"), [("nowhere", "no such folder"), ("a.png", "give the folder"), (7, "no such folder")]
 )
-def test_what_nobody_claims_is_named(tmp_path, data, word, monkeypatch):
+def test_data_that_no_source_claims_are_refused(tmp_path, data, word, monkeypatch):
     monkeypatch.chdir(put(tmp_path, "a.png"))
     with pytest.raises(UserError, match=word) as caught:
         open_source(data)

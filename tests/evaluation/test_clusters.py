@@ -24,8 +24,8 @@ def answer(data, backbone=None, settings=None, **options):
 @pytest.mark.parametrize("k", [4, 7, 500])
 def test_colours_are_clusters(k):
     masks = stripes(8, 64, 64)
-    per_image, found = answer(labelled(painted(masks), masks), settings={"k": k})
-    assert perfect(found)
+    per_image, actual = answer(labelled(painted(masks), masks), settings={"k": k})
+    assert perfect(actual)
     assert per_image["hit"].shape == (8, 2, len(PALETTE))
 
 
@@ -36,14 +36,14 @@ def test_every_pixel_that_is_a_patch():
 
 def test_one_cluster_is_the_most_frequent_class():
     masks = [torch.tensor([[0] * 16, [1] * 16, [1] * 16, [IGNORE] * 16]).repeat(8, 1) for _ in range(3)]
-    found = answer(labelled(painted(masks), masks), settings={"k": 1})[1]
-    assert found == pytest.approx({"mIoU": 100 / 3, "mAcc": 50, "aAcc": 200 / 3, "clusters": 1})
+    actual = answer(labelled(painted(masks), masks), settings={"k": 1})[1]
+    assert actual == pytest.approx({"mIoU": 100 / 3, "mAcc": 50, "aAcc": 200 / 3, "clusters": 1})
 
 
 def test_shuffled_labels_give_chance():
-    found = answer(labelled(painted(blocks(6)), blocks(6, seed=1)), settings={"k": 4, "size": 256})[1]
+    actual = answer(labelled(painted(blocks(6)), blocks(6, seed=1)), settings={"k": 4, "size": 256})[1]
     deviation = 100 * (0.25 * 0.75 / (6 * 16 * 16)) ** 0.5
-    assert 25 <= found["aAcc"] < 25 + 5 * deviation  # the best of four classes for each cluster
+    assert 25 <= actual["aAcc"] < 25 + 5 * deviation  # the best of four classes for each cluster
 
 
 def test_the_whole_evaluation_again():
@@ -54,7 +54,7 @@ def test_the_whole_evaluation_again():
     masks[1][4:9] = IGNORE
     data, kept = labelled(painted(masks), masks), {}
     settings = {"k": 9, "size": 256, "dimensions": 5, "repeats": 1}
-    per_image, found = answer(data, backbone, settings, on_prediction=kept.__setitem__)
+    per_image, actual = answer(data, backbone, settings, on_prediction=kept.__setitem__)
     mean, std = (torch.tensor(values)[:, None, None] for values in backbone.normalisation)
     pixels = torch.stack(
         [
@@ -74,13 +74,13 @@ def test_the_whole_evaluation_again():
     confusion = confusion_matrix(truth[known], matched[known], labels=range(4))
     assert per_image["hit"].sum((0, 1)).tolist() == confusion.diagonal().tolist()
     assert per_image["predicted"].sum((0, 1)).tolist() == confusion.sum(0).tolist()
-    assert found["aAcc"] == pytest.approx(100 * confusion.diagonal().sum() / known.sum())
+    assert actual["aAcc"] == pytest.approx(100 * confusion.diagonal().sum() / known.sum())
 
 
 def test_fewer_patches_than_clusters(capsys):
     masks = stripes(1, 32, 32)
-    found = answer(labelled(painted(masks), masks), settings={"size": 32})[1]
-    assert found["clusters"] == 1  # four patches, five are needed for each
+    actual = answer(labelled(painted(masks), masks), settings={"size": 32})[1]
+    assert actual["clusters"] == 1  # four patches, five are needed for each
     assert "1 instead of 500" in " ".join(capsys.readouterr().out.split())
 
 

@@ -82,38 +82,41 @@ def perfect(metrics):
 
 @given(st.integers(2, 6), st.integers(1, 4), st.integers(0, 2**31), st.floats(0, 0.9))
 @settings(deadline=None, max_examples=40)
-def test_figures_are_those_of_torchmetrics(classes, images, seed, ignored):
+def test_metrics_equal_torchmetrics(classes, images, seed, ignored):
     rng = np.random.default_rng(seed)
     kinds = rng.integers(1, classes + 1, 2)  # often some class is in neither, or in one alone
     guess, truth = (torch.from_numpy(rng.integers(0, kind, (images, 7, 5))) for kind in kinds)
     truth[torch.from_numpy(rng.random(truth.shape) < ignored)] = IGNORE
     truth[0, 0, 0] = 0
-    found = dense.metrics(dense.stacked([dense.count_pixels(g, t, classes) for g, t in zip(guess, truth, strict=True)]))
-    told = {"num_classes": classes, "ignore_index": IGNORE, "validate_args": False}
-    iou = MulticlassJaccardIndex(average="macro", **told)(guess, truth)
-    recall = MulticlassRecall(average=None, **told)(guess, truth)[truth[truth != IGNORE].unique()].mean()
-    right = MulticlassAccuracy(average="micro", **told)(guess, truth)
-    assert [found[name] / 100 for name in ("mIoU", "mAcc", "aAcc")] == pytest.approx(
+    actual = dense.metrics(
+        dense.stack_counts([dense.count_pixels(g, t, classes) for g, t in zip(guess, truth, strict=True)])
+    )
+    options = {"num_classes": classes, "ignore_index": IGNORE, "validate_args": False}
+    iou = MulticlassJaccardIndex(average="macro", **options)(guess, truth)
+    recall = MulticlassRecall(average=None, **options)(guess, truth)[truth[truth != IGNORE].unique()].mean()
+    right = MulticlassAccuracy(average="micro", **options)(guess, truth)
+    assert [actual[name] / 100 for name in ("mIoU", "mAcc", "aAcc")] == pytest.approx(
         [float(iou), float(recall), float(right)], abs=1e-6
     )
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     guess = [torch.tensor([[0, 0, 1]]), torch.tensor([[1, 2, 0]])]
     truth = [torch.tensor([[0, 1, 1]]), torch.tensor([[1, IGNORE, 0]])]
-    per_image = dense.stacked([dense.count_pixels(g, t, 4) for g, t in zip(guess, truth, strict=True)])
+    per_image = dense.stack_counts([dense.count_pixels(g, t, 4) for g, t in zip(guess, truth, strict=True)])
     assert per_image["predicted"].tolist() == [[2, 1, 0, 0], [1, 1, 0, 0]]
     # class 0: 2 hits of 3 guesses and 2 true; class 1: 2 of 2 and 3; classes 2 and 3 occur on no labelled pixel
     expected = {"mIoU": 100 * 2 / 3, "mAcc": 100 * (1 + 2 / 3) / 2, "aAcc": 80}
     assert dense.metrics(per_image) == pytest.approx(expected)
 
 
-def test_repeats_are_averaged_figure_by_figure():
+def test_repeats_are_averaged_metric_by_metric():
     rng = np.random.default_rng(0)
     truth = torch.from_numpy(rng.integers(0, 3, (2, 4, 4)))
     guess = torch.from_numpy(rng.integers(0, 3, (5, 2, 4, 4)))
     each = [
-        dense.stacked([dense.count_pixels(g, t, 3) for g, t in zip(repeat, truth, strict=True)]) for repeat in guess
+        dense.stack_counts([dense.count_pixels(g, t, 3) for g, t in zip(repeat, truth, strict=True)])
+        for repeat in guess
     ]
     together = {name: torch.stack([one[name] for one in each], 1) for name in each[0]}
     means = {name: np.mean([dense.metrics(one)[name] for one in each]) for name in ("mIoU", "mAcc", "aAcc")}
@@ -122,11 +125,11 @@ def test_repeats_are_averaged_figure_by_figure():
 
 def test_ignored_masks_count_for_nothing():
     nothing = dense.count_pixels(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 2)
-    with pytest.raises(UserError, match="no pixel") as told:
-        dense.metrics(dense.stacked([nothing]))
-    assert told.value.code == 3
+    with pytest.raises(UserError, match="no pixel") as caught:
+        dense.metrics(dense.stack_counts([nothing]))
+    assert caught.value.code == 3
     something = dense.count_pixels(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), 2)
-    assert perfect(dense.metrics(dense.stacked([nothing, something])))
+    assert perfect(dense.metrics(dense.stack_counts([nothing, something])))
 
 
 # from maps to pixels
@@ -138,12 +141,12 @@ def test_ignored_masks_count_for_nothing():
 def test_scores_are_upsampled_between_the_centres_of_patches(seen, size):
     h, w = (-(-side // 16) for side in seen)
     y, x = torch.meshgrid(16 * torch.arange(h) + 8.0, 16 * torch.arange(w) + 8.0, indexing="ij")
-    found = dense.upsampled(torch.stack([y, x]), seen, size, 16)
-    assert found.shape == (2, *size)
+    actual = dense.upsampled(torch.stack([y, x]), seen, size, 16)
+    assert actual.shape == (2, *size)
     for axis, cells in enumerate((h, w)):
         centres = (torch.arange(size[axis]) + 0.5) * seen[axis] / size[axis]
         expected = centres.clamp(8, 16 * cells - 8)  # beyond the outer centres: as at them
-        line = found[axis].select(1 - axis, 0)
+        line = actual[axis].select(1 - axis, 0)
         assert torch.allclose(line, expected, atol=1e-4)
 
 
@@ -168,10 +171,10 @@ def test_windows_overlap_with_equal_weights():
 
 def test_images_are_padded_with_their_own_border():
     pixels = torch.rand(1, 3, 17, 30)
-    found = dense.padded(pixels, 16)
-    assert found.shape == (1, 3, 32, 32)
-    assert torch.equal(found[..., :17, :30], pixels)
-    assert torch.equal(found[..., 17:, :30], pixels[..., -1:, :].expand(-1, -1, 15, -1))
+    actual = dense.padded(pixels, 16)
+    assert actual.shape == (1, 3, 32, 32)
+    assert torch.equal(actual[..., :17, :30], pixels)
+    assert torch.equal(actual[..., 17:, :30], pixels[..., -1:, :].expand(-1, -1, 15, -1))
 
 
 @pytest.mark.parametrize("size", [0, 64])
@@ -217,8 +220,8 @@ def test_retrieval_is_brute_force(size, classes, k, seed):
         for i, weight in zip(nearest, weights / weights.sum(), strict=True):
             expected[row] += weight * labels[i]
     memory = Memory(torch.from_numpy(tokens), torch.from_numpy(labels))
-    found = memory(torch.from_numpy(queries), k, 0.02)
-    assert np.allclose(found.numpy(), expected, rtol=0, atol=1e-12)
+    actual = memory(torch.from_numpy(queries), k, 0.02)
+    assert np.allclose(actual.numpy(), expected, rtol=0, atol=1e-12)
     single = Memory(memory.tokens.float(), memory.labels.float())(torch.from_numpy(queries).float(), k, 0.02)
     assert np.allclose(single.numpy(), expected, rtol=0, atol=1e-3)
 
@@ -241,13 +244,13 @@ def test_chunks_change_nothing(monkeypatch, rows, columns):
 @settings(deadline=None, max_examples=30)
 def test_soft_labels_are_shares_of_labelled_pixels(h, w, patch, seed):
     mask = torch.from_numpy(np.random.default_rng(seed).integers(IGNORE, 3, (h * patch, w * patch)))
-    found = class_shares(mask, patch, 3).view(h, w, 3)
+    actual = class_shares(mask, patch, 3).view(h, w, 3)
     for row in range(h):
         for column in range(w):
             pixels = mask[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].flatten().tolist()
             known = [c for c in pixels if c != IGNORE]
             expected = [known.count(c) / len(known) if known else 0 for c in range(3)]
-            assert found[row, column].tolist() == pytest.approx(expected)
+            assert actual[row, column].tolist() == pytest.approx(expected)
 
 
 def gradients(images, size=64):
@@ -282,8 +285,8 @@ def test_memory_is_bounded_seeded_and_spread_evenly():
     assert not torch.equal(small(20).tokens, small(20, seed=1).tokens)
 
 
-def test_nothing_labelled_is_told():
+def test_masks_without_labelled_pixels_are_reported():
     data = labelled(gradients(2), [torch.full((64, 64), IGNORE)] * 2)
-    with pytest.raises(UserError, match="no pixel of the training masks") as told:
+    with pytest.raises(UserError, match="no pixel of the training masks") as caught:
         build_memory(Colours(), data, make_context(), 64, 10)
-    assert told.value.code == 3
+    assert caught.value.code == 3

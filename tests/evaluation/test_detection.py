@@ -1,4 +1,4 @@
-"""Detection: COCO's figures, views that keep pixels, boxes and masks together, and a training that can be resumed."""
+"""Detection: COCO's metrics, views that keep pixels, boxes and masks together, and a training that can be resumed."""
 
 import contextlib
 import io
@@ -20,13 +20,13 @@ from gtsa.core.types import Draw
 from gtsa.data.labels import Boxes, Labelled
 from gtsa.evaluation.average_precision import average_precision, pasted, to_run_lengths, to_xywh
 from gtsa.evaluation.context import EvalContext
-from gtsa.evaluation.detection_crops import View, apply_view, boxes_around, draw_view, fitted_size
+from gtsa.evaluation.detection_crops import View, apply_view, boxes_around, draw_view, fit_size
 from gtsa.evaluation.evaluators.detection import Detection, TrainingViews, coco_annotations, parameter_groups
 from gtsa.evaluation.heads.mask_rcnn import Anchors, Detector, _pool, padded
 from gtsa.models.backbone import Backbone
 
 
-def things(boxes, classes, masks=None, crowd=None):
+def make_boxes(boxes, classes, masks=None, crowd=None):
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     n = len(boxes)
     return Boxes(
@@ -77,7 +77,7 @@ def squares(count, masks, size=(64, 80), seed=0):
             outlines[-1][y : y + side, x : x + side] = True
         outlines = torch.tensor(np.array(outlines).reshape(-1, *size)) if masks else None
         images.append(torch.tensor(pixels.astype(np.uint8)))
-        targets.append(things(boxes, classes, outlines, crowd))
+        targets.append(make_boxes(boxes, classes, outlines, crowd))
     return Labelled(
         Pixels(images), list(range(count)), targets, "boxes", ("red", "green"), f"squares {seed}",
         category_ids=(7, 3), image_ids=tuple(100 + i for i in range(count)), has_masks=masks,
@@ -98,7 +98,7 @@ def backbone():
 
 
 def oracle(per_image, kind):
-    """pycocotools' six figures, fed as one feeds it with files."""
+    """pycocotools' six metrics, computed from files as usual."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -112,12 +112,12 @@ def oracle(per_image, kind):
         }
         gt.createIndex()
         drop = "bbox" if kind == "segm" else "segmentation"  # with both, loadRes would take a mask's area from its box
-        found = [
+        actual = [
             {**{k: v for k, v in d.items() if k != drop}, "image_id": n}
             for n, entries in enumerate(per_image["found"])
             for d in entries
         ]
-        evaluation = COCOeval(gt, gt.loadRes(found), kind)
+        evaluation = COCOeval(gt, gt.loadRes(actual), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -134,7 +134,7 @@ def outline(box, size):
 
 @cache
 def random_evidence(seed, images=14, size=(240, 280)):
-    """Things of all sizes, a fifth of them crowds, found with noise, or not; and what is not there, found."""
+    """Objects of all sizes, a fifth of them crowds, detected with noise or missed; and false detections."""
     rng = np.random.default_rng(seed)
     per_image = {"truth": [], "found": []}
 
@@ -144,7 +144,7 @@ def random_evidence(seed, images=14, size=(240, 280)):
         return [float(rng.uniform(0, size[1] - w)), float(rng.uniform(0, size[0] - h)), float(w), float(h)]
 
     for image in range(images):
-        there, found = [], []
+        there, actual = [], []
         for _ in range(0 if image % 4 == 1 else rng.integers(1, 9)):
             given = box()
             runs, area = outline(given, size)
@@ -167,7 +167,7 @@ def random_evidence(seed, images=14, size=(240, 280)):
                     h * np.exp(rng.normal(0, 0.1)),
                 ]
                 near = [float(v) for v in near]
-                found.append(
+                actual.append(
                     {
                         "category_id": category if rng.random() < 0.8 else 3,
                         "bbox": near,
@@ -177,7 +177,7 @@ def random_evidence(seed, images=14, size=(240, 280)):
                 )
         for _ in range(0 if image % 5 == 2 else 130 if image == 3 else rng.integers(0, 5)):  # more than a hundred, once
             other = box()
-            found.append(
+            actual.append(
                 {
                     "category_id": int(rng.choice([3, 7, 11])),
                     "bbox": other,
@@ -186,12 +186,12 @@ def random_evidence(seed, images=14, size=(240, 280)):
                 }
             )
         per_image["truth"].append(there)
-        per_image["found"].append(found)
+        per_image["found"].append(actual)
     return per_image
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_are_those_of_pycocotools(seed):
+def test_metrics_equal_pycocotools(seed):
     per_image = random_evidence(seed)
     metrics = Detection().metrics(per_image)
     assert next(iter(metrics)) == "box AP"
@@ -202,7 +202,7 @@ def test_figures_are_those_of_pycocotools(seed):
             assert metrics[f"{name} {figure}"] == pytest.approx(value, abs=1e-10)
 
 
-def test_figures_of_some_images_and_of_one_image_twice():
+def test_metrics_of_some_images_and_of_one_image_twice():
     per_image = random_evidence(1)
     for chosen in ([0, 2, 3], [5, 5, 0, 8], [1, 0]):
         some = {name: [entries[i] for i in chosen] for name, entries in per_image.items()}
@@ -210,7 +210,7 @@ def test_figures_of_some_images_and_of_one_image_twice():
         assert average_precision(some["truth"], some["found"], "bbox") == pytest.approx(expected, abs=1e-10)
 
 
-def test_what_is_found_as_it_is_scores_100():
+def test_perfect_detections_score_100():
     per_image = random_evidence(2)
     perfect = [
         [
@@ -225,14 +225,14 @@ def test_what_is_found_as_it_is_scores_100():
     assert set(metrics.values()) == {100.0}
 
 
-def test_nothing_found_and_nothing_there():
+def test_no_detections_and_no_objects():
     per_image = random_evidence(2)
     nothing = [[] for _ in per_image["truth"]]
     assert set(Detection().metrics({**per_image, "found": nothing}).values()) == {0.0}
     assert Detection().metrics({"truth": nothing, "found": per_image["found"]}) == {}
 
 
-def test_figures_print_nothing(capfd):
+def test_metrics_print_nothing(capfd):
     Detection().metrics(random_evidence(0))
     assert capfd.readouterr() == ("", "")
 
@@ -264,7 +264,7 @@ def test_views_keep_pixels_boxes_and_masks_together(seed, height, width, scale):
         mask[y : y + rng.integers(4, 30), x : x + rng.integers(4, 30)] = True
         mask[y, x] = False  # no rectangle
     pixels = (255 * masks[:3]).byte()
-    given_things = things(boxes_around(masks).tolist(), [0, 1, 2, 3, 4, 5], masks, [False] * 5 + [True])
+    given_things = make_boxes(boxes_around(masks).tolist(), [0, 1, 2, 3, 4, 5], masks, [False] * 5 + [True])
     view = draw_view(height, width, scale, rng)
     shown, target = apply_view(pixels, given_things, view)
     assert shown.shape[-2:] == view.size == target["masks"].shape[-2:]
@@ -281,7 +281,7 @@ def test_views_keep_pixels_boxes_and_masks_together(seed, height, width, scale):
                 sum(view.size) / np.prod(view.size)
             )
     boxes_only, plain = apply_view(
-        pixels, things(given_things.boxes.tolist(), given_things.classes.tolist(), None, [False] * 5 + [True]), view
+        pixels, make_boxes(given_things.boxes.tolist(), given_things.classes.tolist(), None, [False] * 5 + [True]), view
     )
     assert torch.equal(boxes_only, shown)
     inside = set(plain["labels"].tolist())
@@ -292,7 +292,7 @@ def test_a_view_by_hand():
     view = View(top=10, left=20, height=40, width=50, size=(80, 200), flip=True)
     shown, target = apply_view(
         torch.zeros(3, 100, 100, dtype=torch.uint8),
-        things([[30, 0, 45, 30], [0, 0, 20, 100], [65, 45, 99, 99], [69.9, 10, 80, 20]], [0, 1, 2, 3]),
+        make_boxes([[30, 0, 45, 30], [0, 0, 20, 100], [65, 45, 99, 99], [69.9, 10, 80, 20]], [0, 1, 2, 3]),
         view,
     )
     assert shown.shape == (3, 80, 200)
@@ -308,7 +308,7 @@ def test_what_is_left_of_a_mask_makes_its_box():
     mask[0, 30:34, 20:40] = True  # an L: the crop sees only this bar
     _, target = apply_view(
         torch.zeros(3, 40, 40, dtype=torch.uint8),
-        things([[0, 0, 40, 34]], [0], mask),
+        make_boxes([[0, 0, 40, 34]], [0], mask),
         View(20, 0, 20, 40, (20, 40), False),
     )
     assert target["boxes"].tolist() == [[20, 10, 40, 14]]
@@ -327,7 +327,7 @@ def test_sizes_are_those_of_the_settings():
     # a crop of 384 to 600 px out of a short side of 400 to 600: at least 384 / 600 of it
     assert min(v.height for v in cropped) >= 0.63 * 480 and min(v.width for v in cropped) >= 0.63 * 480
     assert max(v.width for v in cropped) > 550 and min(v.width for v in cropped) < 350
-    assert fitted_size(480, 640, 800, 1333) == (800, 1067) and fitted_size(100, 400, 800, 1333) == (333, 1333)
+    assert fit_size(480, 640, 800, 1333) == (800, 1067) and fit_size(100, 400, 800, 1333) == (333, 1333)
 
 
 # The network
@@ -372,12 +372,14 @@ def test_padding_is_to_whole_cells():
 def test_positions_norms_and_biases_are_not_decayed(backbone):
     detector = Detector(backbone, 2, True, width=8)
     names = {id(p): name for name, p in detector.named_parameters()}
-    found = [
+    actual = [
         ([names[id(p)] for p in group["params"]], group["decayed"], group["rate"](0.5))
         for group in parameter_groups(detector, 5.0)
     ]
-    decayed, spared = ([name for each, kind, _ in found if kind is wanted for name in each] for wanted in (True, False))
-    rates = {name: rate for each, _, rate in found for name in each}
+    decayed, spared = (
+        [name for each, kind, _ in actual if kind is wanted for name in each] for wanted in (True, False)
+    )
+    rates = {name: rate for each, _, rate in actual for name in each}
     assert len(decayed) + len(spared) == len(names)
     assert all(rates[name] == (1.0 if name.startswith("backbone.") else 5.0) for name in names.values())
     assert all(name.endswith("weight") for name in decayed) and not any("norm" in name for name in decayed)
@@ -394,11 +396,11 @@ SMALL = {"scale": 64, "batch_size": 2, "width": 16, "warmup": 4, "learning_rate"
 
 @pytest.fixture(scope="module")
 def taught(backbone):
-    """Masks or not -> per_image of a detector that was trained, what it kept, its figures before and after, and whether
+    """Masks or not -> per_image of a detector that was trained, what it kept, its metrics before and after, and whether
     the backbone stayed as it was."""
 
     @cache
-    def found(masks):
+    def train_and_detect(masks):
         before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
         train, val = squares(20, masks), squares(10, masks, seed=1)
         kept = {}
@@ -409,11 +411,11 @@ def taught(backbone):
         same = all(torch.equal(backbone.state_dict()[name], tensor) for name, tensor in before.items())
         return per_image, kept, start, trained.metrics(per_image), same and not backbone.training
 
-    return found
+    return train_and_detect
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_squares_are_found(taught, masks):
+def test_squares_are_detected(taught, masks):
     per_image, kept, start, metrics, unchanged = taught(masks)
     assert list(kept) == list(range(10)) and kept[3] == per_image["found"][3]
     assert {d["category_id"] for entries in per_image["found"] for d in entries} <= {3, 7}
@@ -446,15 +448,15 @@ def test_truth_is_what_the_file_says():
 def test_scenes_follow_from_seed_and_step():
     data = squares(6, True)
     one, two = TrainingViews(data, 64, 5), TrainingViews(data, 64, 5)
-    for place in (Draw(0, 3), Draw(2, 1)):
-        (i, pixels, target), (j, again, same) = one[place], two[place]
+    for position in (Draw(0, 3), Draw(2, 1)):
+        (i, pixels, target), (j, again, same) = one[position], two[position]
         assert i == j and torch.equal(pixels, again) and all(torch.equal(target[k], same[k]) for k in target)
     assert not all(torch.equal(TrainingViews(data, 64, 6)[Draw(0, 3)][1], one[Draw(epoch, 3)][1]) for epoch in range(3))
-    assert sorted(one[Draw(4, place)][0] for place in range(6)) == list(range(6))
+    assert sorted(one[Draw(4, position)][0] for position in range(6)) == list(range(6))
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_stopped_training_goes_on_to_the_same_end(backbone, masks, tmp_path):
+def test_a_stopped_training_resumes_to_the_same_end(backbone, masks, tmp_path):
     train, val = squares(6, masks), squares(3, masks, seed=1)
     detection = Detection(**SMALL, steps=6, drop_path=0.2, accumulate=2 if masks else 1)
     straight = detection(backbone, train, val, make_context(folder=tmp_path / "straight"))
@@ -517,8 +519,8 @@ def test_half_precision_is_for_the_backbone_alone(backbone):
     """Boxes of a width of 800 px are known to a fraction of a pixel; in bf16 they would be known to 4 px."""
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     train, val = squares(4, True), squares(2, True, size=(512, 800))
-    found = Detection(**SMALL, steps=1)(backbone, train, val, EvalContext(fabric))["found"]
-    edges = torch.tensor([d["bbox"][0] for entries in found for d in entries], dtype=torch.float64)
+    actual = Detection(**SMALL, steps=1)(backbone, train, val, EvalContext(fabric))["found"]
+    edges = torch.tensor([d["bbox"][0] for entries in actual for d in entries], dtype=torch.float64)
     assert len(edges) > 100 and (edges % 1 != 0).double().mean() > 0.5
 
 

@@ -1,4 +1,4 @@
-"""gtsa evaluate as a user meets it: several questions, folds, files, and what is wrong told with an exit code."""
+"""gtsa evaluate as a whole: several tasks, folds, files, and errors with an exit code."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ WEIGHTS = "random:test_vit"
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def folders(tmp_path_factory):
     """Folders of 12 and 6 coloured images in three class folders."""
     root = tmp_path_factory.mktemp("labelled")
     for part, count, seed in (("train", 12, 0), ("val", 6, 1)):
@@ -53,58 +53,58 @@ def places(tmp_path_factory):
     return root
 
 
-def asked(places, task, **settings):
-    data = {"train": (str(places / "train"),), "val": (str(places / "val"),)}
+def run_evaluation(folders, task, **settings):
+    data = {"train": (str(folders / "train"),), "val": (str(folders / "val"),)}
     tasks = (task,) if isinstance(task, str) else task
     quick = {name: QUICK[name] for name in tasks}
     return gtsa.evaluate(WEIGHTS, task, **{**data, **quick, "device": "cpu", "workers": 0, **settings})
 
 
-def test_a_class_may_be_missing_in_the_evaluation_images(places, tmp_path, capsys):
-    shutil.copytree(places / "val", tmp_path / "val")
+def test_a_class_may_be_missing_in_the_evaluation_images(folders, tmp_path, capsys):
+    shutil.copytree(folders / "val", tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "class b")
-    report = asked(places, "knn", val=(str(tmp_path / "val"),))
+    report = run_evaluation(folders, "knn", val=(str(tmp_path / "val"),))
     assert report["results"][0]["metrics"]["top1, k = 3"] == 100.0  # a and c keep their names
     assert "--val has no example of class b" in capsys.readouterr().out
     with pytest.raises(UserError, match="--val has classes that --train has no example of: class b"):
-        asked(places, "knn", train=(str(tmp_path / "val"),), val=(str(places / "train"),))
+        run_evaluation(folders, "knn", train=(str(tmp_path / "val"),), val=(str(folders / "train"),))
 
 
-def test_one_place_or_task_may_stand_for_several_and_paths_may_be_paths(places, tmp_path):
-    usual = asked(places, "knn")
-    given = {"train": str(places / "train"), "val": places / "val", "out": tmp_path / "out.json", "device": "cpu"}
+def test_a_single_path_or_task_is_accepted_and_so_is_a_path_object(folders, tmp_path):
+    usual = run_evaluation(folders, "knn")
+    given = {"train": str(folders / "train"), "val": folders / "val", "out": tmp_path / "out.json", "device": "cpu"}
     assert gtsa.evaluate(WEIGHTS, "knn", **given, knn={**QUICK["knn"], "k": 3})["results"][0]["metrics"] == {
         "top1, k = 3": usual["results"][0]["metrics"]["top1, k = 3"]
     }
     assert (tmp_path / "out.json").exists()
 
 
-def test_a_damaged_image_is_told_before_a_long_training(places, tmp_path, monkeypatch):
-    shutil.copytree(places / "val", tmp_path / "val")
+def test_a_damaged_image_is_reported_before_a_long_training(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders / "val", tmp_path / "val")
     bad = sorted((tmp_path / "val").rglob("*.png"))[2:4]
     for file in bad:
         file.write_bytes(file.read_bytes()[:200])
     monkeypatch.setattr(Finetune, "__call__", lambda *_: pytest.fail("nothing is to be trained"))
-    with pytest.raises(UserError, match="2 x image that cannot be read") as told:
-        asked(places, "finetune", val=(str(tmp_path / "val"),))
-    assert all(str(file.relative_to(tmp_path / "val")) in str(told.value) for file in bad) and told.value.code == 3
+    with pytest.raises(UserError, match="2 x image that cannot be read") as caught:
+        run_evaluation(folders, "finetune", val=(str(tmp_path / "val"),))
+    assert all(str(file.relative_to(tmp_path / "val")) in str(caught.value) for file in bad) and caught.value.code == 3
 
 
-def test_evaluation_images_that_are_also_training_images_are_reported(places, capsys):
-    asked(places, "knn", val=(str(places / "train"),))
+def test_evaluation_images_that_are_also_training_images_are_reported(folders, capsys):
+    run_evaluation(folders, "knn", val=(str(folders / "train"),))
     assert (
         "knn: 12 of 12 evaluation images are also training images: the metrics are too high" in capsys.readouterr().out
     )
-    asked(places, "knn")
+    run_evaluation(folders, "knn")
     assert "also training images" not in capsys.readouterr().out
 
 
-def test_what_is_known_beside_the_figures(places, tmp_path, capsys):
-    report = asked(places, ("knn", "linear"), out=str(tmp_path / "out.json"))
+def test_the_report_has_chance_levels_and_counts(folders, tmp_path, capsys):
+    report = run_evaluation(folders, ("knn", "linear"), out=str(tmp_path / "out.json"))
     knn, linear = report["results"]
     assert knn["chance"] == {"most frequent class": pytest.approx(100 / 3)}
     assert knn["intervals"]["top1, k = 3"] == (100.0, 100.0) and knn["seconds"] > 0
-    assert report["requested"]["task"] == ["knn", "linear"] and report["requested"]["train"] == [str(places / "train")]
+    assert report["requested"]["task"] == ["knn", "linear"] and report["requested"]["train"] == [str(folders / "train")]
     shown = capsys.readouterr().out
     assert "95 % intervals over images; most frequent class: 33.33 %" in " ".join(shown.split())
     assert "step 10/" in shown or "ETA 0 s" in shown  # a training tells how far it is, with a folder or without
@@ -126,35 +126,35 @@ def test_classes_have_metrics_of_their_own(tmp_path):
         WEIGHTS, "in_context", train=(tmp_path / "images", tmp_path / "masks"), folds=2, classes=tmp_path / "names.txt",
         in_context={"size": 64, "k": 3}, device="cpu",
     )["results"]  # fmt: skip
-    found = result["per_class"]["IoU"]
-    assert list(found) == ["ground", "roof", "tree", "never"] and found["never"] is None
-    assert np.mean([v for v in found.values() if v is not None]) == pytest.approx(result["metrics"]["mIoU"])
+    actual = result["per_class"]["IoU"]
+    assert list(actual) == ["ground", "roof", "tree", "never"] and actual["never"] is None
+    assert np.mean([v for v in actual.values() if v is not None]) == pytest.approx(result["metrics"]["mIoU"])
     low, high = result["intervals"]["mIoU"]
     assert low < result["metrics"]["mIoU"] < high
 
 
-def test_a_task_that_fails_does_not_lose_the_results_of_others(places, tmp_path, monkeypatch):
+def test_a_task_that_fails_does_not_lose_the_results_of_others(folders, tmp_path, monkeypatch):
     def fails(*_):
         raise UserError("it failed", 6)
 
     monkeypatch.setattr(Finetune, "__call__", fails)
     with pytest.raises(UserError, match="it failed"):
-        asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"))
+        run_evaluation(folders, ("knn", "finetune"), out=str(tmp_path / "out.json"))
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     assert result["task"] == "knn" and result["metrics"]["top1, k = 3"] == 100.0
 
 
-def test_results_are_not_overwritten(places, tmp_path):
+def test_results_are_not_overwritten(folders, tmp_path):
     (tmp_path / "out.json").write_text("mine")
     with pytest.raises(UserError, match="already exists"):
-        asked(places, "knn", out=str(tmp_path / "out.json"))
-    with pytest.raises(UserError, match="cannot be written") as told:
-        asked(places, "knn", out=str(tmp_path / "out.json" / "x.json"))
-    assert told.value.code == 6
+        run_evaluation(folders, "knn", out=str(tmp_path / "out.json"))
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        run_evaluation(folders, "knn", out=str(tmp_path / "out.json" / "x.json"))
+    assert caught.value.code == 6
     assert (tmp_path / "out.json").read_text() == "mine"
 
 
-def stopped(places, monkeypatch, tmp_path, task, **more):
+def stopped(folders, monkeypatch, tmp_path, task, **more):
     """An evaluation that is stopped in ``task``."""
     maker = evaluators.load_all()[task]
 
@@ -164,74 +164,76 @@ def stopped(places, monkeypatch, tmp_path, task, **more):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(maker, "__call__", stops)
-        asked(places, ("knn", task), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"), **more)
+        run_evaluation(
+            folders, ("knn", task), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"), **more
+        )
 
 
-def test_an_evaluation_that_was_stopped_replaces_its_own_files(places, tmp_path, monkeypatch):
+def test_an_evaluation_that_was_stopped_replaces_its_own_files(folders, tmp_path, monkeypatch):
     """The same command again; its earlier files are not mixed with the new ones."""
-    stopped(places, monkeypatch, tmp_path, "finetune")
+    stopped(folders, monkeypatch, tmp_path, "finetune")
     assert json.loads((tmp_path / "out.json").read_text())["unfinished"] == ["finetune"]
     (tmp_path / "kept" / "finetune" / "stale.csv").parent.mkdir(exist_ok=True)
     (tmp_path / "kept" / "finetune" / "stale.csv").write_text("of the one that was stopped")
-    for other in ({"seed": 5}, {"val": (str(places / "train"),)}):
+    for other in ({"seed": 5}, {"val": (str(folders / "train"),)}):
         with pytest.raises(UserError, match="already exists"):
-            asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), **other)
+            run_evaluation(folders, ("knn", "finetune"), out=str(tmp_path / "out.json"), **other)
         with pytest.raises(UserError, match="not empty"):
-            asked(places, ("knn", "finetune"), predictions=str(tmp_path / "kept"), **other)
-    asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert "unfinished" not in found and len(found["results"]) == 2
+            run_evaluation(folders, ("knn", "finetune"), predictions=str(tmp_path / "kept"), **other)
+    run_evaluation(folders, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
+    actual = json.loads((tmp_path / "out.json").read_text())
+    assert "unfinished" not in actual and len(actual["results"]) == 2
     kept = sorted(str(p.relative_to(tmp_path / "kept")) for p in (tmp_path / "kept").rglob("*") if p.is_file())
     assert kept == ["finetune/predictions.csv", "knn/predictions.csv"]
 
 
-def test_predictions_of_two_evaluations_are_not_mixed(places, tmp_path):
-    asked(places, "knn", predictions=str(tmp_path / "kept"))
+def test_predictions_of_two_evaluations_are_not_mixed(folders, tmp_path):
+    run_evaluation(folders, "knn", predictions=str(tmp_path / "kept"))
     before = (tmp_path / "kept" / "knn" / "predictions.csv").read_bytes()
     for again in ("knn", "linear"):
         with pytest.raises(UserError, match=r"kept is not empty \(knn\): predictions of two evaluations are not mixed"):
-            asked(places, again, predictions=str(tmp_path / "kept"), val=(str(places / "train"),))
+            run_evaluation(folders, again, predictions=str(tmp_path / "kept"), val=(str(folders / "train"),))
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["knn"]
     assert (tmp_path / "kept" / "knn" / "predictions.csv").read_bytes() == before
 
 
-def test_a_link_in_place_of_predictions_is_not_followed(places, tmp_path, monkeypatch):
-    stopped(places, monkeypatch, tmp_path, "finetune")
+def test_a_link_instead_of_predictions_is_not_followed(folders, tmp_path, monkeypatch):
+    stopped(folders, monkeypatch, tmp_path, "finetune")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     shutil.rmtree(tmp_path / "kept" / "knn")
     (tmp_path / "kept" / "knn").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="leads out of the folder") as told:
-        asked(places, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
-    assert told.value.code == 8 and (tmp_path / "mine" / "thesis.tex").exists()
+    with pytest.raises(UserError, match="leads out of the folder") as caught:
+        run_evaluation(folders, ("knn", "finetune"), out=str(tmp_path / "out.json"), predictions=str(tmp_path / "kept"))
+    assert caught.value.code == 8 and (tmp_path / "mine" / "thesis.tex").exists()
 
 
 # Images without labels
 
 
-def test_rotation_needs_images_alone(places, tmp_path):
+def test_rotation_needs_images_alone(folders, tmp_path):
     """A flat folder, and nested ones whose names are no classes."""
     flat = tmp_path / "flat"
     flat.mkdir()
-    for number, file in enumerate(sorted((places / "train").rglob("*.png"))):
+    for number, file in enumerate(sorted((folders / "train").rglob("*.png"))):
         shutil.copy(file, flat / f"{number:02d}.png")
-    (tmp_path / "nested" / "another place").mkdir(parents=True)
+    (tmp_path / "nested" / "another folder").mkdir(parents=True)
     for file in list(flat.iterdir())[:4]:
-        shutil.copy(file, tmp_path / "nested" / "another place" / file.name)
+        shutil.copy(file, tmp_path / "nested" / "another folder" / file.name)
     for data, images in (
         ({"train": flat, "val": (), "folds": 3}, 12),
         ({"train": flat, "val": tmp_path / "nested"}, 4),
-        ({"train": places / "train", "val": tmp_path / "nested"}, 4),
+        ({"train": folders / "train", "val": tmp_path / "nested"}, 4),
     ):
-        (result,) = asked(places, "rotation", **data)["results"]
+        (result,) = run_evaluation(folders, "rotation", **data)["results"]
         assert result["images"]["evaluated"] == images and "rotation accuracy" in result["metrics"]
         assert not result["chance"]
 
 
-def test_labels_of_one_side_alone_are_told(places, tmp_path):
+def test_labels_in_only_one_of_the_sets_are_reported(folders, tmp_path):
     (tmp_path / "labels.csv").write_text("path,label\nclass a/00.png,x\nclass a/03.png,y\n")
     with pytest.raises(UserError, match="--train has no labels, --val classes; give the same kind"):
-        asked(places, "rotation", val=(str(places / "train"), str(tmp_path / "labels.csv")))
+        run_evaluation(folders, "rotation", val=(str(folders / "train"), str(tmp_path / "labels.csv")))
 
 
 @pytest.mark.parametrize("part", ["", "exports/timm"])
@@ -264,8 +266,10 @@ def test_health_without_images_says_what_is_needed(finished, tmp_path, weights, 
         gtsa.evaluate(weights, "health", device="cpu")
 
 
-def test_several_questions_in_one_call(places, tmp_path):
-    report = asked(places, ("knn", "linear", "rotation", "health"), out=str(tmp_path / "new" / "out.json"), seed=3)
+def test_several_tasks_in_one_call(folders, tmp_path):
+    report = run_evaluation(
+        folders, ("knn", "linear", "rotation", "health"), out=str(tmp_path / "new" / "out.json"), seed=3
+    )
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == json.loads(json.dumps(report))
     assert [r["task"] for r in report["results"]] == ["knn", "linear", "rotation", "health"]
     assert report["seed"] == 3 and report["tokens"] == "mean"
@@ -282,28 +286,28 @@ def test_several_questions_in_one_call(places, tmp_path):
     assert knn["classes"] == 3
 
 
-def test_the_same_call_gives_the_same_figures_and_fingerprints(places):
-    one, again = (asked(places, ("knn", "finetune")) for _ in range(2))
+def test_the_same_call_gives_the_same_metrics_and_fingerprints(folders):
+    one, again = (run_evaluation(folders, ("knn", "finetune")) for _ in range(2))
     for report in (one, again):
         assert all(result.pop("seconds") > 0 for result in report["results"])
     assert one == again
 
 
-def test_another_file_name_is_another_data_set(places, tmp_path):
+def test_another_file_name_is_another_data_set(folders, tmp_path):
     moved, renamed = tmp_path / "moved", tmp_path / "renamed"
     for copy in (moved, renamed):
-        shutil.copytree(places / "val", copy)
+        shutil.copytree(folders / "val", copy)
     (renamed / "class a" / "00.png").rename(renamed / "class a" / "new.png")
     first, second, third = (
-        asked(places, "knn", val=(str(where),))["results"][0]["data"]["val"]
-        for where in (places / "val", moved, renamed)
+        run_evaluation(folders, "knn", val=(str(where),))["results"][0]["data"]["val"]
+        for where in (folders / "val", moved, renamed)
     )
     assert first == second != third
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "finetune", "rotation"])
-def test_folds_evaluate_every_image_once(places, task, tmp_path):
-    report = asked(places, task, val=(), folds=4, predictions=str(tmp_path), work=str(tmp_path / "work"))
+def test_folds_evaluate_every_image_once(folders, task, tmp_path):
+    report = run_evaluation(folders, task, val=(), folds=4, predictions=str(tmp_path), work=str(tmp_path / "work"))
     (result,) = report["results"]
     assert result["images"] == {"evaluated": 12, "folds": 4}
     assert all(np.isfinite(value) for value in result["metrics"].values())
@@ -350,31 +354,31 @@ class Places(list):
 def test_settings_of_a_fold_are_evaluated_on_all_other_images_by_models_not_trained_on_it(images, folds, seed):
     question = Task("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
     per_image = question.per_image(None, EvalContext(None, "mean", seed, 1, 0))
-    told = question.metrics_without_each_fold(per_image, seed)
-    assert len(told) == folds
-    for (_, fold), metrics in zip(folds_of(images, folds, seed), told, strict=True):
+    metrics_of_folds = question.metrics_without_each_fold(per_image, seed)
+    assert len(metrics_of_folds) == folds
+    for (_, fold), metrics in zip(folds_of(images, folds, seed), metrics_of_folds, strict=True):
         assert sorted(metrics["images"]) == sorted(set(range(images)) - set(fold))
         assert not set(metrics["learnt"]) & set(fold)
     assert replace(question, pairs=False).metrics_without_each_fold(per_image, seed) == []
 
 
-def test_evidence_of_folds_is_put_together():
+def test_per_image_results_of_folds_are_joined():
     parts = [{"a": torch.tensor([1, 2]), "b": ["x", "y"], "c": torch.ones(2)}, {"a": torch.tensor([3]), "b": ["z"]}]
-    found = joined(parts)
-    assert found["a"].tolist() == [1, 2, 3] and found["b"] == ["x", "y", "z"] and set(found) == {"a", "b"}
+    actual = joined(parts)
+    assert actual["a"].tolist() == [1, 2, 3] and actual["b"] == ["x", "y", "z"] and set(actual) == {"a", "b"}
 
 
-def test_predictions_and_pictures(places, tmp_path):
-    asked(places, ("knn", "rotation"), predictions=str(tmp_path), pictures=2)
-    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert found == ["knn/pictures/class a/00.png", "knn/pictures/class c/05.png", "knn/predictions.csv"]
-    with Image.open(tmp_path / found[0]) as picture:
+def test_predictions_and_pictures(folders, tmp_path):
+    run_evaluation(folders, ("knn", "rotation"), predictions=str(tmp_path), pictures=2)
+    actual = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert actual == ["knn/pictures/class a/00.png", "knn/pictures/class c/05.png", "knn/predictions.csv"]
+    with Image.open(tmp_path / actual[0]) as picture:
         picture.load()
 
 
-def test_on_the_command_line(places, tmp_path):
+def test_on_the_command_line(folders, tmp_path):
     code, out, err = run_apart(
-        "evaluate", WEIGHTS, "--task", "knn", "health", "--train", places / "train", "--val", places / "val", *FLAGS,
+        "evaluate", WEIGHTS, "--task", "knn", "health", "--train", folders / "train", "--val", folders / "val", *FLAGS,
         "--health.resize", "64", "--health.crop", "64", "--out", tmp_path / "out.json",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -384,7 +388,7 @@ def test_on_the_command_line(places, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         ([WEIGHTS, "--val", "VAL"], 2, "task: give one or several of"),
         ([WEIGHTS, "--task", "guess", "--val", "VAL"], 2, "unknown task 'guess'; the tasks are"),
@@ -435,13 +439,13 @@ def test_on_the_command_line(places, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_told_with_its_code(places, tmp_path, capsys, arguments, code, told):
+def test_errors_have_a_message_and_an_exit_code(folders, tmp_path, capsys, arguments, code, message):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "file").write_text("")
     words = {
-        "TRAIN": places / "train",
-        "VAL": places / "val",
+        "TRAIN": folders / "train",
+        "VAL": folders / "val",
         "NOWHERE": tmp_path / "nowhere",
         "FILE": tmp_path / "file",
     }
@@ -451,23 +455,23 @@ def test_what_is_wrong_is_told_with_its_code(places, tmp_path, capsys, arguments
         flags += ["--knn.k", "3"]
     small = ["--knn.resize", "64", "--knn.crop", "64", "--workers", "0"]
     assert run(["evaluate", *given, *flags, *small]) == code
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_image_that_cannot_be_read_is_named(places, tmp_path, capsys, workers):
-    shutil.copytree(places / "val", tmp_path / "val")
-    whole = (places / "val" / "class b" / "01.png").read_bytes()
+def test_an_image_that_cannot_be_read_is_named(folders, tmp_path, capsys, workers):
+    shutil.copytree(folders / "val", tmp_path / "val")
+    whole = (folders / "val" / "class b" / "01.png").read_bytes()
     (tmp_path / "val" / "class b" / "01.png").write_bytes(whole[: len(whole) // 2])
-    data = ["--train", str(places / "train"), "--val", str(tmp_path / "val")]
+    data = ["--train", str(folders / "train"), "--val", str(tmp_path / "val")]
     assert run(["evaluate", WEIGHTS, "--task", "knn", *data, *FLAGS[:-1], workers]) == 3
-    told = capsys.readouterr().err
-    assert told.startswith("gtsa: class b/01.png: damaged") and "Traceback" not in told
+    message = capsys.readouterr().err
+    assert message.startswith("gtsa: class b/01.png: damaged") and "Traceback" not in message
 
 
-def test_train_and_val_of_other_classes_are_refused(places, tmp_path):
-    shutil.copytree(places / "val", tmp_path / "val")
+def test_train_and_val_of_other_classes_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "val", tmp_path / "val")
     (tmp_path / "val" / "class c").rename(tmp_path / "val" / "class d")
-    with pytest.raises(UserError, match="no example of: class d") as told:
-        asked(places, "knn", val=(str(tmp_path / "val"),))
-    assert told.value.code == 3
+    with pytest.raises(UserError, match="no example of: class d") as caught:
+        run_evaluation(folders, "knn", val=(str(tmp_path / "val"),))
+    assert caught.value.code == 3

@@ -34,8 +34,8 @@ def test_each_level_comes_from_its_own_map():
 
 
 @pytest.mark.parametrize(("level", "scale"), [(0, 4), (1, 2), (2, 1), (3, 0.5)])
-def test_places_stay_where_they_are(level, scale):
-    """What changes in one patch changes its own place in the finer maps, and one cell of 3x3 convolution around it."""
+def test_positions_are_kept(level, scale):
+    """A change of one patch changes its own position in the finer maps, and one cell around it (3x3 convolution)."""
     torch.manual_seed(0)
     pyramid = Pyramid(16, 8)
     maps = torch.randn(1, 16, 12, 12)
@@ -48,7 +48,7 @@ def test_places_stay_where_they_are(level, scale):
     assert moved.max(0).values.tolist() == [y + side, x + side]
 
 
-def test_channel_norm_is_layer_norm_of_each_place():
+def test_channel_norm_is_layer_norm_at_each_position():
     maps = torch.randn(2, 6, 3, 5)
     centred = maps - maps.mean(1, keepdim=True)
     expected = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()

@@ -74,7 +74,7 @@ def test_it_is_a_copy_that_learns_with_stochastic_depth(backbone):
     assert not backbone.training
 
 
-def test_all_right_where_colour_tells(backbone):
+def test_all_images_are_classified_by_colour(backbone):
     kept = {}
     task = Finetune(epochs=25, warmup=2, learning_rate=2e-2, layer_decay=0.9, **SMALL, **PLAIN)
     train, val = sets()
@@ -110,10 +110,10 @@ def test_an_augmented_image_follows_from_seed_epoch_and_image_alone():
     assert first[0].dtype == torch.uint8 and first[0].shape == (3, 32, 32)
     assert torch.equal(first[0], again[0]) and first[1:] == again[1:]
     other_epoch = next(
-        pixels for pixels, _, index in (images[Draw(2, place)] for place in range(6)) if index == first[2]
+        pixels for pixels, _, index in (images[Draw(2, position)] for position in range(6)) if index == first[2]
     )
     assert not torch.equal(first[0], other_epoch)
-    assert sorted(images[Draw(1, place)][2] for place in range(6)) == list(range(6))
+    assert sorted(images[Draw(1, position)][2] for position in range(6)) == list(range(6))
 
 
 def test_the_strongest_augmentation_works():
@@ -121,7 +121,7 @@ def test_the_strongest_augmentation_works():
     images = Augmented(labelled(noise(60, 40), [0] * 60), 32, 10, (0.5, 0.5, 0.5), seed=0)
     kinds = {op.name for step in images.augment.transforms for op in getattr(step, "ops", ())}
     assert "PosterizeIncreasing" in kinds
-    pictures = [images[Draw(epoch, place)][0] for epoch in range(3) for place in range(60)]
+    pictures = [images[Draw(epoch, position)][0] for epoch in range(3) for position in range(60)]
     assert all(picture.float().std() > 1 for picture in pictures)
 
 
@@ -196,7 +196,7 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"batch_size": 7}, "multiple of 2"),
         ({"batch_size": 12, "accumulate": 4}, "multiple of 8"),
@@ -209,6 +209,6 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_the_other_one_does(
         ({"mixup": -1.0}, "at least 0"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
         Finetune(**wrong)

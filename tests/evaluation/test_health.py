@@ -65,14 +65,14 @@ def metrics(region, rotation=0.25, rank=80.0, spread=0.8, n=8, **more):
         (metrics(0.0, rotation=0.265), 5000, "stalled"),
         (metrics(0.0), 200, "too short to tell"),
         (metrics(0.0), 5000, "stalled"),
-        (metrics(0.0, rank=14.0), 240, "collapsing"),  # a loss of -0.95 that looks splendid
+        (metrics(0.0, rank=14.0), 240, "collapsing"),  # although a loss of -0.95 seems very good
         (metrics(0.0, spread=0.05), 5000, "collapsing"),
         (metrics(-0.05), 5000, "stalled"),
     ],
 )
 def test_the_verdict_says_what_the_metrics_support(now, step, label):
-    found = verdict(now, HealthSnapshot({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8)), step)
-    assert found.label == label
+    actual = verdict(now, HealthSnapshot({"region_score": torch.zeros(8).double()}, 98.0, 0.88, torch.arange(8)), step)
+    assert actual.label == label
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_one_image_supports_nothing():
     assert verdict(now, metrics(0.0, n=1), 100).label == "too short to tell"
 
 
-def asked(see, count=4, **options):
+def evaluate_health(see, count=4, **options):
     task = FeatureHealth(resize=32, crop=32)
     per_image = task(Stub(see), None, labelled(noise(count), kind="none"), make_context(**options))
     return task.metrics(per_image), per_image["patches"]
@@ -141,17 +141,21 @@ def test_any_weights_are_evaluated_on_their_patch_tokens():
     every = cells((images - 0.5) / 0.25).flatten(0, 2).double().numpy()
     p = np.linalg.svd(every, compute_uv=False)
     p = p / p.sum()
-    metrics, _ = asked(cells)
+    metrics, _ = evaluate_health(cells)
     assert metrics["rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
     assert metrics["width"] == 192
-    assert asked(lambda images: torch.ones(len(images), 4, 4, 5))[0] == {
+    assert evaluate_health(lambda images: torch.ones(len(images), 4, 4, 5))[0] == {
         "rank": pytest.approx(1, abs=1e-3), "spread": pytest.approx(0, abs=1e-6), "width": 5.0,
     }  # fmt: skip
 
 
-def test_which_patches_are_looked_at_goes_with_seed_and_image(monkeypatch):
+def test_the_evaluated_patches_depend_on_seed_and_image(monkeypatch):
     monkeypatch.setattr("gtsa.evaluation.evaluators.health.TOKENS", 12)
-    (metrics, patches), (_, again), (_, other) = asked(cells), asked(cells), asked(cells, seed=1)
+    (metrics, patches), (_, again), (_, other) = (
+        evaluate_health(cells),
+        evaluate_health(cells),
+        evaluate_health(cells, seed=1),
+    )
     assert [len(some) for some in patches] == [3, 3, 3, 3]
     assert all(torch.equal(a, b) for a, b in zip(patches, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(patches, other, strict=True))
@@ -211,10 +215,10 @@ def test_so_do_rotations_of_a_short_run():
 )
 def test_a_teacher_with_the_same_output_for_all_images_is_no_learning(information, label, reason):
     """Views of an image are still matched, as by the collapsed DINO of the small experiment."""
-    found = verdict(metrics(0.13, teacher_information=information), metrics(0.0), 1000)
-    assert found.label == label
-    assert any(reason in line for line in found.reasons)
-    assert found.metrics["teacher_information"] == pytest.approx(information)
+    actual = verdict(metrics(0.13, teacher_information=information), metrics(0.0), 1000)
+    assert actual.label == label
+    assert any(reason in line for line in actual.reasons)
+    assert actual.metrics["teacher_information"] == pytest.approx(information)
 
 
 def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():
@@ -222,22 +226,22 @@ def test_images_that_can_no_longer_be_read_are_left_out_on_both_sides():
     start.scores["region_score"][3] = 9.0  # would spoil the gain if images were taken for one another
     kept = torch.tensor([0, 1, 2, 4, 5, 6, 7])
     now = HealthSnapshot({k: v[kept] for k, v in now.scores.items()}, now.rank, now.spread, kept)
-    found = verdict(now, start, 500)
-    assert found.metrics["images"] == 7
-    assert found.metrics["region_gain"] == pytest.approx(0.5)
+    actual = verdict(now, start, 500)
+    assert actual.metrics["images"] == 7
+    assert actual.metrics["region_gain"] == pytest.approx(0.5)
 
 
 def test_one_image_has_no_interval():
-    found = verdict(metrics(0.5, n=1), metrics(0.0, n=1), 100)
-    assert "no interval" in found.reasons[0]
-    assert "inf" not in " ".join(found.reasons)
+    actual = verdict(metrics(0.5, n=1), metrics(0.0, n=1), 100)
+    assert "no interval" in actual.reasons[0]
+    assert "inf" not in " ".join(actual.reasons)
 
 
 def test_an_image_shows_the_same_patches_in_any_company_and_others_show_others(monkeypatch):
     monkeypatch.setattr("gtsa.evaluation.evaluators.health.TOKENS", 12)
-    place = torch.arange(16.0).view(1, 4, 4, 1)
+    position = torch.arange(16.0).view(1, 4, 4, 1)
     task, data = FeatureHealth(resize=32, crop=32), labelled(noise(4), kind="none")
-    backbone = Stub(lambda images: place.expand(len(images), 4, 4, 1))
+    backbone = Stub(lambda images: position.expand(len(images), 4, 4, 1))
     shown = [
         task(backbone, None, data.take(order), make_context())["patches"] for order in ([0, 1, 2, 3], [3, 1, 0, 2])
     ]
@@ -249,7 +253,7 @@ def test_the_metric_of_a_new_method_has_a_verdict():
     """Without a sentence of its own: a method is one file."""
     noise = torch.linspace(-0.01, 0.01, 8, dtype=torch.float64)
     start, now = (HealthSnapshot({"puzzle_score": value + noise}, 80.0, 0.8, torch.arange(8)) for value in (0.0, 0.1))
-    found = verdict(now, start, 200)
-    assert found.label == "learning"
-    assert found.reasons[0].startswith("puzzle score: better than at step 0, +0.100")
-    assert found.metrics["puzzle_gain"] == pytest.approx(0.1)
+    actual = verdict(now, start, 200)
+    assert actual.label == "learning"
+    assert actual.reasons[0].startswith("puzzle score: better than at step 0, +0.100")
+    assert actual.metrics["puzzle_gain"] == pytest.approx(0.1)

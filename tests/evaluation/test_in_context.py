@@ -42,9 +42,9 @@ def test_every_patch_of_a_vit_finds_itself():
 def test_shuffled_labels_give_chance():
     train = labelled(painted(blocks(6)), blocks(6, seed=1))
     val = labelled(painted(blocks(6, seed=2)), blocks(6, seed=3))
-    found = metrics(train, val, settings={"size": 256})
+    actual = metrics(train, val, settings={"size": 256})
     patches, chance = 6 * 16 * 16, 100 / len(PALETTE)
-    assert found["aAcc"] == pytest.approx(chance, abs=5 * 100 * (0.25 * 0.75 / patches) ** 0.5)
+    assert actual["aAcc"] == pytest.approx(chance, abs=5 * 100 * (0.25 * 0.75 / patches) ** 0.5)
 
 
 def test_the_whole_evaluation_by_hand():
@@ -74,11 +74,11 @@ def test_the_whole_evaluation_by_hand():
         known = [c for c in mask[y : y + 16, x : x + 16].flatten().tolist() if c != IGNORE]
         return [known.count(c) / len(known) for c in range(3)]
 
-    places = [(y, x) for y in (0, 16) for x in (0, 16)]
-    memory = np.array([token(image, *place) for image in pixels[:4] for place in places])
-    soft = np.array([shares(mask, *place) for mask in masks[:4] for place in places])
+    positions = [(y, x) for y in (0, 16) for x in (0, 16)]
+    memory = np.array([token(image, *position) for image in pixels[:4] for position in positions])
+    soft = np.array([shares(mask, *position) for mask in masks[:4] for position in positions])
     maps = np.zeros((3, 2, 2))
-    for y, x in places:
+    for y, x in positions:
         similarity = memory @ token(pixels[4], y, x)
         nearest = np.argsort(-similarity)[:3]
         weights = np.exp(similarity[nearest] / 0.1)
@@ -96,14 +96,14 @@ def test_any_size_of_image(height, width):
     masks = stripes(3, height, width)
     masks[0][:4] = IGNORE
     kept = {}
-    found = metrics(
+    actual = metrics(
         labelled(painted(masks), masks),
         labelled(painted(masks), masks),
         settings={"size": 64},
         on_prediction=kept.__setitem__,
     )
     assert [kept[i].shape for i in range(3)] == [(height, width)] * 3
-    assert 0 <= found["mIoU"] <= 100
+    assert 0 <= actual["mIoU"] <= 100
 
 
 def test_a_seed_gives_the_same_and_memory_matters_little_where_colours_do():
@@ -124,6 +124,6 @@ def test_the_backbone_is_left_as_it_was():
     assert not backbone.training
 
 
-def test_settings_that_cannot_be():
+def test_invalid_settings_are_refused():
     with pytest.raises(UserError, match="temperature"):
         InContext(temperature=0)

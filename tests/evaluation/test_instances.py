@@ -1,4 +1,4 @@
-"""Things named by their pooled tokens: known answers, an oracle, and supercategories."""
+"""Instance classification from pooled tokens: known answers, an oracle, and supercategories."""
 
 import numpy as np
 import pytest
@@ -36,18 +36,18 @@ def colours(images):
     return images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).permute(0, 2, 3, 1)
 
 
-def asked(train, val, **settings):
+def evaluate_instances(train, val, **settings):
     task = Instances(**{**SMALL, **settings})
     return task.metrics(task(Stub(colours, 2), train, val, make_context()))
 
 
-def test_all_are_named_where_colour_tells():
-    assert asked(scenes(20, 0), scenes(10, 1)) == {"accuracy": 100.0, "mean accuracy": 100.0}
+def test_all_images_are_classified_if_colour_decides():
+    assert evaluate_instances(scenes(20, 0), scenes(10, 1)) == {"accuracy": 100.0, "mean accuracy": 100.0}
 
 
 def test_chance_where_labels_are_shuffled():
-    found = asked(scenes(60, 0, True), scenes(60, 1, True))["accuracy"]
-    assert abs(found - 25) < 4 * 100 * (0.25 * 0.75 / 120) ** 0.5
+    actual = evaluate_instances(scenes(60, 0, True), scenes(60, 1, True))["accuracy"]
+    assert abs(actual - 25) < 4 * 100 * (0.25 * 0.75 / 120) ** 0.5
 
 
 def test_it_is_scikit_learns_nearest_neighbours():
@@ -60,7 +60,7 @@ def test_it_is_scikit_learns_nearest_neighbours():
 
     train, val = scenes(25, 2, True), scenes(15, 3, True)
     for data, seed in ((train, 4), (val, 5)):
-        data.source.images = noise(len(data), seed=seed)  # no two things alike, so that none are equally near
+        data.source.images = noise(len(data), seed=seed)  # all objects differ, so that none are equally near
     task = Instances(k=7, size=32)
     per_image = task(Stub(see, 2), train, val, make_context())
     vectors, truth = [], []
@@ -68,11 +68,11 @@ def test_it_is_scikit_learns_nearest_neighbours():
         rows, kinds = [], []
         for i in range(len(data)):
             pixels = (data.read(i)[None].float() / 255 - 0.5) / 0.25
-            tokens, things = see(pixels)[0].numpy(), data.target(i)
+            tokens, objects = see(pixels)[0].numpy(), data.target(i)
             for n in range(2):
-                share = things.masks[n].numpy().reshape(16, 2, 16, 2).mean((1, 3))
+                share = objects.masks[n].numpy().reshape(16, 2, 16, 2).mean((1, 3))
                 vector = (tokens * share[..., None]).sum((0, 1)) / share.sum()
-                rows.append(vector / np.linalg.norm(vector)), kinds.append(int(things.classes[n]))
+                rows.append(vector / np.linalg.norm(vector)), kinds.append(int(objects.classes[n]))
         vectors.append(np.array(rows)), truth.append(np.array(kinds))
 
     def votes(distance):  # euclidean of unit vectors
@@ -86,7 +86,7 @@ def test_it_is_scikit_learns_nearest_neighbours():
     assert task.metrics(per_image)["mean accuracy"] == pytest.approx(100 * np.mean(per_class))
 
 
-def test_supercategories_are_named_where_the_file_tells_them():
+def test_supercategories_are_predicted_if_the_file_has_them():
     train, val = scenes(20, 0), scenes(10, 1)
     for data in (train, val):
         object.__setattr__(data, "groups", ("warm", "cold", "cold", "warm"))
@@ -99,18 +99,18 @@ def test_shares_of_cells_by_hand_and_without_crowds():
     masks = torch.zeros(3, 4, 4, dtype=torch.bool)
     masks[0, :2, :2], masks[1, 1:3, :] = True, True
     masks[2] = True
-    things = Boxes(
+    objects = Boxes(
         torch.zeros(3, 4), torch.arange(3), masks, torch.tensor([False, False, True]), torch.ones(3), torch.arange(3)
     )
-    assert covered(things, (2, 2)).tolist() == [[[1, 0], [0, 0]], [[0.25, 0.25], [0.25, 0.25]]]
+    assert covered(objects, (2, 2)).tolist() == [[[1, 0], [0, 0]], [[0.25, 0.25], [0.25, 0.25]]]
 
 
-def test_what_cannot_be_asked_is_refused():
+def test_impossible_settings_are_refused():
     boxes = scenes(4, 0)
     object.__setattr__(boxes, "has_masks", False)
     with pytest.raises(UserError, match="every instance needs a mask, and these labels have only boxes"):
-        asked(boxes, boxes)
+        evaluate_instances(boxes, boxes)
     with pytest.raises(UserError, match="below that"):
-        asked(scenes(2, 0), scenes(2, 1), k=4)
+        evaluate_instances(scenes(2, 0), scenes(2, 1), k=4)
     with pytest.raises(UserError, match="at least 1"):
         Instances(k=0)

@@ -1,4 +1,4 @@
-"""Intervals of figures: they cover the truth as often as they say, and are what a textbook says where it has a formula."""
+"""Intervals of metrics: they cover the true value as often as stated, and equal the formula of a textbook if there is one."""
 
 import math
 
@@ -11,7 +11,7 @@ from gtsa.evaluation.intervals import bootstrap, estimate, mean_of, verdict
 
 def of(values, **options):
     """The figure that is a mean of values [seeds, images]."""
-    return bootstrap(lambda seed, places: values[seed, places].mean(keepdims=True), *values.shape, **options)
+    return bootstrap(lambda seed, positions: values[seed, positions].mean(keepdims=True), *values.shape, **options)
 
 
 @pytest.mark.parametrize(
@@ -30,28 +30,28 @@ def test_intervals_cover_the_true_difference_in_95_of_100(seeds, images, of_seed
             for _ in range(2)
         )
         options = {"draws": 40, "seed": number}
-        found = estimate(of(one + hard + 0.3, **options) - of(other + hard, **options))
-        covered += found.low <= 0.3 <= found.high
+        actual = estimate(of(one + hard + 0.3, **options) - of(other + hard, **options))
+        covered += actual.low <= 0.3 <= actual.high
     assert 0.92 <= covered / 800 <= 0.98
 
 
 def test_where_images_do_not_vary_it_is_students_interval_over_seeds():
     values = np.array([1.0, 3.0, 2.0, 6.0, 4.0])
-    found = estimate(of(np.repeat(values[:, None], 50, 1)))
+    actual = estimate(of(np.repeat(values[:, None], 50, 1)))
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
-    assert (found.mean, found.low, found.high) == pytest.approx((3.2, low, high))
+    assert (actual.mean, actual.low, actual.high) == pytest.approx((3.2, low, high))
 
 
 def test_where_seeds_do_not_vary_it_is_students_interval_over_images():
     values = np.random.default_rng(0).normal(size=200)
-    found = estimate(of(np.repeat(values[None], 3, 0), draws=4000))
+    actual = estimate(of(np.repeat(values[None], 3, 0), draws=4000))
     low, high = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+    assert (actual.low, actual.high) == pytest.approx((low, high), abs=0.01)
 
 
 def test_what_never_varies_is_sure_and_what_is_alone_is_not():
-    found = estimate(of(np.ones((3, 4))))
-    assert (found.low, found.mean, found.high) == (1, 1, 1)
+    actual = estimate(of(np.ones((3, 4))))
+    assert (actual.low, actual.mean, actual.high) == (1, 1, 1)
     for shape in ((1, 9), (4, 1)):
         alone = estimate(of(np.arange(math.prod(shape), dtype=float).reshape(shape)))
         assert (alone.low, alone.high) == (-math.inf, math.inf)
@@ -66,9 +66,11 @@ def test_what_two_methods_share_falls_out_of_their_difference():
     assert mean_of([of(one), of(one + 1)]).values[2].item() == pytest.approx(one[2].mean() + 0.5)
 
 
-def test_several_figures_at_once():
+def test_several_metrics_at_once():
     values = np.random.default_rng(0).normal(size=(3, 30))
-    both = bootstrap(lambda seed, places: np.array([values[seed, places].mean(), values[seed, places].max()]), 3, 30)
+    both = bootstrap(
+        lambda seed, positions: np.array([values[seed, positions].mean(), values[seed, positions].max()]), 3, 30
+    )
     assert estimate(both[0]) == estimate(of(values))
     assert both[1].values[:, 0].tolist() == values.max(1).tolist()
 

@@ -59,18 +59,18 @@ def test_all_right_where_features_solve_it_and_chance_where_labels_are_shuffled(
     assert abs(by_chance - 25) < 100 * 3 * (0.25 * 0.75 / 40) ** 0.5  # three standard deviations
 
 
-def test_top5_is_told_where_it_can_fail():
+def test_top5_is_reported_only_for_enough_classes():
     five, six = (KNN(k=(3,), **SMALL)(Stub(cells), *sets(classes, 20, 9), make_context()) for classes in (5, 6))
     assert list(five) == ["top1, k = 3"]
     assert list(six) == ["top1, k = 3", "top5, k = 3"]
 
 
 def test_more_neighbours_than_images_are_left_out_aloud(monkeypatch):
-    told = []
-    monkeypatch.setattr(knn, "say", told.append)
+    messages = []
+    monkeypatch.setattr(knn, "say", messages.append)
     per_image = KNN(**SMALL)(Stub(cells), *sets(train=50, val=5), make_context())
     assert list(per_image) == ["top1, k = 20", "top5, k = 20", "top1, k = 10", "top5, k = 10"]
-    assert told == ["knn: k = 100, 200 left out: there are 50 training images"]
+    assert messages == ["knn: k = 100, 200 left out: there are 50 training images"]
     with pytest.raises(UserError, match=r"there are 9 training images; give --knn\.k"):
         KNN(**SMALL)(Stub(cells), *sets(train=9, val=5), make_context())
 

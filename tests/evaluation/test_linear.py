@@ -87,15 +87,15 @@ def test_every_pair_learns_by_gradient_descent_with_momentum_of_its_own():
 def test_average_precision_is_scikit_learns(case):
     scores, truth = torch.tensor(case[0]).float(), torch.tensor(case[1])
     with_positives = [c for c in range(3) if truth[:, c].any()]
-    found = mean_average_precision(scores, truth)
+    actual = mean_average_precision(scores, truth)
     if not with_positives:
-        assert np.isnan(found)
+        assert np.isnan(actual)
         return
     oracle = np.mean([average_precision_score(truth[:, c], scores[:, c]) for c in with_positives])
-    assert found == pytest.approx(oracle, abs=1e-12)
+    assert actual == pytest.approx(oracle, abs=1e-12)
 
 
-def test_figures_are_torchmetrics_on_random_scores():
+def test_metrics_equal_torchmetrics_on_random_scores():
     draw = torch.Generator().manual_seed(0)
     scores, truth = torch.randn(300, 12, generator=draw), torch.randint(12, (300,), generator=draw)
     metrics = Linear().metrics({"scores": scores, "truth": truth})
@@ -182,7 +182,7 @@ def test_a_training_that_was_stopped_ends_where_the_other_one_does(tmp_path, mon
         task(Stub(colours), val, train, make_context(folder=tmp_path / "parts"))
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_values_are_refused():
     for wrong in (
         {"learning_rates": ()},
         {"learning_rates": (0.0,)},
@@ -199,11 +199,11 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize("learning_rates", [(1e-9, 1e-2), (1e-2, 1e-9)])
 def test_the_pair_with_most_held_out_images_right_is_chosen(learning_rates, monkeypatch):
-    told = []
-    monkeypatch.setattr("gtsa.evaluation.evaluators.linear.say", told.append)
+    messages = []
+    monkeypatch.setattr("gtsa.evaluation.evaluators.linear.say", messages.append)
     task = Linear(**{**QUICK, "learning_rates": learning_rates})
     assert task.metrics(task(Stub(colours), *four_colours(), make_context())) == {"top1": 100.0}
-    assert "learning rate 0.01 on" in told[0] and "chosen on 4 images" in told[0]
+    assert "learning rate 0.01 on" in messages[0] and "chosen on 4 images" in messages[0]
 
 
 def test_of_equal_accuracy_the_lower_loss_is_chosen():

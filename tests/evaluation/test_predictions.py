@@ -1,4 +1,4 @@
-"""What --predictions writes, read back by other means, and that it stays where it was told to."""
+"""What --predictions writes, read back with other libraries; nothing is written outside its folder."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def kept(folder, data, predictions, pictures=0, task="knn"):
     writer.close()
 
 
-def test_nothing_is_kept_where_nothing_was_asked_for(tmp_path, monkeypatch):
+def test_nothing_is_written_without_predictions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     writer = PredictionWriter(None, 5, "knn", labelled(noise(2), [0, 1]))
     writer(0, torch.tensor([0.1, 0.9]))
@@ -70,15 +70,15 @@ def test_a_table_of_several_classes(tmp_path):
 
 @pytest.mark.parametrize(("classes", "mode"), [(3, "P"), (256, "P"), (300, "I;16")])
 def test_masks(tmp_path, classes, mode):
-    found = torch.randint(classes, (20, 30), generator=torch.Generator().manual_seed(0))
-    found[0, :2] = torch.tensor([0, classes - 1])
-    stored = found.to(torch.uint8 if classes <= 256 else torch.int32)
-    data = labelled(noise(1), [found], "masks", map(str, range(classes)), names=["sub/x.jpg"])
+    actual = torch.randint(classes, (20, 30), generator=torch.Generator().manual_seed(0))
+    actual[0, :2] = torch.tensor([0, classes - 1])
+    stored = actual.to(torch.uint8 if classes <= 256 else torch.int32)
+    data = labelled(noise(1), [actual], "masks", map(str, range(classes)), names=["sub/x.jpg"])
     kept(tmp_path, data, [stored], task="segmentation")
     assert files(tmp_path) == ["segmentation/masks/sub/x.png"]
     with Image.open(tmp_path / "segmentation" / "masks" / "sub" / "x.png") as mask:
         assert mask.mode == mode
-        assert np.array_equal(np.asarray(mask), found.numpy())
+        assert np.array_equal(np.asarray(mask), actual.numpy())
 
 
 def test_the_palette_is_pascal_vocs():
@@ -105,9 +105,9 @@ def test_detections_and_their_picture(tmp_path):
     truth = [boxes((2, 2, 20, 20), classes=[0]), boxes((0, 0, 5, 5), classes=[1])]
     black = [torch.zeros(3, 40, 60, dtype=torch.uint8)] * 2
     data = labelled(black, truth, "boxes", ["cat", "dog"], category_ids=(17, 18))
-    found = [[result(5, 18, [30.0, 10.0, 20.0, 20.0], 0.9), result(5, 17, [0.0, 35.0, 4.0, 4.0], 0.01)], []]
-    kept(tmp_path, data, found, pictures=1, task="detection")
-    assert json.loads((tmp_path / "detection" / "detections.json").read_text()) == found[0]
+    actual = [[result(5, 18, [30.0, 10.0, 20.0, 20.0], 0.9), result(5, 17, [0.0, 35.0, 4.0, 4.0], 0.01)], []]
+    kept(tmp_path, data, actual, pictures=1, task="detection")
+    assert json.loads((tmp_path / "detection" / "detections.json").read_text()) == actual[0]
     assert files(tmp_path) == ["detection/detections.json", "detection/pictures/000.png"]
     with Image.open(tmp_path / "detection" / "pictures" / "000.png") as picture:
         pixels = np.asarray(picture)
@@ -160,10 +160,10 @@ def test_so_many_pictures_evenly_spread(tmp_path):
 def test_predictions_of_folds_are_of_the_right_images(tmp_path):
     data = labelled(noise(4), [0, 1, 0, 1])
     writer = PredictionWriter(str(tmp_path), 0, "knn", data)
-    for places in ([1, 3], [0, 2]):
-        writer.indices = places
-        for index, place in enumerate(places):
-            writer(index, torch.nn.functional.one_hot(torch.tensor(data.targets[place]), 2).float())
+    for positions in ([1, 3], [0, 2]):
+        writer.indices = positions
+        for index, position in enumerate(positions):
+            writer(index, torch.nn.functional.one_hot(torch.tensor(data.targets[position]), 2).float())
     writer.close()
     rows = table(tmp_path / "knn" / "predictions.csv")
     assert [r["image"] for r in rows] == ["000.png", "001.png", "002.png", "003.png"]
@@ -216,11 +216,11 @@ def test_planted_links_are_not_followed(tmp_path):
     assert (outside / "precious").read_text() == "mine"
 
 
-def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written") as told:
+    with pytest.raises(UserError, match="cannot be written") as caught:
         PredictionWriter(str(tmp_path / "file"), 0, "knn", labelled(noise(2), [0, 1]))
-    assert told.value.code == 6
+    assert caught.value.code == 6
 
 
 def test_more_than_256_classes_take_16_bits():

@@ -1,4 +1,4 @@
-"""Rotation figures on backbones whose answers follow from how they are made."""
+"""Rotation metrics of backbones whose features are known by construction."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from torch import nn
 from evaluating import Stub, cells, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
-from gtsa.evaluation.evaluators.rotation import STRENGTHS, Rotation, moments_of, predicted, ridge
+from gtsa.evaluation.evaluators.rotation import STRENGTHS, Rotation, moments_of, predict, ridge
 from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 64, "crop": 64, "size": 64}
@@ -47,7 +47,7 @@ def lit(count, seed):
 
 
 def gradient(images):
-    """What an edge filter would see: for every patch its light on the left, right, above and below, and its place."""
+    """Features of an edge filter: for every patch its brightness on the left, right, above and below, and its position."""
     n, h, w, _ = cells(images).shape
     light = images.mean(1)
     halves = [half.mean((1, 2)) for half in (light[:, :32], light[:, 32:], light[:, :, :32], light[:, :, 32:])]
@@ -59,11 +59,11 @@ def placed(images):
     """Row and column of a patch, mixed with one another."""
     n, h, w, _ = cells(images).shape
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    place = torch.stack([rows + 2 * columns, rows - columns, torch.ones(h, w)], dim=-1).float()
-    return place.expand(n, h, w, 3)
+    position = torch.stack([rows + 2 * columns, rows - columns, torch.ones(h, w)], dim=-1).float()
+    return position.expand(n, h, w, 3)
 
 
-def asked(backbone, train=24, val=40, images=lit, kind="none", **options):
+def evaluate_rotation(backbone, train=24, val=40, images=lit, kind="none", **options):
     task = Rotation(**SMALL)
     per_image = task(
         backbone, labelled(images(train, 0), kind=kind), labelled(images(val, 1), kind=kind), make_context(**options)
@@ -77,7 +77,7 @@ def vit():
 
 
 def test_an_invariant_backbone_names_no_rotation():
-    metrics, per_image = asked(Invariant(vit()))
+    metrics, per_image = evaluate_rotation(Invariant(vit()))
     right = round(float(per_image["named"].sum() * 4))
     low, high = stats.binomtest(right, 160).proportion_ci()
     assert low <= 0.25 <= high
@@ -89,7 +89,7 @@ def test_an_invariant_backbone_names_no_rotation():
 def test_its_cosine_as_it_lies_is_that_of_its_own_map_with_its_own_rotations():
     backbone = Invariant(Stub(cells))
     images = lit(3, 1)
-    metrics, _ = asked(backbone, val=3)
+    metrics, _ = evaluate_rotation(backbone, val=3)
     pixels = (torch.stack(images).float() / 255 - 0.5) / 0.25
     maps = backbone(pixels).patches.double().numpy()
     maps /= np.linalg.norm(maps, axis=-1, keepdims=True)
@@ -99,22 +99,22 @@ def test_its_cosine_as_it_lies_is_that_of_its_own_map_with_its_own_rotations():
     assert metrics["cosine at random"] == pytest.approx(every, abs=1e-5)  # each position with each
 
 
-def test_a_sensitive_backbone_names_them_all_and_knows_its_place():
-    metrics, _ = asked(Stub(gradient))
+def test_a_sensitive_backbone_encodes_all_rotations_and_positions():
+    metrics, _ = evaluate_rotation(Stub(gradient))
     assert metrics["rotation accuracy"] == 100
     assert metrics["position R2"] == pytest.approx(1, abs=1e-6)
 
 
-def test_features_that_are_the_place_alone_lie_as_they_lie():
-    metrics, _ = asked(Stub(placed))
+def test_features_of_position_alone_do_not_rotate():
+    metrics, _ = evaluate_rotation(Stub(placed))
     assert metrics["rotation accuracy"] == 25
     assert metrics["cosine as it lies"] == pytest.approx(1, abs=1e-6)
     assert metrics["cosine turned back"] < 0.9
     assert metrics["position R2"] == pytest.approx(1, abs=1e-6)
 
 
-def test_noise_knows_nothing_of_its_place():
-    metrics, _ = asked(Stub(cells), images=lambda count, seed: noise(count, 64, seed))
+def test_features_of_noise_do_not_encode_position():
+    metrics, _ = evaluate_rotation(Stub(cells), images=lambda count, seed: noise(count, 64, seed))
     assert -0.05 < metrics["position R2"] < 0.05
     assert 15 < metrics["rotation accuracy"] < 35
 
@@ -128,8 +128,8 @@ def test_the_regression_is_scikit_learns(strength, monkeypatch):
     learn, choose = (moments_of(*(torch.from_numpy(v[part]) for v in (x, y))) for part in (slice(40), slice(40, 60)))
     alpha = float(STRENGTHS[strength]) * np.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).mean()
     oracle = Ridge(alpha=alpha, solver="cholesky").fit(x, y)
-    found = predicted(torch.from_numpy(x), ridge(learn, choose, 2))
-    np.testing.assert_allclose(found, oracle.predict(x), atol=1e-8)
+    actual = predict(torch.from_numpy(x), ridge(learn, choose, 2))
+    np.testing.assert_allclose(actual, oracle.predict(x), atol=1e-8)
 
 
 def test_the_strength_is_the_one_with_the_least_error_on_held_out_images():
@@ -150,10 +150,10 @@ def test_the_strength_is_the_one_with_the_least_error_on_held_out_images():
     best = float(STRENGTHS[int(np.argmin(errors))])
     oracle = Ridge(alpha(slice(30), best), solver="cholesky").fit(x, y).predict(x).reshape(-1, 1)
     sums = [moments_of(torch.from_numpy(x[part]), torch.from_numpy(y[part])) for part in (first, last)]
-    np.testing.assert_allclose(predicted(torch.from_numpy(x), ridge(*sums, outputs=1)), oracle, atol=1e-8)
+    np.testing.assert_allclose(predict(torch.from_numpy(x), ridge(*sums, outputs=1)), oracle, atol=1e-8)
 
 
-def test_masks_are_found_again_in_turned_images_by_features_that_turn():
+def test_equivariant_features_retrieve_masks_in_rotated_images():
     """Two halves, side by side or one above the other, have two of three colours, which are their classes."""
 
     def scenes(count, seed):
@@ -175,8 +175,8 @@ def test_masks_are_found_again_in_turned_images_by_features_that_turn():
     assert place_only["in-context mIoU turned"] < 60
 
 
-def test_no_labels_no_masks_figures():
-    metrics, _ = asked(Stub(cells), val=2)
+def test_without_masks_there_are_no_metrics_of_masks():
+    metrics, _ = evaluate_rotation(Stub(cells), val=2)
     assert not any("mIoU" in name for name in metrics)
     with pytest.raises(UserError, match="one training image is too few"):
-        asked(Stub(cells), train=1)
+        evaluate_rotation(Stub(cells), train=1)

@@ -29,7 +29,7 @@ def vit():
     return Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2, "embed_dim": 48, "num_heads": 3}).eval()
 
 
-def asked(train, val, backbone=None, settings=None, **options):
+def evaluate_segmentation(train, val, backbone=None, settings=None, **options):
     evaluator = Segmentation(**(settings or QUICK))
     return evaluator.metrics(evaluator(backbone or Colours(), train, val, make_context(**options)))
 
@@ -44,20 +44,20 @@ def coloured(make, images, **options):
 
 def test_a_linear_head_names_colours():
     train, val = coloured(blocks, 6, cells=8), coloured(blocks, 3, cells=8, seed=1)  # each pixel becomes a patch
-    assert perfect(asked(train, val))
+    assert perfect(evaluate_segmentation(train, val))
 
 
 def test_windows_name_colours():
     train, val = coloured(blocks, 6, cells=8), coloured(blocks, 3, cells=8, seed=1)
-    assert perfect(asked(train, val, settings={**QUICK, "crop": 64, "sliding": 32}))
+    assert perfect(evaluate_segmentation(train, val, settings={**QUICK, "crop": 64, "sliding": 32}))
 
 
 @pytest.mark.parametrize("head", ["linear", "fpn"])
 def test_shuffled_labels_give_chance(head):
     train, val = (labelled(painted(blocks(6, 8, seed)), blocks(6, 8, seed + 1)) for seed in (0, 2))
     tuned = {**QUICK, "head": "fpn", "steps": 10, "learning_rate": 5e-3}
-    found = asked(train, val) if head == "linear" else asked(train, val, vit(), tuned)
-    assert found["aAcc"] == pytest.approx(25, abs=5 * 100 * (0.25 * 0.75 / (6 * 8 * 8)) ** 0.5)
+    actual = evaluate_segmentation(train, val) if head == "linear" else evaluate_segmentation(train, val, vit(), tuned)
+    assert actual["aAcc"] == pytest.approx(25, abs=5 * 100 * (0.25 * 0.75 / (6 * 8 * 8)) ** 0.5)
 
 
 def test_fpn_is_fine_tuned_to_name_colours():
@@ -71,7 +71,7 @@ def test_fpn_is_fine_tuned_to_name_colours():
     backbone = vit()
     before = copy.deepcopy(backbone.state_dict())
     settings = {**TUNED, "crop": 32, "steps": 40, "batch_size": 6, "learning_rate": 5e-3, "scales": (1.0, 1.0)}
-    assert perfect(asked(data, data, backbone, settings))
+    assert perfect(evaluate_segmentation(data, data, backbone, settings))
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert not backbone.training
     assert all(p.grad is None for p in backbone.parameters())
@@ -83,9 +83,9 @@ def test_images_of_any_size(head):
     masks[0] = torch.full_like(masks[0], IGNORE)
     data, kept = labelled(painted(masks), masks), {}
     settings = {"head": head, "size": 0, "crop": 64, "sliding": 40, "steps": 3, "batch_size": 3}
-    found = asked(data, data, vit(), settings, on_prediction=kept.__setitem__)
+    actual = evaluate_segmentation(data, data, vit(), settings, on_prediction=kept.__setitem__)
     assert [kept[i].shape for i in range(4)] == [m.shape for m in masks]
-    assert all(0 <= value <= 100 for value in found.values())
+    assert all(0 <= value <= 100 for value in actual.values())
 
 
 def test_windows_of_a_constant_image_are_the_whole():
@@ -96,7 +96,7 @@ def test_windows_of_a_constant_image_are_the_whole():
     train, kept = labelled(painted(masks), masks), {0: {}, 32: {}}
     for sliding, pictures in kept.items():
         settings = {**QUICK, "size": 0, "crop": 64, "steps": 30, "sliding": sliding}
-        assert perfect(asked(train, train, backbone, settings, on_prediction=pictures.__setitem__))
+        assert perfect(evaluate_segmentation(train, train, backbone, settings, on_prediction=pictures.__setitem__))
     assert all(torch.equal(kept[0][i], kept[32][i]) for i in range(4))
 
 
@@ -106,7 +106,7 @@ def test_windows_of_a_constant_image_are_the_whole():
 def test_crops_follow_from_seed_and_draw_alone():
     data = coloured(stripes, 5, height=70, width=90)
     cuts, again, other = (TrainingCrops(data, 0, 48, (0.5, 2.0), 0.5, seed) for seed in (1, 1, 2))
-    draws = [Draw(epoch, place) for epoch in range(3) for place in range(5)]
+    draws = [Draw(epoch, position) for epoch in range(3) for position in range(5)]
     first = [cuts[draw] for draw in draws]
     for (pixels, mask, image), draw in reversed(list(zip(first, draws, strict=True))):
         same = again[draw]
@@ -120,8 +120,8 @@ def test_crops_follow_from_seed_and_draw_alone():
 @pytest.mark.parametrize(("size", "scales"), [(0, (0.4, 0.6)), (0, (1.0, 2.0)), (96, (1.0, 1.0))])
 def test_crops_and_masks_lie_alike(size, scales):
     data = coloured(stripes, 4, height=64, width=64)
-    for place in range(4):
-        pixels, mask, _ = TrainingCrops(data, size, 48, scales, 0.5, 0)[Draw(0, place)]
+    for position in range(4):
+        pixels, mask, _ = TrainingCrops(data, size, 48, scales, 0.5, 0)[Draw(0, position)]
         assert pixels.shape == (3, 48, 48) and mask.shape == (48, 48)
         known = mask != IGNORE
         near = (pixels[:, None].float() - PALETTE.T.float()[:, :, None, None]).square().sum(0).argmin(0)
@@ -145,9 +145,9 @@ def test_the_loss_is_torchs():
     scores = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     truth = torch.randint(-1, 3, (2, 16, 20), generator=torch.Generator().manual_seed(1))
     batch = Examples(scores, truth, torch.arange(2))
-    found = PixelCrossEntropy(torch.nn.Identity())(batch, 0.0)["loss"]
+    actual = PixelCrossEntropy(torch.nn.Identity())(batch, 0.0)["loss"]
     big = F.interpolate(scores, (16, 20), mode="bilinear", align_corners=False)
-    assert torch.allclose(found, F.cross_entropy(big, truth, ignore_index=-1))
+    assert torch.allclose(actual, F.cross_entropy(big, truth, ignore_index=-1))
     unlabelled = Examples(scores, torch.full_like(truth, IGNORE), torch.arange(2))
     nothing = PixelCrossEntropy(torch.nn.Identity())(unlabelled, 0.0)["loss"]
     nothing.backward()
@@ -161,7 +161,7 @@ def test_fpn_makes_maps_of_its_finest_stride(flat, cells):
     assert network(torch.rand(2, 3, 64, 80)).shape == (2, 7, *cells)
 
 
-def test_fpn_looks_at_quarters_of_the_depth():
+def test_fpn_uses_blocks_at_quarters_of_the_depth():
     deep = Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 12, "embed_dim": 48, "num_heads": 3})
     assert SemanticFPN(deep, 2, False).which == [2, 5, 8, 11]  # blocks 3, 6, 9, 12
     assert SemanticFPN(vit(), 2, False).which == [0, 0, 1, 1]
@@ -173,8 +173,8 @@ def test_positions_tokens_and_norms_are_not_decayed():
     names = {id(p): name for name, p in network.named_parameters()}
     assert decayed | spared == set(names)
     assert not decayed & spared
-    told = {names[i] for i in spared}
-    assert {"backbone.vit.pos_embed", "backbone.vit.cls_token", "backbone.vit.blocks.0.norm1.weight"} <= told
+    undecayed = {names[i] for i in spared}
+    assert {"backbone.vit.pos_embed", "backbone.vit.cls_token", "backbone.vit.blocks.0.norm1.weight"} <= undecayed
     assert "backbone.vit.blocks.0.attn.qkv.weight" in {names[i] for i in decayed}
 
 
@@ -203,7 +203,7 @@ def test_polynomial():
 @pytest.mark.parametrize(
     "wrong", [{"steps": 0}, {"scales": (2.0, 1.0)}, {"warmup": 1.0}, {"learning_rate": 0.0}, {"size": -1}]
 )
-def test_settings_that_cannot_be(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(UserError, match="segmentation"):
         Segmentation(**wrong)
 
@@ -239,13 +239,13 @@ def _power_cut():
     raise KeyboardInterrupt
 
 
-def _asked_to_stop():
+def _request_stop():
     signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("head", ["fpn", "linear"])
-@pytest.mark.parametrize("stop", [_power_cut, _asked_to_stop])
-def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
+@pytest.mark.parametrize("stop", [_power_cut, _request_stop])
+def test_training_resumes_bit_for_bit(tmp_path, monkeypatch, head, stop):
     monkeypatch.setattr(supervised, "train", functools.partial(supervised.train, checkpoint_every=2))
     masks = [m[:h] for m, h in zip(stripes(5, 48, 40), (48, 20, 33, 48, 33), strict=True)]
     data = labelled(painted(masks), masks)
@@ -254,10 +254,10 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
 
     def per_image(folder, train=data):
         kept = {}
-        found = Segmentation(**settings)(
+        actual = Segmentation(**settings)(
             vit(), train, data, make_context(folder=tmp_path / folder, on_prediction=kept.__setitem__)
         )
-        return found, kept
+        return actual, kept
 
     whole, pictures = per_image("whole")
     failing = labelled(painted(masks), masks)
@@ -277,22 +277,26 @@ def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, head, stop):
 def test_a_folder_of_another_training_is_refused(tmp_path):
     data = coloured(stripes, 3)
     first = {"size": 48, "steps": 2, "batch_size": 2}
-    asked(data, data, settings=first, folder=tmp_path)
+    evaluate_segmentation(data, data, settings=first, folder=tmp_path)
     for settings, train, options in (
         ({**first, "learning_rate": 0.5}, data, {}),
         (first, data.take([0, 1]), {}),
         (first, data, {"seed": 1}),
     ):
-        with pytest.raises(UserError, match="another folder") as told:
-            asked(train, data, settings=settings, folder=tmp_path, **options)
-        assert told.value.code == 4
-    asked(data, data, settings={**first, "sliding": 16}, folder=tmp_path)  # looks on in another way, learns alike
+        with pytest.raises(UserError, match="another folder") as caught:
+            evaluate_segmentation(train, data, settings=settings, folder=tmp_path, **options)
+        assert caught.value.code == 4
+    evaluate_segmentation(
+        data, data, settings={**first, "sliding": 16}, folder=tmp_path
+    )  # other windows in evaluation, the same training
 
 
 def test_workers_change_nothing():
     data = coloured(stripes, 4)
     settings = {"size": 48, "steps": 3, "batch_size": 2}
-    assert asked(data, data, settings=settings, workers=2) == asked(data, data, settings=settings)
+    assert evaluate_segmentation(data, data, settings=settings, workers=2) == evaluate_segmentation(
+        data, data, settings=settings
+    )
 
 
 def test_a_start_in_the_middle_sees_the_same_crops():

@@ -100,10 +100,10 @@ def test_every_number(path, device):
 
     groups = [regions(crops, views.global_crops) for crops in views.groups]
     mine = torch.cat([g[0] for g in groups], 1)
-    theirs = torch.cat([g[1] for g in groups], 2)
+    reference = torch.cat([g[1] for g in groups], 2)
     for boxes, key in (
         (mine, "view_overlap_boxes_xyxy_in_view_px[b][view][teacher]"),
-        (theirs, "teacher_overlap_boxes_xyxy_in_view_px[b][teacher][view]"),
+        (reference, "teacher_overlap_boxes_xyxy_in_view_px[b][teacher][view]"),
     ):
         torch.testing.assert_close(boxes, torch.tensor(case[key], dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
@@ -137,13 +137,13 @@ def test_every_number(path, device):
             assert group["lr"] == pytest.approx(expected["learning_rate"], rel=1e-6)
         assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(expected["weight_decay"], rel=1e-6)
         assert method.momentum(step / steps) == pytest.approx(expected["teacher_momentum"], rel=1e-6)
-        found = {
+        actual = {
             "crop_loss": parts["region"],
             "patch_correspondence_loss": parts["patch"],
             "rotation_loss": parts["rotation"],
             "total_loss": parts["loss"],
         }
-        for name, value in found.items():
+        for name, value in actual.items():
             assert value.item() == pytest.approx(expected[name], rel=1e-6), name
         for part, value in expected["gradient_l2_before_clipping"].items():
             assert norms[part] == pytest.approx(value, rel=1e-6), part
@@ -177,5 +177,5 @@ def watch_gradients(optimizer, method, part, prefix, norms):
             parameter.register_post_accumulate_grad_hook(note)
 
 
-def test_there_is_a_case():
+def test_the_golden_case_exists():
     assert CASES, f"no golden case in {FOLDER}"

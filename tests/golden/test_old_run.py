@@ -43,8 +43,8 @@ def test_it_opens_with_the_same_weights_and_metrics(old, scenes, tmp_path):
 def test_it_is_exported(old, tmp_path):
     code, _out, err = run("export", old, "--out", tmp_path / "export")
     assert code == 0, err
-    (place,) = (old / "checkpoints").iterdir()
-    teacher = checkpoint.read(place)[0]["objective"]
+    (checkpoint_folder,) = (old / "checkpoints").iterdir()
+    teacher = checkpoint.read(checkpoint_folder)[0]["objective"]
     exported = load_file(tmp_path / "export" / "model.safetensors")
     assert all(value.equal(teacher[f"teacher.encoder.vit.{name}"]) for name, value in exported.items())
 

@@ -70,7 +70,7 @@ def adapted(good, out, data, **changes):
     return done, [line["knn: top1, k = 10"] for line in lines]
 
 
-def test_the_preset_keeps_what_going_on_as_from_scratch_destroys(good, scenes, tmp_path):
+def test_the_preset_keeps_features_that_training_as_from_scratch_destroys(good, scenes, tmp_path):
     kept, with_preset = adapted(good, tmp_path / "preset", scenes)
     lost, naive = adapted(
         good, tmp_path / "naive", scenes, freeze_encoder=0.0, encoder_lr_scale=1.0, layer_decay=1.0, gram_weight=0.0
@@ -79,7 +79,7 @@ def test_the_preset_keeps_what_going_on_as_from_scratch_destroys(good, scenes, t
     assert naive[-1] < naive[0] - 15
     assert min(with_preset) > with_preset[0] - 3
 
-    # The choice: the start, where all looks were worse; and the export is that
+    # The choice: the start, if all evaluations were worse; and it is exported
     assert lost.choice.startswith("KEEP THE START: knn")
     assert load_backbone(str(lost.export))[0].fingerprint == load_backbone(str(good / "weights"))[0].fingerprint
     best = max(range(3), key=lambda i: (with_preset[i], -i))

@@ -42,7 +42,7 @@ def test_a_run_that_started_from_weights_is_killed_and_resumed(tmp_path, scenes,
     killed_and_resumed(tmp_path, *given, "--freeze-encoder", 0.25, "--encoder-lr-scale", 1)
 
 
-def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path):
+def test_a_comparison_that_is_killed_resumes_to_the_same_results(data, tmp_path):
     more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 30}
     file = tmp_path / "c.yaml"
 
@@ -65,5 +65,5 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_results(data, tmp_path)
         assert killed.wait(60) != 0
     last = started(tmp_path / "killed")
     assert last.wait(300) == 0
-    told = [results(tmp_path / name) for name in ("straight", "killed")]
-    assert told[0] == told[1]
+    summaries = [results(tmp_path / name) for name in ("straight", "killed")]
+    assert summaries[0] == summaries[1]

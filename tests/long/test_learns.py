@@ -51,7 +51,7 @@ def test_orientation_is_learnt(trained):
 
 
 @pytest.mark.parametrize("what", ["region", "patch"])
-def test_the_true_region_and_place_are_found_better_than_by_the_untrained_network(trained, what):
+def test_regions_and_positions_are_matched_better_than_by_the_untrained_network(trained, what):
     assert trained.verdict.metrics[f"{what}_gain_low"] > 0
 
 

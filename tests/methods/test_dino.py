@@ -78,8 +78,8 @@ def test_the_loss_is_the_published_one(globals_, locals_):
         for p in dino.teacher.parameters():  # the teacher is another network
             p.add_(0.05 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(3)))
     dino.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
-    found = dino(seen, 0.5)["loss"].item()
-    assert found == pytest.approx(loss_by_hand(dino, seen, np.linspace(-0.3, 0.3, 32), 0.07), rel=1e-9)
+    actual = dino(seen, 0.5)["loss"].item()
+    assert actual == pytest.approx(loss_by_hand(dino, seen, np.linspace(-0.3, 0.3, 32), 0.07), rel=1e-9)
 
 
 def test_cross_view_by_hand():
@@ -168,14 +168,14 @@ def test_the_teachers_entropy_is_a_share_of_the_largest():
 
 def test_the_diagnosis_by_hand():
     dino, seen = method().eval(), views(4, 2, 1)
-    said = []
+    recorded = []
     for network, groups in ((dino.student, seen.groups), (dino.teacher, [seen.global_crops])):
         of_groups = []
         for crops in groups:
             logits = logits_by_hand(network, crops.pixels.flatten(0, 1)).reshape(4, crops.count, 32)
             of_groups.append(logits - logits.mean((0, 1)))
-        said.append(of_groups)
-    students, (teacher,) = said
+        recorded.append(of_groups)
+    students, (teacher,) = recorded
 
     def cosine(a, b):
         return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -235,15 +235,15 @@ def test_views_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"num_prototypes": 0}, "at least 1"),
         ({"teacher_temp": (0.0, 0.07)}, "above 0"),
         ({"freeze_last_layer": 2.0}, "from 0 to 1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
         method(**wrong)
 
 

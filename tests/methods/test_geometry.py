@@ -72,8 +72,8 @@ def test_gradients_are_those_of_roi_align_and_rot90(case, k):
     maps.requires_grad_()
     weight = torch.randn(cells, cells, 3, dtype=torch.float64, generator=seeded(1))
     ours = (rotate_maps(pool(maps, box[None], cells), torch.tensor([k]))[0] * weight).sum()
-    theirs = (turned(aligned(maps, box, cells), k) * weight).sum()
-    close(*(torch.autograd.grad(loss, maps)[0] for loss in (ours, theirs)))
+    reference = (turned(aligned(maps, box, cells), k) * weight).sum()
+    close(*(torch.autograd.grad(loss, maps)[0] for loss in (ours, reference)))
 
 
 @pytest.mark.parametrize("cells", [1, 2, 7, 10, 14, 20])
@@ -148,8 +148,8 @@ def test_rotate_boxes_follows_a_rectangle_in_a_rotated_image(data, side, k):
     image = torch.zeros(side, side)
     image[y1:y2, x1:x2] = 1
     rows, columns = turned(image, k).nonzero(as_tuple=True)
-    found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    assert rotate_boxes(torch.tensor([x1, y1, x2, y2]), torch.tensor(k), side).tolist() == [int(v) for v in found]
+    actual = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert rotate_boxes(torch.tensor([x1, y1, x2, y2]), torch.tensor(k), side).tolist() == [int(v) for v in actual]
 
 
 def test_rotate_boxes_broadcasts_turns():
@@ -179,7 +179,7 @@ def test_overlap_by_hand():
 
 @few
 @given(st.integers(0, 10**6), st.integers(60, 200), st.integers(60, 200), st.integers(1, 8))
-def test_places_are_where_the_colours_of_a_picture_say(seed, width, height, grid):
+def test_positions_agree_with_the_colours_of_a_picture(seed, width, height, grid):
     """Red rises to the right and green downwards, so the mean colour of a patch tells where its centre lies."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     rng = np.random.default_rng(seed)
@@ -192,12 +192,12 @@ def test_places_are_where_the_colours_of_a_picture_say(seed, width, height, grid
     seen = torch.rot90(crop, rotations, (-2, -1))
     means = torch.nn.functional.avg_pool2d(seen, 8).flatten(1).T
     box = torch.tensor([x1, y1, x2, y2], dtype=torch.float64)
-    found = patch_centres(box, torch.tensor(rotations), side, grid)
-    assert found.shape == (grid * grid, 2)
-    assert (found - means).abs().max() < 0.6  # px: interpolation holds the border
+    actual = patch_centres(box, torch.tensor(rotations), side, grid)
+    assert actual.shape == (grid * grid, 2)
+    assert (actual - means).abs().max() < 0.6  # px: interpolation holds the border
 
 
-def test_places_by_hand():
+def test_positions_by_hand():
     box = torch.tensor([10.0, 20, 30, 60])
     assert patch_centres(box, torch.tensor(0), 8, 2).tolist() == [[15, 30], [25, 30], [15, 50], [25, 50]]
     assert patch_centres(box, torch.tensor(1), 8, 2).tolist() == [

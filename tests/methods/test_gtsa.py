@@ -118,7 +118,7 @@ def cosines(a, b):
 
 
 def views_of(views, b):
-    """Every view of image b: its size, its place, pixels, box and turns."""
+    """Every view of image b: its size, its position, pixels, box and turns."""
     for size, crops in enumerate(views.groups):
         for v in range(crops.count):
             box, rotations = crops.boxes[b, v].tolist(), int(crops.rotations[b, v])
@@ -127,18 +127,18 @@ def views_of(views, b):
             )
 
 
-def region_of_pair(mine, theirs, view, seen, cells):
+def region_of_pair(mine, reference, view, seen, cells):
     common = the_overlap(view.box, seen.box)
     pooled = []
-    for maps, crop in ((mine, view), (theirs, seen)):
+    for maps, crop in ((mine, view), (reference, seen)):
         scale = len(maps) / crop.side
         pooled.append(aligned(maps, [scale * x for x in in_frame(common, crop.box, crop.side, crop.rotations)], cells))
     target = torch.rot90(pooled[1], view.rotations - seen.rotations, (0, 1))
     return -cosines(pooled[0], target).mean()
 
 
-def patch_of_pair(mine, theirs, matches):
-    students, teachers = mine.flatten(0, 1), theirs.flatten(0, 1)
+def patch_of_pair(mine, reference, matches):
+    students, teachers = mine.flatten(0, 1), reference.flatten(0, 1)
     table = torch.stack([cosines(students[i], teachers) for i in range(len(students))])
     kept = [t.amax(1).sort(descending=True).values[:matches].mean() for t in (table, table.T)]
     return -(kept[0] + kept[1]) / 2
@@ -155,14 +155,14 @@ def maps_of(method, view):
 def slow_losses(method, views, cells=CELLS, matches=MATCHES):
     """Lists over images of the region losses, patch losses and rotation losses."""
     images = len(views.global_crops.rotations)
-    looked = [[(view, *maps_of(method, view)) for view in views_of(views, b)] for b in range(images)]
+    maps_of_views = [[(view, *maps_of(method, view)) for view in views_of(views, b)] for b in range(images)]
     region, patch, rotation = ([[] for _ in range(images)] for _ in range(3))
     for b in range(images):
-        for view, mine, logits, _ in looked[b]:
-            for seen, *_, theirs in looked[b]:
+        for view, mine, logits, _ in maps_of_views[b]:
+            for seen, *_, reference in maps_of_views[b]:
                 if seen.size == 0 and (view.size, view.v) != (0, seen.v):
-                    region[b].append(region_of_pair(mine, theirs, view, seen, cells[view.size]))
-                    patch[b].append(patch_of_pair(mine, theirs, matches[view.size]))
+                    region[b].append(region_of_pair(mine, reference, view, seen, cells[view.size]))
+                    patch[b].append(patch_of_pair(mine, reference, matches[view.size]))
             if logits is not None:
                 rotation[b].append(logits.exp().sum().log() - logits[view.rotations])
     return region, patch, rotation
@@ -195,8 +195,8 @@ def test_gradients_are_those_of_the_plain_loops(method, count, seed):
     trained = [p for p in method.parameters() if p.requires_grad]
     region, patch, rotation = map(mean, slow_losses(method, views))
     ours = torch.autograd.grad(method(views, 1.0)["loss"], trained, allow_unused=True)
-    theirs = torch.autograd.grad(region + 0.5 * patch + 0.5 * rotation, trained, allow_unused=True)
-    for a, b in zip(ours, theirs, strict=True):
+    reference = torch.autograd.grad(region + 0.5 * patch + 0.5 * rotation, trained, allow_unused=True)
+    for a, b in zip(ours, reference, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert (a - b).abs().max() <= 1e-9 * (1 + b.abs().max())
@@ -218,28 +218,28 @@ def test_published_pairs_are_eighteen(method):
 
 @pytest.mark.parametrize(("grid", "cells", "matches"), [(14, 10, 98), (6, 4, 18), (16, 11, 128), (7, 5, 24), (1, 1, 1)])
 def test_cells_and_matches_follow_the_grid(grid, cells, matches, monkeypatch):
-    method, asked = the_method(), []
+    method, requested = the_method(), []
     crops = Crops(
         torch.zeros(1, 1, 3, 8 * grid, 8 * grid), torch.tensor([[[0.0, 0, 9, 9]]]), torch.zeros(1, 1).long(), None
     )
     maps = torch.randn(1, 1, grid, grid, 5)
     assert method.pooled(maps, maps, crops, crops, 1)[0].shape[3:5] == (cells, cells)
     monkeypatch.setattr(
-        "gtsa.methods.parts.losses.patch_correspondence", lambda *a: asked.append(a[-1]) or torch.zeros(1, 1, 1)
+        "gtsa.methods.parts.losses.patch_correspondence", lambda *a: requested.append(a[-1]) or torch.zeros(1, 1, 1)
     )
     method.patch_loss(maps, maps, 1)
-    assert asked == [matches]
+    assert requested == [matches]
 
 
 def test_global_target_is_the_mean_of_whole_maps():
     method, views = the_method(region_target="global"), the_views(2, 2, 3)
     expected = []
     for b in range(2):
-        looked = [(view, *maps_of(method, view)) for view in views_of(views, b)]
-        for view, mine, *_ in looked:
-            for seen, *_, theirs in looked:
+        maps_of_views = [(view, *maps_of(method, view)) for view in views_of(views, b)]
+        for view, mine, *_ in maps_of_views:
+            for seen, *_, reference in maps_of_views:
                 if seen.size == 0 and (view.size, view.v) != (0, seen.v):
-                    expected.append(-cosines(mine.mean((0, 1)), theirs.mean((0, 1))))
+                    expected.append(-cosines(mine.mean((0, 1)), reference.mean((0, 1))))
     close(method(views, 1.0)["region"], torch.stack(expected).mean())
 
 
@@ -262,7 +262,7 @@ def test_losses_can_be_weighed_and_left_out(options, gone, weights):
     close(parts["loss"], sum(w * parts[n] for n, w in zip(names, weights, strict=True) if n in parts))
 
 
-def test_patch_loss_starts_when_it_is_told_to(method):
+def test_patch_loss_starts_at_the_given_time(method):
     views = the_views(2, 1)
     for time, on in ((0.0, False), (0.1099, False), (0.11, True), (1.0, True)):
         assert ("patch" in method(views, time)) == on
@@ -380,12 +380,12 @@ def test_regions_show_the_same_part_of_a_picture(seed, width, height):
     views = augment.apply(views, torch.device("cpu"), (0.0,) * 3, (1.0,) * 3, colour=False)
     seen = views.global_crops
     for view in views.groups:
-        mine, theirs = regions(view, seen)
-        assert (mine.shape, theirs.shape) == ((1, view.count, 2, 4), (1, 2, view.count, 4))
+        mine, reference = regions(view, seen)
+        assert (mine.shape, reference.shape) == ((1, view.count, 2, 4), (1, 2, view.count, 4))
         for v in range(view.count):
             for g in range(2):
                 a = colour_inside(view.pixels[0, v], mine[0, v, g])
-                b = colour_inside(seen.pixels[0, g], theirs[0, g, v])
+                b = colour_inside(seen.pixels[0, g], reference[0, g, v])
                 assert (a - b).abs().max() < 0.03
 
 
@@ -395,36 +395,42 @@ def colour_inside(pixels, box):
 
 def test_regions_of_a_crop_with_itself_are_all_of_it():
     crops = the_views(3, 0).global_crops
-    mine, theirs = regions(crops, crops)
+    mine, reference = regions(crops, crops)
     for v in range(3):
-        for boxes in (mine, theirs):
+        for boxes in (mine, reference):
             torch.testing.assert_close(boxes[:, v, v], torch.tensor([[0.0, 0, 48, 48]] * 2, dtype=torch.float64))
 
 
-# Label-free figures
+# Label-free metrics
 
 
 def slow_scores(method, views, b):
     """Region score and patch score of image b, one pair and one patch after the other."""
     images = len(views.global_crops.rotations)
-    looked = [[(view, *maps_of(method, view)) for view in views_of(views, i)] for i in range(images)]
+    maps_of_views = [[(view, *maps_of(method, view)) for view in views_of(views, i)] for i in range(images)]
     common = {  # the mean vector of the student's maps of either size, and of the teacher's
-        size: torch.stack([mine.mean((0, 1)) for row in looked for view, mine, *_ in row if view.size == size]).mean(0)
+        size: torch.stack(
+            [mine.mean((0, 1)) for row in maps_of_views for view, mine, *_ in row if view.size == size]
+        ).mean(0)
         for size in range(len(views.groups))
     }
-    theirs_mean = torch.stack([t.mean((0, 1)) for row in looked for view, *_, t in row if view.size == 0]).mean(0)
+    reference_mean = torch.stack(
+        [t.mean((0, 1)) for row in maps_of_views for view, *_, t in row if view.size == 0]
+    ).mean(0)
     region, patch = [], []
-    for view, mine, *_ in looked[b]:
-        for place, (seen, *_) in enumerate(looked[b]):
+    for view, mine, *_ in maps_of_views[b]:
+        for position, (seen, *_) in enumerate(maps_of_views[b]):
             if seen.size or (view.size, view.v) == (0, seen.v):
                 continue
             centred = mine - common[view.size]
             scores = [
-                -region_of_pair(centred, looked[(b - i) % images][place][3] - theirs_mean, view, seen, CELLS[view.size])
+                -region_of_pair(
+                    centred, maps_of_views[(b - i) % images][position][3] - reference_mean, view, seen, CELLS[view.size]
+                )
                 for i in range(images)
             ]
             region.append(scores[0] - torch.stack(scores[1:]).mean())
-            patch.append(nearness(centred, looked[b][place][3] - theirs_mean, view, seen))
+            patch.append(nearness(centred, maps_of_views[b][position][3] - reference_mean, view, seen))
     return torch.stack(region).mean(), float(np.mean(patch))
 
 
@@ -437,19 +443,19 @@ def where(view, row, column, grid):
     return (x1 + (x + 0.5) * (x2 - x1), y1 + (y + 0.5) * (y2 - y1))
 
 
-def nearness(mine, theirs, view, seen):
+def nearness(mine, reference, view, seen):
     matched, chance = 0.0, 0.0
     for row in range(len(mine)):
         for column in range(len(mine)):
             here = where(view, row, column, len(mine))
             if not (seen.box[0] <= here[0] <= seen.box[2] and seen.box[1] <= here[1] <= seen.box[3]):
                 continue
-            likeness = cosines(mine[row, column], theirs)
+            likeness = cosines(mine[row, column], reference)
             far = [
-                [math.dist(here, where(seen, r, c, len(theirs))) for c in range(len(theirs))]
-                for r in range(len(theirs))
+                [math.dist(here, where(seen, r, c, len(reference))) for c in range(len(reference))]
+                for r in range(len(reference))
             ]
-            matched += far[int(likeness.argmax()) // len(theirs)][int(likeness.argmax()) % len(theirs)]
+            matched += far[int(likeness.argmax()) // len(reference)][int(likeness.argmax()) % len(reference)]
             chance += np.mean(far)
     return 1 - matched / chance if chance else 0.0
 
@@ -466,7 +472,7 @@ def test_diagnosis_is_that_of_the_plain_loops(method):
 
 
 def test_a_common_vector_counts_for_nothing_and_hides_nothing(method, monkeypatch):
-    """However large the vector that all maps share, the figures are the same; with it alone they are nil."""
+    """However large the vector that all maps share, the metrics are the same; with it alone they are zero."""
     views = the_views(2, 2, images=3)
     expected = method.diagnose(views)
     teacher, student = method.teacher_maps, method.student_maps
@@ -479,18 +485,18 @@ def test_a_common_vector_counts_for_nothing_and_hides_nothing(method, monkeypatc
 
 
 def test_maps_that_say_where_they_are_score_fully(method, monkeypatch):
-    """Maps that hold each patch's place in its image, and the image's number: every match is the nearest patch."""
+    """Maps that hold each patch's position in its image, and the image's number: every match is the nearest patch."""
     views = the_views(2, 0, images=3)
 
-    def told(crops):
+    def record_maps(crops):
         at = patch_centres(crops.boxes, crops.rotations, crops.side, 6)  # [B, V, 36, 2]
         angle = at / 640 * (2 * math.pi)
         code = torch.cat([angle.cos(), angle.sin()], -1).unflatten(2, (6, 6))
         image = 3 * torch.eye(3, dtype=torch.float64)[:, None, None, None].expand(*code.shape[:-1], 3)
         return torch.cat([code, image], -1)
 
-    monkeypatch.setattr(method, "teacher_maps", told)
-    monkeypatch.setattr(method, "student_maps", lambda crops: (told(crops), None))
+    monkeypatch.setattr(method, "teacher_maps", record_maps)
+    monkeypatch.setattr(method, "student_maps", lambda crops: (record_maps(crops), None))
     metrics = method.diagnose(views)
     assert metrics["region_score"].min() > 1
     assert metrics["patch_score"].min() > 0.8

@@ -47,18 +47,18 @@ def fixed(hidden):
 @pytest.fixture
 def hidden():
     """Of two images with two global crops each: a block, nothing, one patch, and all but one."""
-    found = torch.zeros(4, 4, 4, dtype=torch.bool)
-    found[0, 1:3, :2], found[2, 3, 3], found[3] = True, True, True
-    found[3, 0, 0] = False
-    return found
+    actual = torch.zeros(4, 4, 4, dtype=torch.bool)
+    actual[0, 1:3, :2], actual[2, 3, 3], actual[3] = True, True, True
+    actual[3, 0, 0] = False
+    return actual
 
 
 def test_hidden_patches_are_replaced_before_positions_are_added(hidden):
     ibot, pixels = method(), views(2).global_crops.pixels.flatten(0, 1)
-    found = ibot.student.encoder.masked(pixels, hidden, ibot.mask_token[0])
+    actual = ibot.student.encoder.masked(pixels, hidden, ibot.mask_token[0])
     by_hand = tokens_by_hand(ibot.student.encoder, pixels, hidden, ibot.mask_token[0])
-    torch.testing.assert_close(found.patches.flatten(1, 2), by_hand[:, 1:])
-    torch.testing.assert_close(found.prefix, by_hand[:, :1])
+    torch.testing.assert_close(actual.patches.flatten(1, 2), by_hand[:, 1:])
+    torch.testing.assert_close(actual.prefix, by_hand[:, :1])
     torch.testing.assert_close(ibot.student.encoder(pixels).prefix, tokens_by_hand(ibot.student.encoder, pixels)[:, :1])
 
 
@@ -71,14 +71,14 @@ def test_the_losses_are_the_published_ones(hidden):
 
     pixels = seen.global_crops.pixels.flatten(0, 1)
     mine = tokens_by_hand(ibot.student.encoder, pixels, hidden, ibot.mask_token[0])
-    theirs = tokens_by_hand(ibot.teacher.encoder, pixels)
+    reference = tokens_by_hand(ibot.teacher.encoder, pixels)
     crops = []
     for n in range(4):
         terms = [0.0]
         for row, column in hidden[n].nonzero().tolist():
-            place = 1 + 4 * row + column
-            student = softmax(head_by_hand(ibot.student.head, mine[n, place]) / 0.1)
-            target = head_by_hand(ibot.teacher.head, theirs[n, place]) - np.linspace(0.2, -0.2, 32)
+            position = 1 + 4 * row + column
+            student = softmax(head_by_hand(ibot.student.head, mine[n, position]) / 0.1)
+            target = head_by_hand(ibot.teacher.head, reference[n, position]) - np.linspace(0.2, -0.2, 32)
             terms.append(-(softmax(target / 0.07) * np.log(student)).sum())
         crops.append(sum(terms) / max(1, len(terms) - 1))
     assert parts["patch"].item() == pytest.approx(np.mean(crops), rel=1e-9)
@@ -86,7 +86,7 @@ def test_the_losses_are_the_published_ones(hidden):
     student = [head_by_hand(ibot.student.head, mine[:, 0]).reshape(2, 2, 32)]
     local = seen.local_crops.pixels.flatten(0, 1)
     student.append(head_by_hand(ibot.student.head, ibot.student.encoder(local).prefix[:, 0]).reshape(2, 2, 32))
-    teacher = head_by_hand(ibot.teacher.head, theirs[:, 0]).reshape(2, 2, 32) - np.linspace(-0.3, 0.3, 32)
+    teacher = head_by_hand(ibot.teacher.head, reference[:, 0]).reshape(2, 2, 32) - np.linspace(-0.3, 0.3, 32)
     terms = [
         -(softmax(teacher[:, g] / 0.07) * np.log(softmax(student[size][:, v] / 0.1))).sum(-1).mean()
         for g in range(2)
@@ -154,15 +154,15 @@ def test_views_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         ({"bottleneck_dim": 0}, "at least 1"),
         ({"patch_weight": -1.0}, "must not be negative"),
         ({"mask_ratio": (0.5, 0.1)}, "0 <= low <= high <= 1, not 0.5 0.1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
         method(**wrong)
 
 

@@ -133,23 +133,25 @@ def test_gradients_are_right():
 
 def test_mutual_information_by_hand():
     """Two images, three prototypes; of the second image two views, which are averaged first."""
-    said = torch.tensor([[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    assignments = torch.tensor(
+        [[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]], dtype=torch.float64
+    )
     one, other, mean = (0.5, 0.5, 0.0), (0.0, 0.25, 0.75), (0.25, 0.375, 0.375)
     expected = [
         sum(p * math.log(p / m) for p, m in zip(row, mean, strict=True) if p) / math.log(2) for row in (one, other)
     ]
-    assert losses.mutual_information(said).tolist() == pytest.approx(expected)
+    assert losses.mutual_information(assignments).tolist() == pytest.approx(expected)
 
 
 @few
 @given(seeds, small, small, st.integers(2, 9), st.floats(0.01, 100))
 def test_mutual_information_of_a_batch_is_a_share(seed, images, crops, prototypes, sharpness):
-    said = (sharpness * normal(seed, images, crops, prototypes)).softmax(-1)
-    assert -1e-9 <= losses.mutual_information(said).mean().item() <= 1 + 1e-9
-    assert losses.mutual_information(said[:1].expand(images, -1, -1)).abs().max() < 1e-9  # the same of all
+    assignments = (sharpness * normal(seed, images, crops, prototypes)).softmax(-1)
+    assert -1e-9 <= losses.mutual_information(assignments).mean().item() <= 1 + 1e-9
+    assert losses.mutual_information(assignments[:1].expand(images, -1, -1)).abs().max() < 1e-9  # the same of all
 
 
 def test_mutual_information_is_largest_with_a_prototype_for_each_image():
-    said = torch.eye(4, 6)[:, None].expand(-1, 2, -1)
-    assert losses.mutual_information(said).tolist() == pytest.approx([1.0] * 4)
+    assignments = torch.eye(4, 6)[:, None].expand(-1, 2, -1)
+    assert losses.mutual_information(assignments).tolist() == pytest.approx([1.0] * 4)
     assert losses.mutual_information(torch.full((4, 2, 6), 1 / 6)).abs().max() < 1e-6

@@ -32,7 +32,7 @@ def test_the_encoder_is_given_visible_patches_with_their_positions():
     chosen = torch.tensor([[3, 0, 15], [1, 2, 5], [9, 4, 14]])
     vit = encoder.vit
     whole = vit._pos_embed(vit.patch_embed(pixels))
-    kept = torch.stack([torch.cat([row[:1], row[1 + places]]) for row, places in zip(whole, chosen, strict=True)])
+    kept = torch.stack([torch.cat([row[:1], row[1 + positions]]) for row, positions in zip(whole, chosen, strict=True)])
     by_hand = vit.norm(vit.blocks(vit.norm_pre(kept)))
     torch.testing.assert_close(encoder.visible(pixels, chosen), by_hand)
     assert not vit.patch_drop._forward_hooks and not vit.patch_embed._forward_hooks
@@ -40,15 +40,15 @@ def test_the_encoder_is_given_visible_patches_with_their_positions():
 
 def test_targets_are_pixels_of_patches_each_with_its_own_mean_and_deviation():
     mae, pixels = method(), seen().global_crops.pixels[:, 0]
-    found, plain = mae.targets(pixels).numpy(), method(normalise=False).targets(pixels).numpy()
+    actual, plain = mae.targets(pixels).numpy(), method(normalise=False).targets(pixels).numpy()
     for n in range(3):
-        for place in range(16):
-            row, column = divmod(place, 4)
+        for position in range(16):
+            row, column = divmod(position, 4)
             patch = pixels[n, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].numpy()
             values = np.array([patch[c, y, x] for y in range(16) for x in range(16) for c in range(3)])
-            assert np.abs(plain[n, place] - values).max() == 0
+            assert np.abs(plain[n, position] - values).max() == 0
             normal = (values - values.mean()) / math.sqrt(values.var(ddof=1) + 1e-6)
-            assert np.abs(found[n, place] - normal).max() < 1e-12
+            assert np.abs(actual[n, position] - normal).max() < 1e-12
 
 
 def test_the_loss_is_the_mean_over_hidden_patches(monkeypatch):
@@ -87,19 +87,19 @@ def test_the_decoder_puts_tokens_where_they_belong():
     decoder.blocks.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     decoder(seen_, order, (2, 3))
     for n in range(2):
-        for place in range(6):
-            rank = order[n].tolist().index(place)
+        for position in range(6):
+            rank = order[n].tolist().index(position)
             token = decoder.embed(seen_[n, rank]) if rank < 3 else decoder.token[0, 0]
-            torch.testing.assert_close(inputs[0][n, place], token + sines((2, 3), 16)[place])
+            torch.testing.assert_close(inputs[0][n, position], token + sines((2, 3), 16)[position])
 
 
 def test_positions_by_hand():
-    found = sines((2, 3), 8)
-    for place in range(6):
-        row, column = divmod(place, 3)
+    actual = sines((2, 3), 8)
+    for position in range(6):
+        row, column = divmod(position, 3)
         rates = [1, 1 / 100]
         by_hand = [f(v * r) for v in (row, column) for f in (math.sin, math.cos) for r in rates]
-        assert found[place].tolist() == pytest.approx(by_hand, abs=1e-12)
+        assert actual[position].tolist() == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_the_diagnosis_is_0_by_chance_and_1_for_a_perfect_painter(monkeypatch):
@@ -145,7 +145,9 @@ def test_a_model_that_cannot_leave_patches_out_is_refused():
         encoder.visible(torch.zeros(1, 3, 56, 56), torch.tensor([[0]]))
 
 
-@pytest.mark.parametrize(("wrong", "told"), [({"mask_ratio": 1.0}, "below 1"), ({"decoder_dim": 30}, "multiple of 4")])
-def test_settings_that_mean_nothing_are_refused(wrong, told):
-    with pytest.raises(UserError, match=told):
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"mask_ratio": 1.0}, "below 1"), ({"decoder_dim": 30}, "multiple of 4")]
+)
+def test_settings_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
         method(**wrong)

@@ -1,4 +1,4 @@
-"""Hidden patches: never more than asked for, in rectangles, and as many as fit."""
+"""Masked patches: never more than requested, in rectangles, and as many as fit."""
 
 import torch
 from hypothesis import given, settings
@@ -10,7 +10,7 @@ from gtsa.methods.parts.masking import blocks, random_order
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(1, 16), st.integers(0, 99))
-def test_no_more_is_hidden_than_asked_for(shares, side, seed):
+def test_no_more_patches_are_masked_than_requested(shares, side, seed):
     torch.manual_seed(seed)
     hidden = blocks(torch.tensor(shares), side)
     assert hidden.shape == (len(shares), side, side) and hidden.dtype == torch.bool
@@ -20,7 +20,7 @@ def test_no_more_is_hidden_than_asked_for(shares, side, seed):
             assert not each.any()
 
 
-def test_most_of_what_is_asked_for_is_hidden_everywhere_alike():
+def test_most_of_the_requested_patches_are_masked_at_all_positions():
     torch.manual_seed(0)
     hidden = blocks(torch.full((3000,), 0.3), 14).float()
     assert hidden.mean((1, 2)).min() > 0.28

@@ -28,9 +28,9 @@ def pair(name, dtype=torch.float32):
     torch.manual_seed(0)
     size = 6 * MODELS[name][0]
     ours = Backbone(name, size, arguments=SMALL).to(dtype).eval()
-    theirs = timm.create_model(name, img_size=size, num_classes=0, global_pool="", dynamic_img_size=True, **SMALL)
-    theirs.load_state_dict(ours.vit.state_dict())
-    return ours, theirs.to(dtype).eval()
+    reference = timm.create_model(name, img_size=size, num_classes=0, global_pool="", dynamic_img_size=True, **SMALL)
+    reference.load_state_dict(ours.vit.state_dict())
+    return ours, reference.to(dtype).eval()
 
 
 def images(rows, columns, patch, dtype=torch.float32):
@@ -41,10 +41,10 @@ def images(rows, columns, patch, dtype=torch.float32):
 @every
 @pytest.mark.parametrize("grid", [(6, 6), (3, 3), (9, 9), (4, 7), (8, 2), (1, 1)], ids=str)
 def test_tokens_are_those_of_timm(name, grid):
-    ours, theirs = pair(name)
+    ours, reference = pair(name)
     patch, prefix = MODELS[name]
     x = images(*grid, patch)
-    tokens, expected = ours(x), theirs.forward_features(x)
+    tokens, expected = ours(x), reference.forward_features(x)
     assert (ours.embed_dim, ours.patch_size, ours.num_prefix_tokens) == (48, patch, prefix)
     assert tokens.patches.shape == (2, *grid, 48)
     assert tokens.prefix.shape == (2, prefix, 48)
@@ -55,11 +55,11 @@ def test_tokens_are_those_of_timm(name, grid):
 @pytest.mark.parametrize("name", [name for name in MODELS if "dinov3" not in name])
 @pytest.mark.parametrize("grid", [(6, 6), (3, 3), (4, 7)], ids=str)
 def test_gradient_of_positions_is_that_of_timm(name, grid):
-    ours, theirs = pair(name, torch.float64)
+    ours, reference = pair(name, torch.float64)
     x = images(*grid, MODELS[name][0], torch.float64)
     ours(x).patches.sin().sum().backward()
-    theirs.forward_features(x)[:, MODELS[name][1] :].sin().sum().backward()
-    got, expected = ours.vit.pos_embed.grad, theirs.pos_embed.grad
+    reference.forward_features(x)[:, MODELS[name][1] :].sin().sum().backward()
+    got, expected = ours.vit.pos_embed.grad, reference.pos_embed.grad
     assert expected.abs().max() > 1e-3
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -95,11 +95,11 @@ def test_copy_has_weights_of_its_own():
 
 
 def test_a_failed_forward_leaves_the_grid():
-    ours, theirs = pair("vit_small_patch16_224")
+    ours, reference = pair("vit_small_patch16_224")
     with pytest.raises(AssertionError):
         ours(torch.zeros(1, 3, 40, 40))
     x = images(3, 3, 16)
-    torch.testing.assert_close(ours(x).prefix, theirs.forward_features(x)[:, :1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x).prefix, reference.forward_features(x)[:, :1], rtol=1e-5, atol=1e-5)
 
 
 def test_drop_path_grows_linearly_from_zero():
@@ -128,13 +128,13 @@ def test_encoder_is_the_published_one():
         "vit_tiny_r_s16_p8_224",
     ],
 )
-def test_what_is_no_plain_vit_is_named(name):
+def test_a_model_that_is_not_a_plain_vit_is_refused(name):
     with pytest.raises(UserError, match=f"{name}.*vit_|near it") as caught:
         Backbone(name)
     assert caught.value.code == 2
 
 
-def test_a_near_name_is_offered():
+def test_a_similar_name_is_proposed():
     with pytest.raises(UserError, match="near it: .*vit_small"):
         Backbone("vit_small_patch17_224")
 

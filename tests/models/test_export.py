@@ -34,8 +34,8 @@ def encoder(model, normalisation=IMAGENET, **arguments):
 @pytest.mark.parametrize("model", MODELS)
 def test_timm_opens_it_and_agrees(tmp_path, model):
     backbone = encoder(model, normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
-    place = write(backbone, tmp_path / "timm")
-    opened = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
+    path = write(backbone, tmp_path / "timm")
+    opened = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
         ours, tokens = backbone(images), opened.forward_features(images)
@@ -47,25 +47,25 @@ def test_timm_opens_it_and_agrees(tmp_path, model):
     assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
     assert tuple(config["std"]) == (0.4, 0.5, 0.6)
     assert tuple(config["input_size"]) == (3, 112, 112)
-    assert {p.name for p in place.iterdir()} == {"config.json", "model.safetensors", "gtsa.sha256"}
+    assert {p.name for p in path.iterdir()} == {"config.json", "model.safetensors", "gtsa.sha256"}
 
 
 def test_an_export_is_weights_again(tmp_path):
     backbone = encoder("vit_tiny_patch16_224")
-    place = write(backbone, tmp_path / "timm")
-    again, _ = load_backbone(str(place))
+    path = write(backbone, tmp_path / "timm")
+    again, _ = load_backbone(str(path))
     for a, b in zip(backbone.vit.state_dict().values(), again.vit.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    export(str(place), str(tmp_path / "second"))
-    assert (tmp_path / "second" / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
+    export(str(path), str(tmp_path / "second"))
+    assert (tmp_path / "second" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
 def test_nothing_is_overwritten(tmp_path):
-    place = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
+    path = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     with pytest.raises(UserError, match="give another folder"):
-        export(str(place), str(tmp_path / "mine"))
+        export(str(path), str(tmp_path / "mine"))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
 
 
@@ -88,17 +88,17 @@ PLAIN = [
 @pytest.mark.parametrize(("model", "arguments"), PLAIN)
 def test_transformers_opens_it_and_agrees(tmp_path, model, arguments):
     backbone = encoder(model, normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), **arguments)
-    place = write(backbone, tmp_path / "timm")
-    folder = export(str(place), str(tmp_path / "hf"), "hf")
+    path = write(backbone, tmp_path / "timm")
+    folder = export(str(path), str(tmp_path / "hf"), "hf")
     written = {"config.json", "model.safetensors", "preprocessor_config.json", "gtsa.sha256"}
     assert {p.name for p in folder.iterdir()} == written
-    vit, told = transformers.ViTModel.from_pretrained(folder, output_loading_info=True)
-    assert set(told["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
-    assert not any(told[name] for name in told if name != "missing_keys")
+    vit, description = transformers.ViTModel.from_pretrained(folder, output_loading_info=True)
+    assert set(description["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert not any(description[name] for name in description if name != "missing_keys")
     images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours, theirs = backbone(images), vit.eval()(images).last_hidden_state
-    torch.testing.assert_close(torch.cat([ours.prefix, ours.patches.flatten(1, 2)], 1), theirs, rtol=0, atol=1e-5)
+        ours, reference = backbone(images), vit.eval()(images).last_hidden_state
+    torch.testing.assert_close(torch.cat([ours.prefix, ours.patches.flatten(1, 2)], 1), reference, rtol=0, atol=1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     assert tuple(processor.image_mean) == (0.1, 0.2, 0.3)
     assert tuple(processor.image_std) == (0.4, 0.5, 0.6)
@@ -109,25 +109,25 @@ def test_transformers_opens_it_and_agrees(tmp_path, model, arguments):
 @pytest.mark.parametrize(("model", "arguments"), PLAIN[:2])
 def test_there_and_back_is_the_same_to_the_bit(tmp_path, model, arguments, to):
     normalisation = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    place = write(encoder(model, normalisation, **arguments), tmp_path / "timm")
-    there = export(str(place), str(tmp_path / "there"), to)
+    path = write(encoder(model, normalisation, **arguments), tmp_path / "timm")
+    there = export(str(path), str(tmp_path / "there"), to)
     back = export(str(there), str(tmp_path / "back"))
-    assert (back / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
+    assert (back / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
     assert load_backbone(str(back))[0].normalisation == normalisation
     assert timm.create_model(f"local-dir:{back}", pretrained=True).patch_embed.img_size == (112, 112)
 
 
 def test_a_dino_file_is_tensors_alone(tmp_path):
     backbone = encoder("vit_small_patch14_reg4_dinov2")
-    place = export(str(write(backbone, tmp_path / "timm")), str(tmp_path / "new" / "w.pth"), "dino")
-    state = torch.load(place, weights_only=True)
+    path = export(str(write(backbone, tmp_path / "timm")), str(tmp_path / "new" / "w.pth"), "dino")
+    state = torch.load(path, weights_only=True)
     assert list(state) == ["teacher", "mean", "std"]
     assert state["teacher"].keys() == {f"backbone.{k}" for k in backbone.vit.state_dict()}
-    assert {p.name for p in place.parent.iterdir()} == {"w.pth", "w.pth.sha256"}
-    told = load_backbone(str(place))[1]
-    assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in told
+    assert {p.name for p in path.parent.iterdir()} == {"w.pth", "w.pth.sha256"}
+    description = load_backbone(str(path))[1]
+    assert "taken for vit_small_patch16_224: 2 blocks, 6 heads, 4 registers" in description
     with pytest.raises(UserError, match="exists already"):
-        export(str(tmp_path / "timm"), str(place), "dino")
+        export(str(tmp_path / "timm"), str(path), "dino")
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
     ],
 )
 def test_what_hugging_face_cannot_hold(tmp_path, model, options):
-    place = write(encoder(model, **options), tmp_path / "timm")
-    with pytest.raises(UserError, match="is no plain ViT with a CLS token.*use --to timm") as remedy:
-        export(str(place), str(tmp_path / "hf"), "hf")
-    assert remedy.value.code == 4
+    path = write(encoder(model, **options), tmp_path / "timm")
+    with pytest.raises(UserError, match="is no plain ViT with a CLS token.*use --to timm") as caught:
+        export(str(path), str(tmp_path / "hf"), "hf")
+    assert caught.value.code == 4
     assert not (tmp_path / "hf").exists()
 
 
@@ -156,25 +156,25 @@ def test_an_eps_that_timm_cannot_say(tmp_path):
     )
     transformers.ViTModel(config).save_pretrained(tmp_path / "w")
     for to in ("timm", "dino"):
-        with pytest.raises(UserError, match=r"eps of 1e-12.* Use --to hf") as remedy:
+        with pytest.raises(UserError, match=r"eps of 1e-12.* Use --to hf") as caught:
             export(str(tmp_path / "w"), str(tmp_path / "out"), to)
-        assert remedy.value.code == 4
+        assert caught.value.code == 4
     again = export(str(tmp_path / "w"), str(tmp_path / "hf"), "hf")
     assert weights.eps_of(load_backbone(str(again))[0]) == 1e-12
 
 
 def test_how_to_open_is_true(tmp_path):
-    place = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
+    path = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
     for to, how in OPENS.items():
-        written = export(str(place), str(tmp_path / f"to {to}"), to)
+        written = export(str(path), str(tmp_path / f"to {to}"), to)
         assert eval(how.format(written), {"timm": timm, "torch": torch, "transformers": transformers}) is not None
 
 
 def test_the_command_line(tmp_path, capsys):
-    place = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
+    path = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
     for to, how in OPENS.items():
         out = tmp_path / to / "x"
-        assert command(["export", str(place), "--out", str(out), "--to", to]) == 0
+        assert command(["export", str(path), "--out", str(out), "--to", to]) == 0
         assert how.split("(")[0] in capsys.readouterr().out
         assert out.exists()
 
@@ -194,19 +194,19 @@ def exported(tmp_path_factory):
     }
 
 
-def copy_of(place, to):
+def copy_of(path, to):
     """An export, copied with what lies beside it; returns it and its files."""
-    if place.is_dir():
-        there = shutil.copytree(place, to / place.name)
+    if path.is_dir():
+        there = shutil.copytree(path, to / path.name)
         return there, sorted(there.iterdir())
-    shutil.copytree(place.parent, to, dirs_exist_ok=True)
-    return to / place.name, sorted(to.iterdir())
+    shutil.copytree(path.parent, to, dirs_exist_ok=True)
+    return to / path.name, sorted(to.iterdir())
 
 
 @pytest.mark.parametrize("to", OPENS)
-def test_every_changed_or_shortened_file_is_found(exported, tmp_path, to):
-    place, files = copy_of(exported[to], tmp_path)
-    read_weights(str(place))
+def test_every_changed_or_shortened_file_is_detected(exported, tmp_path, to):
+    path, files = copy_of(exported[to], tmp_path)
+    read_weights(str(path))
     for file in files:
         whole = file.read_bytes()
         for at in (0, len(whole) // 3, len(whole) // 2, len(whole) - 1):
@@ -214,37 +214,39 @@ def test_every_changed_or_shortened_file_is_found(exported, tmp_path, to):
                 if file.suffix == ".sha256" and to == "dino" and len(damaged) > 64 and damaged[:64] == whole[:64]:
                     continue  # the name behind the checksum, which nobody reads
                 file.write_bytes(damaged)
-                with pytest.raises(UserError, match=r"changed or cut short|is damaged") as remedy:
-                    read_weights(str(place))
-                assert remedy.value.code == 4
+                with pytest.raises(UserError, match=r"changed or cut short|is damaged") as caught:
+                    read_weights(str(path))
+                assert caught.value.code == 4
         file.write_bytes(whole)
-    read_weights(str(place))
+    read_weights(str(path))
 
 
 @pytest.mark.parametrize("to", OPENS)
 def test_an_export_of_before_there_were_checksums_opens(exported, tmp_path, to):
-    place, files = copy_of(exported[to], tmp_path)
+    path, files = copy_of(exported[to], tmp_path)
     for file in files:
         if file.suffix == ".sha256":
             file.unlink()
-    load_backbone(str(place))
+    load_backbone(str(path))
 
 
 def test_sha256sum_can_check_an_export(exported):
     for folder, sums in ((exported["timm"], "gtsa.sha256"), (exported["dino"].parent, "w.pth.sha256")):
-        told = subprocess.run(["sha256sum", "--check", "--strict", sums], cwd=folder, capture_output=True, text=True)
-        assert told.returncode == 0, told.stderr
-        assert told.stdout.count(": OK") >= 1
+        description = subprocess.run(
+            ["sha256sum", "--check", "--strict", sums], cwd=folder, capture_output=True, text=True
+        )
+        assert description.returncode == 0, description.stderr
+        assert description.stdout.count(": OK") >= 1
 
 
 @pytest.mark.parametrize("to", OPENS)
 def test_permissions_are_those_of_other_files(exported, tmp_path, to):
     before = os.umask(0o027)
     try:
-        place = export(str(exported["timm"]), str(tmp_path / "new" / "x"), to)
+        path = export(str(exported["timm"]), str(tmp_path / "new" / "x"), to)
     finally:
         os.umask(before)
-    for file in place.iterdir() if place.is_dir() else place.parent.iterdir():
+    for file in path.iterdir() if path.is_dir() else path.parent.iterdir():
         assert file.stat().st_mode & 0o777 == 0o640, file
 
 
@@ -258,9 +260,9 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot be written: No space") as remedy:
+    with pytest.raises(UserError, match="cannot be written: No space") as caught:
         export(str(exported["timm"]), str(tmp_path / "x"))
-    assert remedy.value.code == 6
+    assert caught.value.code == 6
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(os, "fsync", real)
     export(str(exported["timm"]), str(tmp_path / "x"))
@@ -268,10 +270,10 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
 
 
 def test_a_new_export_leaves_files_of_others_in_its_folder(exported, tmp_path):
-    place, _ = copy_of(exported["timm"], tmp_path)
-    (place / "README.md").write_text("mine")
-    (place / "config.json").write_text("{}")
-    write(encoder("vit_tiny_patch16_224", depth=2), place)
-    assert (place / "README.md").read_text() == "mine"
-    assert load_backbone(str(place))[0].arguments["depth"] == 2
+    path, _ = copy_of(exported["timm"], tmp_path)
+    (path / "README.md").write_text("mine")
+    (path / "config.json").write_text("{}")
+    write(encoder("vit_tiny_patch16_224", depth=2), path)
+    assert (path / "README.md").read_text() == "mine"
+    assert load_backbone(str(path))[0].arguments["depth"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["timm"]

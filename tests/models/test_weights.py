@@ -56,17 +56,17 @@ def hugging(vit, kind=transformers.ViTModel, eps=1e-6):
         model.embeddings.cls_token.copy_(vit.cls_token)
         model.embeddings.position_embeddings.copy_(vit.pos_embed)
         pairs = [(model.embeddings.patch_embeddings.projection, vit.patch_embed.proj), (model.layernorm, vit.norm)]
-        for theirs, ours in zip(model.layers, vit.blocks, strict=True):
-            pairs += [(theirs.layernorm_before, ours.norm1), (theirs.layernorm_after, ours.norm2)]
-            pairs += [(theirs.mlp.fc1, ours.mlp.fc1), (theirs.mlp.fc2, ours.mlp.fc2)]
-            pairs += [(theirs.attention.o_proj, ours.attn.proj)]
+        for reference, ours in zip(model.layers, vit.blocks, strict=True):
+            pairs += [(reference.layernorm_before, ours.norm1), (reference.layernorm_after, ours.norm2)]
+            pairs += [(reference.mlp.fc1, ours.mlp.fc1), (reference.mlp.fc2, ours.mlp.fc2)]
+            pairs += [(reference.attention.o_proj, ours.attn.proj)]
             for i, part in enumerate("qkv"):
-                linear = getattr(theirs.attention, f"{part}_proj")
+                linear = getattr(reference.attention, f"{part}_proj")
                 linear.weight.copy_(ours.attn.qkv.weight[i * WIDTH : (i + 1) * WIDTH])
                 linear.bias.copy_(ours.attn.qkv.bias[i * WIDTH : (i + 1) * WIDTH])
-        for theirs, ours in pairs:
-            theirs.weight.copy_(ours.weight)
-            theirs.bias.copy_(ours.bias)
+        for reference, ours in pairs:
+            reference.weight.copy_(ours.weight)
+            reference.bias.copy_(ours.bias)
     return whole
 
 
@@ -81,42 +81,42 @@ def features(backbone, pixels):
     return torch.cat([tokens.prefix, tokens.patches.flatten(1, 2)], dim=1)
 
 
-def as_timm(vit, place):
+def as_timm(vit, saved):
     headed = timm.create_model("vit_tiny_patch16_224", img_size=SIDE, depth=DEPTH, num_classes=10)
     headed.load_state_dict(vit.state_dict(), strict=False)
-    save_for_hf(headed, place, safe_serialization=True)
+    save_for_hf(headed, saved, safe_serialization=True)
 
 
-def as_hugging(vit, place, kind=transformers.ViTModel, **options):
-    hugging(vit, kind).save_pretrained(place, **options)
-    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(place)
+def as_hugging(vit, saved, kind=transformers.ViTModel, **options):
+    hugging(vit, kind).save_pretrained(saved, **options)
+    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(saved)
 
 
-def as_dino(vit, place):
-    place = place.with_suffix(".pth")
+def as_dino(vit, saved):
+    saved = saved.with_suffix(".pth")
     state = {f"module.backbone.{k}": v for k, v in vit.state_dict().items()}
     heads = {"module.head.mlp.0.weight": torch.zeros(4, 4), "module.head.last_layer.weight_g": torch.ones(9, 1)}
     other = {k: v + 1 for k, v in state.items()}
     optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
-    told = {"epoch": 3, "args": argparse.Namespace(arch="vit_tiny", lr=0.1), "optimizer": optimizer}
-    torch.save({"student": other, "teacher": {**state, **heads}, **told}, place)
-    return place
+    description = {"epoch": 3, "args": argparse.Namespace(arch="vit_tiny", lr=0.1), "optimizer": optimizer}
+    torch.save({"student": other, "teacher": {**state, **heads}, **description}, saved)
+    return saved
 
 
-def as_tensors(vit, place):
-    place = place.with_suffix(".safetensors")
-    safetensors.torch.save_file(vit.state_dict(), place)
-    return place
+def as_tensors(vit, saved):
+    saved = saved.with_suffix(".safetensors")
+    safetensors.torch.save_file(vit.state_dict(), saved)
+    return saved
 
 
 GUISES = {
     "timm": as_timm,
     "transformers 4": as_hugging,
-    "transformers 5": lambda vit, place: as_hugging(vit, place, save_original_format=False),
-    "shards": lambda vit, place: as_hugging(vit, place, max_shard_size="1MB"),
-    "classifier": lambda vit, place: as_hugging(vit, place, transformers.ViTForImageClassification),
+    "transformers 5": lambda vit, saved: as_hugging(vit, saved, save_original_format=False),
+    "shards": lambda vit, saved: as_hugging(vit, saved, max_shard_size="1MB"),
+    "classifier": lambda vit, saved: as_hugging(vit, saved, transformers.ViTForImageClassification),
     "classifier 5": lambda v, p: as_hugging(v, p, transformers.ViTForImageClassification, save_original_format=False),
-    "masked": lambda vit, place: as_hugging(vit, place, transformers.ViTForMaskedImageModeling),
+    "masked": lambda vit, saved: as_hugging(vit, saved, transformers.ViTForMaskedImageModeling),
     "dino": as_dino,
     "tensors": as_tensors,
 }
@@ -141,26 +141,26 @@ def vit():
 
 @pytest.mark.parametrize("guise", GUISES)
 def test_one_network_in_any_guise(tmp_path, vit, guise):
-    place = GUISES[guise](vit, tmp_path / "w") or tmp_path / "w"
+    saved = GUISES[guise](vit, tmp_path / "w") or tmp_path / "w"
     if guise == "shards":
-        assert len(list(place.glob("*.safetensors"))) > 2
-    backbone, told = load_backbone(str(place))
+        assert len(list(saved.glob("*.safetensors"))) > 2
+    backbone, description = load_backbone(str(saved))
     whose = " (teacher)" if guise == "dino" else ""
-    assert told == f"30 of 30 tensors loaded from {place}{whose}{LEFT[guise]}"
+    assert description == f"30 of 30 tensors loaded from {saved}{whose}{LEFT[guise]}"
     pixels = images(64)
     with torch.no_grad():
         wanted = vit.forward_features(pixels)
-    found = features(backbone, pixels)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    actual = features(backbone, pixels)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
     for token in (slice(0, 1), slice(1, None)):  # CLS, mean of patches
-        a, b = (torch.nn.functional.normalize(t[:, token].mean(1), dim=-1) for t in (found, wanted))
+        a, b = (torch.nn.functional.normalize(t[:, token].mean(1), dim=-1) for t in (actual, wanted))
         classes = torch.arange(32) % 4
-        (ours, near), (theirs, far) = (nearest(t[32:], t[:32], 10) for t in (a, b))
+        (ours, near), (reference, far) = (nearest(t[32:], t[:32], 10) for t in (a, b))
         assert torch.equal(near, far)
-        votes = [votes_of(s, classes[near], 4, 0.07) for s in (ours, theirs)]
+        votes = [votes_of(s, classes[near], 4, 0.07) for s in (ours, reference)]
         assert torch.equal(votes[0].argsort(1), votes[1].argsort(1))
         torch.testing.assert_close(*votes)
-    if place.is_dir() and guise != "timm":
+    if saved.is_dir() and guise != "timm":
         assert backbone.normalisation == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
@@ -192,12 +192,12 @@ def test_what_transformers_computes(tmp_path, kind, layout):
             inner.embeddings.patch_embeddings.projection.bias.mul_(1e-2)
     whole.save_pretrained(tmp_path, save_original_format=layout)
     side = {**SMALL, **options}["image_size"]
-    backbone, told = load_backbone(str(tmp_path))
+    backbone, description = load_backbone(str(tmp_path))
     with torch.no_grad():
         wanted = inner(images(side=side)).last_hidden_state
-    found = features(backbone, images(side=side))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    assert "no preprocessor_config.json" in told
+    actual = features(backbone, images(side=side))
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+    assert "no preprocessor_config.json" in description
     if kind == "vit":
         for norm in weights.norms(backbone):
             norm.eps = 1e-6
@@ -253,14 +253,14 @@ def test_timm_by_name(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(timm, "create_model", fetched)
-    found = read_weights("timm:vit_tiny_patch16_384")
+    actual = read_weights("timm:vit_tiny_patch16_384")
     monkeypatch.undo()
-    assert (found.model, found.arguments) == ("vit_tiny_patch16_384", {"img_size": 384})
-    assert found.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert all(torch.equal(found.tensors[k], v) for k, v in made[0].state_dict().items())
-    with pytest.raises(UserError, match="timm:no_such_vit could not be fetched") as remedy:
+    assert (actual.model, actual.arguments) == ("vit_tiny_patch16_384", {"img_size": 384})
+    assert actual.normalisation == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert all(torch.equal(actual.tensors[k], v) for k, v in made[0].state_dict().items())
+    with pytest.raises(UserError, match="timm:no_such_vit could not be fetched") as caught:
         read_weights("timm:no_such_vit")
-    assert remedy.value.code == 4
+    assert caught.value.code == 4
 
 
 # Bare files
@@ -279,11 +279,11 @@ def test_teacher_or_student(tmp_path, vit):
     for name, content in {"dicts": both, "flat": flat, "lightning": {"state_dict": flat}, "nested": nested}.items():
         torch.save(content, tmp_path / f"{name}.pth")
         for who, wanted in (("teacher", vit), ("student", other)):
-            found = read_weights(str(tmp_path / f"{name}.pth"), who)
-            assert all(torch.equal(found.tensors[k], v) for k, v in wanted.state_dict().items()), name
-            assert len(found.tensors) == 30
+            actual = read_weights(str(tmp_path / f"{name}.pth"), who)
+            assert all(torch.equal(actual.tensors[k], v) for k, v in wanted.state_dict().items()), name
+            assert len(actual.tensors) == 30
             if name != "dicts":
-                assert sum(found.left.values()) == (33 if name != "nested" else 32)
+                assert sum(actual.left.values()) == (33 if name != "nested" else 32)
     torch.save({"teacher": vit.state_dict()}, tmp_path / "teacher.pth")
     with pytest.raises(UserError, match="holds a teacher and no student"):
         read_weights(str(tmp_path / "teacher.pth"), "student")
@@ -301,9 +301,9 @@ def test_prefixes_and_boxes_in_any_order(tmp_path_factory, prefix, boxes):
         content = {box: content, "epoch": 3}
     path = tmp_path_factory.mktemp("boxes") / "w.pt"
     torch.save(content, path)
-    found = read_weights(str(path))
-    assert found.tensors.keys() == state.keys()
-    assert found.left == {}
+    actual = read_weights(str(path))
+    assert actual.tensors.keys() == state.keys()
+    assert actual.left == {}
 
 
 STATE = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1, num_classes=0).state_dict()
@@ -322,17 +322,17 @@ GUESSED = [
 
 
 @pytest.mark.parametrize(("name", "options"), GUESSED)
-def test_plain_vits_are_told_by_their_tensors(tmp_path, name, options):
+def test_plain_vits_are_recognised_by_their_tensors(tmp_path, name, options):
     arguments = {"depth": DEPTH, "img_size": SIDE, **options}
     model = shaken(timm.create_model(name, num_classes=0, **arguments))
-    place = as_tensors(model, tmp_path / "w")
+    saved = as_tensors(model, tmp_path / "w")
     pixels = images(1, arguments["img_size"])
-    found = features(load_backbone(str(place))[0], pixels)
+    actual = features(load_backbone(str(saved))[0], pixels)
     with torch.no_grad():
-        torch.testing.assert_close(found, model.forward_features(pixels), rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual, model.forward_features(pixels), rtol=0, atol=1e-5)
 
 
-def test_any_width_of_an_mlp_can_be_said():
+def test_any_width_of_an_mlp_is_recognised():
     assert all(int(w * state_dict.ratio(h, w)) == h for w in (98, 192, 500, 768, 1024) for h in range(1, 5 * w))
 
 
@@ -348,21 +348,21 @@ def test_any_width_of_an_mlp_can_be_said():
         ("vit_base_patch16_clip_224", {"depth": 1}, "norm_pre.bias is in no plain ViT"),
     ],
 )
-def test_others_are_asked_for(tmp_path, name, options, words):
+def test_other_models_need_their_name(tmp_path, name, options, words):
     arguments = {"depth": DEPTH, "img_size": SIDE, **options}
-    place = as_tensors(timm.create_model(name, num_classes=0, **arguments), tmp_path / "w")
-    with pytest.raises(UserError, match=f"does not say which model it is .*{words}.*--model") as remedy:
-        load_backbone(str(place))
-    assert remedy.value.code == 4
+    saved = as_tensors(timm.create_model(name, num_classes=0, **arguments), tmp_path / "w")
+    with pytest.raises(UserError, match=f"does not say which model it is .*{words}.*--model") as caught:
+        load_backbone(str(saved))
+    assert caught.value.code == 4
 
 
 def test_the_model_by_its_name(tmp_path):
     model = shaken(timm.create_model("vit_small_patch16_dinov3", num_classes=0), seed=3)
-    place = as_tensors(model, tmp_path / "w")
-    backbone, told = load_backbone(str(place), model="vit_small_patch16_dinov3")
+    saved = as_tensors(model, tmp_path / "w")
+    backbone, description = load_backbone(str(saved), model="vit_small_patch16_dinov3")
     with torch.no_grad():
         torch.testing.assert_close(features(backbone, images(1)), model.forward_features(images(1)), rtol=0, atol=1e-5)
-    assert "taken for" not in told
+    assert "taken for" not in description
     part = as_tensors(timm_vit(), tmp_path / "part")
     with pytest.raises(UserError, match=r"30 of 150 tensors fit; blocks.2.norm1.weight is missing.* and 117 more"):
         load_backbone(str(part), model="vit_tiny_patch16_224")  # half a network, by its full name
@@ -381,8 +381,8 @@ def test_dinov2_as_its_authors_write_it(tmp_path):
     chunked = {k.replace("blocks.0.", "blocks.0.0.").replace("blocks.1.", "blocks.1.1."): v for k, v in state.items()}
     for content in (state, chunked):
         torch.save({"teacher": {f"backbone.{k}": v for k, v in content.items()}}, tmp_path / "w.pth")
-        backbone, told = load_backbone(str(tmp_path / "w.pth"))
-        assert "left out: 1 of mask_token" in told
+        backbone, description = load_backbone(str(tmp_path / "w.pth"))
+        assert "left out: 1 of mask_token" in description
         with torch.no_grad():
             torch.testing.assert_close(
                 features(backbone, images()), model.forward_features(images()), rtol=0, atol=1e-5
@@ -396,25 +396,25 @@ def test_a_masked_autoencoder(tmp_path, vit):
         "mask_token": torch.zeros(1, 1, 2),
     }
     torch.save({"model": {**vit.state_dict(), **parts}, "epoch": 3}, tmp_path / "w.pth")
-    assert "30 of 30" in (told := load_backbone(str(tmp_path / "w.pth"))[1])
-    assert "left out: 2 of decoder, 1 of mask_token" in told
+    assert "30 of 30" in (description := load_backbone(str(tmp_path / "w.pth"))[1])
+    assert "left out: 2 of decoder, 1 of mask_token" in description
 
 
 # Other sizes
 
 
 def test_other_sizes_are_resampled_by_timm(tmp_path, vit):
-    place = as_tensors(vit, tmp_path / "w")
+    saved = as_tensors(vit, tmp_path / "w")
     other = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=DEPTH, num_classes=0).eval()
     other.load_state_dict(checkpoint_filter_fn(vit.state_dict(), other))
-    backbone = load_backbone(str(place))[0]
+    backbone = load_backbone(str(saved))[0]
     assert backbone.arguments["img_size"] == SIDE
     with torch.no_grad():
         torch.testing.assert_close(
             features(backbone, images(1, 96)), other.forward_features(images(1, 96)), rtol=0, atol=1e-5
         )
     target = Backbone("vit_tiny_patch16_224", 96, arguments={"depth": DEPTH})
-    weights.load(read_weights(str(place)), target)
+    weights.load(read_weights(str(saved)), target)
     torch.testing.assert_close(target.vit.pos_embed, other.pos_embed)
 
 
@@ -438,9 +438,9 @@ def test_another_eps_is_reported(tmp_path, vit):
 
 
 def refused(path, words, code=4, model=None):
-    with pytest.raises(UserError, match=words) as remedy:
+    with pytest.raises(UserError, match=words) as caught:
         load_backbone(str(path), model=model)
-    assert remedy.value.code == code
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -463,10 +463,10 @@ def test_tensors_that_do_not_fit(tmp_path, vit, change, words):
     state = dict(vit.state_dict())
     change(state)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=words) as remedy:
+    with pytest.raises(UserError, match=words) as caught:
         target = Backbone("vit_tiny_patch16_224", SIDE, arguments={"depth": DEPTH})
         weights.load(read_weights(str(tmp_path / "w.pth")), target)
-    assert remedy.value.code == 4
+    assert caught.value.code == 4
 
 
 class Evil:
@@ -509,10 +509,10 @@ def test_a_dictionary_that_holds_itself(tmp_path):
 @pytest.mark.parametrize("cut", [0, 7, 2000, -1])
 @pytest.mark.parametrize("guise", ["dino", "tensors", "transformers 4"])
 def test_truncated_files(tmp_path, vit, guise, cut):
-    place = GUISES[guise](vit, tmp_path / "w") or tmp_path / "w"
-    file = place / "model.safetensors" if place.is_dir() else place
+    saved = GUISES[guise](vit, tmp_path / "w") or tmp_path / "w"
+    file = saved / "model.safetensors" if saved.is_dir() else saved
     file.write_bytes(file.read_bytes()[:cut])
-    refused(place, "cannot be read as weights")
+    refused(saved, "cannot be read as weights")
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a\\b"])
@@ -556,7 +556,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("change", "words"), CONFIGS)
-def test_configs_that_cannot_be_held(tmp_path, vit, change, words):
+def test_configs_that_are_not_supported_are_refused(tmp_path, vit, change, words):
     as_hugging(vit, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -591,20 +591,20 @@ def test_timm_folders_that_reach_further(tmp_path, vit, change, words):
     as_timm(vit, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match=words) as remedy:
+    with pytest.raises(UserError, match=words) as caught:
         load_backbone(str(tmp_path))
-    assert remedy.value.code in (2, 4)
+    assert caught.value.code in (2, 4)
 
 
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", "{" * 100_000, '{"architecture": 3}', '{"model_type": []}', "\xff"]
 )
-def test_folders_that_are_none(tmp_path, vit, content):
+def test_paths_that_are_not_folders(tmp_path, vit, content):
     as_timm(vit, tmp_path)
     (tmp_path / "config.json").write_text(content, "latin-1")
-    with pytest.raises(UserError) as remedy:
+    with pytest.raises(UserError) as caught:
         load_backbone(str(tmp_path))
-    assert remedy.value.code in (2, 4)
+    assert caught.value.code in (2, 4)
 
 
 def test_nothing_there(tmp_path):
@@ -620,6 +620,6 @@ def test_tensors_of_hugging_face_without_their_config(tmp_path, vit):
 
 
 def test_random_is_a_control():
-    backbone, told = load_backbone("random:vit_tiny_patch16_224")
-    assert told == "150 of 150 tensors loaded from random:vit_tiny_patch16_224"
+    backbone, description = load_backbone("random:vit_tiny_patch16_224")
+    assert description == "150 of 150 tensors loaded from random:vit_tiny_patch16_224"
     assert backbone.model == "vit_tiny_patch16_224"

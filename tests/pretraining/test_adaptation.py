@@ -40,7 +40,7 @@ def start(finished):
     return finished / "exports" / "timm"
 
 
-# The anchor
+# The loss on the Gram matrix
 
 
 def cosines_by_hand(patches):
@@ -64,7 +64,7 @@ def test_gram_and_agreement_are_their_formulas(h, w, seed):
         assert agreement.item() == pytest.approx(np.corrcoef(a[pairs], b[pairs])[0, 1], abs=1e-9)
 
 
-def test_the_anchor_is_nothing_at_the_start_and_allows_turns_of_all_features():
+def test_the_gram_loss_is_zero_at_the_start_and_for_rotations_of_all_features():
     draw = torch.Generator().manual_seed(0)
     patches = torch.randn(2, 3, 3, 6, generator=draw, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(6, 6, generator=draw, dtype=torch.float64))[0]
@@ -72,14 +72,14 @@ def test_the_anchor_is_nothing_at_the_start_and_allows_turns_of_all_features():
     assert losses.agreement(3 * patches @ turn, patches).tolist() == pytest.approx([1, 1])
 
 
-def adapting(anchor):
+def adapting(gram_weight):
     torch.manual_seed(0)
     encoder = Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2, "embed_dim": 48, "num_heads": 3})
     then = copy_of(encoder)
-    return Adaptation(DINO(encoder, 32, 24, 8), then, anchor).double().train()
+    return Adaptation(DINO(encoder, 32, 24, 8), then, gram_weight).double().train()
 
 
-def test_the_anchor_joins_the_loss_of_the_student_alone():
+def test_the_gram_loss_is_added_to_the_loss_of_the_student_alone():
     method, seen = adapting(2.0), views()
     assert method(seen, 0.5)["change"].item() == pytest.approx(0, abs=1e-12)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_the_anchor_joins_the_loss_of_the_student_alone():
     assert all(p.grad is None for p in [*method.initial_encoder.parameters(), *method.encoders["teacher"].parameters()])
 
 
-def test_without_an_anchor_the_loss_is_the_methods_own():
+def test_without_the_gram_loss_the_loss_is_the_methods_own():
     method, seen = adapting(0.0), views()
     assert set(method(seen, 0.5)) == set(method.method(seen, 0.5))
 
@@ -135,12 +135,12 @@ def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
     (groups,) = seen
     free = [g for g in groups if "rate" not in g]
     slow = [g for g in groups if "rate" in g]
-    found = {}
+    actual = {}
     for group in slow:
         full = group["rate"](1.0)
         assert [group["rate"](t) for t in times] == pytest.approx([full * share for share in times.values()])
-        found[round(full, 9), group["decayed"]] = sorted(tuple(p.shape) for p in group["params"])
-    assert found == {key: sorted(value) for key, value in shapes.items()}
+        actual[round(full, 9), group["decayed"]] = sorted(tuple(p.shape) for p in group["params"])
+    assert actual == {key: sorted(value) for key, value in shapes.items()}
     heads = sum(p.requires_grad for p in run_method(start).parameters()) - len(list(encoder.parameters()))
     assert sum(len(g["params"]) for g in free) == heads > 0
 
@@ -203,7 +203,7 @@ def test_from_scratch_nothing_is_gentle():
         ({"encoder_lr_scale": -1.0}, "encoder_lr_scale"),
     ],
 )
-def test_mistakes_are_told(given, words):
+def test_wrong_settings_are_reported(given, words):
     with pytest.raises(UserError, match=words):
         validated(Pretrain, given)
 
@@ -228,26 +228,26 @@ def test_stopped_and_resumed(start, scenes, tmp_path, monkeypatch):
 
 
 def test_resume_notices_that_the_start_has_changed(start, scenes, tmp_path):
-    place = tmp_path / "weights"
+    path = tmp_path / "weights"
     encoder = build_backbone(read_weights(str(start)))[0]
-    write(encoder, place)
-    gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(place), **QUICK)
+    write(encoder, path)
+    gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(path), **QUICK)
     with torch.no_grad():
         encoder.vit.pos_embed += 1
-    for file in place.iterdir():
+    for file in path.iterdir():
         file.unlink()
-    place.rmdir()
-    write(encoder, place)
-    with pytest.raises(UserError, match="differs from the initial weights of this run") as told:
+    path.rmdir()
+    write(encoder, path)
+    with pytest.raises(UserError, match="differs from the initial weights of this run") as caught:
         gtsa.pretrain(out=str(tmp_path / "run"), resume=True, steps=8)
-    assert told.value.code == 4
+    assert caught.value.code == 4
 
 
 # The choice
 
 
 class Asked(Answers):
-    """A question of 50 images, of which as many are answered right as is told, look by look."""
+    """A task of 50 images, of which a given number is classified correctly, evaluation by evaluation."""
 
     def __init__(self, counts):
         super().__init__()
@@ -263,11 +263,11 @@ class Asked(Answers):
 )
 def test_the_best_is_exported_and_it_may_be_the_start(start, scenes, tmp_path, monkeypatch, counts, best, words):
     monkeypatch.setattr(tasks, "open_tasks", lambda _: [Asked(counts)])
-    asked = {"eval": ("knn",), "eval_val": ("x",), "evaluate_every": 2}
+    requested = {"eval": ("knn",), "eval_val": ("x",), "evaluate_every": 2}
     out = tmp_path / "run"
-    done = gtsa.pretrain(str(scenes), out=str(out), init=str(start), **{**QUICK, **asked, "steps": 4})
+    done = gtsa.pretrain(str(scenes), out=str(out), init=str(start), **{**QUICK, **requested, "steps": 4})
     assert done.choice.startswith(words)
     assert checkpoint.newest(out / "best" / "checkpoints")[0].name == f"step-{best:08d}"
-    chosen, before = (load_backbone(str(place))[0].fingerprint for place in (done.export, start))
+    chosen, before = (load_backbone(str(path))[0].fingerprint for path in (done.export, start))
     assert (chosen == before) is (best == 0)
     assert chosen == load_backbone(str(out / "best"))[0].fingerprint

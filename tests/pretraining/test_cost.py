@@ -78,18 +78,18 @@ def test_what_is_measured_leaves_the_network_as_it_was():
     before = {name: value.clone() for name, value in method.state_dict().items()}
     views = ViewSet(Slow(), range(3), multicrop, 0)
     fabric = Fabric(accelerator="cpu", devices=1)
-    found = cost.probe(
+    actual = cost.probe(
         method, views, lambda v: augment.apply(v, fabric.device, *encoder.normalisation), fabric, 8, 10**9
     )
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert all(p.grad is None for p in method.parameters())
-    assert found.loading > 0.02 and found.passing > 0 and found.updating > 0
+    assert actual.loading > 0.02 and actual.passing > 0 and actual.updating > 0
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    assert found.bytes_fixed == sum(p.nbytes for p in method.parameters()) + 3 * trained
-    assert found.bytes_image > 0
+    assert actual.bytes_fixed == sum(p.nbytes for p in method.parameters()) + 3 * trained
+    assert actual.bytes_image > 0
 
 
-def test_what_would_take_less_is_told_until_it_is_no_longer_long():
+def test_faster_settings_are_listed_until_the_run_is_short_enough():
     s = resolved(batch_size=40, steps=10_000).settings
     rows = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 22e6, 0)  # 111 hours
     assert [flags for flags, _ in rows] == [
@@ -102,7 +102,7 @@ def test_what_would_take_less_is_told_until_it_is_no_longer_long():
     assert [takes for _, takes in rows] == [f"about {plan.lasting(3600 * h)}" for h in hours]
 
 
-def test_steps_that_fit_are_told_where_nothing_else_is_enough():
+def test_fewer_steps_are_proposed_if_nothing_else_is_enough():
     s = resolved(
         model="test_vit",
         batch_size=40,
@@ -132,9 +132,9 @@ def test_flags_that_take_less_are_flags():
 @pytest.mark.parametrize(("batch", "images"), [(5000, 331), (9, 4), (700, 331)])
 def test_a_batch_of_many_repeats_is_refused_with_the_largest_sensible_one(batch, images):
     ready = resolve_device(validated(Pretrain, {"batch_size": batch, "device": "cpu"}))
-    with pytest.raises(plan.UserError, match=f"there are {images} images .* choose at most {images}") as remedy:
+    with pytest.raises(plan.UserError, match=f"there are {images} images .* choose at most {images}") as caught:
         plan.resolve_budget(ready, images)
-    assert remedy.value.code == 2
+    assert caught.value.code == 2
 
 
 @pytest.mark.parametrize(("batch", "images"), [(400, 331), (8, 3), ("auto", 3)])

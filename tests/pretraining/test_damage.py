@@ -78,10 +78,10 @@ def after_checkpoint(patch, step, happens):
     real = checkpoint.write
 
     def write(folder, at, *rest):
-        place = real(folder, at, *rest)
+        step_folder = real(folder, at, *rest)
         if at == step:
             happens()
-        return place
+        return step_folder
 
     patch.setattr(checkpoint, "write", write)
 
@@ -91,10 +91,10 @@ def everything(folder):
 
 
 def refused(code, match, out, **settings):
-    with pytest.raises(UserError, match=match) as remedy:
+    with pytest.raises(UserError, match=match) as caught:
         gtsa.pretrain(out=str(out), **{"resume": True, **settings})
-    assert remedy.value.code == code
-    return str(remedy.value)
+    assert caught.value.code == code
+    return str(caught.value)
 
 
 # Links, and files of others
@@ -118,8 +118,8 @@ def test_nothing_is_removed_or_written_through_a_link(copied, tmp_path, images, 
     link.unlink(missing_ok=True)
     link.symlink_to(outside)
     before = everything(outside), everything(copied)
-    told = refused(8, "is a symbolic link to", copied, data=str(images), **{"resume": False, way: True}, **SMALL)
-    assert str(link) in told and str(outside) in told
+    message = refused(8, "is a symbolic link to", copied, data=str(images), **{"resume": False, way: True}, **SMALL)
+    assert str(link) in message and str(outside) in message
     assert (everything(outside), everything(copied)) == before
 
 
@@ -129,9 +129,9 @@ def test_a_link_that_is_planted_in_mid_run_is_not_written_through(tmp_path):
     for name in ("pictures", "checkpoints", "train.log"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
     for write in (lambda: run.write("pictures/a.png", b""), lambda: run.checkpoints, lambda: run.note("text")):
-        with pytest.raises(UserError, match="is a symbolic link") as remedy:
+        with pytest.raises(UserError, match="is a symbolic link") as caught:
             write()
-        assert remedy.value.code == 8
+        assert caught.value.code == 8
     run.close()
     assert not list((tmp_path / "outside").iterdir())
 
@@ -158,7 +158,7 @@ def test_overwrite_leaves_and_names_what_no_run_wrote(copied, tmp_path, images, 
     assert read_weights(str(copied / "exports" / "timm")).model == "test_vit"
 
 
-def test_what_is_in_the_place_of_a_checkpoint_to_come_is_told_before_the_first_step(begun, monkeypatch, capsys):
+def test_a_path_that_blocks_a_checkpoint_is_reported_before_the_first_step(begun, monkeypatch, capsys):
     (begun / "checkpoints" / "step-00000099").touch()
     (begun / "checkpoints" / "step-00000007").touch()
     monkeypatch.setattr("gtsa.training.trainer.fit", lambda *_, **__: pytest.fail("it has started"))
@@ -212,9 +212,9 @@ def test_an_older_checkpoint_is_never_taken_in_silence(copied, tmp_path, capsys)
     ):
         make_scenes(tmp_path, 2)
         assert command([str(a) for a in arguments]) == 4
-        told = capsys.readouterr().err
-        assert "step-00000008 is damaged (optimizer.safetensors was changed or cut short)" in told
-        assert f"to use it, give {older}" in told
+        message = capsys.readouterr().err
+        assert "step-00000008 is damaged (optimizer.safetensors was changed or cut short)" in message
+        assert f"to use it, give {older}" in message
     assert not (tmp_path / "new").exists()
     assert command(["export", str(older), "--out", str(tmp_path / "new")]) == 0
     named = read_weights(str(older)).tensors
@@ -248,20 +248,20 @@ def test_damaged_logs_and_reports_are_read_as_far_as_they_can_be(begun, whole):
     log.write_bytes(b"\xff\xfe broken\n" + log.read_bytes() + b'{"step": 4, "lo\xff')
     (begun / "train.log").write_bytes(b"\xff\n")
     gtsa.pretrain(out=str(begun), resume=True)
-    assert told_of(log) == told_of(whole / "metrics.jsonl")
+    assert lines_about(log) == lines_about(whole / "metrics.jsonl")
     assert b"metrics.jsonl: 1 lines could not be read" in (begun / "train.log").read_bytes()
 
 
-def rewritten(place, change):
+def rewritten(step_folder, change):
     """A checkpoint that is whole, with another state or without a file of tensors."""
-    manifest = json.loads((place / "manifest.json").read_bytes())
-    state = json.loads((place / "state.json").read_bytes())
+    manifest = json.loads((step_folder / "manifest.json").read_bytes())
+    state = json.loads((step_folder / "state.json").read_bytes())
     change(state, manifest["files"])
     data = json.dumps(state, indent=1, sort_keys=True).encode() + b"\n"
-    (place / "state.json").write_bytes(data)
-    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": files.digest(place / "state.json")}
-    (place / "manifest.json").write_bytes(json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
-    checkpoint.verify(place)
+    (step_folder / "state.json").write_bytes(data)
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": files.digest(step_folder / "state.json")}
+    (step_folder / "manifest.json").write_bytes(json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+    checkpoint.verify(step_folder)
 
 
 @pytest.mark.parametrize("key", ["skips", "scaler", "threads", "unreadable"])
@@ -278,36 +278,36 @@ def test_a_checkpoint_without_a_file_of_tensors_is_refused(begun):
 
 def test_weights_of_a_state_without_its_encoder_are_refused(begun):
     rewritten(begun / "checkpoints" / "step-00000004", lambda state, _: state.pop("encoder"))
-    with pytest.raises(UserError, match="it has no 'encoder'") as remedy:
+    with pytest.raises(UserError, match="it has no 'encoder'") as caught:
         read_weights(str(begun))
-    assert remedy.value.code == 4
+    assert caught.value.code == 4
 
 
 # config.yaml
 
 
-def told(out):
-    """Its settings but for its own place, which the command line gives."""
+def stored_settings(out):
+    """The stored settings of a run, without its own folder."""
     return validated(Pretrain, settings_of(out)).model_dump(exclude={"out"})
 
 
-def test_every_damage_to_the_settings_is_found_or_harmless(begun):
+def test_every_damage_to_the_settings_is_detected_or_harmless(begun):
     file = begun / "config.yaml"
-    raw, before = file.read_bytes(), told(begun)
-    chance, found = random.Random(0), 0
+    raw, before = file.read_bytes(), stored_settings(begun)
+    chance, actual = random.Random(0), 0
     flips = [(chance.randrange(len(raw)), chance.randrange(8)) for _ in range(60)]
     damaged = [raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :] for at, bit in flips]
     damaged += [raw[: chance.randrange(len(raw))] for _ in range(20)]
     for data in damaged:
         file.write_bytes(data)
         try:
-            assert told(begun) == before
-        except UserError as remedy:
-            assert remedy.code == 4, remedy
-            found += 1
-    assert found > 40
+            assert stored_settings(begun) == before
+        except UserError as caught:
+            assert caught.code == 4, caught
+            actual += 1
+    assert actual > 40
     file.write_bytes(raw)
-    assert told(begun) == before
+    assert stored_settings(begun) == before
 
 
 @pytest.mark.parametrize("name", ["learning_rate: 6.2", "steps: 8", "momentum: 0.9", "- 32", "keep_checkpoints: 2"])
@@ -317,15 +317,15 @@ def test_resume_says_which_setting_was_changed(begun, name):
     name = name if name in text else name.replace("- 32", "local_crops_size: 32")
     assert name in text
     file.write_text(text.replace(name, name[:-1] + "6", 1))
-    told = refused(4, "is not what the run was started with:\n", begun)
-    assert f"{name.split(':')[0]}: " in told and ", now " in told and "or remove it" in told
+    message = refused(4, "is not what the run was started with:\n", begun)
+    assert f"{name.split(':')[0]}: " in message and ", now " in message and "or remove it" in message
 
 
 def test_without_config_yaml_the_checkpoint_says_the_settings(begun, whole, capsys):
     (begun / "config.yaml").unlink()
     gtsa.pretrain(out=str(begun), resume=True)
     assert "config.yaml is missing: using the settings in the newest checkpoint" in capsys.readouterr().out
-    assert told(begun) == told(whole)
+    assert stored_settings(begun) == stored_settings(whole)
     assert final_weights(begun) == final_weights(whole)
 
 
@@ -369,7 +369,7 @@ def test_damaged_settings_of_a_run_without_a_checkpoint_are_refused(begun):
 # Logs after a crash
 
 
-def told_of(log):
+def lines_about(log):
     """Lines of a log but for what depends on the clock."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "waited")} for line in lines]
@@ -379,8 +379,8 @@ def test_logs_of_a_killed_run_are_the_straight_runs(begun, whole):
     """Bit for bit, also the line that was half full when the checkpoint was written."""
     gtsa.pretrain(out=str(begun), resume=True)
     for name in ("metrics.jsonl", "health.jsonl"):
-        assert told_of(begun / name) == told_of(whole / name)
-    assert [line["step"] for line in told_of(begun / "metrics.jsonl")] == [3, 6, 8]
+        assert lines_about(begun / name) == lines_about(whole / name)
+    assert [line["step"] for line in lines_about(begun / "metrics.jsonl")] == [3, 6, 8]
     assert len(list(begun.glob("events.out.tfevents.*"))) == 1
     assert final_weights(begun) == final_weights(whole)
 
@@ -414,10 +414,10 @@ def test_a_disk_that_stays_full_ends_a_run_with_one_sentence(tmp_path, images, m
     after_checkpoint(monkeypatch, at, lambda: full_disk(monkeypatch))
     code = command(["pretrain", "--config", str(small), "--data", str(images), "--out", str(out)])
     monkeypatch.undo()
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert code == 6
-    assert told.startswith("gtsa: ") and told.count("\n") == 1
-    assert "No space left on device" in told and "make room, then resume with --resume" in told
+    assert message.startswith("gtsa: ") and message.count("\n") == 1
+    assert "No space left on device" in message and "make room, then resume with --resume" in message
     assert checkpoint.newest(out / "checkpoints")[0] == out / "checkpoints" / checkpoint.name(at)
 
 
@@ -433,10 +433,10 @@ def test_a_run_whose_folder_is_gone_ends_and_says_so(tmp_path, images, monkeypat
             out.mkdir()
 
     after_checkpoint(monkeypatch, at, gone)
-    with pytest.raises(UserError, match="was renamed, removed or replaced while the run was writing into it") as remedy:
+    with pytest.raises(UserError, match="was renamed, removed or replaced while the run was writing into it") as caught:
         gtsa.pretrain(str(images), out=str(out), **SMALL)
     monkeypatch.undo()
-    assert remedy.value.code == 6
+    assert caught.value.code == 6
     assert not out.exists() or not list(out.iterdir())
     if happens == "renamed":
         assert gtsa.pretrain(out=str(elsewhere), resume=True).export.is_dir()

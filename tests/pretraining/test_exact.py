@@ -84,8 +84,8 @@ def test_stopped_on_request(tmp_path, scenes, tiny_yaml):
     assert code == 75
     again = re.search(r"resume with: (.+) pretrain --out (.+) --resume", printed)
     assert again and shlex.split(again[2]) == [str(out)]
-    told = subprocess.run([*shlex.split(again[1]), "--version"], capture_output=True, text=True)
-    assert told.stdout.strip() == gtsa.__version__  # it can be typed as it stands
+    message = subprocess.run([*shlex.split(again[1]), "--version"], capture_output=True, text=True)
+    assert message.stdout.strip() == gtsa.__version__  # it can be typed as it stands
     assert "Traceback" not in printed
 
 
@@ -143,6 +143,6 @@ def test_resume_refuses_other_settings(copied):
 def test_one_folder_two_runs(tmp_path, scenes, tiny_yaml):
     arguments = ["pretrain", "--config", tiny_yaml, "--data", scenes, "--out", tmp_path / "run", "--resume"]
     both = [fork(*arguments) for _ in range(2)]
-    told = [process.communicate() for process in both]
+    message = [process.communicate() for process in both]
     assert sorted(process.returncode for process in both) == [0, 6]
-    assert any("another run is writing into" in err for _, err in told)
+    assert any("another run is writing into" in err for _, err in message)

@@ -46,23 +46,23 @@ def evaluated(tmp_path_factory, scenes, coloured):
     return out
 
 
-def test_answers_are_logged(evaluated):
+def test_metrics_are_logged(evaluated):
     lines = [json.loads(line) for line in (evaluated / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 6, 12]
     assert all(line["knn: top1, k = 3"] == 100 for line in lines)
 
 
 def test_the_best_checkpoint_is_a_run_by_itself(evaluated, coloured):
-    place, problems = checkpoint.newest(evaluated / "best" / "checkpoints")
+    checkpoint_folder, problems = checkpoint.newest(evaluated / "best" / "checkpoints")
     assert not problems
-    assert place.name == "step-00000006"  # the first of two that are as good
-    found = gtsa.evaluate(str(evaluated / "best"), "knn", train=(str(coloured),), folds=3, knn={"k": (3,), "crop": 64})
-    assert found["results"][0]["metrics"]["top1, k = 3"] == 100
+    assert checkpoint_folder.name == "step-00000006"  # the first of two that are as good
+    actual = gtsa.evaluate(str(evaluated / "best"), "knn", train=(str(coloured),), folds=3, knn={"k": (3,), "crop": 64})
+    assert actual["results"][0]["metrics"]["top1, k = 3"] == 100
 
 
 def test_the_training_never_notices(evaluated, finished):
-    mine, theirs = (checkpoint.read(checkpoint.newest(f / "checkpoints")[0])[0] for f in (evaluated, finished))
-    assert all(torch.equal(mine["objective"][k], theirs["objective"][k]) for k in theirs["objective"])
+    mine, reference = (checkpoint.read(checkpoint.newest(f / "checkpoints")[0])[0] for f in (evaluated, finished))
+    assert all(torch.equal(mine["objective"][k], reference["objective"][k]) for k in reference["objective"])
     assert final_weights(evaluated) == final_weights(finished)
 
 
@@ -75,7 +75,7 @@ def test_the_training_never_notices(evaluated, finished):
         ({"keep_best": "knn"}, "knn is not among --eval"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(scenes, tmp_path, settings, words):
+def test_wrong_settings_are_reported_before_any_training(scenes, tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), **TINY, **settings)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -100,9 +100,9 @@ class Asked:
 
 @pytest.fixture
 def question(monkeypatch):
-    asked = Asked()
-    monkeypatch.setattr(tasks, "open_tasks", lambda _: [asked])
-    return asked
+    requested = Asked()
+    monkeypatch.setattr(tasks, "open_tasks", lambda _: [requested])
+    return requested
 
 
 def asking(start_counts=True, keep_best="knn"):
@@ -122,25 +122,25 @@ def test_the_choice_says_how_sure_it_is(question):
     assert not online(10, right(30))[1]  # as good is not better
     assert online(20, right(45))[1]
     assert not online(30, right(40))[1]
-    told = online.choice(right(30), right(45))
-    assert question.times == 4  # nothing is asked again
-    assert told.startswith("take step 20: knn 90.00, at the start 60.00; +30.00 (95 % interval over images +")
-    low, high = (float(word) for word in told.split("images ")[1].rstrip(")").split(" to "))
+    message = online.choice(right(30), right(45))
+    assert question.times == 4  # nothing is evaluated again
+    assert message.startswith("take step 20: knn 90.00, at the start 60.00; +30.00 (95 % interval over images +")
+    low, high = (float(word) for word in message.split("images ")[1].rstrip(")").split(" to "))
     gains = 100 * (right(45) - right(30)).double()
     half = 2.0096 * float(gains.std()) / 50**0.5  # Student's t for 50 images
     assert (low, high) == pytest.approx((30 - half, 30 + half), abs=1.5)  # of a bootstrap
 
 
-def test_after_a_resume_both_are_asked_again(question):
+def test_after_a_resume_both_networks_are_evaluated_again(question):
     online = asking()
     online.best = 20, 62.0
-    told = online.choice(right(30), right(31))
+    message = online.choice(right(30), right(31))
     assert question.times == 2
-    assert told.endswith("; not significantly different from the start")
+    assert message.endswith("; not significantly different from the start")
 
 
 def test_a_choice_that_is_clearly_worse_says_so(question):
-    """As after a resume, where the figure that was best is not found again."""
+    """As after a resume, if the best metric is not reached again."""
     online = asking()
     online.best = 20, 62.0
     assert online.choice(right(40), right(10)).endswith("; worse than the start")
@@ -153,22 +153,22 @@ def test_a_start_that_is_untrained_is_no_choice(question):
     assert online.choice(None, right(10)) == "take step 10: knn 20.00"
 
 
-def test_a_figure_that_there_is_not(question):
+def test_an_unknown_metric(question):
     with pytest.raises(UserError, match="knn has no such metric; it has top1, wrong"):
         asking(keep_best="knn:top7")(0, right(1))
 
 
-def test_a_look_that_is_broken_off_keeps_no_best(question):
+def test_an_interrupted_evaluation_keeps_no_best_network(question):
     """Its checkpoint was not saved: the look is taken again, and has to find it better again."""
     monitor, online = Monitor.__new__(Monitor), asking()
     online(0, right(20))
     before = online.best
 
-    def looked(step):
+    def evaluate_step(step):
         online(step, right(40))
         raise stops.EvaluationStopped(signal.SIGTERM)
 
-    monitor.online, monitor.trainer, monitor._evaluate = online, SimpleNamespace(missed=False), looked
+    monitor.online, monitor.trainer, monitor._evaluate = online, SimpleNamespace(missed=False), evaluate_step
     assert monitor._evaluate_unless_stopped(5) is None
     assert monitor.trainer.missed and online.best == before and 5 not in online.per_image
     assert online(5, right(40))[1]

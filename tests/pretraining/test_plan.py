@@ -52,7 +52,7 @@ def test_the_plan_alone(images, tmp_path, monkeypatch, capfd, out):
     assert everything(tmp_path) == []
 
 
-def test_a_plan_of_a_run_that_is_there_leaves_it_as_it_is(images, tmp_path, capfd):
+def test_a_plan_does_not_change_an_existing_run(images, tmp_path, capfd):
     out = tmp_path / "run"
     command = ["pretrain", "--data", images, "--out", str(out), *SMALL]
     assert run([*command, "--batch-size", "4", "--steps", "2"]) == 0
@@ -69,7 +69,7 @@ def test_a_plan_refuses_what_a_run_refuses(tmp_path, capfd):
     assert run(["pretrain", "--plan", "--data", str(tmp_path), "--epochs", "0"]) == 2
 
 
-def test_a_long_run_on_a_cpu_is_told_what_takes_less(images, monkeypatch, capfd):
+def test_the_plan_of_a_long_run_on_a_cpu_shows_faster_settings(images, monkeypatch, capfd):
     for module in (cost, plan):
         monkeypatch.setattr(module, "LONG", 0.001)
     larger = [{"48": "96", "32": "64"}.get(word, word) for word in SMALL]
@@ -93,7 +93,7 @@ def test_steps_that_are_done_are_those_of_our_checkpoints(tmp_path):
     assert plan._steps_done(SimpleNamespace(resume=False, out=str(tmp_path))) is None
 
 
-def test_memory_that_runs_out_for_the_plan_is_told(images, tmp_path, monkeypatch, capfd):
+def test_running_out_of_memory_during_the_plan_is_reported(images, tmp_path, monkeypatch, capfd):
     def probe(*_):
         raise torch.OutOfMemoryError("no more")
 

@@ -69,10 +69,10 @@ def test_the_export_is_the_teacher(finished):
 
 
 def test_export_of_a_run_by_its_verb(finished, tmp_path):
-    place = gtsa.export(str(finished), str(tmp_path / "t"))
-    assert (place / "model.safetensors").read_bytes() == (finished / "exports/timm/model.safetensors").read_bytes()
+    exported = gtsa.export(str(finished), str(tmp_path / "t"))
+    assert (exported / "model.safetensors").read_bytes() == (finished / "exports/timm/model.safetensors").read_bytes()
     student = gtsa.export(str(finished), str(tmp_path / "s"), network="student")
-    assert (student / "model.safetensors").read_bytes() != (place / "model.safetensors").read_bytes()
+    assert (student / "model.safetensors").read_bytes() != (exported / "model.safetensors").read_bytes()
 
 
 def test_config_yaml_is_a_call_written_down(finished, tmp_path):
@@ -83,7 +83,7 @@ def test_config_yaml_is_a_call_written_down(finished, tmp_path):
     assert again.verdict.label in ("learning", "too short to tell", "collapsing")
 
 
-def test_a_run_goes_on_from_anothers_weights(finished, tmp_path, scenes, capsys):
+def test_a_run_starts_from_the_weights_of_another_run(finished, tmp_path, scenes, capsys):
     gtsa.pretrain(str(scenes), out=str(tmp_path / "run"), init=str(finished), **{**TINY, "steps": 2})
     printed = " ".join(capsys.readouterr().out.split())
     assert re.search(r"(\d+) of \1 tensors loaded", printed)
@@ -116,7 +116,7 @@ def test_any_torch_dataset(tmp_path):
     assert final_weights(done.folder) != before
 
 
-def test_a_file_that_goes_bad_in_mid_run_is_replaced_and_named(tmp_path, monkeypatch):
+def test_a_file_that_is_damaged_during_a_run_is_replaced_and_reported(tmp_path, monkeypatch):
     data = make_scenes(tmp_path / "data", 14)
     module = sys.modules["gtsa.pretraining.pretrain"]
     real = module.build_method
@@ -143,9 +143,9 @@ def test_too_many_bad_files_in_mid_run_end_it(tmp_path, monkeypatch):
         return real(*given)
 
     monkeypatch.setattr(module, "build_method", spoil)
-    with pytest.raises(gtsa.UserError, match="could not be read during training") as remedy:
+    with pytest.raises(gtsa.UserError, match="could not be read during training") as caught:
         gtsa.pretrain(str(data), out=str(tmp_path / "run"), **{**TINY, "hold_out": 0})
-    assert remedy.value.code == 3
+    assert caught.value.code == 3
 
 
 def test_one_bad_file_is_forgiven_and_named(tmp_path, capsys):
@@ -209,7 +209,7 @@ def test_every_switch_trains(tmp_path, scenes, settings, monkeypatch):
 
 
 @pytest.mark.parametrize(("steps", "apart"), [(20, 50), (500, 50), (4000, 400)])
-def test_looks_are_ten_in_a_run_but_not_closer_than_fifty_steps(steps, apart):
+def test_a_run_has_ten_evaluations_at_least_fifty_steps_apart(steps, apart):
     ready = resolve_device(validated(Pretrain, {"steps": steps, "device": "cpu"}))
     plan.resolve_budget(ready, 100)
     assert ready.settings.evaluate_every == apart

@@ -64,8 +64,8 @@ def straight(command, tmp_path_factory):
 
 def send(monkeypatch, phase, number):
     """A signal to this process when the phase is reached, before what is done in it."""
-    place, name, at = PHASES[phase]
-    real, calls = getattr(place, name), []
+    owner, name, at = PHASES[phase]
+    real, calls = getattr(owner, name), []
 
     def sending(*arguments, **options):
         calls.append(1)
@@ -73,7 +73,7 @@ def send(monkeypatch, phase, number):
             os.kill(os.getpid(), number)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(place, name, sending)
+    monkeypatch.setattr(owner, name, sending)
 
 
 def lines(out, name):
@@ -125,14 +125,14 @@ def test_sighup_and_ctrl_c_are_as_clear(command, tmp_path, monkeypatch, capfd, p
     stopped(command, tmp_path / "run", monkeypatch, capfd, phase, number)
 
 
-def test_a_look_is_broken_off_and_taken_when_the_run_goes_on(command, tmp_path, monkeypatch, capfd):
+def test_an_interrupted_evaluation_is_repeated_when_the_run_resumes(command, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
-    looked = []
+    evaluations = []
     real = HealthMonitor.__call__
 
     def slow(self, method):
-        looked.append(1)
-        if len(looked) == 2:
+        evaluations.append(1)
+        if len(evaluations) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("the look went on")
         return real(self, method)
@@ -153,7 +153,7 @@ def test_sigusr1_before_the_first_step_waits_for_it(command, tmp_path, monkeypat
     assert "stopped on request at step 1 of 6, checkpoint saved" in err
 
 
-def test_a_request_is_told_once_and_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch, capfd):
+def test_a_request_to_stop_is_reported_once_and_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch, capfd):
     real = loop.train_step
 
     def twice(*arguments):
@@ -193,8 +193,8 @@ def test_a_terminal_that_is_gone_does_not_cost_the_checkpoint(tmp_path):
         os.dup2(slave, 1)
         os.close(master)
         os.close(slave)
-        with stops.requests() as asked:
-            while not asked:
+        with stops.requests() as requested:
+            while not requested:
                 signal.pause()
             os.write(1, b"words")  # fails, had nobody seen to it
             os._exit(7)

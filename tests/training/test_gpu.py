@@ -26,12 +26,12 @@ from gtsa.training.schedules import Constant
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RATE = 1e-3
-LEARNT_LATE = {"detection", "finetune"}  # a few steps from random weights: the last digits decide what is found
+LEARNT_LATE = {"detection", "finetune"}  # a few steps from random weights: the last digits decide the detections
 
 
 @pytest.fixture(autouse=True)
 def _whole_digits(monkeypatch):
-    """A GPU's convolutions keep ten bits of a number unless they are told otherwise."""
+    """A GPU's convolutions keep ten bits of a number by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -44,21 +44,21 @@ def stepped(name, device, precision="32"):
     module, wrapped = fabric.setup(method, ScheduledAdamW(method, Constant(RATE), Constant(0.04)))
     module.train()
     seen = views().each(lambda crops: crops.each(lambda tensor: tensor.to(fabric.device)))
-    found = []
+    actual = []
     for step in range(2):
         torch.manual_seed(step)  # of masks, which are drawn on the host
         parts, accepted, _ = train_step(module, wrapped, [seen], 1, fabric, 0.5 + step / 10, 0.6 + step / 10)
         assert accepted == 1
-        found.append({name: float(value) for name, value in parts.items()})
+        actual.append({name: float(value) for name, value in parts.items()})
     weights = torch.cat([p.detach().cpu().flatten() for p in method.encoders["student"].parameters()])
-    return found, weights
+    return actual, weights
 
 
 @pytest.mark.parametrize("name", sorted(methods.load_all()))
 def test_a_step_is_that_of_the_cpu(name):
     (here, weights), (there, same) = stepped(name, "cpu"), stepped(name, "cuda")
-    for mine, theirs in zip(here, there, strict=True):
-        assert theirs == pytest.approx(mine, rel=2e-3, abs=1e-5)
+    for mine, reference in zip(here, there, strict=True):
+        assert reference == pytest.approx(mine, rel=2e-3, abs=1e-5)
     assert float((weights - same).abs().max()) < 2 * 2 * RATE  # Adam's first steps are of the size of the rate
     assert float((weights - same).abs().mean()) < RATE / 10
 
@@ -88,7 +88,7 @@ def test_augmentation_is_that_of_the_cpu():
     assert float(far.double().mean()) < 1e-3  # a value beside the threshold of solarisation, a hue beside a sector
 
 
-def figures_on(device, name, kind):
+def metrics_on(device, name, kind):
     torch.manual_seed(0)
     evaluator = evaluators.load_all()[name](**SMALL.get(name, {}))
     train, val = sets(kind)
@@ -101,8 +101,8 @@ def figures_on(device, name, kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), kinds())
-def test_evaluations_answer_as_on_the_cpu(name, kind):
-    here, there, again = (figures_on(device, name, kind) for device in ("cpu", "cuda", "cuda"))
+def test_evaluations_give_the_metrics_of_the_cpu(name, kind):
+    here, there, again = (metrics_on(device, name, kind) for device in ("cpu", "cuda", "cuda"))
     assert there.keys() == here.keys()
     if name != "clusters":
         assert there == pytest.approx(again, rel=1e-4, abs=1e-4, nan_ok=True)
@@ -115,17 +115,17 @@ def test_evaluations_answer_as_on_the_cpu(name, kind):
 
 @pytest.mark.parametrize("method", sorted(methods.load_all()))
 def test_pretraining_takes_bf16_by_itself_and_resumes_bit_for_bit(tmp_path, scenes, method):
-    told = {key: value for key, value in TINY.items() if key not in methods.load_all() or key == method}
-    told |= {"method": method, "deterministic": True}
-    whole = pretrain(str(scenes), **told, out=str(tmp_path / "whole"))
+    settings = {key: value for key, value in TINY.items() if key not in methods.load_all() or key == method}
+    settings |= {"method": method, "deterministic": True}
+    whole = pretrain(str(scenes), **settings, out=str(tmp_path / "whole"))
     assert "precision: bf16" in (whole.folder / "config.yaml").read_text()
-    pretrain(str(scenes), **told, out=str(tmp_path / "part"))
+    pretrain(str(scenes), **settings, out=str(tmp_path / "part"))
     for step in (8, 12):  # as if it had been killed after step 4
-        for place in (tmp_path / "part" / "checkpoints").glob(f"step-*{step:02d}"):
-            for file in place.iterdir():
+        for step_folder in (tmp_path / "part" / "checkpoints").glob(f"step-*{step:02d}"):
+            for file in step_folder.iterdir():
                 file.unlink()
-            place.rmdir()
-    again = pretrain(str(scenes), **told, out=str(tmp_path / "part"), resume=True)
+            step_folder.rmdir()
+    again = pretrain(str(scenes), **settings, out=str(tmp_path / "part"), resume=True)
     losses = [
         [json.loads(line)["loss"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
         for run in (whole, again)

@@ -38,8 +38,8 @@ class Regression(Objective):
     def after_step(self, time, next_time, accepted):
         self.accepted.append(float(accepted))
         with torch.no_grad():
-            for mine, theirs in zip(self.shadow.parameters(), self.layer.parameters(), strict=True):
-                mine.lerp_(theirs, 0.5 * float(accepted))
+            for mine, reference in zip(self.shadow.parameters(), self.layer.parameters(), strict=True):
+                mine.lerp_(reference, 0.5 * float(accepted))
 
 
 class Spoil(torch.autograd.Function):
@@ -111,10 +111,10 @@ def test_fifty_faults_leave_no_trace():
 
 def test_three_in_a_hundred_end_the_run():
     steps, _ = train(Regression(wrong={5, 50, 90}), 200)
-    with pytest.raises(UserError, match="diverged") as remedy:
+    with pytest.raises(UserError, match="diverged") as caught:
         for done in steps:
             assert done.step < 93
-    assert remedy.value.code == 5
+    assert caught.value.code == 5
 
 
 def test_fp16_scales_and_its_overflows_are_no_faults():
@@ -158,6 +158,6 @@ def test_out_of_memory_says_what_to_do():
     objective = Regression()
     steps, _ = train(objective, 2)
     objective.forward = lambda views, time: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(UserError, match="--accumulate 2") as remedy:
+    with pytest.raises(UserError, match="--accumulate 2") as caught:
         next(steps)
-    assert remedy.value.code == 6
+    assert caught.value.code == 6

@@ -48,14 +48,14 @@ def torchrun(processes, *command):
 
 
 def together(processes, *arguments):
-    """The command line in forked processes that are told what torchrun tells its own; their codes and outputs."""
+    """The command line in forked processes with the environment variables of torchrun; their exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
-    told |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
+    message = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
+    message |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
     begun = [
-        fork(*arguments, environment={k: str(v) for k, v in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        fork(*arguments, environment={k: str(v) for k, v in {**message, "RANK": rank, "LOCAL_RANK": rank}.items()})
         for rank in range(processes)
     ]
     outputs = [process.communicate() for process in begun]
@@ -98,15 +98,15 @@ def test_two_processes_share_dinos_centre(tmp_path, scenes, tiny_yaml):
     config = tmp_path / "run.yaml"
     heads = "dino: {num_prototypes: 64, hidden_dim: 32, bottleneck_dim: 16}\ndrop_path: 0.0\n"  # depth is drawn in each process
     config.write_text(tiny_yaml.read_text().replace("steps: 12", "steps: 4") + "method: dino\n" + heads)
-    found = []
+    actual = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         codes, outputs = together(processes, "pretrain", "--config", config, "--data", scenes, "--out", out)
         assert codes == [0] * processes, outputs
         tensors, _ = checkpoint.read(checkpoint.newest(out / "checkpoints")[0])
-        found.append(tensors["objective"]["centre.value"])
-    assert found[0].abs().max() > 1e-3
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+        actual.append(tensors["objective"]["centre.value"])
+    assert actual[0].abs().max() > 1e-3
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-4, atol=1e-6)
 
 
 def survive(folder, kind):
@@ -122,9 +122,9 @@ def survive(folder, kind):
         else:
             torch.distributed.broadcast_object_list([None], src=1)
     except Exception as error:
-        remedy = user_error(error, "out")
-        (folder / "told").write_text(
-            repr(error) if remedy is None else f"{remedy.code} {type(remedy).__name__} {remedy}"
+        caught = user_error(error, "out")
+        (folder / "reported").write_text(
+            repr(error) if caught is None else f"{caught.code} {type(caught).__name__} {caught}"
         )
 
 
@@ -134,11 +134,11 @@ def test_a_process_whose_partner_is_killed_says_so(tmp_path, kind):
     for process in both:
         process.communicate()
     assert both[1].returncode == -signal.SIGKILL
-    told = (tmp_path / "told").read_text()
-    assert told.startswith("6 ProcessLost another process of this run ended")
+    message = (tmp_path / "reported").read_text()
+    assert message.startswith("6 ProcessLost another process of this run ended")
 
 
-def test_whoever_is_left_tells_though_the_first_process_is_gone(monkeypatch, capfd):
+def test_a_remaining_process_reports_that_the_first_process_is_gone(monkeypatch, capfd):
     """Of other remedies, which all processes share, the first one tells."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     for kind, line in ((ProcessLost, "gtsa: words\n"), (UserError, "")):

@@ -137,7 +137,7 @@ def test_resume_of_a_run_whose_settings_are_gone_does_not_start_the_sample(copie
     assert error.value.code == 4
 
 
-def test_resume_of_a_finished_run_looks_once(copied):
+def test_resume_of_a_finished_run_evaluates_once(copied):
     gtsa.pretrain(out=str(copied), resume=True)
     assert [json.loads(line)["step"] for line in (copied / "health.jsonl").read_text().splitlines()] == [2, 4]
     with pytest.raises(UserError, match="4 steps are done"):

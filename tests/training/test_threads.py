@@ -49,7 +49,7 @@ class Measured:
     """Stands in for the system and for OpenMP: what was measured, one entry a look, and when a team was held."""
 
     def __init__(self, monkeypatch, shares):
-        self.shares, self.told, self.held, self.over = list(shares), [], False, threading.Event()
+        self.shares, self.recorded, self.held, self.over = list(shares), [], False, threading.Event()
         monkeypatch.setattr(threads, "EVERY", 0.001)
         monkeypatch.setattr(threads, "times", lambda: {"1": (0, 0)})
         monkeypatch.setattr(threads, "waiting", self.next)
@@ -60,7 +60,7 @@ class Measured:
         self.begun = 0
 
     def next(self, before, now):
-        self.told.append(self.begun > 0 and self.held)
+        self.recorded.append(self.begun > 0 and self.held)
         if not self.shares:
             self.over.set()
             return 0.0
@@ -79,7 +79,7 @@ def test_a_team_is_held_from_the_first_crowded_look_to_the_fourth_calm_one(monke
         assert seen.over.wait(20)
         assert seen.held
     assert not seen.held  # closed with the block
-    assert seen.told[:10] == [False, False, True, True, True, True, True, True, False, False]
+    assert seen.recorded[:10] == [False, False, True, True, True, True, True, True, False, False]
     assert seen.begun == 2
 
 
@@ -98,16 +98,16 @@ def test_more_cores_than_a_team_may_have_are_left_alone(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(threads.MOST + 1)))
     with threads.considerate():
         time.sleep(0.05)
-    assert seen.told == [] and threads.wait_policy() == "OpenMP's own waiting policy"
+    assert seen.recorded == [] and threads.wait_policy() == "OpenMP's own waiting policy"
 
 
 @pytest.mark.parametrize("name", threads.USERS)
-def test_what_the_user_has_set_is_left_alone(monkeypatch, name):
+def test_settings_of_the_user_are_kept(monkeypatch, name):
     seen = Measured(monkeypatch, [0.9] * 9)
     monkeypatch.setenv(name, "7")
     with threads.considerate():
         time.sleep(0.05)
-    assert seen.told == []
+    assert seen.recorded == []
     assert threads.wait_policy() == f"{name}=7, from the environment"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from gtsa.cli.examples import EXAMPLES
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import validated
@@ -23,15 +25,28 @@ def pretrain(given: Mapping[str, Any]) -> None:
 
 
 def evaluate(given: Mapping[str, Any]) -> None:
-    settings = validated(Evaluate, given)
+    with _example_if_missing("evaluate", given, "task", "train", "val"):
+        settings = validated(Evaluate, given)
     weights(settings.weights)
     labelled(settings.train, settings.val)
 
 
 def compare(given: Mapping[str, Any]) -> None:
-    settings = validated(Compare, given)
+    with _example_if_missing("compare", given, "data", "out", "train", "val"):
+        settings = validated(Compare, given)
     data(settings.data)
     labelled(settings.train, settings.val)
+
+
+@contextmanager
+def _example_if_missing(verb: str, given: Mapping[str, Any], *needed: str) -> Iterator[None]:
+    """Adds a complete command to a UserError if one of ``needed`` is not given; --folds stands for --val."""
+    try:
+        yield
+    except UserError as error:
+        if any(name not in given and not (name == "val" and "folds" in given) for name in needed):
+            raise UserError(f"{error}\nexample: {EXAMPLES[verb]}", error.code) from None
+        raise
 
 
 def data(path: str) -> None:

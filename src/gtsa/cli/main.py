@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 
 import gtsa
+from gtsa.cli.examples import EXAMPLES
 from gtsa.core.errors import ProcessLost, UserError, is_first_process
 from gtsa.core.migration import name_now
 from gtsa.core.stops import handle_signals
@@ -46,7 +47,8 @@ VERBS = {
     "models": "List timm's plain vision transformers: all, or those whose name contains a word.",
 }
 for verb, words in VERBS.items():
-    app.command(f"gtsa.cli.commands:{verb}", name=verb, help=inspect.cleandoc(words))
+    example = f"\n\nExample: {EXAMPLES[verb]}" if verb in EXAMPLES else ""
+    app.command(f"gtsa.cli.commands:{verb}", name=verb, help=inspect.cleandoc(words) + example)
 
 
 @app.command
@@ -83,7 +85,9 @@ def run(arguments: list[str] | None = None) -> int:
             command(*bound.args, **bound.kwargs)
         return 0
     except CycloptsError as error:
-        print(f"gtsa: {_explain(error, _verb(arguments))}; see gtsa {_verb(arguments)}--help", file=sys.stderr)
+        verb = _verb(arguments)
+        example = f"\nexample: {EXAMPLES[verb.strip()]}" if verb.strip() in EXAMPLES else ""
+        print(f"gtsa: {_explain(error, verb)}; see gtsa {verb}--help{example}", file=sys.stderr)
         return 2
     except UserError as error:
         if is_first_process() or isinstance(error, ProcessLost):

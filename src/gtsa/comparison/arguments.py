@@ -42,3 +42,4 @@ class CompareArguments(TypedDict, total=False):
     device: Literal["auto", "cpu", "cuda"]
     workers: int | Auto
     jobs: int
+    plan: bool

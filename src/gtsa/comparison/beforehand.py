@@ -30,8 +30,11 @@ OF_EVALUATE = (
 )  # fmt: skip
 
 
-def check(rows: Sequence[Row], settings: Compare) -> None:
+def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
     """Opens everything once: images, settings and weights of every row, settings and labels of every task.
+
+    Returns:
+        Resolved settings of pretraining of every row that is trained.
 
     Raises:
         UserError: anything is wrong.
@@ -40,10 +43,11 @@ def check(rows: Sequence[Row], settings: Compare) -> None:
     if not (images := len(open_source(settings.data))):
         raise UserError(f"--data {settings.data}: no images", 3)
     resolve_device(validated(Evaluate, jobs.make_device_settings(settings)))
+    resolved: dict[str, Pretrain] = {}
     for row in rows:
         if row.source is None:
             try:
-                _check_trained_row(row, settings, images)
+                resolved[row.name] = _check_trained_row(row, settings, images)
             except UserError as error:
                 raise UserError(f"row {row.name}: {error}", error.code) from None
         elif row.source not in CONTROLS:
@@ -58,6 +62,7 @@ def check(rows: Sequence[Row], settings: Compare) -> None:
     if settings.trials:
         of_trial = jobs.open_tasks(Job(rows[0], "trial", 0), settings, labels)
         tuning.check_tasks((task for *_, task in of_trial), settings)
+    return resolved
 
 
 def _check_reserved_settings(settings: Compare) -> None:
@@ -72,7 +77,7 @@ def _check_reserved_settings(settings: Compare) -> None:
         raise UserError("\n".join(f"{name} is set by the comparison; remove it here" for name in wrong))
 
 
-def _check_trained_row(row: Row, settings: Compare, images: int) -> None:
+def _check_trained_row(row: Row, settings: Compare, images: int) -> Pretrain:
     pretrain = validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), settings) | {"out": settings.out})
     resolved = Plan(pretrain, {})
     plan.resolve_initial(resolved, _read_model(pretrain))
@@ -86,6 +91,7 @@ def _check_trained_row(row: Row, settings: Compare, images: int) -> None:
         method(encoder, **resolved.settings.options)
     if settings.trials and row.tuned_as not in settings.methods:
         raise UserError(f"it takes its settings from the trials of {row.tuned_as}: add {row.tuned_as} to --methods")
+    return resolved.settings
 
 
 def _read_model(pretrain: Pretrain) -> str | None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
-from gtsa.comparison import beforehand, tuning
+from gtsa.comparison import beforehand, plan, tuning
 from gtsa.comparison.arguments import CompareArguments
 from gtsa.comparison.queue import run_jobs
 from gtsa.comparison.report import ReportWriter
@@ -25,7 +25,6 @@ from gtsa.core.errors import UserError
 from gtsa.core.settings import validated, with_keywords
 from gtsa.core.stops import handle_signals
 from gtsa.core.terminal import say
-from gtsa.data.sources import open_source
 from gtsa.pretraining.verdict import LONG
 
 
@@ -41,7 +40,8 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
         options: the settings in ``gtsa compare --help`` and in ``gtsa.comparison.settings.Compare``.
 
     Returns:
-        The report ``OUT/report.html``. ``results.csv`` and ``results.json`` beside it have the metrics.
+        The report ``OUT/report.html``. ``results.csv`` and ``results.json`` beside it have the metrics. With ``plan``
+        nothing is written.
 
     Raises:
         UserError: the user can correct something, the comparison was stopped (75), or the report is written but some
@@ -55,7 +55,13 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
 
     with handle_signals():
         # Check everything beforehand: images, settings, weights and labels
-        beforehand.check(rows, settings)
+        resolved = beforehand.check(rows, settings)
+        _check_out(Path(settings.out))
+
+        # The plan alone
+        if settings.plan:
+            plan.show(rows, settings, resolved)
+            return Path(settings.out) / "report.html"
 
         # Folder
         _make_folder(Path(settings.out))
@@ -85,9 +91,12 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
     return page
 
 
-def _make_folder(out: Path) -> None:
+def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
+
+
+def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,8 +121,8 @@ def _stops_with_report(report: ReportWriter, settings: Compare) -> Iterator[None
 
 
 def _announce(settings: Compare) -> None:
-    seen, images = settings.steps * settings.batch_size, len(open_source(settings.data))
-    say(f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}")
+    say(plan.describe_images(settings))
+    say(f"primary metric, fixed beforehand: {plan.describe_primary(settings)}")
     say(f"progress of each network: {settings.out}/cells/*/*/log.txt")
     say(f"report, after every network: {settings.out}/report.html")
     if settings.trials and (steps := tuning.count_trial_steps(settings)) < LONG:

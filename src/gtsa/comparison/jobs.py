@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gtsa.comparison.rows import Row
-from gtsa.comparison.settings import Compare
+from gtsa.comparison.settings import Compare, list_tasks_of
 from gtsa.core.settings import merged, validated
 from gtsa.data.sources import open_source
 from gtsa.evaluation import evaluators, tasks
@@ -88,7 +88,7 @@ def open_tasks(
     opened = {} if opened is None else opened
     trial = job.stage == "trial"
     for name in settings.task:
-        if trial and name not in list_primary_tasks(settings):
+        if trial and name not in list_tasks_of(settings.primary):
             continue
         shared = merge_task_settings(name, settings)
         inner_folds = trial and not shared["val"]
@@ -115,14 +115,9 @@ def make_evaluator(task: str, settings: Compare) -> Evaluator:
     return evaluators.load_all()[task](**dict(validated(EvaluatorSettings[task], options, f"--task {task}")))
 
 
-def list_primary_tasks(settings: Compare) -> tuple[str, ...]:
-    """The tasks of the primary metric, each once."""
-    return tuple(dict.fromkeys(part.split(":")[0] for part in settings.primary.split("+")))
-
-
 def make_online_evaluation_settings(settings: Compare) -> dict[str, object]:
     """Settings of gtsa evaluate for evaluations during training."""
-    tasks_and_options = {"weights": "-", "task": list_primary_tasks(settings), **settings.evaluate}
+    tasks_and_options = {"weights": "-", "task": list_tasks_of(settings.primary), **settings.evaluate}
     return _without_missing({**tasks_and_options, **_data_settings(settings)})
 
 

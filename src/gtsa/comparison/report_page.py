@@ -172,7 +172,7 @@ def _draw_curves(results: Results, settings: Compare) -> str:
     """Primary metric and effective rank during training, as means over seeds."""
 
     def read_primary(entry: CurveEntry) -> float | None:
-        values = [entry.get(part.replace(":", ": ")) for part in settings.primary.split("+")]
+        values = [_read_curve_value(entry, part) for part in settings.primary.split("+")]
         present = [value for value in values if value is not None]
         return float(np.mean(present)) if len(present) == len(values) else None
 
@@ -193,6 +193,13 @@ def _draw_curves(results: Results, settings: Compare) -> str:
         if lines:
             figures.append(f"<figure><figcaption>{title}, by steps</figcaption>{line_chart(lines)}</figure>")
     return "<h2>Learning curves</h2>" + "".join(figures) if figures else ""
+
+
+def _read_curve_value(entry: CurveEntry, part: str) -> float | None:
+    """The metric TASK:METRIC, or the first one of TASK, in a line of a run's logs."""
+    task, _, metric = part.partition(":")
+    name = f"{task}: {metric}" if metric else next((key for key in entry if key.startswith(f"{task}: ")), "")
+    return entry.get(name)
 
 
 def _show_feature_maps(results: Results, settings: Compare) -> str:

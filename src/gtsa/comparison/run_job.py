@@ -23,7 +23,7 @@ from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
 from gtsa.comparison.jobs import EVALUATION_SEED, Job, read_job
 from gtsa.comparison.results import CurveEntry, Result, TaskResult, commit, folder_of, read_result, write_per_image
-from gtsa.comparison.settings import Compare
+from gtsa.comparison.settings import Compare, list_tasks_of
 from gtsa.core.drawing import squares
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
@@ -54,7 +54,7 @@ def run(job: Job, settings: Compare) -> None:
         UserError: stopped on request (75); the same call resumes the job.
     """
     folder = folder_of(job, settings)
-    with _locked(folder):
+    with _lock(folder):
         if read_result(job, settings) is not None:
             return
         for leftover in ("per_image.npz", "per_image.json", "maps.png"):
@@ -128,7 +128,7 @@ def _train(job: Job, settings: Compare, folder: Path) -> tuple[Backbone, Result]
 def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str, object]:
     """Settings of gtsa pretrain for evaluations during training."""
     options: dict[str, object] = {
-        "eval": jobs.list_primary_tasks(settings),
+        "eval": list_tasks_of(settings.primary),
         "eval_train": settings.train,
         "eval_val": settings.val,
         "eval_folds": settings.folds,
@@ -234,7 +234,7 @@ def _draw_feature_maps(backbone: Encoder, settings: Compare, file: Path) -> None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     """Waits until no other process runs this job, e.g. one that outlived a killed comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gtsa.core.errors import UserError
-from gtsa.core.settings import AUTO, MISSING, Auto, Count, Documented, Missing, Natural
+from gtsa.core.settings import AUTO, MISSING, Auto, Count, Documented, Missing, Natural, is_auto
 from gtsa.evaluation.settings import EvaluatorSettings
 from gtsa.pretraining.settings import METHODS, MULTICROP
 
 CONTROLS = ("untrained", "colour", "position")
+PRIMARY = "segmentation:mIoU+in_context:mIoU"  # unless one of these tasks is not among --task
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "gtsa-no-rotation": {"method": "gtsa", "views": {"rotations": False}},
@@ -73,8 +74,10 @@ class Compare(Documented):
     """Further settings of the evaluations (YAML and Python), as in 'gtsa evaluate', e.g. ignore."""
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings of single tasks (YAML and Python), over the above: {task: {train: ..., val: ..., folds: ...}}."""
-    primary: str = "segmentation:mIoU+in_context:mIoU"
-    """The metric that decides, fixed beforehand: TASK:METRIC, or the mean of several joined by +."""
+    primary: Annotated[str, Field(validate_default=True)] = AUTO
+    """The metric that decides, fixed beforehand: TASK:METRIC, TASK for its first metric, or the mean of several joined
+    by +. auto: segmentation:mIoU+in_context:mIoU, or the first metric of the first --task if one of the two tasks is
+    not among --task."""
     seeds: Annotated[int, Field(ge=1)] = 5
     """Runs of every row, each with a different seed."""
     trials: Natural = 0
@@ -97,6 +100,16 @@ class Compare(Documented):
     """Processes that read images, per run."""
     jobs: Count = 1
     """Networks at a time per device. On a CPU they share its cores."""
+    plan: bool = False
+    """Print which networks would be trained and evaluated, and stop; nothing is written."""
+
+    @field_validator("primary")
+    @classmethod
+    def _resolve_primary(cls, primary: str, info: ValidationInfo) -> str:
+        tasks = info.data.get("task", ())
+        if not is_auto(primary):
+            return primary
+        return PRIMARY if set(list_tasks_of(PRIMARY)) <= set(tasks) else next(iter(tasks), PRIMARY)
 
     @model_validator(mode="after")
     def _consistent(self) -> Compare:
@@ -113,15 +126,7 @@ class Compare(Documented):
         for name in self.controls:
             if name not in CONTROLS:
                 problems.append(f"controls: unknown control {name!r}; available: {', '.join(CONTROLS)}")
-        for name in self.task:
-            if name not in EvaluatorSettings:
-                problems.append(f"task: unknown task {name!r}; available: {', '.join(EvaluatorSettings)}")
-        for name in self.tasks:
-            if name not in self.task:
-                problems.append(f"tasks: {name} is not among --task {' '.join(self.task)}")
-        for part in self.primary.split("+"):
-            if part.split(":")[0] not in self.task:
-                problems.append(f"primary: {part.split(':')[0]} is not among --task {' '.join(self.task)}")
+        problems += self._list_evaluation_problems()
         if not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             problems.append(
                 f"learning_rates: must be 0 < low <= high, not {self.learning_rates[0]:g} {self.learning_rates[1]:g}"
@@ -129,6 +134,35 @@ class Compare(Documented):
         if problems:
             raise UserError("\n".join(problems))
         return self
+
+    def _list_evaluation_problems(self) -> list[str]:
+        """What is wrong with tasks, primary metric and evaluation images."""
+        problems = []
+        for name in self.task:
+            if name not in EvaluatorSettings:
+                problems.append(f"task: unknown task {name!r}; available: {', '.join(EvaluatorSettings)}")
+        for name in self.tasks:
+            if name not in self.task:
+                problems.append(f"tasks: {name} is not among --task {' '.join(self.task)}")
+        if not self.task:
+            problems.append(f"task: give one or several of {', '.join(EvaluatorSettings)}")
+        elif wrong := [name for name in list_tasks_of(self.primary) if name not in self.task]:
+            problems += [f"primary: {name} is not among --task {' '.join(self.task)}" for name in wrong]
+        if missing := [name for name in self.task if not self._has_images(name)]:
+            problems.append(
+                f"val: give the evaluation images of {', '.join(missing)}, or --folds N with --train IMAGES [LABELS]"
+            )
+        return problems
+
+    def _has_images(self, task: str) -> bool:
+        """Whether there are images to evaluate a task on."""
+        given = {"val": self.val, "folds": self.folds, **self.evaluate, **self.tasks.get(task, {})}
+        return bool(given["val"] or given["folds"])
+
+
+def list_tasks_of(primary: str) -> tuple[str, ...]:
+    """The tasks of a primary metric, each once."""
+    return tuple(dict.fromkeys(part.split(":")[0] for part in primary.split("+")))
 
 
 Compare.model_fields["ablate"].description = f"Variants of methods; each is a row: {', '.join(ABLATIONS)}."

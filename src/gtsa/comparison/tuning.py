@@ -11,7 +11,7 @@ import numpy as np
 from gtsa.comparison.jobs import Job, merge_task_settings
 from gtsa.comparison.results import Result, TaskResult, get_final_verdict, read_successful_result
 from gtsa.comparison.rows import Row
-from gtsa.comparison.settings import Compare
+from gtsa.comparison.settings import Compare, list_tasks_of
 from gtsa.core.errors import UserError
 from gtsa.evaluation.tasks import Task
 from gtsa.pretraining.settings import METHODS
@@ -132,8 +132,7 @@ def _choose_per_fold(results: Mapping[int, Result], settings: Compare) -> list[i
 
 def _score_per_fold(result: Result, settings: Compare) -> list[float]:
     """The primary metric of a trial for the choice of each fold: computed on all other images."""
-    primary_tasks = {part.split(":")[0] for part in settings.primary.split("+")}
-    entries = [entry for entry in result["results"] if entry["task"] in primary_tasks]
+    entries = [entry for entry in result["results"] if entry["task"] in list_tasks_of(settings.primary)]
     if "without" not in entries[0]:  # with --val: evaluated on a part of the training images
         return [compute_primary(result, settings)]
     scores = []

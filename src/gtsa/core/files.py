@@ -6,6 +6,7 @@ A file or folder NAME is first written as a draft ``.NAME.PROCESS`` in the same 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 IMAGES = "images.jsonl"  # of a run: one line for each usable image; image indices refer to these lines
 SUMS = "gtsa.sha256"  # checksums of a folder's files, in the format of ``sha256sum --check``
@@ -35,7 +37,7 @@ def store(path: Path, data: bytes) -> None:
 
 def write(path: Path, data: bytes) -> str:
     """Writes a file through to disk and returns its SHA-256. A link at ``path`` is not followed."""
-    with named(path), open(path, "wb", opener=_no_link) as file:
+    with name_in_errors(path), open(path, "wb", opener=_no_link) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -43,13 +45,21 @@ def write(path: Path, data: bytes) -> str:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Adds the file name to an OSError. A failed write does not have it."""
     try:
         yield
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if there is no such file or it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def digest(path: Path) -> str:
@@ -96,7 +106,7 @@ def sums(digests: Mapping[str, str]) -> str:
     return "".join(f"{value}  {name}\n" for name, value in sorted(digests.items()))
 
 
-def changed(folder: Path) -> str:
+def find_changed_file(folder: Path) -> str:
     """The first file that differs from its checksum in SUMS, or SUMS itself; empty if none.
 
     A folder without SUMS is not checked: others wrote it, or an early version.
@@ -118,7 +128,7 @@ def sum_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def changed_since(path: Path) -> bool:
+def is_changed(path: Path) -> bool:
     """Whether a single file differs from the checksum beside it; False without a checksum."""
     if not sum_of(path).is_file():
         return False

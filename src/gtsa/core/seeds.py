@@ -9,10 +9,16 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """Streams of random numbers, one for each use. They are independent: no stream changes another."""
+    """Streams of random numbers, one for each use. They are independent: no stream changes another.
+
+    Three uses have NumPy's default generator with a seed of their own instead: the folds (``evaluation.folds``), the
+    images of a bootstrap (``evaluation.intervals``), and the settings of a trial (``comparison.tuning``). Their
+    numbers are kept, so that results can be compared with earlier ones. New uses take a stream.
+    """
 
     ORDER = 1  # of the images of an epoch
     VIEWS = 2  # crops, rotations and colours of an image
+    DETECTION_CROPS = 2  # an alias of VIEWS, with the same numbers: a number of its own would change kept results
     HELD_OUT = 3  # which images are held out, and their views
     PATCH_MEMORY = 4  # patches in the memory of in-context retrieval
     CLUSTERS = 5  # images and initial centres of k-means

@@ -63,7 +63,7 @@ def handle_signals(trains: bool = False) -> Iterator[None]:
 
     usual = (signal.SIG_DFL, signal.default_int_handler)
     numbers = [number for number in ALL if signal.getsignal(number) in usual]
-    with _handled(act, numbers):
+    with _handle(act, numbers):
         try:
             yield
         finally:
@@ -86,7 +86,7 @@ def requests() -> Iterator[list[int]]:
         if _interruptible:
             raise EvaluationStopped(number)
 
-    with _handled(act, [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]):
+    with _handle(act, [number for number in ALL if signal.getsignal(number) is not signal.SIG_IGN]):
         yield received
 
 
@@ -124,7 +124,7 @@ def print_to_stderr(text: str) -> None:
 
 
 @contextmanager
-def _handled(act: Callable[[int], None], numbers: Sequence[int]) -> Iterator[None]:
+def _handle(act: Callable[[int], None], numbers: Sequence[int]) -> Iterator[None]:
     """Signals go to ``act`` within the block, and to their former handlers afterwards.
 
     Outside the main thread nothing changes.

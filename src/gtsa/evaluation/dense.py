@@ -128,7 +128,7 @@ def classify_pixels(
             counts.append(count_pixels(classes, scene.truth, len(data.classes)))
             context.on_prediction(index, as_map(classes, len(data.classes)))
             index += 1
-    return stacked(counts)
+    return stack_counts(counts)
 
 
 def as_map(classes: Tensor, count: int) -> Tensor:
@@ -144,7 +144,7 @@ def count_pixels(classes: Tensor, truth: Tensor, count: int) -> dict[str, Tensor
     return {name: torch.bincount(values, minlength=count) for name, values in ids.items()}
 
 
-def stacked(counts: Sequence[dict[str, Tensor]]) -> PerImage:
+def stack_counts(counts: Sequence[dict[str, Tensor]]) -> PerImage:
     """Counts of several images as per_image: {"hit", "predicted", "true": [images, C]}."""
     return {name: torch.stack([image[name] for image in counts]) for name in counts[0]}
 

@@ -37,7 +37,7 @@ def draw_view(height: int, width: int, scale: int, rng: np.random.Generator) -> 
         h, w = (_crop_side(side, zoom, scale, rng) for side in (height, width))
         top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     short = int(rng.integers(scale * 480 // 800, scale, endpoint=True))
-    return View(top, left, h, w, fitted_size(h, w, short, round(LONGEST * scale)), flip)
+    return View(top, left, h, w, fit_size(h, w, short, round(LONGEST * scale)), flip)
 
 
 def _crop_side(side: int, zoom: float, scale: int, rng: np.random.Generator) -> int:
@@ -46,7 +46,7 @@ def _crop_side(side: int, zoom: float, scale: int, rng: np.random.Generator) -> 
     return max(1, min(side, round(int(rng.integers(least, max(least, most), endpoint=True)) / zoom)))
 
 
-def fitted_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+def fit_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
     """Height and width for a short side of ``short`` px, or less if the long side would exceed ``longest`` px."""
     zoom = min(short / min(height, width), longest / max(height, width))
     return max(1, round(height * zoom)), max(1, round(width * zoom))

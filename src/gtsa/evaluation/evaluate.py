@@ -19,7 +19,7 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa.core.errors import UserError
-from gtsa.core.files import clear_drafts, store
+from gtsa.core.files import clear_drafts, read_json, store
 from gtsa.core.settings import validated, with_keywords
 from gtsa.core.terminal import say, table
 from gtsa.data.labels import Labelled
@@ -101,7 +101,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Unpack[Ev
     report = _new_report(resolved, requested, backbone, fabric)
 
     # Each task. Results are written after each of them: the next one may fail, or be stopped.
-    with predictions.marked_unfinished(resolved.predictions, resolved.task, requested):
+    with predictions.mark_unfinished(resolved.predictions, resolved.task, requested):
         for number, current in enumerate(opened, start=1):
             report["results"].append(result := _run_task(current, backbone, fabric, resolved))
             _show(result)
@@ -127,7 +127,7 @@ def _check_destinations(settings: Evaluate, requested: Mapping[str, object]) -> 
 
 def _check_out(path: Path, requested: Mapping[str, object]) -> None:
     """Results of the same evaluation, stopped between its tasks, may be replaced."""
-    if path.exists() and not _stopped(path, requested):
+    if path.exists() and not _is_unfinished(path, requested):
         raise UserError(f"--out {path} already exists; give another file, or remove this one first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,11 +138,9 @@ def _check_out(path: Path, requested: Mapping[str, object]) -> None:
         raise _not_writable(path, error) from None
 
 
-def _stopped(path: Path, requested: Mapping[str, object]) -> bool:
-    try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
+def _is_unfinished(path: Path, requested: Mapping[str, object]) -> bool:
+    """Whether a file has the results of the same evaluation, stopped between its tasks."""
+    report = read_json(path)
     return isinstance(report, dict) and "unfinished" in report and report.get("requested") == requested
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from gtsa.core.errors import UserError, escaped
-from gtsa.core.files import store
+from gtsa.core.files import read_json, store
 from gtsa.data.labels import Labelled
 from gtsa.evaluation.context import DetectedObject, Prediction
 from gtsa.evaluation.prediction_pictures import describe, draw_prediction, to_palette_image
@@ -34,22 +34,15 @@ def check_folder(folder: str, requested: Mapping[str, object]) -> None:
     path = Path(folder)
     with writing(folder):
         names = [p.name for p in path.iterdir() if p.name != UNFINISHED] if path.exists() else []
-    if names and not _stopped(path / UNFINISHED, requested):
+    if names and read_json(path / UNFINISHED) != requested:
         raise UserError(
             f"--predictions {folder} is not empty ({escaped(sorted(names)[0])}{', ...' if len(names) > 1 else ''}): "
             "predictions of two evaluations are not mixed; give another folder, or remove this one first"
         )
 
 
-def _stopped(file: Path, requested: Mapping[str, object]) -> bool:
-    try:
-        return bool(json.loads(file.read_bytes()) == requested)
-    except (OSError, ValueError):
-        return False
-
-
 @contextmanager
-def marked_unfinished(folder: str | None, tasks: Iterable[str], requested: Mapping[str, object]) -> Iterator[None]:
+def mark_unfinished(folder: str | None, tasks: Iterable[str], requested: Mapping[str, object]) -> Iterator[None]:
     """Marks the folder as unfinished until the block ends, and first removes predictions of a stopped evaluation."""
     if folder is None:
         yield

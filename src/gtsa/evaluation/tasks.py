@@ -29,6 +29,13 @@ from gtsa.models.backbone import Backbone, Encoder
 
 Opened = dict[tuple[object, ...], Labelled]  # by paths, kind and options
 Opener = Callable[[tuple[str, ...], tuple[Kind, ...]], Labelled]  # (paths, accepted kinds) -> labels
+KINDS: dict[Kind, str] = {
+    "classes": "one class per image",
+    "multilabel": "several classes per image",
+    "masks": "masks",
+    "boxes": "boxes",
+    "none": "images without labels",
+}
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,9 @@ def open_tasks(settings: Evaluate, shared: Opened | None = None) -> list[Task]:
         UserError: data are missing, of the wrong format, or wrong (2, 3).
     """
     tasks = []
-    opener = partial(_open_labels, settings=settings, shared={} if shared is None else shared)  # reads labels only once
+    shared = {} if shared is None else shared  # labels are read only once
     for name in settings.task:
+        opener = partial(_open_labels, task=name, settings=settings, shared=shared)
         arguments = dict(getattr(settings, name))
         evaluator = evaluators.load_all()[name](**arguments)
         folds = settings.folds if evaluator.uses_train_set else None  # without training, all images at once
@@ -193,7 +201,9 @@ def _first_five(names: Sequence[str]) -> str:
     return f"{', '.join(map(str, names[:5]))}{more}"
 
 
-def _open_labels(paths: tuple[str, ...], kinds: tuple[Kind, ...], settings: Evaluate, shared: Opened) -> Labelled:
+def _open_labels(
+    paths: tuple[str, ...], kinds: tuple[Kind, ...], task: str, settings: Evaluate, shared: Opened
+) -> Labelled:
     """The images and labels at ``paths``, of the first of ``kinds`` that fits.
 
     If labels are optional and none are given, none are searched for: nested folders of images are not classes.
@@ -201,7 +211,7 @@ def _open_labels(paths: tuple[str, ...], kinds: tuple[Kind, ...], settings: Eval
     if len(paths) == 1 and "none" in kinds:
         kinds = ("none",)
     options = settings.ignore, settings.reduce_zero_label, settings.classes
-    messages: list[str] = []
+    needed: list[str] = []
     for kind in kinds:
         key = (*paths, kind, *options)
         try:
@@ -209,8 +219,9 @@ def _open_labels(paths: tuple[str, ...], kinds: tuple[Kind, ...], settings: Eval
                 shared[key] = labels.open_labelled(paths[0], paths[1] if len(paths) > 1 else None, kind, *options)
             return shared[key]
         except labels.UnknownFormat as error:
-            messages.append(str(error))
-    raise UserError("\n".join(messages), 3)
+            needed.append(f"{KINDS[kind]} ({error.needed})")
+            given = error.given
+    raise UserError(f"--task {task} needs {', or '.join(needed)}; {given} has none", 3)
 
 
 def _open_held_out(weights: str) -> Labelled:

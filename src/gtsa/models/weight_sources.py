@@ -181,7 +181,7 @@ def _from_timm_folder(path: Path, config: dict[str, Any], tensors: dict[str, Ten
 
 def _check_sums(folder: Path) -> None:
     """Raises UserError where a file of an export has changed. Folders without checksums are not checked."""
-    if name := files.changed(folder):
+    if name := files.find_changed_file(folder):
         raise UserError(
             f"{folder} is damaged: {name} was changed or cut short since it was exported ({files.SUMS}); export it "
             f"again, or remove {files.SUMS} if you changed it on purpose",
@@ -195,7 +195,7 @@ def _check_sums(folder: Path) -> None:
 def _from_file(path: Path, network: str) -> Weights:
     if path.name == "model.safetensors":
         _check_sums(path.parent)
-    if files.changed_since(path):
+    if files.is_changed(path):
         checksum = files.sum_of(path).name
         raise UserError(
             f"{path} was changed or cut short since {checksum} was written; get both again, or remove {checksum} if "

@@ -14,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from gtsa.core.files import named
+from gtsa.core.files import name_in_errors
 
 NAMES = "events.out.tfevents.*"
 VERSION = "brain.Event:2"
@@ -43,7 +43,8 @@ class Events:
             Event(wall_time=now, step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
             for name, value in values.items()
         ]
-        with named(self.path), open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with name_in_errors(self.path), open(os.open(self.path, flags, 0o644), "r+b") as file:
             if self.first:  # a truncated record would hide all that follow it
                 file.truncate(_whole(file, os.fstat(file.fileno()).st_size))
             file.seek(0, os.SEEK_END)

@@ -176,7 +176,7 @@ class RunFolder:
     def _append(self, name: str, line: str) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a planted link is not followed
         path = self.path(name)
-        with files.named(path), open(os.open(path, flags, 0o644), "a") as file:
+        with files.name_in_errors(path), open(os.open(path, flags, 0o644), "a") as file:
             file.write(line + "\n")
 
     def _entries(self) -> list[Path]:

@@ -34,10 +34,16 @@ __all__ = [
 
 
 class UnknownFormat(UserError):
-    """No format claims the images and labels."""
+    """No format claims the images and labels.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, 3)
+    Args:
+        given: the images and labels.
+        needed: what the user has to give for this kind of labels.
+    """
+
+    def __init__(self, given: str, needed: str) -> None:
+        super().__init__(f"{given}: these are not {needed}", 3)
+        self.given, self.needed = given, needed
 
 
 def open_labelled(
@@ -65,14 +71,15 @@ def open_labelled(
         if path is not None and not os.path.exists(path):
             raise UserError(f"{escaped(path)}: there is no such file or folder", 3)
     if labels and os.path.isfile(images) and os.path.isdir(labels) and not images.endswith(".txt"):
-        raise UnknownFormat(f"{escaped(images)} is a file, {escaped(labels)} a folder: first come IMAGES, then LABELS")
+        message = f"{escaped(images)} is a file, {escaped(labels)} a folder: give IMAGES first, then LABELS"
+        raise UserError(message, 3)
     for form in formats():
         if form.claims(images, labels, kind):
             return form.read(images, labels or "", kind, LabelOptions(ignore, reduce_zero_label, classes))
     given = f"{images} with labels {labels}" if labels else images
     *most, last = [form.needs[kind] for form in formats() if kind in form.needs]
     needed = f"{', '.join(most)}{',' if len(most) > 1 else ''} or {last}" if most else last
-    raise UnknownFormat(f"{escaped(given)}: this evaluation needs {needed}")
+    raise UnknownFormat(escaped(given), needed)
 
 
 def formats() -> list[type[LabelFormat]]:

@@ -16,7 +16,7 @@ from gtsa.data.labels import Boxes, Labelled
 from gtsa.data.loader import StepSampler
 from gtsa.evaluation.average_precision import Annotation, average_precision, pasted, to_run_lengths, to_xywh
 from gtsa.evaluation.context import DetectedObject, EvalContext
-from gtsa.evaluation.detection_crops import apply_view, draw_view, fitted_size
+from gtsa.evaluation.detection_crops import apply_view, draw_view, fit_size
 from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import fine_tunable
 from gtsa.evaluation.heads.mask_rcnn import LONGEST, Detector, Target
@@ -171,7 +171,7 @@ class TrainingViews(Dataset[tuple[int, Tensor, Target]]):
 
     def __getitem__(self, draw: Draw) -> tuple[int, Tensor, Target]:
         index = int(epoch_order(self.seed, draw.epoch, len(self.data))[draw.position])
-        pixels, rng = read(self.data, index), generator(self.seed, Stream.VIEWS, index, draw.epoch)
+        pixels, rng = read(self.data, index), generator(self.seed, Stream.DETECTION_CROPS, index, draw.epoch)
         view = draw_view(pixels.shape[-2], pixels.shape[-1], self.scale, rng)
         return index, *apply_view(pixels, self.data.target(index), view)
 
@@ -196,7 +196,7 @@ class _WholeImages(Dataset[tuple[Tensor, tuple[int, int]]]):
     def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         pixels = read(self.data, index)
         height, width = pixels.shape[-2:]
-        return resized(pixels, *fitted_size(height, width, self.scale, round(LONGEST * self.scale))), (height, width)
+        return resized(pixels, *fit_size(height, width, self.scale, round(LONGEST * self.scale))), (height, width)
 
 
 @torch.no_grad()

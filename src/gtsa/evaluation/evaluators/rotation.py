@@ -56,7 +56,7 @@ class Rotation(Evaluator):
             raise UserError("rotation: one training image is too few: another one must choose the strength")
         rotation_map, position_map = self._fit(backbone, train, context)
         results: dict[str, list[Tensor]] = {}
-        for tokens in self._rotated(backbone, val, context):
+        for tokens in self._compute_tokens(backbone, val, context):
             hits, errors = _rotation_hits(tokens, rotation_map, context), _position_errors(tokens, position_map)
             for name, values in (_cosines(tokens) | hits | errors).items():
                 results.setdefault(name, []).append(values.double().cpu())
@@ -78,7 +78,7 @@ class Rotation(Evaluator):
                 metrics[f"in-context mIoU {name}"] = dense.metrics(counts)["mIoU"]
         return metrics
 
-    def _rotated(self, backbone: Encoder, data: Labelled, context: EvalContext) -> Iterator[list[Tokens]]:
+    def _compute_tokens(self, backbone: Encoder, data: Labelled, context: EvalContext) -> Iterator[list[Tokens]]:
         """Batches of the images' tokens, for 0 to 3 quarter-turns counter-clockwise."""
         crop = whole_patches(self.crop, backbone)
         return tokens_of(backbone, data, context, max(self.resize, crop), crop, rotations=range(4))
@@ -89,7 +89,7 @@ class Rotation(Evaluator):
         rotation_moments = [zero, zero]  # of images to train on, and of those for the choice
         position_moments = [zero, zero]
         first = 0
-        for tokens in self._rotated(backbone, train, context):
+        for tokens in self._compute_tokens(backbone, train, context):
             vectors, rotations = _vectors(tokens, context)
             patches, positions = _patches(tokens[0])
             part_of = (torch.arange(first, first + len(positions), device=context.device) % HELD_OUT == 0).long()
@@ -135,13 +135,13 @@ def _patches(tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def _rotation_hits(tokens: list[Tokens], rotation_map: Tensor, context: EvalContext) -> PerImage:
     vectors, truth = _vectors(tokens, context)
-    right = predicted(vectors, rotation_map).argmax(-1) == truth.argmax(-1)
+    right = predict(vectors, rotation_map).argmax(-1) == truth.argmax(-1)
     return {"named": right.double().mean(1)}
 
 
 def _position_errors(tokens: list[Tokens], position_map: Tensor) -> PerImage:
     patches, truth = _patches(tokens[0])
-    error = (predicted(patches, position_map) - truth).square().sum((1, 2))
+    error = (predict(patches, position_map) - truth).square().sum((1, 2))
     return {"squared error": error, "squares": truth.double().square().sum((1, 2))}  # their mean is 0
 
 
@@ -192,5 +192,5 @@ def _solutions(moments: Tensor, outputs: int) -> Tensor:
     return torch.cat([weights, bias[:, None]], dim=1)
 
 
-def predicted(inputs: Tensor, weights: Tensor) -> Tensor:
+def predict(inputs: Tensor, weights: Tensor) -> Tensor:
     return inputs.double() @ weights[:-1] + weights[-1]
