@@ -52,10 +52,10 @@ def together(processes, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    message = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
-    message |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
+    environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
     begun = [
-        fork(*arguments, environment={k: str(v) for k, v in {**message, "RANK": rank, "LOCAL_RANK": rank}.items()})
+        fork(*arguments, environment={k: str(v) for k, v in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()})
         for rank in range(processes)
     ]
     outputs = [process.communicate() for process in begun]
