@@ -22,6 +22,7 @@ TINY = {
     "checkpoint_every": 4,
     "evaluate_every": 6,
     "log_every": 2,
+    "report": False,  # its pictures take a second or more
     "views": {"global_crops_size": 48, "local_crops_size": 32, "local_crops_number": 2},
     "gtsa": {"projector_dim": 16, "out_dim": 24, "predictor_dim": 16},
 }
@@ -77,7 +78,9 @@ def finished(tmp_path_factory, scenes):
     """The folder of a run of TINY that nothing interrupted; whoever changes it copies it first."""
     from gtsa import pretrain
 
-    location = shared(tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY))
+    location = shared(
+        tmp_path_factory, "finished", lambda out: pretrain(str(scenes), out=str(out), **TINY | {"report": True})
+    )
     before = final_weights(location)
     yield location
     assert final_weights(location) == before, "a test has changed the run that all others are compared with"

@@ -1,7 +1,7 @@
 """gtsa: learn dense visual features from your own scenes.
 
 The verbs of the command line are functions here: ``pretrain``, ``evaluate``, ``compare``, ``check``,
-``preview``, ``export``. Each is imported when it is first used.
+``preview``, ``report``, ``export``. Each is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gtsa.pretraining.check import check
     from gtsa.pretraining.pretrain import pretrain
     from gtsa.pretraining.preview import preview
+    from gtsa.pretraining.report import report
 
     __version__: str
 
@@ -28,8 +29,9 @@ VERBS = {
     "export": "models",
     "pretrain": "pretraining",
     "preview": "pretraining",
+    "report": "pretraining",
 }
-__all__ = ["UserError", "check", "compare", "evaluate", "export", "pretrain", "preview"]
+__all__ = ["UserError", "check", "compare", "evaluate", "export", "pretrain", "preview", "report"]
 
 
 def __getattr__(name: str) -> Any:

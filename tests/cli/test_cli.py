@@ -243,7 +243,7 @@ def test_preview_reads_as_pretrain_does(tmp_path, capsys):
 
 def test_boxes_at_the_edge_of_a_tile_are_whole():
     hue = (250, 0, 0)
-    tile = np.asarray(preview_picture._boxed(torch.zeros(32, 32, 3), torch.tensor([0.0, 0.0, 32.0, 32.0]), hue, 1))
+    tile = np.asarray(preview_picture.boxed(torch.zeros(32, 32, 3), torch.tensor([0.0, 0.0, 32.0, 32.0]), hue, 1))
     edge = preview_picture.EDGE
     assert (tile[:edge] == hue).all() and (tile[-edge:] == hue).all() and (tile[:, :edge] == hue).all()
     assert (tile[edge:-edge, edge:-edge] == 0).all()

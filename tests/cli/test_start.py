@@ -45,6 +45,8 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("compare", "--data", "nowhere", "--out", "o", "--train", ".", ".", "--folds", "3"): (3, "--data nowhere"),
     ("check", "nowhere"): (3, "--data nowhere"),
     ("preview", "nowhere"): (3, "--data nowhere"),
+    ("report", "--help"): (0, "--no-images"),
+    ("report", "nowhere"): (2, "nowhere: there is no such folder"),
     ("export", "nowhere", "--out", "o"): (4, "nowhere: no weights there"),
 }  # fmt: skip
 SCRIPT = f"""

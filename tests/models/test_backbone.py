@@ -154,3 +154,35 @@ def test_names_are_of_plain_vits():
     assert "vit_small_patch16_224" in names("*small*")
     assert "vit_small_patch16_dinov3" in names("*small*")
     assert not [name for name in names("*") if name.startswith(("resnet", "swin"))]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_attention_of_the_last_block_by_head(pooling):
+    """The oracle: softmax(q k) of the last block, from its own input."""
+    backbone = Backbone("test_vit", 48).eval()
+    backbone.pooling = pooling
+    images, inputs = torch.randn(2, 3, 32, 48), []
+    last = backbone.vit.blocks[-1]
+    handle = last.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    maps = backbone.attention(images)
+    handle.remove()
+    heads, (n, tokens, width) = last.attn.num_heads, inputs[0].shape
+    q, k, _ = last.attn.qkv(inputs[0]).reshape(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) / (width // heads) ** 0.5).softmax(-1)
+    expected = weights[:, :, 0, 1:] if pooling == "cls" else weights[:, :, 1:, 1:].mean(2)
+    assert maps.shape == (2, heads, 2, 3)
+    assert maps.flatten(2).detach().numpy() == pytest.approx(expected.detach().numpy(), abs=1e-5)
+    assert (maps.sum((2, 3)) <= 1 + 1e-6).all()
+
+
+def test_attention_with_rotary_positions():
+    """Eva models rotate q and k; the weights are taken after that."""
+    backbone = Backbone("eva02_tiny_patch14_224", 56, arguments={"depth": 1}).eval()
+    maps = backbone.attention(torch.randn(1, 3, 56, 56))
+    assert maps is None or (maps.shape == (1, 3, 4, 4) and (maps >= 0).all())
+
+
+def test_a_model_that_does_not_give_its_attention():
+    backbone = Backbone("test_vit", 48).eval()
+    backbone.vit.blocks[-1].attn = torch.nn.Identity()
+    assert backbone.attention(torch.randn(1, 3, 48, 48)) is None

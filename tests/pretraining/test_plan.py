@@ -89,8 +89,8 @@ def test_steps_that_are_done_are_those_of_our_checkpoints(tmp_path):
     checkpoint.write(out, 40, {}, {})
     for name in ("step-99999999", "step-old"):
         (out / name).mkdir()
-    assert plan._steps_done(SimpleNamespace(resume=True, out=str(tmp_path))) == 40
-    assert plan._steps_done(SimpleNamespace(resume=False, out=str(tmp_path))) is None
+    assert plan.steps_done(SimpleNamespace(resume=True, out=str(tmp_path))) == 40
+    assert plan.steps_done(SimpleNamespace(resume=False, out=str(tmp_path))) is None
 
 
 def test_running_out_of_memory_during_the_plan_is_reported(images, tmp_path, monkeypatch, capfd):

@@ -146,6 +146,27 @@ def preview(
     gtsa.preview(data, out, image, epoch, **{**settings, **model_and_seed, **selection.given})
 
 
+def report(
+    run: str,
+    /,
+    *,
+    out: str | None = None,
+    images: Annotated[bool, Parameter(name="--images", negative="--no-images", show_default=False)] = True,
+) -> None:
+    """
+    Parameters
+    ----------
+    run
+        The folder of the run.
+    out
+        HTML file to write. Default: report.html in the folder of the run.
+    images
+        --no-images is for private data: no pixels of images, and no file names but those of images that cannot be used.
+    """
+    early.run(run)
+    gtsa.report(run, out, images=images)
+
+
 def export(
     weights: str,
     /,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gtsa.cli.examples import EXAMPLES
@@ -15,6 +16,7 @@ from gtsa.data.sources import missing_data
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import ELSEWHERE, no_weights
 from gtsa.pretraining.requested import requested_settings
+from gtsa.pretraining.run_record import check_is_run
 
 
 def pretrain(given: Mapping[str, Any]) -> None:
@@ -59,6 +61,11 @@ def weights(spec: str) -> None:
     """Raises UserError (4) where the weights do not exist."""
     if not spec.startswith(ELSEWHERE) and not os.path.exists(spec):
         raise no_weights(spec)
+
+
+def run(path: str) -> None:
+    """Raises UserError (2) where there is no run."""
+    check_is_run(Path(path))
 
 
 def labelled(*sets: Sequence[str]) -> None:

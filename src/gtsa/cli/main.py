@@ -42,6 +42,10 @@ VERBS = {
     """,
     "check": "Decode every image once. Report the kinds of images, damaged files, and what pretraining would use.",
     "preview": "Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.",
+    "report": """Write one self-contained HTML page about a run: verdict, pictures, curves, data, plan.
+
+    The run may be finished, in progress, stopped or dead. 'gtsa pretrain' writes the page at the end of every run.
+    """,
     "export": "Write the trained encoder in a format that other libraries open, with identical outputs.",
     "methods": "List the training methods.",
     "models": "List timm's plain vision transformers: all, or those whose name contains a word.",

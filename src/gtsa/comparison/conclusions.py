@@ -32,7 +32,7 @@ def _describe_collapse(row: RowSummary) -> Iterator[tuple[int, str]]:
     if collapsed := runs.get("collapsing"):
         name = _name_row(row)
         count = f"{collapsed} of {sum(runs.values())} runs of {name} collapsed"
-        yield 0, f"<b class=lost>{count}</b>: its metrics say nothing about {name} without collapse."
+        yield 0, f"<b class=bad>{count}</b>: its metrics say nothing about {name} without collapse."
 
 
 def _describe_difference(reference: str, row: RowSummary, difference: Interval) -> Iterator[tuple[int, str]]:
@@ -51,7 +51,7 @@ def _describe_difference(reference: str, row: RowSummary, difference: Interval) 
         case "better":
             yield 2, f"<b>{reference} is significantly better than {name}</b> on the primary metric: {value}."
         case "worse":
-            yield 1, f"<b class=lost>{reference} is significantly worse than {name}</b> on the primary metric: {value}."
+            yield 1, f"<b class=bad>{reference} is significantly worse than {name}</b> on the primary metric: {value}."
         case "not distinguishable" if row["row"] == "untrained":
             text = f"<b>{reference} is not distinguishable from untrained on the primary metric</b>: {value}."
             yield 0, f"{text} Longer runs, more images, or more evaluation images are needed."

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 
@@ -51,8 +51,9 @@ def run_jobs(
     started = time.monotonic()
     pool = ThreadPoolExecutor(devices.maxsize)
     try:
-        lines = pool.map(lambda job: run_in_process(job, settings, devices), pending)
-        for number, line in enumerate(lines, start=1):
+        futures = [pool.submit(run_in_process, job, settings, devices) for job in pending]
+        for number, future in enumerate(as_completed(futures), start=1):
+            line = future.result()
             left = (time.monotonic() - started) / number * (len(pending) - number)
             say(f"{number}/{len(pending)}  {line}" + (f"; about {lasting(left)} left" if left else ""))
             after_each()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +13,9 @@ from gtsa.comparison.results import CurveEntry, Result, folder_of
 from gtsa.comparison.settings import Compare
 from gtsa.comparison.summary import Difference, Interval, RowSummary, Summary, TrialSummary
 from gtsa.comparison.tuning import Choice
-from gtsa.core.html import STYLE, line_chart
+from gtsa.core import html
+from gtsa.core.chart import Line, Point, line_chart
+from gtsa.core.html import Markup, Text
 from gtsa.core.settings import flat
 from gtsa.evaluation import intervals
 
@@ -23,107 +23,108 @@ Results = Sequence[tuple[Job, Result]]
 
 
 def make_page(summary: Summary, results: Results, settings: Compare) -> str:
-    """The whole page as HTML, without any external file."""
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>gtsa compare</title>",
-        f"<style>{STYLE}</style><h1>Which method is best on these images?</h1>",
-        *(f"<p>{line}</p>" for line in describe_verdicts(summary["reference"], summary["rows"])),
-        *(f"<p>{escape(line)}</p>" for line in describe_disagreements(summary["choices"])),
+    """The whole page as HTML, without any external file. There may be a single result."""
+    verdicts = [*map(Markup, describe_verdicts(summary["reference"], summary["rows"]))]
+    return html.page(
+        "Which method is best on these images?",
+        *map(html.paragraph, [*verdicts, *describe_disagreements(summary["choices"])]),
         _make_metrics_table(summary["rows"]),
         _make_differences_table(summary["differences"]),
         _make_costs_table(summary["rows"]),
-        _draw_curves(results, settings),
+        html.section("Learning curves", html.grid(_draw_curves(results, settings), "charts")),
         _show_feature_maps(results, settings),
         _make_trials_table(summary["trials"], summary["choices"]),
         _list_failures(summary["rows"]),
-        "<h2>Protocol</h2>",
-        *(f"<p>{line}</p>" for line in describe_protocol(settings)),
-        f"<details><summary>All settings</summary><pre>{escape(settings.model_dump_json(indent=1))}</pre></details>",
-    ]
-    return "\n".join(parts) + "</html>\n"
+        html.section("Protocol", *(html.paragraph(Markup(line)) for line in describe_protocol(settings))),
+        html.details("all settings", html.preformatted(settings.model_dump_json(indent=1))),
+    )
 
 
 # Tables
 
 
-def _make_metrics_table(rows: Sequence[RowSummary]) -> str:
+def _make_metrics_table(rows: Sequence[RowSummary]) -> Markup:
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    text = ["<h2>Metrics</h2><p class=quiet>Means over seeds with 95 % intervals over seeds and images."]
+    text = "Means over seeds with 95 % intervals over seeds and images."
     if any("less_untrained" in row for row in rows):
-        text.append(
+        text += (
             " Not distinguishable from untrained: the 95 % interval of the difference from the untrained network "
             "contains 0; such a metric shows no effect of training. Significantly below untrained: the whole interval "
             "is below 0."
         )
-    text.append("</p><table>")
-    text.append("<tr><th>row<th>seeds" + "".join(f"<th>{escape(name)}" for name in names))
+    lines = []
     for row in rows:
-        text.append(f"<tr><td>{_make_row_cell(row['row'], row['stage'])}<td>{len(row['seeds'])}")
         differences = row.get("less_untrained", {})
-        text += [_make_cell(row["metrics"].get(name), mark=_make_mark(differences.get(name))) for name in names]
-    return "".join(text) + "</table>"
+        cells = [_make_cell(row["metrics"].get(name), mark=_make_mark(differences.get(name))) for name in names]
+        lines.append([_make_row_cell(row["row"], row["stage"]), str(len(row["seeds"])), *cells])
+    table = html.table("Metrics of every row", ["row", "seeds", *names], lines)
+    return html.section("Metrics", html.paragraph(text, "quiet"), table)
 
 
-def _make_row_cell(row: str, stage: str) -> str:
-    return escape(row) + ("" if stage == "images" else f" <small>{STAGES[stage]}</small>")
+def _make_row_cell(row: str, stage: str) -> Markup:
+    return html.escape(row) if stage == "images" else Markup("{} <small>{}</small>").format(row, STAGES[stage])
 
 
-def _make_cell(value: Interval | None, sign: str = "", mark: str = "") -> str:
-    """A table cell with mean and interval; bold if it is a significant difference (``sign`` is +)."""
+def _make_cell(value: Interval | None, sign: str = "", mark: Text = "") -> Markup:
+    """Mean and interval; bold if it is a significant difference (``sign`` is +)."""
     if value is None:
-        return "<td class=quiet>-</td>"
-    mean = format(value["mean"], f"{sign}.2f")
+        return html.marked("-", "quiet")
+    mean = html.escape(format(value["mean"], f"{sign}.2f"))
     if value["low"] is not None and value["high"] is not None:
         if sign and intervals.verdict(value["low"], value["high"]) != "not distinguishable":
-            mean = f"<b>{mean}</b>"
-        mean += f"<br><small>{value['low']:{sign}.2f} to {value['high']:{sign}.2f}</small>"
-    return f"<td>{mean}{mark}</td>"
+            mean = html.bold(mean)
+        mean += html.small(f"{value['low']:{sign}.2f} to {value['high']:{sign}.2f}")
+    return mean + mark
 
 
-def _make_mark(difference: Interval | None) -> str:
+def _make_mark(difference: Interval | None) -> Markup:
     """The mark of a metric that is not above that of the untrained network."""
     if difference is None or difference["low"] is None or difference["high"] is None:
-        return ""
+        return html.EMPTY
     match intervals.verdict(difference["low"], difference["high"]):
         case "better":
-            return ""
+            return html.EMPTY
         case "worse":
-            return "<br><small class=lost>significantly below untrained</small>"
+            return html.small(html.marked("significantly below untrained", "bad"))
         case "not distinguishable":
-            return "<br><small class=lost>not distinguishable from untrained</small>"
+            return html.small(html.marked("not distinguishable from untrained", "bad"))
 
 
-def _make_differences_table(differences: Sequence[Difference]) -> str:
+def _make_differences_table(differences: Sequence[Difference]) -> Markup:
     by_rows = {((d["row"], d["stage"]), (d["less_row"], d["less_stage"])): d for d in differences}
     rows = list(dict.fromkeys(row for row, _ in by_rows))
     if not rows:
-        return ""
-    text = [
-        "<h2>Differences</h2><p class=quiet>Primary metric: the row minus the column, with the same seeds and images. "
-        "Bold: significantly different (95 % interval excludes 0).</p>"
-    ]
-    text.append("<table><tr><th>" + "".join(f"<th>{_make_row_cell(*row)}" for row in rows))
+        return html.EMPTY
+    text = (
+        "Primary metric: the row minus the column, with the same seeds and images. Bold: significantly different (95 % "
+        "interval excludes 0)."
+    )
+    lines = [[_make_row_cell(*row), *(_make_cell(by_rows.get((row, column)), "+") for column in rows)] for row in rows]
+    table = html.table("Differences of the primary metric", ["row", *(_make_row_cell(*row) for row in rows)], lines)
+    return html.section("Differences", html.paragraph(text, "quiet"), table)
+
+
+def _make_costs_table(rows: Sequence[RowSummary]) -> Markup:
+    head = ["row", "steps", "images seen", "operations per image", "in total", "minutes", "peak memory, GiB", "device"]
+    lines = []
     for row in rows:
-        cells = "".join(_make_cell(by_rows.get((row, column)), "+") for column in rows)
-        text.append(f"<tr><td>{_make_row_cell(*row)}{cells}")
-    return "".join(text) + "</table>"
-
-
-def _make_costs_table(rows: Sequence[RowSummary]) -> str:
-    trained = [row for row in rows if row["costs"]]
-    if not trained:
-        return ""
-    text = ["<h2>Costs</h2><table><tr><th>row<th>steps<th>images seen<th>operations per image<th>in total<th>minutes"]
-    text.append("<th>peak memory, GiB<th>device<th>verdicts: runs")
-    for row in trained:
-        costs = row["costs"]
-        verdicts = ", ".join(f"{escape(name)}: {count}" for name, count in costs["verdicts"].items()) or "-"
-        text.append(
-            f"<tr><td>{_make_row_cell(row['row'], row['stage'])}<td>{costs['steps']:,}<td>{costs['images_seen']:,}"
-            f"<td>{_format_flops(costs['gflops_per_image'] * 1e9)}<td>{_format_flops(costs['petaflops'] * 1e15)}"
-            f"<td>{costs['minutes']:.1f}<td>{costs['peak_gib']:.1f}<td>{escape(costs['device'])}<td>{verdicts}"
-        )
-    return "".join(text) + "</table>"
+        if costs := row["costs"]:
+            lines.append(
+                [
+                    _make_row_cell(row["row"], row["stage"]),
+                    f"{costs['steps']:,}",
+                    f"{costs['images_seen']:,}",
+                    _format_flops(costs["gflops_per_image"] * 1e9),
+                    _format_flops(costs["petaflops"] * 1e15),
+                    f"{costs['minutes']:.1f}",
+                    f"{costs['peak_gib']:.1f}",
+                    costs["device"],
+                    ", ".join(f"{name}: {count}" for name, count in costs["verdicts"].items()) or "-",
+                ]
+            )
+    if not lines:
+        return html.EMPTY
+    return html.section("Costs", html.table("Costs of a network", [*head, "verdicts: runs"], lines))
 
 
 def _format_flops(count: float) -> str:
@@ -131,30 +132,35 @@ def _format_flops(count: float) -> str:
     return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}FLOPs"
 
 
-def _make_trials_table(trials: Sequence[TrialSummary], choices: Sequence[Choice]) -> str:
+def _make_trials_table(trials: Sequence[TrialSummary], choices: Sequence[Choice]) -> Markup:
     if not trials:
-        return ""
-    text = [
-        "<h2>Trials</h2><p class=quiet>The same number for every method. The trial with the best primary metric is "
-        "chosen among those that did not collapse. Bold: the chosen trial.</p>"
-    ]
-    text.append("<table><tr><th>method<th>trial<th>settings<th>metrics<th>chosen by<th>verdict of the run")
+        return html.EMPTY
+    text = (
+        "The same number for every method. The trial with the best primary metric is chosen among those that did not "
+        "collapse. Bold: the chosen trial."
+    )
     by_row = {choice["row"]: choice for choice in choices}
-    for trial in trials:
-        metrics = ", ".join(f"{escape(name)} {value:.2f}" for name, value in trial["metrics"].items())
-        text.append(f"<tr><td>{escape(trial['row'])}<td>{trial['number']}")
-        text.append(f"<td>{escape(_format_settings(trial['settings']))}<td>{metrics or trial['status']}")
-        votes = _format_votes(by_row.get(trial["row"]), trial["number"])
-        text.append(f"<td>{votes}<td>{escape(trial['verdict']) or '-'}")
-    return "".join(text) + "</table>"
+    lines = [
+        [
+            trial["row"],
+            str(trial["number"]),
+            _format_settings(trial["settings"]),
+            ", ".join(f"{name} {value:.2f}" for name, value in trial["metrics"].items()) or trial["status"],
+            _format_votes(by_row.get(trial["row"]), trial["number"]),
+            trial["verdict"] or "-",
+        ]
+        for trial in trials
+    ]
+    head = ["method", "trial", "settings", "metrics", "chosen by", "verdict of the run"]
+    return html.section("Trials", html.paragraph(text, "quiet"), html.table("Trials", head, lines, words=True))
 
 
-def _format_votes(choice: Choice | None, number: int) -> str:
+def _format_votes(choice: Choice | None, number: int) -> Text:
     if choice is None:
         return "-"
     votes, folds = choice["of_folds"].count(number), len(choice["of_folds"])
     text = f"{votes} of {folds} folds" if folds > 1 else "yes" if votes else "-"
-    return f"<b>{text}</b>" if number == choice["taken"] else text
+    return html.bold(text) if number == choice["taken"] else text
 
 
 def _format_settings(settings: Mapping[str, object]) -> str:
@@ -168,7 +174,7 @@ def _format_settings(settings: Mapping[str, object]) -> str:
 # Curves, feature maps, failures
 
 
-def _draw_curves(results: Results, settings: Compare) -> str:
+def _draw_curves(results: Results, settings: Compare) -> Iterator[Markup]:
     """Primary metric and effective rank during training, as means over seeds."""
 
     def read_primary(entry: CurveEntry) -> float | None:
@@ -180,19 +186,20 @@ def _draw_curves(results: Results, settings: Compare) -> str:
         return entry.get("rank")
 
     curves: dict[str, Callable[[CurveEntry], float | None]] = {
-        "primary metric": read_primary,
-        "effective rank of patch tokens": read_rank,
+        "Primary metric": read_primary,
+        "Effective rank of patch tokens": read_rank,
     }
-    figures = []
     for title, read in curves.items():
-        lines: dict[str, dict[int, list[float]]] = {}
+        values: dict[str, dict[int, list[float]]] = {}
         for job, result in results:
             for entry in result.get("curve", ()) if job.stage == "images" else ():
                 if (value := read(entry)) is not None:
-                    lines.setdefault(job.row.name, {}).setdefault(entry["step"], []).append(value)
-        if lines:
-            figures.append(f"<figure><figcaption>{title}, by steps</figcaption>{line_chart(lines)}</figure>")
-    return "<h2>Learning curves</h2>" + "".join(figures) if figures else ""
+                    values.setdefault(job.row.name, {}).setdefault(entry["step"], []).append(value)
+        lines = [
+            Line(name, [Point(step, float(np.mean(of_seeds))) for step, of_seeds in sorted(by_step.items())])
+            for name, by_step in values.items()
+        ]
+        yield line_chart(title, lines, note="Mean over seeds.")
 
 
 def _read_curve_value(entry: CurveEntry, part: str) -> float | None:
@@ -202,22 +209,29 @@ def _read_curve_value(entry: CurveEntry, part: str) -> float | None:
     return entry.get(name)
 
 
-def _show_feature_maps(results: Results, settings: Compare) -> str:
+def _show_feature_maps(results: Results, settings: Compare) -> Markup:
     """The feature maps of one network of every row."""
-    figures: dict[str, str] = {}
+    figures: dict[str, Markup] = {}
     for job, result in results:
         file = folder_of(job, settings) / "maps.png"
         if job.stage == "images" and job.row.name not in figures and result["status"] == "done" and file.exists():
-            data = base64.b64encode(file.read_bytes()).decode()
-            caption = f"<figcaption>{escape(job.row.name)}, seed {job.number}</figcaption>"
-            figures[job.row.name] = f'<figure>{caption}<img src="data:image/png;base64,{data}"></figure>'
-    title = "<h2>Feature maps</h2><p class=quiet>The first three principal components of the patch tokens.</p>"
-    return title + "".join(figures.values()) if figures else ""
+            alt = f"Images above, and the feature maps of {job.row.name} below them"
+            picture = html.image(file.read_bytes(), alt, kind="png")
+            figures[job.row.name] = html.figure(picture, f"{job.row.name}, seed {job.number}")
+    text = (
+        "The three strongest principal components of the patch tokens of a network, as lightness and two axes of hue. "
+        "Each network has components of its own: compare shapes, not colours."
+    )
+    return (
+        html.section("Feature maps", html.paragraph(text, "quiet"), html.grid(figures.values()))
+        if figures
+        else html.EMPTY
+    )
 
 
-def _list_failures(rows: Sequence[RowSummary]) -> str:
+def _list_failures(rows: Sequence[RowSummary]) -> Markup:
     failures = [(row["row"], seed, reason) for row in rows for seed, reason in row["failed"].items()]
     if not failures:
-        return ""
-    items = "".join(f"<li>{escape(row)}, seed {seed}: {escape(reason)}" for row, seed, reason in failures)
-    return f"<h2 class=lost>Failed</h2><ul>{items}</ul>"
+        return html.EMPTY
+    items = [f"{row}, seed {seed}: {reason}" for row, seed, reason in failures]
+    return html.section(html.marked("Failed", "bad"), html.bullets(items))

@@ -107,7 +107,7 @@ def _train(job: Job, settings: Compare, folder: Path) -> tuple[Backbone, Result]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     run_folder = folder / "run"
-    pretrain(**options, out=str(run_folder), resume=True)
+    pretrain(**options, out=str(run_folder), resume=True, report=False)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     backbone, _ = load_backbone(str(run_folder))

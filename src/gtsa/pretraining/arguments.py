@@ -58,6 +58,7 @@ class RunArguments(TypedDict, total=False):
     follow_links: bool
     resume: bool
     overwrite: bool
+    report: bool
     plan: bool
     views: Mapping[str, object]
     gtsa: Mapping[str, object]

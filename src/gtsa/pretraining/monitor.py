@@ -18,7 +18,7 @@ from gtsa.core.terminal import doing, say
 from gtsa.core.types import Method, Views
 from gtsa.data.loader import ViewSet
 from gtsa.data.run_images import RunImages
-from gtsa.evaluation.feature_maps import patch_maps, strip
+from gtsa.evaluation.feature_maps import SHIFTS, patch_maps, strip
 from gtsa.models.backbone import Backbone
 from gtsa.models.weight_sources import read_weights
 from gtsa.models.weights import build_backbone
@@ -39,7 +39,7 @@ class StepZero:
 
     health: HealthSnapshot
     gallery: Tensor  # [n, 3, side, side] in [0, 1]: images whose feature maps are drawn
-    maps: Tensor  # their patch features
+    maps: Tensor  # [n, h, w, D] float16: their patch tokens; of early versions float32, and one for each patch
 
 
 class Monitor:
@@ -90,7 +90,7 @@ class Monitor:
         with doing(f"step 0: evaluating on {len(self.images.looked_at)} images"):
             health = self.health(self.method)
             gallery = self.images.gallery(2 * self.settings.multicrop.global_crops_size)
-            self.step_zero = StepZero(health, gallery, patch_maps(self.teacher, gallery))
+            self.step_zero = StepZero(health, gallery, patch_maps(self.teacher, gallery, SHIFTS).half())
         self._evaluate_online(0)
 
     def _evaluate(self, step: int) -> Verdict:
@@ -100,9 +100,11 @@ class Monitor:
             health = self.health(self.method)
         self.images.unreadable(health.replaced, f"evaluation at step {step}: ")
         result = verdict(health, step_zero.health, step, bool(self.images.held_out))
-        run.log(step, result.metrics, "health.jsonl", verdict=result.label)
+        run.log(step, result.metrics, "health.jsonl", verdict=result.label, reasons=result.reasons)
         picture = io.BytesIO()
-        strip(step_zero.gallery, step_zero.maps, patch_maps(self.teacher, step_zero.gallery), step).save(picture, "PNG")
+        shifts = step_zero.maps.shape[1] * self.teacher.patch_size // step_zero.gallery.shape[-1]
+        maps = patch_maps(self.teacher, step_zero.gallery, shifts)
+        strip(step_zero.gallery, step_zero.maps, maps, step).save(picture, "PNG")
         run.write(f"pictures/features-{step:08d}.png", picture.getvalue())
         self._evaluate_online(step)
         return result

@@ -29,13 +29,15 @@ from gtsa.models.backbone import Backbone
 from gtsa.models.export import write as write_export
 from gtsa.models.weight_sources import read_weights
 from gtsa.models.weights import model_of
-from gtsa.pretraining import cost, plan
+from gtsa.pretraining import cost, plan, plan_table
 from gtsa.pretraining.adaptation import build_method, parameter_groups
 from gtsa.pretraining.arguments import PretrainArguments
 from gtsa.pretraining.monitor import Monitor
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.open_run import open_run
+from gtsa.pretraining.report import write_at_end
 from gtsa.pretraining.requested import describe, requested_settings
+from gtsa.pretraining.run_record import PLAN, plan_text
 from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.pretraining.verdict import Verdict, advice
 from gtsa.training import threads
@@ -108,7 +110,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         images = RunImages(data, _select(ImageSettings, resolved.settings), partial(note, run))
         _write_config(run, resolved.settings)
         prepare = partial(_prepare, method, fabric.device)
-        expected = _measure_and_show(resolved, method, loaded, images, prepare, fabric, requested)
+        expected = _measure_and_show(resolved, method, loaded, images, prepare, fabric, requested, run)
         if requested.plan:
             return _result(Path(requested.out or "."), Verdict("planned", [], {}))
         final = resolved.settings
@@ -131,7 +133,9 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
             network, choice = monitor.choose_network()
             with doing("exporting"), stops.saving():
                 write_export(network, run.path("exports", "timm"), _model_name(final.data))
-            _report(run, verdict, choice, images, network, bool(loaded))
+            _announce(run, verdict, choice, images, network, bool(loaded))
+            if final.report:
+                say(write_at_end(run.folder))
         fabric.barrier()
         return _result(Path(final.out), verdict or Verdict("see rank 0", [], {}), choice)
 
@@ -179,6 +183,7 @@ def _measure_and_show(
     prepare: Callable[[Views], Views],
     fabric: Fabric,
     requested: Pretrain,
+    run: RunFolder | None,
 ) -> tuple[float, float]:
     """Measures a step, resolves micro-batches and shows the plan; expected seconds of a step and of an evaluation."""
 
@@ -193,7 +198,9 @@ def _measure_and_show(
         if loaded:
             say(loaded)
         disk = _existing(Path(requested.out or ".").absolute())
-        plan.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk)
+        rows = plan_table.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk)
+        if run and not (run.folder / PLAN).exists():  # a resumed run keeps the reasons with which it began
+            run.write(PLAN, plan_text(rows))
         settings = resolved.settings
         return settings.accumulate, measured.step(settings), measured.evaluation(settings, len(images.looked_at))
 
@@ -240,7 +247,9 @@ def _model_name(data: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in Path(data).name)[:40]
 
 
-def _report(run: RunFolder, verdict: Verdict, choice: str, images: RunImages, network: Backbone, adapted: bool) -> None:
+def _announce(
+    run: RunFolder, verdict: Verdict, choice: str, images: RunImages, network: Backbone, adapted: bool
+) -> None:
     """Verdict, choice, and where the results are, for the user and the run's log."""
     out = run.folder
     run.note(f"done: {verdict.label}. " + ". ".join(verdict.reasons))

@@ -31,7 +31,7 @@ def preview(image: Tensor, views: Views, augmented: Views, mean: Rgb, std: Rgb, 
     """
     shift, scale = (torch.tensor(v)[:, None, None] for v in (mean, std))
     pixels = [(crops.pixels[0] * scale + shift).clamp(0, 1) for crops in augmented.groups]
-    hues = _hues(sum(crops.count for crops in views.groups))
+    hues = make_hues(sum(crops.count for crops in views.groups))
     parts = [
         _draw_image(image, views, hues),
         _draw_views(pixels, views, hues),
@@ -49,26 +49,31 @@ def preview(image: Tensor, views: Views, augmented: Views, mean: Rgb, std: Rgb, 
 
 
 def _draw_image(image: Tensor, views: Views, hues: list[Hue]) -> Image.Image:
-    """The image with the boxes of its crops."""
-    picture = to_image(image.permute(1, 2, 0))
-    zoom = min(1.6, 900 / picture.width, 620 / picture.height)
-    picture = picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))))
+    """The image with the boxes of its crops, under a line of text."""
+    picture = draw_boxes(image, views, hues, min(1.6, 900 / image.shape[-1], 620 / image.shape[-2]))
     sheet = new_sheet(max(picture.width, 900), picture.height + 26)
     write(sheet, (0, 2), "the image, and where its crops were cut (G global, L local)")
     sheet.paste(picture, (0, 26))
-    draw = ImageDraw.Draw(sheet)
-    for _, box, hue, size in _crops(views, hues):
-        x1, y1, x2, y2 = (value * zoom for value in box)
-        draw.rectangle((x1, y1 + 26, x2 - 1, y2 + 25), outline=hue, width=4 if size == 0 else 2)
-    for name, box, hue, size in _crops(views, hues):  # above all boxes; labels of global crops on the right
-        x1, y1, x2, _ = (value * zoom for value in box)
-        label(draw, (x2 - 26 if size == 0 else x1 + 4, y1 + 30), name, hue)
     return sheet
+
+
+def draw_boxes(image: Tensor, views: Views, hues: list[Hue], zoom: float) -> Image.Image:
+    """The image, ``zoom`` times as large, with the boxes of its crops."""
+    picture = to_image(image.permute(1, 2, 0))
+    picture = picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))))
+    draw = ImageDraw.Draw(picture)
+    for _, box, hue, size in list_crops(views, hues):
+        x1, y1, x2, y2 = (value * zoom for value in box)
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=hue, width=4 if size == 0 else 2)
+    for name, box, hue, size in list_crops(views, hues):  # above all boxes; labels of global crops on the right
+        x1, y1, x2, _ = (value * zoom for value in box)
+        label(draw, (x2 - 26 if size == 0 else x1 + 4, y1 + 4), name, hue)
+    return picture
 
 
 def _draw_views(pixels: list[Tensor], views: Views, hues: list[Hue]) -> Image.Image:
     """The views as the student sees them."""
-    names = [name for name, *_ in _crops(views, hues)]
+    names = [name for name, *_ in list_crops(views, hues)]
     rows, i, y = [], 0, 26
     for size, (tiles, crops) in enumerate(zip(pixels, views.groups, strict=True)):
         side = (200, 100)[size]
@@ -101,18 +106,18 @@ def _draw_target(views: Views, size: int, hues: list[Hue], cells: int) -> Image.
     v, g = next((v for v in candidates if view.rotations[0, v] != seen.rotations[0, 0]), candidates[0]), 0
     in_view, in_seen = (boxes[0] for boxes in regions(view, seen))
     box_seen, box_view = in_seen[g, v], in_view[v, g]
-    pixels_seen, pixels_view = _rotated(seen)[0, g], _rotated(view)[0, v]  # [S, S, 3] as each network gets it
+    pixels_seen, pixels_view = rotated(seen)[0, g], rotated(view)[0, v]  # [S, S, 3] as each network gets it
     turns = view.rotations[0, v] - seen.rotations[0, g]
     pooled = pool(pixels_seen.double(), box_seen[None], cells)[0]
     student = pool(pixels_view.double(), box_view[None], cells)[0]
     names = f"G{g + 1}", f"{'G' if size == 0 else 'L'}{v + 1}"
     hue = hues[v if size == 0 else seen.count + v]
     tiles = [
-        (f"teacher sees {names[0]}", _boxed(pixels_seen, box_seen, hues[g], cells)),
+        (f"teacher sees {names[0]}", boxed(pixels_seen, box_seen, hues[g], cells)),
         ("the shared region, pooled", _cells(pooled)),
         (f"target: rotated by {90 * (int(turns) % 4)}°", _cells(rotate_maps(pooled, turns))),
         ("student's cells", _cells(student)),
-        (f"student sees {names[1]}", _boxed(pixels_view, box_view, hue, cells)),
+        (f"student sees {names[1]}", boxed(pixels_view, box_view, hue, cells)),
     ]
     return _row(f"{names[1]} against {names[0]}: the target is the same region, in the student's orientation", tiles)
 
@@ -131,12 +136,12 @@ def _row(title: str, tiles: list[tuple[str, Image.Image]]) -> Image.Image:
     return sheet
 
 
-def _rotated(crops: Crops) -> Tensor:
+def rotated(crops: Crops) -> Tensor:
     """uint8 crops after their rotation: [B, n, S, S, 3] in [0, 1]."""
     return rotate_maps(crops.pixels.permute(0, 1, 3, 4, 2).float() / 255, crops.rotations)
 
 
-def _boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:
+def boxed(pixels: Tensor, box: Tensor, hue: Hue, cells: int) -> Image.Image:
     """A crop with a box and its grid of cells. A border keeps the box outside its region even at the edges."""
     picture = new_sheet(TILE + 2 * EDGE, TILE + 2 * EDGE)
     picture.paste(to_image(pixels).resize((TILE, TILE)), (EDGE, EDGE))
@@ -155,7 +160,7 @@ def _cells(cells: Tensor) -> Image.Image:
     return to_image(cells.float())
 
 
-def _crops(views: Views, hues: list[Hue]) -> Iterator[tuple[str, list[float], Hue, int]]:
+def list_crops(views: Views, hues: list[Hue]) -> Iterator[tuple[str, list[float], Hue, int]]:
     """(name, box in the image, hue, size) of every crop, global ones first."""
     i = 0
     for size, group in enumerate(views.groups):
@@ -164,6 +169,6 @@ def _crops(views: Views, hues: list[Hue]) -> Iterator[tuple[str, list[float], Hu
             i += 1
 
 
-def _hues(count: int) -> list[Hue]:
+def make_hues(count: int) -> list[Hue]:
     colours = [colorsys.hsv_to_rgb(i / count, 0.9, 0.95) for i in range(count)]
     return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in colours]

@@ -153,6 +153,8 @@ class PretrainSettings(Documented):
     """Resume the run in --out. With --data: start it if there is none."""
     overwrite: bool = False
     """Remove the run in --out and start a new one."""
+    report: bool = True
+    """Write report.html at the end of the run (gtsa report)."""
     plan: bool = False
     """Print the plan with time, memory and disk, and stop; nothing is written."""
     views: ViewSettings = ViewSettings()

@@ -1,6 +1,7 @@
 """The run folder: one run at a time, its configuration, logs and pictures.
 
-config.yaml, images.jsonl, scan.json, metrics.jsonl, health.jsonl, evaluations.jsonl, events.out.tfevents.*, train.log,
+config.yaml, images.jsonl, scan.json, plan.json, metrics.jsonl, health.jsonl, evaluations.jsonl, events.out.tfevents.*,
+train.log, report.html,
 checkpoints/, best/, pictures/, exports/timm/
 """
 
@@ -26,7 +27,8 @@ LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
 CHECKPOINTS = ("checkpoints", "best/checkpoints")
 FOLDERS = (*CHECKPOINTS, "best", "pictures", "exports/timm", "exports")  # inner folders come before outer ones
 OURS = (
-    "config.yaml", IMAGES, "scan.json", "train.log", *LOGS, NAMES, "pictures/features-*.png",
+    "config.yaml", IMAGES, "scan.json", "plan.json", "train.log", "report.html", *LOGS, NAMES,
+    "pictures/features-*.png",
     *(f"exports/timm/{name}" for name in ("config.json", "model.safetensors", files.SUMS)),
 )  # fmt: skip
 BEFORE = ("config.yaml", "scan.json", "train.log")  # what a start leaves that failed before images were listed
@@ -142,8 +144,8 @@ class RunFolder:
                     self.note(f"{log.name}: {unreadable} lines could not be read and were left out")
         self._events = Events(self.folder, step)
 
-    def log(self, step: int, values: Mapping[str, float], file: str = "metrics.jsonl", **labels: str) -> None:
-        """Writes a line of a log file, and the numbers to TensorBoard."""
+    def log(self, step: int, values: Mapping[str, float], file: str = "metrics.jsonl", **labels: object) -> None:
+        """Writes a line of a log file, and the numbers to TensorBoard. ``labels``: further plain values of the line."""
         assert self._events is not None
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append(file, json.dumps({"step": step, **labels, **finite}, allow_nan=False))

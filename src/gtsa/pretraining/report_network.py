@@ -1,0 +1,78 @@
+"""The network of a run's newest checkpoint, and the images that the checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtsa import methods
+from gtsa.core.seeds import Stream, generator
+from gtsa.core.types import Method, Views
+from gtsa.evaluation.feature_maps import patch_maps
+from gtsa.models.backbone import Backbone
+from gtsa.pretraining.run_record import RunRecord
+from gtsa.pretraining.settings import Pretrain
+from gtsa.training import checkpoint
+
+
+@dataclass
+class Network:
+    """The method of a run as its newest checkpoint has it, and the images that the checkpoint keeps."""
+
+    settings: Pretrain
+    step: int
+    method: Method
+    teacher: Backbone
+    gallery: Tensor  # [n, 3, side, side] in [0, 1]
+    at_start: Tensor  # [n, h, w, D]: patch tokens at step 0
+    now: Tensor  # the same of the teacher
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.method.parameters()).device
+
+    def draw_views(self) -> Views:
+        """Views of the kept images, drawn as in training."""
+        multicrop, seed = self.settings.multicrop, self.settings.seed
+        images = (255 * self.gallery).round().to(torch.uint8)
+        drawn = [multicrop(image, generator(seed, Stream.VIEWS, 0, n, 0)) for n, image in enumerate(images)]
+        groups = []
+        for of_size in zip(*(views.groups for views in drawn), strict=True):
+            fields = zip(*((c.pixels, c.boxes, c.rotations, c.colours) for c in of_size), strict=True)
+            groups.append(type(of_size[0])(*(torch.cat(tensors) for tensors in fields)))
+        return Views.of(groups)
+
+
+def open_network(record: RunRecord) -> Network | None:
+    """The network of the newest whole checkpoint; None where there is none."""
+    path, problems = checkpoint.newest(record.folder / "checkpoints")
+    record.missing += [f"{problem}; the pictures show the checkpoint before it." for problem in problems]
+    if path is None:
+        return None
+    with checkpoint.understood(path):
+        tensors, state = checkpoint.read(path)
+        method = _build_method(record.settings, state["encoder"])
+        method.load_state_dict(tensors["objective"])
+        start = tensors["start"]
+        gallery = start["gallery"].float() / 255
+    method = method.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    teacher = method.encoders["teacher"]
+    assert isinstance(teacher, Backbone)
+    shifts = max(1, start["maps"].shape[1] * teacher.patch_size // gallery.shape[-1])
+    now = patch_maps(teacher, gallery, shifts)
+    return Network(record.settings, state["step"], method, teacher, gallery, start["maps"].float(), now)
+
+
+def _build_method(settings: Pretrain, encoder: dict[str, Any]) -> Method:
+    kind: Callable[..., Method] = methods.load_all()[settings.method]
+    mean, std = encoder["normalisation"]
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+        backbone = Backbone(
+            encoder["model"], normalisation=(tuple(mean), tuple(std)), arguments=dict(encoder["arguments"])
+        )
+        method = kind(backbone, **settings.options)
+    return method
