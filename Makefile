@@ -1,5 +1,6 @@
 # make demo: set-up and the main job on the embedded sample. make check: while working, within a minute. make test: what
-# CI runs, all checks. make test-long: what takes minutes too, before a release.
+# CI runs, all checks. make test-long: what takes minutes too, before a release. make docs: the documentation as HTML in
+# docs/_build/html; make docs-links asks every external link (needs the network).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ FAST := $(foreach test,core/files data/augment data/decoding data/labels data/la
   evaluation/feature_pyramid methods/dino methods/geometry methods/gtsa methods/heads methods/ibot methods/losses methods/mae \
   methods/masking methods/teacher training/checkpoint training/optim training/schedules,tests/$(dir $(test))test_$(notdir $(test)).py)
 
-.PHONY: setup demo check test test-long lint format benchmark lock clean
+.PHONY: setup demo check test test-long lint format docs docs-links benchmark lock clean
 
 setup: $(READY)
 
@@ -46,6 +47,12 @@ test: lint
 test-long: lint
 	$(PYTEST) -m 'long or not long'
 
+docs: setup
+	$(BIN)/python -m sphinx -b html -n -W --keep-going docs docs/_build/html
+
+docs-links: setup
+	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/links
+
 benchmark: setup
 	$(BIN)/python benchmarks/step.py --json runs/step.json
 
@@ -53,4 +60,4 @@ lock: setup
 	$(BIN)/python tools/lock.py > requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist docs/_build src/*.egg-info
