@@ -70,7 +70,7 @@ def test_a_plan_refuses_what_a_run_refuses(tmp_path, capfd):
 
 
 def test_the_plan_of_a_long_run_on_a_cpu_shows_faster_settings(images, monkeypatch, capfd):
-    for module in (cost, plan):
+    for module in (cost, plan_table):
         monkeypatch.setattr(module, "LONG", 0.001)
     larger = [{"48": "96", "32": "64"}.get(word, word) for word in SMALL]
     assert run(["pretrain", "--plan", "--data", images, *larger, "--batch-size", "4", "--steps", "9"]) == 0
