@@ -9,7 +9,7 @@ from conftest import make_scenes
 from gtsa.cli.main import run
 from gtsa.core.settings import validated
 from gtsa.methods.gtsa import GTSA
-from gtsa.pretraining import cost, plan
+from gtsa.pretraining import cost, plan, plan_table
 from gtsa.pretraining.cost import Cost
 from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.training import checkpoint
