@@ -1,7 +1,7 @@
 """gtsa: learn dense visual features from your own scenes.
 
 The verbs of the command line are functions here: ``pretrain``, ``evaluate``, ``compare``, ``check``,
-``preview``, ``report``, ``export``. Each is imported when it is first used.
+``preview``, ``report``, ``export``, ``embed``; ``load`` opens a backbone. Each is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from gtsa.core.errors import UserError
 
 if TYPE_CHECKING:
     from gtsa.comparison.compare import compare
+    from gtsa.evaluation.embed import embed
     from gtsa.evaluation.evaluate import evaluate
     from gtsa.models.export import export
+    from gtsa.models.load import load
     from gtsa.pretraining.check import check
     from gtsa.pretraining.pretrain import pretrain
     from gtsa.pretraining.preview import preview
@@ -25,13 +27,15 @@ if TYPE_CHECKING:
 VERBS = {
     "check": "pretraining",
     "compare": "comparison",
+    "embed": "evaluation",
     "evaluate": "evaluation",
     "export": "models",
+    "load": "models",
     "pretrain": "pretraining",
     "preview": "pretraining",
     "report": "pretraining",
 }
-__all__ = ["UserError", "check", "compare", "evaluate", "export", "pretrain", "preview", "report"]
+__all__ = ["UserError", "check", "compare", "embed", "evaluate", "export", "load", "pretrain", "preview", "report"]
 
 
 def __getattr__(name: str) -> Any:

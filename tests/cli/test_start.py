@@ -48,6 +48,10 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("report", "--help"): (0, "--no-images"),
     ("report", "nowhere"): (2, "nowhere: there is no such folder"),
     ("export", "nowhere", "--out", "o"): (4, "nowhere: no weights there"),
+    ("embed", "--help"): (0, "--shard-size"),
+    ("embed", "nowhere", "--data", ".", "--out", "o.npy"): (4, "nowhere: no weights there"),
+    ("embed", "random:test_vit", "--data", "nowhere", "--out", "o.npy"): (3, "--data nowhere"),
+    ("pretrain", "--loggers", "tensorboard", "--out", "run"): (2, "tensorboard"),
 }  # fmt: skip
 SCRIPT = f"""
 import sys
@@ -154,7 +158,7 @@ def test_what_needs_an_import_is_not_worked_out(tmp_path):
 
 
 def test_verbs_are_those_of_python():
-    assert set(gtsa.__all__) - {"UserError"} <= set(main.VERBS)
+    assert set(gtsa.__all__) - {"UserError", "load"} <= set(main.VERBS)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -61,7 +61,7 @@ compare.__signature__ = flags.signature(  # type: ignore[attr-defined]
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Selection:
-    """Flags of check and preview: which images of the data are used, and how they are read."""
+    """Flags of check, preview and embed: which images of the data are used, and how they are read."""
 
     range16: Annotated[
         tuple[float, float] | None,
@@ -98,6 +98,7 @@ class Selection:
 
 Data = Annotated[str, Parameter(help="Folder of images (nested), or a .txt file with one path a line.")]
 ALL = Selection()
+Kind = Literal["mean", "cls", "patches"]
 
 
 def check(data: Data, /, *, json: str | None = None, selection: Selection = ALL) -> None:
@@ -182,10 +183,10 @@ def export(
     weights
         A run, an export, or any other weights that evaluate accepts.
     out
-        Folder to write; for dino the .pth file.
+        Folder to write; for dino the .pth file, for onnx the .onnx file.
     to
         timm: a folder for timm.create_model; hf: a folder for Hugging Face's ViTModel (plain ViTs); dino: a .pth file
-        of tensors under "teacher".
+        of tensors under "teacher"; onnx: an .onnx file, compared with PyTorch by onnxruntime (extra onnx).
     network
         The teacher (as evaluated) or the student, if the weights hold both.
     model
@@ -194,6 +195,59 @@ def export(
     early.weights(weights)
     path = gtsa.export(weights, out, to, network, model)
     print(f"{path}: open it with {OPENS[to].format(path)}")
+
+
+def embed(
+    weights: str,
+    /,
+    *,
+    data: Data,
+    out: str,
+    tokens: Annotated[
+        tuple[Literal["mean", "cls", "patches"], ...], Parameter(consume_multiple=True, negative=())
+    ] = (),
+    dtype: Literal["float32", "float16"] = "float32",
+    size: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (),
+    shard_size: int | None = None,
+    network: Literal["teacher", "student"] = "teacher",
+    model: str | None = None,
+    batch_size: int = 32,
+    workers: Annotated[int | None, Parameter(help="Processes that read images. Default: by cores and device.")] = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_bad: float = 0.01,
+    selection: Selection = ALL,
+) -> None:
+    """
+    Parameters
+    ----------
+    weights
+        A run, an export, or any other weights that evaluate accepts.
+    out
+        A .parquet file (extra embed), or a .npy file with the names beside it.
+    tokens
+        One or several of: mean of the patch tokens, CLS token, all patches. Default: the vector that was trained.
+    dtype
+        Type of the vectors in the file; they are computed in float32.
+    size
+        Side, or height and width, of the network's input, px. Default: that of the weights.
+    shard_size
+        Images a shard; --out is then a folder of shards, which pandas and pyarrow read as one table.
+    network
+        The teacher or the student, if the weights hold both.
+    model
+        timm's name of the model, if the weights do not name it.
+    batch_size
+        Images a forward pass.
+    device
+        auto: the GPU if there is one.
+    max_bad
+        Share of unreadable images that is accepted; one always is. They are left out and recorded.
+    """
+    early.embed(out, weights, data)
+    options = {"workers": "auto" if workers is None else workers, "max_bad": max_bad, **selection.given}
+    gtsa.embed(
+        weights, data, out, tokens, dtype, size, shard_size, network, model, batch_size, device=device, **options
+    )
 
 
 def methods() -> None:

@@ -11,16 +11,19 @@ from typing import Any
 from gtsa.cli.examples import EXAMPLES
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError, escaped
+from gtsa.core.extras import require
 from gtsa.core.settings import validated
 from gtsa.data.sources import missing_data
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import ELSEWHERE, no_weights
 from gtsa.pretraining.requested import requested_settings
 from gtsa.pretraining.run_record import check_is_run
+from gtsa.training.loggers import check_installed
 
 
 def pretrain(given: Mapping[str, Any]) -> None:
     settings = requested_settings(given, show=False)
+    check_installed(settings.loggers)
     data(settings.data)
     if settings.init:
         weights(settings.init)
@@ -38,6 +41,13 @@ def compare(given: Mapping[str, Any]) -> None:
         settings = validated(Compare, given)
     data(settings.data)
     labelled(settings.train, settings.val)
+
+
+def embed(out: str, spec: str, images: str) -> None:
+    if out.endswith(".parquet"):
+        require("--out FILE.parquet", "embed", "pyarrow")
+    weights(spec)
+    data(images)
 
 
 @contextmanager

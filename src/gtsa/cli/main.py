@@ -47,6 +47,10 @@ VERBS = {
     The run may be finished, in progress, stopped or dead. 'gtsa pretrain' writes the page at the end of every run.
     """,
     "export": "Write the trained encoder in a format that other libraries open, with identical outputs.",
+    "embed": """Write the vectors of images to a Parquet or .npy file, with the names and sizes of the images.
+
+    WEIGHTS as for evaluate. The same command resumes after an interruption. See docs/embed.md.
+    """,
     "methods": "List the training methods.",
     "models": "List timm's plain vision transformers: all, or those whose name contains a word.",
 }
@@ -115,7 +119,7 @@ def _next_step(arguments: list[str] | None) -> str:
         return "the same command resumes the trainings in --work"
     if verb == "evaluate":
         return "the unfinished task is lost; with --work FOLDER the same command resumes long trainings"
-    if verb == "compare":
+    if verb in ("compare", "embed"):
         return "the same command resumes"
     if verb == "check":
         return "the same command resumes; images that were decoded are not decoded again"

@@ -35,6 +35,23 @@ def store(path: Path, data: bytes) -> None:
     flush(path.parent)
 
 
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """The draft of a file that the block writes; it becomes the file if the block ends without an error."""
+    draft = draft_of(path)
+    try:
+        with name_in_errors(path):
+            yield draft
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())
+            draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    flush(path.parent)
+
+
 def write(path: Path, data: bytes) -> str:
     """Writes a file through to disk and returns its SHA-256. A link at ``path`` is not followed."""
     with name_in_errors(path), open(path, "wb", opener=_no_link) as file:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,13 @@ def batches(dataset: Dataset[Item], context: EvalContext, collate: Callable[[lis
         raise from_worker(error) from None
 
 
+def batches_of(
+    dataset: Dataset[Item], draws: Iterable[Sequence[int]], context: EvalContext, collate: Callable[[list[Item]], Batch]
+) -> Iterable[Batch]:
+    """The items of each draw in a batch, in order, the same for any number of workers."""
+    return _loader(dataset, context, collate, batch_sampler=draws)
+
+
 def training_batches(
     dataset: Dataset[Item], draws: StepSampler, context: EvalContext, collate: Callable[[list[Item]], Batch]
 ) -> Iterable[Batch]:
@@ -83,7 +90,7 @@ def _loader(
     context: EvalContext,
     collate: Callable[[list[Item]], Batch],
     batch_size: int = 1,
-    batch_sampler: StepSampler | None = None,
+    batch_sampler: Any = None,
 ) -> Iterable[Batch]:
     """The only DataLoader of evaluations."""
     return DataLoader(

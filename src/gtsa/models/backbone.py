@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
+from gtsa.models.transform import Picture, as_image, eval_transform
 
 GRIDS = 16  # grids whose matrix of resampled positions is cached
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
@@ -107,6 +108,23 @@ class Backbone(Encoder):
 
     def forward(self, images: Tensor) -> Tokens:
         return self.blocks(images)[-1]
+
+    def pooled(self, tokens: Tokens) -> Tensor:
+        """One vector an image [N, D], as trained: the mean of the patch tokens, or the CLS token."""
+        return tokens.prefix[:, 0] if self.pooling == "cls" else tokens.patches.mean((1, 2))
+
+    def transform(self, image: Picture, size: tuple[int, int] | None = None) -> Tensor:
+        """The input of one image: normalised floats [3, H, W], as timm's evaluation transform gives them.
+
+        Args:
+            image: a path, a PIL image, or a uint8 tensor [3, height, width].
+            size: height and width, px; None: the square of the position embeddings' grid.
+
+        Raises:
+            UserError: the image cannot be read (3), or is nothing of these (2).
+        """
+        side = self.arguments["img_size"]
+        return eval_transform(size or (side, side), self.normalisation)(as_image(image))
 
     def masked(self, images: Tensor, hidden: Tensor, token: Tensor) -> Tokens:
         """Tokens of masked images: ``token`` [D] replaces patches in ``hidden`` [N, h, w] before adding positions."""

@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
-from gtsa.models import huggingface
+from gtsa.models import huggingface, onnx
 from gtsa.models.backbone import Backbone
-from gtsa.models.formats import Format
-from gtsa.models.weights import eps_of, load_backbone
+from gtsa.models.card import CARD, Origin, is_unchanged, model_card, origin_of
+from gtsa.models.formats import FILES, Format
+from gtsa.models.transform import CROP_MODE, CROP_PCT, INTERPOLATION
+from gtsa.models.weight_sources import read_weights
+from gtsa.models.weights import build_backbone, eps_of
 
 
 def export(
@@ -35,48 +39,60 @@ def export(
 
     Args:
         source: a run, an export folder, or other weights (docs/weights.md).
-        out: folder to write, or file for ``dino``; it must not exist, or be an empty folder.
+        out: folder to write, or file for ``dino`` and ``onnx``; it must not exist, or be an empty folder.
         to: the format: ``timm`` (the model's own output is then the vector that was trained: the mean of its
             patch tokens, and the CLS token after DINO and iBOT), ``hf`` (a ViTModel of Hugging Face's transformers,
             without its pooler; plain ViTs alone), ``dino`` (a .pth file of tensors under ``teacher``, with timm's names
-            behind ``backbone.``, and mean and deviation of the images as ``mean`` and ``std``). Checksums are written
-            beside each, and gtsa checks them when it reads the export.
+            behind ``backbone.``, and mean and deviation of the images as ``mean`` and ``std``), ``onnx`` (a graph for
+            any batch and image size, compared with PyTorch before it is written). Checksums and a model card are
+            written beside each; gtsa checks the checksums when it reads the export.
         network: the teacher (as evaluated) or the student, where the source has both.
         model: its timm name, where the source is a bare file that does not name it.
 
     Raises:
-        UserError: the weights are damaged, or the format cannot hold them (4); ``out`` exists already (2).
+        UserError: the weights are damaged, or the format cannot hold them (4); ``out`` exists already, or the
+            libraries of the format are missing (2).
     """
-    path, kind = Path(out), "file" if to == "dino" else "folder"
-    if path.exists() and (not path.is_dir() or to == "dino" or any(path.iterdir())):
+    if to == "onnx":
+        onnx.check_installed()
+    path, kind = Path(out), "file" if to in FILES else "folder"
+    if path.exists() and (not path.is_dir() or to in FILES or any(path.iterdir())):
         raise UserError(f"--out {out} exists already; give another {kind}, or remove it first")
     if path.is_symlink():
         path = path.resolve()  # an empty folder on another disk
-    backbone, _ = load_backbone(source, network, model)
+    weights = read_weights(source, network)
+    backbone, _ = build_backbone(weights, model)
+    card = model_card(backbone, to, path.name, origin_of(source, weights.source))
     try:
         if to == "hf":
             config, tensors, preprocessor = huggingface.convert(backbone)
             configs = {"config.json": config, "preprocessor_config.json": preprocessor}
-            return _write_folder(path, tensors, configs)
+            return _write_folder(path, tensors, configs, card)
+        if to == "onnx":
+            return _write_file(path, onnx.convert(backbone, _properties(backbone))[0], card)
         _check_eps(backbone)
         if to == "dino":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return _write_file(path, backbone)
-        return write(backbone, path, _name(source))
+            return _write_file(path, _dino_file(backbone), card)
+        return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, _name(source))}, card)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
 
 
-def write(backbone: Backbone, path: Path, name: str = "scenes") -> Path:
-    """Writes a folder that timm opens, with ``config.json`` and ``model.safetensors``. If it fails, nothing is left."""
-    return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, name)})
+def write(backbone: Backbone, path: Path, name: str = "scenes", origin: Origin | None = None) -> Path:
+    """Writes a folder that timm opens, with ``config.json`` and ``model.safetensors``. If it fails, nothing is left.
+
+    Args:
+        origin: where the weights come from, for the model card.
+    """
+    card = model_card(backbone, "timm", path.name, origin or Origin(name))
+    return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, name)}, card)
 
 
 def _tensors(backbone: Backbone) -> dict[str, Tensor]:
     return {k: v.detach().float().cpu().contiguous() for k, v in backbone.vit.state_dict().items()}
 
 
-def _write_folder(path: Path, tensors: dict[str, Tensor], configs: dict[str, dict[str, Any]]) -> Path:
+def _write_folder(path: Path, tensors: dict[str, Tensor], configs: dict[str, dict[str, Any]], card: str) -> Path:
     contents = {name: (json.dumps(config, indent=2) + "\n").encode() for name, config in configs.items()}
     contents["model.safetensors"] = safetensors.torch.save(tensors, metadata={"format": "pt"})
     draft = files.draft_of(path)
@@ -85,6 +101,8 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], configs: dict[str, dic
     try:
         draft.mkdir(parents=True)
         _write_contents(draft, contents)
+        if _may_replace(path / CARD):
+            files.write(draft / CARD, card.encode())
         _move(draft, path)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -93,9 +111,18 @@ def _write_folder(path: Path, tensors: dict[str, Tensor], configs: dict[str, dic
 
 
 def _write_contents(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Files and their checksums. The card has none: its reader is to name a licence in it."""
     digests = {name: files.write(folder / name, data) for name, data in contents.items()}
     files.write(folder / files.SUMS, files.sealed(files.sums(digests)).encode())
     files.flush(folder)
+
+
+def _may_replace(card: Path) -> bool:
+    """Whether a card may be written: there is none, or one that nobody changed."""
+    try:
+        return not card.exists() or is_unchanged(card.read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _move(draft: Path, path: Path) -> None:
@@ -112,15 +139,40 @@ def _move(draft: Path, path: Path) -> None:
     files.flush(path.parent)
 
 
-def _write_file(path: Path, backbone: Backbone) -> Path:
+def _write_file(path: Path, data: bytes, card: str) -> Path:
+    """A file, with its checksum and its card beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.clear_drafts(path.parent, glob.escape(path.name))
+    beside = path.with_name(f"{path.name}.md")
+    files.store(path, data)
+    files.store(files.sum_of(path), files.sums({path.name: files.digest(path)}).encode())
+    if _may_replace(beside):
+        files.store(beside, card.encode())
+    return path
+
+
+def _dino_file(backbone: Backbone) -> bytes:
     state = {f"backbone.{name}": tensor for name, tensor in _tensors(backbone).items()}
     buffer = io.BytesIO()
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in backbone.normalisation)
     torch.save({"teacher": state, "mean": mean, "std": std}, buffer)
-    files.clear_drafts(path.parent, glob.escape(path.name))
-    files.store(path, buffer.getvalue())
-    files.store(files.sum_of(path), files.sums({path.name: files.digest(path)}).encode())
-    return path
+    return buffer.getvalue()
+
+
+def _properties(backbone: Backbone) -> dict[str, str]:
+    """What an ONNX file says of itself (``metadata_props``): how images are prepared, and which weights these are."""
+    mean, std = backbone.normalisation
+    values = {
+        "model": backbone.model,
+        "image_size": backbone.arguments["img_size"],
+        "patch_size": backbone.patch_size,
+        "pooling": backbone.pooling,
+        "mean": list(mean),
+        "std": list(std),
+        "fingerprint": backbone.fingerprint,
+        "gtsa_version": version("gtsa"),
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
 def _check_eps(backbone: Backbone) -> None:
@@ -153,9 +205,9 @@ def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:
             "custom_load": False,
             "input_size": [3, side, side],
             "fixed_input_size": False,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
+            "interpolation": INTERPOLATION,
+            "crop_pct": CROP_PCT,
+            "crop_mode": CROP_MODE,
             "mean": list(mean),
             "std": list(std),
             "num_classes": 0,

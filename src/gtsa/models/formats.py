@@ -6,14 +6,16 @@ from typing import Literal
 
 from gtsa.core.errors import UserError
 
-Format = Literal["timm", "hf", "dino"]
+Format = Literal["timm", "hf", "dino", "onnx"]
 
 OPENS = {
     "timm": 'timm.create_model("local-dir:{}", pretrained=True)',
     "hf": 'transformers.ViTModel.from_pretrained("{}", add_pooling_layer=False)',
     "dino": 'torch.load("{}", weights_only=True)["teacher"]',
+    "onnx": 'onnxruntime.InferenceSession("{}", providers=["CPUExecutionProvider"])',
 }
 """The code that opens an export, by format."""
+FILES = ("dino", "onnx")  # formats that are one file; the others are folders
 
 ELSEWHERE = ("timm:", "random:")  # prefixes of weights that are no path
 

@@ -193,6 +193,8 @@ def _check_sums(folder: Path) -> None:
 
 
 def _from_file(path: Path, network: str) -> Weights:
+    if path.suffix == ".onnx":
+        raise UserError(f"{path}: gtsa does not read ONNX files; give the run, or a timm export of it", 4)
     if path.name == "model.safetensors":
         _check_sums(path.parent)
     if files.is_changed(path):

@@ -43,6 +43,7 @@ class RunArguments(TypedDict, total=False):
     keep_checkpoints: int
     evaluate_every: int | Auto
     log_every: int
+    loggers: str | Sequence[str]
     eval: str | Sequence[str]
     eval_train: Path | Sequence[Path]
     eval_val: Path | Sequence[Path]

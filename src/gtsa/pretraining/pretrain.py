@@ -26,6 +26,7 @@ from gtsa.data import augment, run_images
 from gtsa.data.loader import StepSampler, ViewSet, loader
 from gtsa.data.run_images import ImageSettings, RunImages
 from gtsa.models.backbone import Backbone
+from gtsa.models.card import Origin
 from gtsa.models.export import write as write_export
 from gtsa.models.weight_sources import read_weights
 from gtsa.models.weights import model_of
@@ -36,11 +37,11 @@ from gtsa.pretraining.monitor import Monitor
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.open_run import open_run
 from gtsa.pretraining.report import write_at_end
-from gtsa.pretraining.requested import describe, requested_settings
+from gtsa.pretraining.requested import describe, plain_values, requested_settings
 from gtsa.pretraining.run_record import PLAN, plan_text
 from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.pretraining.verdict import Verdict, advice
-from gtsa.training import threads
+from gtsa.training import loggers, threads
 from gtsa.training.devices import launch_fabric, on_rank_zero, resolve_device
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.run_folder import RunFolder, note
@@ -75,6 +76,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
     # Settings: those given, over those of the sample or of the run that is resumed.
     requested = requested_settings({**settings} if data is None else {"data": describe(data), **settings})
     data = requested.data if data is None else data
+    loggers.check_installed(requested.loggers)
 
     # Device and initial weights, and the part of the plan that needs no image: mistakes show before a file is read.
     resolved = resolve_device(requested)
@@ -122,6 +124,8 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
             method, _optimizer(method, final), _select(TrainerSettings, final), fabric, run, resume, expected
         )
         monitor = Monitor(trainer, method, final, images, online, prepare)
+        if run:
+            run.open_loggers(final.loggers, plain_values(final))
         if final.resume:
             monitor.resume()
         batches = _batches(final, images, trainer.first_step, fabric)
@@ -132,8 +136,10 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         if run and verdict:
             network, choice = monitor.choose_network()
             with doing("exporting"), stops.saving():
-                write_export(network, run.path("exports", "timm"), _model_name(final.data))
+                origin = Origin(final.out, run.folder, choice=choice)
+                write_export(network, run.path("exports", "timm"), _model_name(final.data), origin)
             _announce(run, verdict, choice, images, network, bool(loaded))
+            run.close_loggers(finished=True)
             if final.report:
                 say(write_at_end(run.folder))
         fabric.barrier()

@@ -50,6 +50,7 @@ MethodSettings: dict[str, type[Strict]] = {
     for name, method in METHODS.items()
 }
 
+LOGGERS = ("wandb", "mlflow")
 VIEW_RANGES = (  # (setting, above, at most): two values, the first not above the second
     ("global_crops_scale", 0, 1), ("local_crops_scale", 0, 1), ("aspect", 0, math.inf), ("sigma", 0, math.inf),
 )  # fmt: skip
@@ -122,6 +123,8 @@ class PretrainSettings(Documented):
     """Steps between evaluations (health, pictures, --eval). auto: ten in a run, at least 50 steps apart."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
+    loggers: tuple[str, ...] = ()
+    """Other loggers: wandb, mlflow (extras of these names). JSON lines and TensorBoard are always written."""
     eval: tuple[str, ...] = ()
     """Tasks to evaluate the teacher on during training, as in 'gtsa evaluate --task'."""
     eval_train: tuple[str, ...] = ()
@@ -189,6 +192,8 @@ class PretrainSettings(Documented):
         if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
             problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         problems += self._view_problems()
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            problems.append(f"loggers: {unknown[0]!r} is unknown, choose from {', '.join(LOGGERS)}")
         if problems:
             raise UserError("\n".join(problems))
         return self

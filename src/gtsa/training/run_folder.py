@@ -1,8 +1,7 @@
 """The run folder: one run at a time, its configuration, logs and pictures.
 
 config.yaml, images.jsonl, scan.json, plan.json, metrics.jsonl, health.jsonl, evaluations.jsonl, events.out.tfevents.*,
-train.log, report.html,
-checkpoints/, best/, pictures/, exports/timm/
+train.log, loggers.json, report.html, checkpoints/, best/, pictures/, exports/timm/
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
@@ -22,14 +22,15 @@ from gtsa.core.files import IMAGES
 from gtsa.core.terminal import say
 from gtsa.training import checkpoint
 from gtsa.training.events import NAMES, Events
+from gtsa.training.loggers import RECORD, Loggers
 
 LOGS = ("metrics.jsonl", "health.jsonl", "evaluations.jsonl")
 CHECKPOINTS = ("checkpoints", "best/checkpoints")
 FOLDERS = (*CHECKPOINTS, "best", "pictures", "exports/timm", "exports")  # inner folders come before outer ones
 OURS = (
-    "config.yaml", IMAGES, "scan.json", "plan.json", "train.log", "report.html", *LOGS, NAMES,
+    "config.yaml", IMAGES, "scan.json", "plan.json", "train.log", "report.html", RECORD, *LOGS, NAMES,
     "pictures/features-*.png",
-    *(f"exports/timm/{name}" for name in ("config.json", "model.safetensors", files.SUMS)),
+    *(f"exports/timm/{name}" for name in ("config.json", "model.safetensors", files.SUMS, "README.md")),
 )  # fmt: skip
 BEFORE = ("config.yaml", "scan.json", "train.log")  # what a start leaves that failed before images were listed
 _LOCKS: set[int] = set()  # descriptors that hold locks
@@ -90,6 +91,7 @@ class RunFolder:
             raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder", 6) from None
         self._made = made
         self._events: Events | None = None
+        self._loggers: Loggers | None = None
 
     def begin(self, files: Mapping[str, str]) -> None:
         """Writes the first files of a new run; there are none if a run is resumed.
@@ -144,13 +146,30 @@ class RunFolder:
                     self.note(f"{log.name}: {unreadable} lines could not be read and were left out")
         self._events = Events(self.folder, step)
 
+    def open_loggers(self, names: Sequence[str], config: Mapping[str, Any]) -> None:
+        """Starts or continues runs of W&B and MLflow that get the same numbers as the logs, until ``close_loggers``."""
+        if names:
+            self._check_folder()
+            self._loggers = Loggers(names, self.folder, LOGS, config, lambda text: note(self, text))
+
+    def close_loggers(self, finished: bool) -> None:
+        """Ends the runs of W&B and MLflow."""
+        if self._loggers:
+            self._loggers.close(finished)
+
     def log(self, step: int, values: Mapping[str, float], file: str = "metrics.jsonl", **labels: object) -> None:
-        """Writes a line of a log file, and the numbers to TensorBoard. ``labels``: further plain values of the line."""
+        """Writes a line of a log file, and the numbers to TensorBoard and the other loggers.
+
+        ``labels``: further plain values of the line.
+        """
         assert self._events is not None
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append(file, json.dumps({"step": step, **labels, **finite}, allow_nan=False))
         prefix = "" if file == "metrics.jsonl" else f"{Path(file).stem}/"
-        self._events.add(step, {f"{prefix}{name}": value for name, value in values.items()})
+        named = {f"{prefix}{name}": value for name, value in values.items()}
+        self._events.add(step, named)
+        if self._loggers:
+            self._loggers.log(file, step, named)
 
     def note(self, text: str) -> None:
         """Writes a line of train.log."""
@@ -158,6 +177,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Releases the lock. A folder that was made for a run which never began is removed."""
+        self.close_loggers(finished=False)
         with suppress(OSError):
             if self._made and [p.name for p in self._entries()] == [".lock"]:
                 (self.folder / ".lock").unlink()

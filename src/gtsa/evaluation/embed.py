@@ -1,0 +1,202 @@
+"""gtsa embed: vectors of images by a frozen backbone, for search, clustering and probes in other tools."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from gtsa.core.errors import UserError, escaped
+from gtsa.core.settings import AUTO
+from gtsa.core.terminal import Count, say
+from gtsa.data.pixels import Range
+from gtsa.data.scan import Scan, group_by_reason, no_images
+from gtsa.data.sources import Selection, Source, open_source
+from gtsa.evaluation.context import EvalContext
+from gtsa.evaluation.embedding_files import FORMATS
+from gtsa.evaluation.embedding_work import Embedded, Images, Work, work_folder
+from gtsa.models.backbone import Backbone
+from gtsa.models.weights import load_backbone
+from gtsa.training import threads
+from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
+
+PART = 2_000  # images after which an interrupted command resumes, without --shard-size
+Kind = Literal["mean", "cls", "patches"]
+
+
+@threads.considerate()
+def embed(
+    weights: str,
+    data: object,
+    out: str | os.PathLike[str],
+    tokens: Kind | Sequence[Kind] = (),
+    dtype: Literal["float32", "float16"] = "float32",
+    size: int | Sequence[int] = (),
+    shard_size: int | None = None,
+    network: Literal["teacher", "student"] = "teacher",
+    model: str | None = None,
+    batch_size: int = 32,
+    workers: int | Literal["auto"] = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    max_bad: float = 0.01,
+    range16: Range = (0, 65535),
+    data_root: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    follow_links: bool = False,
+) -> Embedded:
+    """Writes the vectors of images, with their names and sizes. The same command resumes after an interruption.
+
+    Images are prepared as by timm's evaluation transform: the short side is resized, and the centre is cut.
+
+    Args:
+        weights: a run, an export, or other weights (docs/weights.md).
+        data: folder, list file, or in Python any torch Dataset of images.
+        out: a ``.parquet`` file (extra ``embed``), or a ``.npy`` file with the names beside it.
+        tokens: ``mean`` of the patch tokens, the ``cls`` token, all ``patches``; none: the vector that was trained.
+        dtype: of the vectors in the file; they are computed in float32.
+        size: side, or height and width, of the network's input, px; none: that of the weights.
+        shard_size: images a shard; ``out`` is then a folder of shards.
+        network: the teacher or the student, where the weights hold both.
+        model: timm's name of the model, where the weights do not name it.
+        batch_size: images a forward pass.
+        workers: processes that read images.
+        device: auto: the GPU if there is one.
+        max_bad: share of images that may be unreadable; one always may. They are left out and recorded.
+        range16: values of 16-bit images that become black and white.
+        data_root: for list files: the folder that paths are relative to.
+        include: patterns of paths below the folder; other images are left out.
+        exclude: patterns of paths below the folder that are left out.
+        follow_links: follow symbolic links that lead out of the folder.
+
+    Raises:
+        UserError: a setting is wrong, or ``out`` exists (2); there are no images, or too many unreadable ones (3); the
+            weights are damaged (4); the disk is full, or another process writes ``out`` (6).
+    """
+    path = Path(out)
+    _check_numbers(path, dtype, batch_size, shard_size, max_bad, range16)
+    where = resolve_device(_Where(device, AUTO if workers == "auto" else workers))
+    resolve_workers(where)
+    backbone, description = load_backbone(weights, network, model)
+    kinds = _kinds((tokens,) if isinstance(tokens, str) else tuple(tokens), backbone)
+    height, width = _size((size,) if isinstance(size, int) else tuple(size), backbone)
+    form = FORMATS[path.suffix](
+        _shapes(kinds, backbone, height, width), dtype, _facts(backbone, kinds, dtype, height, width)
+    )
+    with Count("listed") as count:
+        source = open_source(data, Selection(range16, data_root, include, exclude, follow_links), progress=count)
+    if not len(source):
+        raise no_images(Scan(ignored=dict(source.ignored), outside=list(source.outside)), f"--data {data}")
+    say(description)
+    fabric = launch_fabric(where.settings)
+    context = EvalContext(fabric, batch_size=batch_size, workers=where.settings.workers)
+    images = Images(source, (height, width), backbone.normalisation)
+    job = {**form.facts, "range16": list(range16), "batch_size": batch_size, "shard_size": shard_size or PART}
+    job |= {"images": len(source), "list": _digest(source), "sharded": shard_size is not None}
+    try:
+        with work_folder(path, form, job) as folder:
+            work = Work(folder, form, source, shard_size or PART, max_bad)
+            work.embed(images, backbone.to(fabric.device).eval(), context)
+            result = work.finish(path, sharded=shard_size is not None)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--out {path} cannot be written: {reason}; then give the same command again", 6) from None
+    _report(result)
+    return result
+
+
+@dataclass(frozen=True)
+class _Where:
+    """The settings of the device; float32, so that vectors are those of an export."""
+
+    device: str
+    workers: int
+    devices: int = 1
+    nodes: int = 1
+    precision: str = "32"
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> _Where:
+        return replace(self, **(update or {}))
+
+
+def _check_numbers(
+    path: Path, dtype: str, batch_size: int, shard_size: int | None, max_bad: float, range16: Range
+) -> None:
+    problems = []
+    if path.suffix not in FORMATS:
+        problems.append(f"--out {path}: the name has to end with {' or '.join(FORMATS)}")
+    if dtype not in ("float32", "float16"):
+        problems.append(f"--dtype {dtype}: float32 or float16")
+    if batch_size < 1 or (shard_size is not None and shard_size < 1):
+        problems.append("--batch-size and --shard-size: at least 1")
+    if not 0 <= max_bad <= 1:
+        problems.append(f"--max-bad {max_bad}: from 0 to 1")
+    if range16[0] >= range16[1]:
+        problems.append(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _kinds(tokens: tuple[str, ...], backbone: Backbone) -> tuple[str, ...]:
+    """The kinds of tokens, each once. None given: the vector that was trained."""
+    kinds = tuple(dict.fromkeys(tokens)) or (backbone.pooling,)
+    if unknown := [kind for kind in kinds if kind not in ("mean", "cls", "patches")]:
+        raise UserError(f"--tokens {unknown[0]}: choose from mean, cls, patches")
+    if "cls" in kinds and not backbone.num_prefix_tokens:
+        raise UserError("--tokens cls: this backbone has no CLS token; use mean")
+    return kinds
+
+
+def _size(size: tuple[int, ...], backbone: Backbone) -> tuple[int, int]:
+    """Height and width of the network's input."""
+    sides = size or (backbone.arguments["img_size"],)
+    patch = backbone.patch_size
+    if len(sides) > 2 or any(side < patch or side % patch for side in sides):
+        nearest = " ".join(str(max(1, round(side / patch)) * patch) for side in sides[:2])
+        given = " ".join(map(str, sides))
+        raise UserError(
+            f"--size {given}: one side, or height and width, multiples of the patch of {patch} px; use {nearest}"
+        )
+    return sides[0], sides[-1]
+
+
+def _shapes(kinds: Sequence[str], backbone: Backbone, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    grid = height // backbone.patch_size, width // backbone.patch_size
+    return {kind: (*grid, backbone.embed_dim) if kind == "patches" else (backbone.embed_dim,) for kind in kinds}
+
+
+def _facts(backbone: Backbone, kinds: Sequence[str], dtype: str, height: int, width: int) -> dict[str, Any]:
+    """What the files say of themselves."""
+    mean, std = backbone.normalisation
+    return {
+        "gtsa_version": version("gtsa"),
+        "weights": backbone.fingerprint,
+        "model": backbone.model,
+        "patch_size": backbone.patch_size,
+        "size": [height, width],
+        "grid": [height // backbone.patch_size, width // backbone.patch_size],
+        "embed_dim": backbone.embed_dim,
+        "tokens": list(kinds),
+        "pooling": backbone.pooling,
+        "dtype": dtype,
+        "mean_of_pixels": list(mean),
+        "std_of_pixels": list(std),
+    }
+
+
+def _digest(source: Source) -> str:
+    """SHA-256 of the images' names and bytes, 16 digits."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(f"{source.size(index)} ".encode() + os.fsencode(source.name(index)) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _report(result: Embedded) -> None:
+    for line in group_by_reason(result.left_out):
+        say(f"left out: {line}")
+    say(f"{escaped(str(result.path))}: {result.images:,} images")
