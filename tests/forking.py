@@ -12,6 +12,7 @@ WARM.set_forkserver_preload(
         "gtsa.cli.main",
         "gtsa.pretraining.pretrain",
         "gtsa.evaluation.evaluate",
+        "gtsa.evaluation.explore.server",
         "gtsa.comparison.compare",
         "gtsa.models.export",
         "torch.utils.tensorboard",
@@ -44,6 +45,11 @@ class Forked:
     def send_signal(self, number):
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def printed(self):
+        """Its standard output so far."""
+        out = self._told / "out"
+        return out.read_text() if out.exists() else ""
 
     def communicate(self, timeout=120):
         """(standard output, standard error), once it has ended."""

@@ -1,6 +1,6 @@
 """gtsa: learn dense visual features from your own scenes.
 
-The verbs of the command line are functions here: ``pretrain``, ``evaluate``, ``compare``, ``check``,
+The verbs of the command line are functions here: ``pretrain``, ``evaluate``, ``explore``, ``compare``, ``check``,
 ``preview``, ``report``, ``export``, ``embed``; ``load`` opens a backbone. Each is imported when it is first used.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gtsa.comparison.compare import compare
     from gtsa.evaluation.embed import embed
     from gtsa.evaluation.evaluate import evaluate
+    from gtsa.evaluation.explore.explore import explore
     from gtsa.models.export import export
     from gtsa.models.load import load
     from gtsa.pretraining.check import check
@@ -29,13 +30,26 @@ VERBS = {
     "compare": "comparison",
     "embed": "evaluation",
     "evaluate": "evaluation",
+    "explore": "evaluation.explore",
     "export": "models",
     "load": "models",
     "pretrain": "pretraining",
     "preview": "pretraining",
     "report": "pretraining",
 }
-__all__ = ["UserError", "check", "compare", "embed", "evaluate", "export", "load", "pretrain", "preview", "report"]
+__all__ = [
+    "UserError",
+    "check",
+    "compare",
+    "embed",
+    "evaluate",
+    "explore",
+    "export",
+    "load",
+    "pretrain",
+    "preview",
+    "report",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,7 @@ compare.__signature__ = flags.signature(  # type: ignore[attr-defined]
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Selection:
-    """Flags of check, preview and embed: which images of the data are used, and how they are read."""
+    """Flags of check, preview, explore and embed: which images of the data are used, and how they are read."""
 
     range16: Annotated[
         tuple[float, float] | None,
@@ -166,6 +166,51 @@ def report(
     """
     early.run(run)
     gtsa.report(run, out, images=images)
+
+
+def explore(
+    weights: str,
+    /,
+    *,
+    data: Data,
+    against: str | None = None,
+    size: int = 224,
+    cache: str | None = None,
+    port: int | None = None,
+    browser: bool = True,
+    model: str | None = None,
+    against_model: str | None = None,
+    network: Literal["teacher", "student"] = "teacher",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    selection: Selection = ALL,
+) -> None:
+    """
+    Parameters
+    ----------
+    weights
+        A run, an export, or any other weights that evaluate accepts.
+    against
+        Further weights, shown beside the first.
+    size
+        Long side of the images for the network, px. The whole image is used. Larger: finer maps, more time and space.
+    cache
+        Folder for features; default: gtsa/features in your cache folder. To free the space, remove it.
+    port
+        Port of the page; default: the first free one from 8765 on.
+    browser
+        Open the page in a browser, if there is a display.
+    model
+        timm's name of the model, if the weights do not name it.
+    against_model
+        The same for the weights of --against.
+    network
+        The teacher (as evaluated) or the student, if the weights hold both.
+    device
+        Where features are computed; auto: the GPU if there is one.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("weights", "data", "selection")}
+    early.explore({**given, "weights": weights, "data": data})
+    gtsa.explore(weights, data, **given, **selection.given)
 
 
 def export(

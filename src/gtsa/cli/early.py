@@ -14,6 +14,7 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.core.extras import require
 from gtsa.core.settings import validated
 from gtsa.data.sources import missing_data
+from gtsa.evaluation.explore.requirements import check_arguments
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import ELSEWHERE, no_weights
 from gtsa.pretraining.requested import requested_settings
@@ -59,6 +60,14 @@ def _example_if_missing(verb: str, given: Mapping[str, Any], *needed: str) -> It
         if any(name not in given and not (name == "val" and "folds" in given) for name in needed):
             raise UserError(f"{error}\nexample: {EXAMPLES[verb]}", error.code) from None
         raise
+
+
+def explore(given: Mapping[str, Any]) -> None:
+    check_arguments(given["size"], given["port"])
+    for name in ("weights", "against"):
+        if given[name] is not None:
+            weights(given[name])
+    data(given["data"])
 
 
 def data(path: str) -> None:

@@ -33,6 +33,11 @@ VERBS = {
 
     WEIGHTS is a run, an export, timm:NAME, random:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth file.
     """,
+    "explore": """Open a local page on the features: click a patch and see what is similar, in all images.
+
+    WEIGHTS as for evaluate. The page is served to this machine alone, at the address that is printed. Features are
+    computed while the page is in use, and kept in a cache (--cache) from which the same command continues.
+    """,
     "compare": """Train methods with several seeds on the same images, evaluate all on the same tasks, and report.
 
     The same command resumes after any interruption: finished networks are kept.
@@ -121,6 +126,8 @@ def _next_step(arguments: list[str] | None) -> str:
         return "the unfinished task is lost; with --work FOLDER the same command resumes long trainings"
     if verb in ("compare", "embed"):
         return "the same command resumes"
+    if verb == "explore":
+        return "the same command continues with the features that were computed"
     if verb == "check":
         return "the same command resumes; images that were decoded are not decoded again"
     if verb == "pretrain":

@@ -22,6 +22,11 @@ SEAL = "# sha256 of the lines above: "
 DRAFT = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)", re.DOTALL)
 
 
+def cache_folder() -> Path:
+    """The folder of gtsa in the user's cache folder; what lies there can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gtsa"
+
+
 def store(path: Path, data: bytes) -> None:
     """Writes a file atomically: afterwards it is complete, or unchanged."""
     draft = draft_of(path)

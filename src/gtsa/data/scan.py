@@ -9,12 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gtsa.core.errors import UserError, escaped
+from gtsa.core.files import cache_folder
 from gtsa.core.terminal import Count
 from gtsa.data import damage, decoding, remarks
 from gtsa.data.pixels import BadImage, Range
@@ -201,8 +201,7 @@ class _DecodedCache:
         root = os.path.abspath(os.fspath(getattr(source, "root", "")))
         checks = f"{root} {range16} whole 1 {damage.sees_warnings()}"  # other checks have a cache of their own
         key = hashlib.sha256(checks.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.file = Path(cache) / "gtsa" / "decoded" / f"{key}.json"
+        self.file = cache_folder() / "decoded" / f"{key}.json"
         try:
             self.known = {tuple(entry) for entry in json.loads(self.file.read_text())}
         except (OSError, ValueError, TypeError):

@@ -1,0 +1,1 @@
+"""gtsa explore: a local page on which features are looked at."""

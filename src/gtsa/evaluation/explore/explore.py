@@ -1,0 +1,206 @@
+"""gtsa explore: a local page on which the features of patches are looked at."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gtsa.core.errors import UserError
+from gtsa.core.files import cache_folder
+from gtsa.core.terminal import Count, doing, gib, say
+from gtsa.data.pixels import Range
+from gtsa.data.scan import Scan, describe_links, group_by_reason, no_images
+from gtsa.data.sources import Selection, Source, open_source
+from gtsa.evaluation.explore.extraction import Extraction
+from gtsa.evaluation.explore.gallery import Images, Network
+from gtsa.evaluation.explore.requirements import PORT, check_arguments
+from gtsa.evaluation.feature_cache import FeatureCache, FileDigests
+from gtsa.models.backbone import Backbone
+from gtsa.models.weights import load_backbone
+from gtsa.training import threads
+from gtsa.training.digest import digest_of
+
+PORTS = 20  # tried after the usual one
+FORMAT = 1  # of cached features; raised when they are computed in another way
+
+
+@threads.considerate()
+def explore(
+    weights: str,
+    data: object,
+    *,
+    against: str | None = None,
+    size: int = 224,
+    cache: str | os.PathLike[str] | None = None,
+    port: int | None = None,
+    browser: bool = True,
+    model: str | None = None,
+    against_model: str | None = None,
+    network: Literal["teacher", "student"] = "teacher",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    range16: Range = (0, 65535),
+    data_root: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    follow_links: bool = False,
+) -> None:
+    """Serves a page on this machine that shows what the features of patches are similar to. Returns when it is stopped.
+
+    Features of all images are computed while the page is in use, and kept in a cache on disk.
+
+    Args:
+        weights: a run, an export, or any other weights that ``gtsa evaluate`` accepts.
+        data: folder, list file, or in Python any torch Dataset of images.
+        against: further weights, shown beside the first.
+        size: long side of the images for the network, px. The whole image is used; its aspect is kept up to half a
+            patch.
+        cache: folder for features; default: ``gtsa/features`` in the user's cache folder. To free the space, remove it.
+        port: of the page; default: the first free one from 8765 on.
+        browser: open the page in a browser, if there is a display.
+        model, against_model: timm's name of the model, if the weights do not name it.
+        network: the teacher (as evaluated) or the student, if the weights hold both.
+        device: where features are computed; auto: the GPU if there is one.
+        range16: values of 16-bit images that become black and white.
+        data_root: for list files: the folder that paths are relative to.
+        include: patterns of paths below the folder; other images are left out.
+        exclude: patterns of paths below the folder that are left out.
+        follow_links: follow symbolic links that lead out of the folder.
+
+    Raises:
+        UserError: no images (3); weights (4); a missing library, a busy port, a folder that cannot be written (6).
+    """
+    check_arguments(size, port)
+    if range16[0] >= range16[1]:
+        raise UserError(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
+    target = _device(device)
+    folder = Path(cache) if cache is not None else cache_folder() / "features"
+    source = _open(data, Selection(range16, data_root, include, exclude, follow_links))
+    digests = FileDigests(folder / f"files-{digest_of(os.path.abspath(str(data)))[:16]}.json")
+    images = Images(source, digests, salt=f"{range16}")
+    with _listening(port) as listener:
+        sources = [_Weights(weights, network, model)]
+        sources += [_Weights(against, network, against_model)] if against is not None else []
+        networks = [_network(each, images, folder, size, target) for each in sources]
+        _show_cache(folder, networks, len(images))
+        extraction = Extraction(images, networks, digests)
+        _serve(listener, extraction, str(data), browser)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    source: str
+    network: str
+    model: str | None
+
+
+def _device(device: str) -> torch.device:
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it at auto, or repair the driver", 6)
+    return torch.device("cuda" if gpu and device != "cpu" else "cpu")
+
+
+def _open(data: object, selection: Selection) -> Source:
+    """The images. What is left out is said."""
+    with Count("listed") as count:
+        source = open_source(data, selection, progress=count)
+    left = Scan(ignored=dict(source.ignored), unreadable=source.unreadable, outside=source.outside)
+    for line in group_by_reason(source.unreadable):
+        say(f"left out: {line}")
+    if source.outside:
+        say(f"left out: {describe_links(left)}")
+    if not len(source):
+        raise no_images(left, f"--data {data}")
+    return source
+
+
+def _network(weights: _Weights, images: Images, folder: Path, size: int, device: torch.device) -> Network:
+    backbone, description = load_backbone(weights.source, weights.network, weights.model)
+    say(description)
+    name = weights.source if weights.network == "teacher" else f"{weights.source} ({weights.network})"
+    cache = _open_cache(folder / _key(backbone, size))
+    return Network(images, backbone, name, cache, size, device)
+
+
+def _key(backbone: Backbone, size: int) -> str:
+    """The folder of the features of a network at a size: whatever changes them changes it."""
+    what = (backbone.fingerprint, backbone.arguments, backbone.normalisation, backbone.num_prefix_tokens, size, FORMAT)
+    return f"{backbone.model}-{size}px-{digest_of(*what)[:16]}"
+
+
+def _open_cache(folder: Path) -> FeatureCache:
+    try:
+        cache = FeatureCache(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; give another folder with --cache", 6) from None
+    for name in cache.removed:
+        say(f"{folder / name} was damaged and has been removed; its features are computed again")
+    return cache
+
+
+def _show_cache(folder: Path, networks: Sequence[Network], images: int) -> None:
+    most = sum(2 * images * (one.size // one.backbone.patch_size) ** 2 * one.backbone.embed_dim for one in networks)
+    held = sum(file.stat().st_size for one in networks for file in one.cache.folder.iterdir())
+    say(f"features of {images:,} images: at most {gib(most)} in {folder}, {gib(held)} of it are there.")
+    say("To free the space, remove this folder: features are then computed again.")
+
+
+def _listening(port: int | None) -> socket.socket:
+    """A socket on the loopback device. Raises UserError (6) if the port cannot be used."""
+    problem = ""
+    for number in range(PORT, PORT + PORTS) if port is None else [port]:
+        listener = socket.socket()
+        try:
+            if sys.platform != "win32":  # there it would share a busy port
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", number))
+            listener.listen(128)
+            return listener
+        except OSError as error:
+            listener.close()
+            busy = error.errno == errno.EADDRINUSE
+            problem = "it is in use by another program" if busy else error.strerror or str(error)
+    where = f"--port {port}" if port is not None else f"ports {PORT} to {PORT + PORTS - 1}"
+    raise UserError(f"{where}: {problem}; give another one with --port, or leave it out", 6)
+
+
+def _serve(listener: socket.socket, extraction: Extraction, data: str, browser: bool) -> None:
+    """Serves the page until a signal ends it. Features that were computed by then are kept."""
+    import uvicorn
+
+    from gtsa.evaluation.explore.server import Explorer
+
+    port = listener.getsockname()[1]
+    token = secrets.token_urlsafe(24)
+    app = Explorer(extraction.images, extraction.networks, extraction, data).app(token, f"gtsa-{port}")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}/?token={token}"
+    extraction.start()
+    try:
+        say(f"{address}\nOpen this address in a browser on this machine. Ctrl-C ends gtsa explore.")
+        if browser and _has_display():
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        with doing("keeping the features that were computed", log=False):
+            extraction.stop()
+
+
+def _has_display() -> bool:
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
