@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gtsa.pretraining.check import check
     from gtsa.pretraining.pretrain import pretrain
     from gtsa.pretraining.preview import preview
-    from gtsa.pretraining.report import report
+    from gtsa.pretraining.report.report import report
 
     __version__: str
 
@@ -35,7 +35,7 @@ VERBS = {
     "load": "models",
     "pretrain": "pretraining",
     "preview": "pretraining",
-    "report": "pretraining",
+    "report": "pretraining.report",
 }
 __all__ = [
     "UserError",

@@ -13,7 +13,7 @@ import pytest
 from conftest import SMALL_HEADS, TINY, make_scenes, run
 from gtsa import pretrain
 from gtsa.core import stops
-from gtsa.pretraining import report_page, report_pictures
+from gtsa.pretraining.report import page, pictures
 from gtsa.pretraining.run_record import read_run
 
 OLD = Path(__file__).parents[1] / "golden" / "run_of_schema_1.tar.xz"
@@ -205,7 +205,7 @@ def test_an_error_of_the_report_is_one_line(scenes, tmp_path, monkeypatch, error
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(report_page, "make_page", fail)
+    monkeypatch.setattr(page, "make_page", fail)
     settings = {**TINY, "steps": 1, "checkpoint_every": 1, "evaluate_every": 1, "report": True}
     from gtsa.core.settings_file import plain_yaml
 
@@ -222,7 +222,7 @@ def test_a_picture_that_fails_is_named_and_the_others_stay(copied, monkeypatch):
     def fail(_):
         raise RuntimeError("no picture today")
 
-    monkeypatch.setattr(report_pictures, "attention", fail)
+    monkeypatch.setattr(pictures, "attention", fail)
     page = write(copied)
     assert "Attention: could not be drawn (RuntimeError: no picture today)." in page.text
     assert "Feature maps" in [title for _, title in page.headings]

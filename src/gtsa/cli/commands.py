@@ -6,13 +6,13 @@ Flags come from the same definitions as Python's arguments. A verb imports torch
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 import gtsa
 from gtsa.cli import early, flags
+from gtsa.cli.selection import ALL, Data, Selection
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
@@ -58,46 +58,6 @@ compare.__signature__ = flags.signature(  # type: ignore[attr-defined]
 )
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Selection:
-    """Flags of check, preview, explore and embed: which images of the data are used, and how they are read."""
-
-    range16: Annotated[
-        tuple[float, float] | None,
-        Parameter(negative=(), help="Values of 16-bit images that are mapped to black and white. Default: 0 65535."),
-    ] = None
-    data_root: Annotated[
-        str | None, Parameter(help="List files: the folder that paths are relative to and must lie in.")
-    ] = None
-    include: Annotated[
-        tuple[str, ...],
-        Parameter(
-            consume_multiple=True,
-            negative=(),
-            help="Patterns of paths below the folder; other images are left out.",
-        ),
-    ] = ()
-    exclude: Annotated[
-        tuple[str, ...],
-        Parameter(
-            consume_multiple=True,
-            negative=(),
-            help="Patterns of paths below the folder that are left out, e.g. masks '*_depth.png'.",
-        ),
-    ] = ()
-    follow_links: Annotated[bool, Parameter(negative=(), help="Follow symbolic links that lead out of the folder.")] = (
-        False
-    )
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The flags that were given."""
-        return {name: value for name, value in vars(self).items() if value not in (None, (), False)}
-
-
-Data = Annotated[str, Parameter(help="Folder of images (nested), or a .txt file with one path a line.")]
-ALL = Selection()
 Kind = Literal["mean", "cls", "patches"]
 
 

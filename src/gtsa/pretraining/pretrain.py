@@ -36,7 +36,7 @@ from gtsa.pretraining.arguments import PretrainArguments
 from gtsa.pretraining.monitor import Monitor
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.open_run import open_run
-from gtsa.pretraining.report import write_at_end
+from gtsa.pretraining.report.report import write_at_end
 from gtsa.pretraining.requested import describe, plain_values, requested_settings
 from gtsa.pretraining.run_record import PLAN, plan_text
 from gtsa.pretraining.settings import METHODS, Pretrain

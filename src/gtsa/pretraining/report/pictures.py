@@ -17,8 +17,8 @@ from gtsa.evaluation.loading import normalised
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.methods.parts.geometry import pairs_of
 from gtsa.pretraining import preview_picture
-from gtsa.pretraining.report_drawing import SIDE, contrasting, framed, heated, pixels, tile, tile_image
-from gtsa.pretraining.report_network import Network
+from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, pixels, tile, tile_image
+from gtsa.pretraining.report.network import Network
 
 MOST_HEADS = 8  # of attention that are drawn
 

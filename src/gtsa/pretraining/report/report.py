@@ -10,7 +10,7 @@ from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.html import EMPTY, Markup
 from gtsa.core.terminal import doing, say
-from gtsa.pretraining import report_page
+from gtsa.pretraining.report import page
 from gtsa.pretraining.run_record import RunRecord, read_run
 
 NAME = "report.html"
@@ -31,11 +31,11 @@ def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = Non
         UserError: ``run`` is not a run (2), nothing says its settings (4), or the file cannot be written (6).
     """
     folder = Path(run)
-    page = _make(read_run(folder), images)
+    text = _make(read_run(folder), images)
     path = Path(out) if out is not None else folder / NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        store(path, page.encode())
+        store(path, text.encode())
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror or error}; give another file", 6) from None
     say(f"report: {path}")
@@ -60,19 +60,19 @@ def write_at_end(folder: Path) -> str:
 
 def _make(record: RunRecord, images: bool) -> str:
     learnt, views = _draw(record) if images else ([], EMPTY)
-    return report_page.make_page(record, learnt, views, images)
+    return page.make_page(record, learnt, views, images)
 
 
 def _draw(record: RunRecord) -> tuple[list[Markup], Markup]:
     """Sections of pictures, and the section of example views. What cannot be drawn is named in the record."""
-    from gtsa.pretraining import report_network, report_pictures
+    from gtsa.pretraining.report import network, pictures
 
     try:
-        network = report_network.open_network(record)
+        opened = network.open_network(record)
     except (UserError, OSError, RuntimeError) as error:
         record.missing.append(f"Pictures: the newest checkpoint cannot be opened ({error}).")
         return [], EMPTY
-    if network is None:
+    if opened is None:
         record.missing.append("Pictures: there is no checkpoint yet.")
         return [], EMPTY
-    return report_pictures.draw_learnt(network, record.missing), report_pictures.draw_views(network, record.missing)
+    return pictures.draw_learnt(opened, record.missing), pictures.draw_views(opened, record.missing)

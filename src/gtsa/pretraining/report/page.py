@@ -1,4 +1,4 @@
-"""The page of a run: verdict, curves, data, plan. Pictures are made by report_pictures."""
+"""The page of a run: verdict, curves, data, plan. Pictures are made by pictures.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gtsa.core.errors import escaped
 from gtsa.core.html import Markup
 from gtsa.core.settings import flat
 from gtsa.core.terminal import lasting
-from gtsa.pretraining.report_curves import curves, durations, throughput
+from gtsa.pretraining.report.curves import curves, durations, throughput
 from gtsa.pretraining.run_record import RunRecord
 from gtsa.pretraining.settings import METHODS
 from gtsa.pretraining.verdict import advice

@@ -1,0 +1,1 @@
+"""gtsa report: the page of a run."""
