@@ -48,7 +48,7 @@ class Forked:
 
     def printed(self):
         """Its standard output so far."""
-        out = self._told / "out"
+        out = self._output / "out"
         return out.read_text() if out.exists() else ""
 
     def communicate(self, timeout=120):

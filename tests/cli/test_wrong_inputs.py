@@ -92,7 +92,7 @@ COMMANDS = [
     (["preview", "{}/scenes", "--model", "resnet50", "--out", "{}/out.png"], 2, "resnet50"),
     (["export", "{}/nowhere", "--out", "{}/out"], 4, "no weights there"),
     (["export", W, "--out", "{}/full"], 2, "exists already"),
-    (["export", W, "--out", "{}/out", "--to", "onnx"], 2, "onnx"),
+    (["export", W, "--out", "{}/out", "--to", "torchscript"], 2, "torchscript"),
     (["export", "{}/half.pth", "--out", "{}/out"], 4, "half.pth"),
     (["export", "{}/half.safetensors", "--out", "{}/out", "--model", "test_vit"], 4, "half.safetensors"),
     (["models", "nothing-like-it"], 2, "nothing-like-it"),

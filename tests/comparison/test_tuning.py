@@ -148,7 +148,7 @@ def test_trials_are_chosen_by_inner_folds(data, tmp_path, monkeypatch):
         tmp_path.glob("cells/mae/images-0/per_image*")
     )
     table = (tmp_path / "report.html").read_text().split("<h2>Trials</h2>")[1]
-    assert "<td>steps 1, learning_rate 0.0005<td>" in table and "mae.mask_ratio 0." in table
+    assert "<td>steps 1, learning_rate 0.0005</td>" in table and "mae.mask_ratio 0." in table
     (choice,) = results(tmp_path)["choices"]
     assert choice["of_folds"] == [int(second > first) for first, second in zip(*good, strict=True)]
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import spearmanr
 
 from conftest import make_scenes, run, scene
 from exploring import explorer
@@ -148,9 +149,26 @@ def test_pca_colours_share_their_components(server, features):
     maps = [answer["upright"], answer["rotated"], *(tile["colours"] for tile in answer["tiles"])]
     colours = np.concatenate([np.array(one).reshape(-1, 3) for one in maps])
     assert [np.array(one).shape[:2] for one in maps] == [one.shape[:2] for one in shown]
-    for channel in range(3):
-        inside = (colours[:, channel] > 0) & (colours[:, channel] < 255)
-        assert abs(np.corrcoef(colours[inside, channel], scores[inside, channel])[0, 1]) > 0.99
+    inside = ((colours > 0) & (colours < 255)).all(1)
+    lab = oklab(colours[inside] / 255)
+    for axis in range(3):  # lightness, green to red, blue to yellow
+        assert abs(spearmanr(lab[:, axis], scores[inside, axis]).statistic) > 0.98
+
+
+def oklab(srgb):
+    """OKLab of colours [n, 3] in [0, 1], by the published matrices (B. Ottosson, 2020)."""
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_lms = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    to_lab = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    return np.cbrt(linear @ np.transpose(to_lms)) @ np.transpose(to_lab)
 
 
 def test_a_picture_is_the_whole_image_rotated(server, folder):

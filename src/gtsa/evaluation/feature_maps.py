@@ -79,21 +79,22 @@ def feature_colours(
     last = centred[-1].flatten(0, 2) @ basis
     basis = basis * torch.where((brightness - brightness.mean()) @ last < 0, -1.0, 1.0)
     components = [maps @ basis for maps in centred]
-    scales = [_scale(c.flatten(0, 2)) for c in components]
+    scales = [scale_of(c.flatten(0, 2)) for c in components]
     if common:
-        scales = [_scale(torch.cat([c.flatten(0, 2) for c in components]))] * len(components)
-    return [_painted((c / scale).float(), side, smooth) for c, scale in zip(components, scales, strict=True)]
+        scales = [scale_of(torch.cat([c.flatten(0, 2) for c in components]))] * len(components)
+    scaled = [(c / scale).float().permute(0, 3, 1, 2) for c, scale in zip(components, scales, strict=True)]
+    mode = "bicubic" if smooth else "nearest"
+    return [paint(F.interpolate(c, (side, side), mode=mode).permute(0, 2, 3, 1)) for c in scaled]
 
 
-def _scale(components: Tensor) -> Tensor:
-    """What nearly all absolute values [n, 3] of each component are below."""
+def scale_of(components: Tensor) -> Tensor:
+    """The value [3] that nearly all absolute values of each component [n, 3] are below."""
     return components.abs().quantile(0.98, dim=0).clamp(min=1e-12)
 
 
-def _painted(components: Tensor, side: int, smooth: bool) -> Tensor:
-    """Components [n, h, w, 3], mostly in [-1, 1], as colours [n, side, side, 3]."""
-    enlarged = F.interpolate(components.permute(0, 3, 1, 2), (side, side), mode="bicubic" if smooth else "nearest")
-    light, a, b = enlarged.tanh().unbind(1)
+def paint(components: Tensor) -> Tensor:
+    """Three components [..., 3], mostly in [-1, 1], as colours [..., 3] in [0, 1]: lightness and two axes of hue."""
+    light, a, b = components.tanh().unbind(-1)
     low, high = LIGHTNESS
     lab = torch.stack([low + (high - low) * (light + 1) / 2, CHROMA * a, CHROMA * b], dim=-1)
     linear = ((lab @ _TO_LMS.T) ** 3 @ _TO_RGB.T).clamp(0, 1)

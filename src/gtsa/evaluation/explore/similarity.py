@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gtsa.evaluation.feature_maps import paint, scale_of
+
 Patch = tuple[int, int]  # row, column
 SAMPLE = 20_000  # patches at most from which a basis is computed
 
@@ -77,8 +79,7 @@ def equivariance(upright: Tensor, rotated: Tensor, rotation: int, patch: Patch) 
 def principal_colours(patches: Tensor) -> tuple[Tensor, float]:
     """The first three principal components of patches [N, D] as colours [N, 3] in [0, 1], and their share of variance.
 
-    The sign of a component is arbitrary; here its largest weight is positive. A component's 2 % to 98 % quantiles fill
-    the range of a colour.
+    The colours are those of feature maps. The sign of a component is arbitrary; here its largest weight is positive.
     """
     values = patches.float()
     sample = values[:: max(1, len(values) // SAMPLE)]
@@ -88,7 +89,5 @@ def principal_colours(patches: Tensor) -> tuple[Tensor, float]:
     basis = directions[:, -3:].flip(1)
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
     components = (values - mean) @ basis.float()
-    seen = components[:: max(1, len(values) // SAMPLE)]
-    low, high = seen.quantile(0.02, dim=0), seen.quantile(0.98, dim=0)
-    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return colours, float(variances[-3:].sum() / variances.sum().clamp(min=1e-12))
+    scale = scale_of(components[:: max(1, len(values) // SAMPLE)])
+    return paint(components / scale), float(variances[-3:].sum() / variances.sum().clamp(min=1e-12))
