@@ -7,6 +7,7 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa.core.settings import validated
+from gtsa.core.terminal import lasting
 from gtsa.data import augment
 from gtsa.data.loader import ViewSet
 from gtsa.data.multicrop import MultiCrop
@@ -99,7 +100,7 @@ def test_faster_settings_are_listed_until_the_run_is_short_enough():
     ]
     # patches: 4 x 2 x 14 x 14 + 3 x 8 x 6 x 6 = 2432 before; 4 x 2 x 7 x 7 + 3 x 8 x 3 x 3 = 608, with four crops 500
     hours = [10_000 * 40 / 3600 * share for share in (608 / 2432, 500 / 2432, 500 / 2432 / 4)]
-    assert [takes for _, takes in rows] == [f"about {plan.lasting(3600 * h)}" for h in hours]
+    assert [takes for _, takes in rows] == [f"about {lasting(3600 * h)}" for h in hours]
 
 
 def test_fewer_steps_are_proposed_if_nothing_else_is_enough():

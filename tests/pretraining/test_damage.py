@@ -137,7 +137,7 @@ def test_a_link_that_is_planted_in_mid_run_is_not_written_through(tmp_path):
 
 
 def test_overwrite_leaves_and_names_what_no_run_wrote(copied, tmp_path, images, capsys):
-    mine = ("notes.txt", "checkpoints/step-99999999/a", "exports/timm/README.md", "best/b", "pictures/c.png")
+    mine = ("notes.txt", "checkpoints/step-99999999/a", "exports/timm/notes.md", "best/b", "pictures/c.png")
     for name in mine:
         (copied / name).parent.mkdir(parents=True, exist_ok=True)
         (copied / name).write_text("mine")
@@ -150,7 +150,7 @@ def test_overwrite_leaves_and_names_what_no_run_wrote(copied, tmp_path, images, 
         "notes.txt",
         "checkpoints/step-99999999",
         "checkpoints/step-00000099",
-        "exports/timm/README.md",
+        "exports/timm/notes.md",
         "best/b",
     ):
         assert f"'{name}'" in printed
