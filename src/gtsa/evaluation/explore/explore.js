@@ -63,7 +63,7 @@ function inferno(value) {
   return INFERNO[low].map((from, channel) => from + (INFERNO[low + 1][channel] - from) * (position - low));
 }
 
-function paint(canvas, map, colourOf, opacity = state.overlay / 100) {
+function paint(canvas, map, colourOf, opacity = state.show === "pca" ? Math.sqrt(state.overlay / 100) : state.overlay / 100) {
   const [height, width] = gridOf(map), context = canvas.getContext("2d");
   [canvas.width, canvas.height] = [width, height];
   const pixels = context.createImageData(width, height);

@@ -154,7 +154,7 @@ def _open_cache(folder: Path) -> FeatureCache:
 def _show_cache(folder: Path, networks: Sequence[Network], images: int) -> None:
     most = sum(2 * images * (one.size // one.backbone.patch_size) ** 2 * one.backbone.embed_dim for one in networks)
     held = sum(file.stat().st_size for one in networks for file in one.cache.folder.iterdir())
-    say(f"features of {images:,} images: at most {gib(most)} in {folder}, {gib(held)} of it are there.")
+    say(f"features of {images:,} images: at most {gib(most)} in {folder}, {gib(held)} of these are computed.")
     say("To free the space, remove this folder: features are then computed again.")
 
 
