@@ -199,7 +199,7 @@ def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:
         "num_classes": 0,
         "num_features": backbone.embed_dim,
         "global_pool": pool,
-        "model_args": {**backbone.arguments, "global_pool": pool, no_norm: False},
+        "model_args": {**backbone.arguments, "global_pool": pool, no_norm: False, "dynamic_img_size": True},
         "pretrained_cfg": {
             "tag": f"gtsa_{name}",
             "custom_load": False,

@@ -13,7 +13,12 @@ from gtsa.models.backbone import Backbone
 from gtsa.models.weight_sources import Weights, read_weights
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
-EXPORTED = ("global_pool", "fc_norm", "use_fc_norm")  # arguments of an export that a Backbone sets itself
+EXPORTED = (
+    "global_pool",
+    "fc_norm",
+    "use_fc_norm",
+    "dynamic_img_size",
+)  # arguments of an export that a Backbone sets itself
 
 
 def load_backbone(source: str, network: str = "teacher", model: str | None = None) -> tuple[Backbone, str]:
