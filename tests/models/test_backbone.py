@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gtsa.core.errors import UserError
+from gtsa.models.attention import attention_maps
 from gtsa.models.backbone import Backbone, names, patch_of
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -164,7 +165,7 @@ def test_attention_of_the_last_block_by_head(pooling):
     images, inputs = torch.randn(2, 3, 32, 48), []
     last = backbone.vit.blocks[-1]
     handle = last.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    maps = backbone.attention(images)
+    maps = attention_maps(backbone, images)
     handle.remove()
     heads, (n, tokens, width) = last.attn.num_heads, inputs[0].shape
     q, k, _ = last.attn.qkv(inputs[0]).reshape(n, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
@@ -178,11 +179,11 @@ def test_attention_of_the_last_block_by_head(pooling):
 def test_attention_with_rotary_positions():
     """Eva models rotate q and k; the weights are taken after that."""
     backbone = Backbone("eva02_tiny_patch14_224", 56, arguments={"depth": 1}).eval()
-    maps = backbone.attention(torch.randn(1, 3, 56, 56))
+    maps = attention_maps(backbone, torch.randn(1, 3, 56, 56))
     assert maps is None or (maps.shape == (1, 3, 4, 4) and (maps >= 0).all())
 
 
 def test_a_model_that_does_not_give_its_attention():
     backbone = Backbone("test_vit", 48).eval()
     backbone.vit.blocks[-1].attn = torch.nn.Identity()
-    assert backbone.attention(torch.randn(1, 3, 48, 48)) is None
+    assert attention_maps(backbone, torch.randn(1, 3, 48, 48)) is None

@@ -162,31 +162,6 @@ class Backbone(Encoder):
         finally:
             handle.remove()
 
-    @torch.no_grad()
-    def attention(self, images: Tensor) -> Tensor | None:
-        """How much the last block attends to every patch, by head: [N, heads, h, w], each map sums to at most 1.
-
-        The query is the CLS token where features are pooled by it, else the mean over all patches. None for models
-        whose attention timm does not compute as softmax(q k) in one place.
-        """
-        attend: Any = getattr(self.vit.blocks[-1], "attn", None)
-        if not isinstance(getattr(attend, "attn_drop", None), nn.Dropout) or not hasattr(attend, "fused_attn"):
-            return None
-        weights: list[Tensor] = []
-        handle = attend.attn_drop.register_forward_hook(lambda _, __, output: weights.append(output))
-        fused, attend.fused_attn = attend.fused_attn, False  # fused kernels do not give the weights
-        try:
-            self.blocks(images)
-        finally:
-            attend.fused_attn = fused
-            handle.remove()
-        if not weights or weights[-1].dim() != 4:
-            return None
-        first = self.num_prefix_tokens
-        by_query = weights[-1][..., first:].float()  # [N, heads, queries, patches]
-        seen = by_query[:, :, 0] if self.pooling == "cls" and first else by_query[:, :, first:].mean(2)
-        return seen.reshape(*seen.shape[:2], images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-
     def layers(self, decay: float) -> list[tuple[float, dict[str, Any]]]:
         """Parameter groups by layer, each with its scale of the learning rate (1 for the last block).
 

@@ -16,6 +16,7 @@ from gtsa.evaluation.feature_maps import centred_directions, feature_colours
 from gtsa.evaluation.loading import normalised
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.methods.parts.geometry import pairs_of
+from gtsa.models.attention import attention_maps
 from gtsa.pretraining import preview_picture
 from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, pixels, tile, tile_image
 from gtsa.pretraining.report.network import Network
@@ -198,7 +199,7 @@ def attention(network: Network) -> Markup:
     device = network.device
     figures = []
     for n, image in enumerate(network.gallery[:2]):
-        weights = network.teacher.attention(normalised(image[None], network.teacher, device))
+        weights = attention_maps(network.teacher, normalised(image[None], network.teacher, device))
         if weights is None:
             text = f"{network.settings.model} does not give its attention weights, so they are not shown."
             return html.section("Attention", html.paragraph(text), level=3)
