@@ -105,7 +105,8 @@ def embed(
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"--out {path} cannot be written: {reason}; then give the same command again", 6) from None
-    _report(result)
+    arrays = [file.name for file in form.outputs(path) if file.suffix == path.suffix]
+    _report(result, [path.name] if shard_size else arrays)
     return result
 
 
@@ -196,7 +197,8 @@ def _digest(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def _report(result: Embedded) -> None:
+def _report(result: Embedded, names: Sequence[str]) -> None:
     for line in group_by_reason(result.left_out):
         say(f"left out: {line}")
-    say(f"{escaped(str(result.path))}: {result.images:,} images")
+    files = ", ".join(escaped(str(result.path.with_name(name))) for name in names)
+    say(f"{files}: {result.images:,} images")

@@ -79,7 +79,7 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "method", settings.method
     yield "model", settings.model
     yield "images", f"{used:,}, {settings.hold_out:,} of them held out"
-    yield "steps", f"{settings.steps:,} of {settings.batch_size:,} images"
+    yield "steps", f"{settings.steps:,}, each of {settings.batch_size:,} images"
     if record.metrics:
         yield "training time", lasting(sum(seconds for _, seconds in durations(record.metrics)))
     yield "device", f"{settings.devices * settings.nodes} x {settings.device}, precision {settings.precision}"
