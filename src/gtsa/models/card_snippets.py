@@ -51,7 +51,10 @@ import onnxruntime
 from PIL import Image
 
 session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
-image = Image.open("photo.jpg").convert("RGB").resize(({size}, {size}))  # any multiples of {patch} px
+image = Image.open("photo.jpg").convert("RGB")  # short side resized, centre cut; any multiples of {patch} px work
+image = image.resize([{size} * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
+left, top = (round((side - {size}) / 2) for side in image.size)
+image = image.crop((left, top, left + {size}, top + {size}))
 pixels = (np.asarray(image) / 255 - {mean}) / {std}
 images = pixels.transpose(2, 0, 1)[None].astype(np.float32)
 patches, vector = session.run(["patch_tokens", "pooled"], {{"images": images}})  # [1, rows, columns, {dim}], [1, {dim}]

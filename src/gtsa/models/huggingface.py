@@ -200,10 +200,10 @@ def convert(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
         "hidden_dropout_prob": 0.0,
     }
     preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 3,
+        "image_processor_type": "BitImageProcessor",  # as for DINOv2: short side resized, centre cut
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "resample": 2,  # bilinear, as in the timm export
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
