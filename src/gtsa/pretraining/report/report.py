@@ -12,10 +12,12 @@ from gtsa.core.html import EMPTY, Markup
 from gtsa.core.terminal import doing, say
 from gtsa.pretraining.report import page
 from gtsa.pretraining.run_record import RunRecord, read_run
+from gtsa.training import threads
 
 NAME = "report.html"
 
 
+@threads.considerate()
 def report(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, images: bool = True) -> Path:
     """Writes the page of a run, whether it is finished, in progress, stopped or dead.
 
