@@ -206,6 +206,17 @@ def test_so_do_rotations_of_a_short_run():
     assert [verdict(now, start, step).label for step in (3, 1000)] == ["too short to tell", "learning"]
 
 
+@pytest.mark.parametrize(("similarity", "step", "label"), [(0.98, 200, "learning"), (0.998, 200, "too short to tell"), (0.998, 5000, "stalled")])  # fmt: skip
+def test_heads_that_learn_alone_are_no_learning(similarity, step, label):
+    """What is exported is the encoder."""
+    actual = verdict(metrics(0.2), metrics(0.0), step, similarity=similarity)
+    assert actual.label == label and actual.metrics["similarity_to_start"] == similarity
+    words = "the exported encoder has hardly changed" if similarity > 0.99 else "the exported encoder has changed"
+    assert any(reason.startswith(words) for reason in actual.reasons)
+    adapted = verdict(metrics(0.2, agreement=0.99), metrics(0.0), step, similarity=similarity)
+    assert adapted.label == "learning"  # an adaptation is meant to change little
+
+
 @pytest.mark.parametrize(
     ("information", "label", "reason"),
     [

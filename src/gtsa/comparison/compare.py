@@ -25,6 +25,7 @@ from gtsa.core.errors import UserError
 from gtsa.core.settings import validated, with_keywords
 from gtsa.core.stops import handle_signals
 from gtsa.core.terminal import say
+from gtsa.data.sources import open_source
 from gtsa.pretraining.verdict import LONG
 
 
@@ -121,7 +122,7 @@ def _stops_with_report(report: ReportWriter, settings: Compare) -> Iterator[None
 
 
 def _announce(settings: Compare) -> None:
-    say(plan.describe_images(settings))
+    say(plan.describe_images(len(open_source(settings.data)), settings))
     say(f"primary metric, fixed beforehand: {plan.describe_primary(settings)}")
     say(f"progress of each network: {settings.out}/cells/*/*/log.txt")
     say(f"report, after every network: {settings.out}/report.html")

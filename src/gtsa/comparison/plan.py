@@ -44,9 +44,9 @@ def show(rows: Sequence[Row], settings: Compare, resolved: Mapping[str, Pretrain
     Args:
         resolved: settings of pretraining of every row that is trained.
     """
-    parts = list(list_parts(rows, settings, resolved))
+    parts, images = list(list_parts(rows, settings, resolved)), len(open_source(settings.data))
     lines = [
-        ("images", f"{len(open_source(settings.data)):,}", describe_images(settings)),
+        ("images", f"{images:,}", describe_images(images, settings)),
         ("tasks", ", ".join(settings.task), ""),
         ("primary metric", describe_primary(settings), ""),
         *((part.name, _describe_networks([part]), _describe_steps(part, rows[0])) for part in parts),
@@ -92,9 +92,9 @@ def _is_left_out(row: Row, rows: Sequence[Row], settings: Compare) -> bool:
     return finished and isinstance(choose_settings_or_error(row, rows, settings), UserError)
 
 
-def describe_images(settings: Compare) -> str:
-    """How many images a run sees, and how often each."""
-    seen, images = settings.steps * settings.batch_size, len(open_source(settings.data))
+def describe_images(images: int, settings: Compare) -> str:
+    """How many images a run sees, and how often each of the ``images``."""
+    seen = settings.steps * settings.batch_size
     return f"each run sees {seen:,} images, {seen / images:,.1f} times each of {images:,}"
 
 

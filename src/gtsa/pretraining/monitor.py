@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gtsa.core import stops
@@ -99,11 +100,12 @@ class Monitor:
         with doing(f"step {step}: evaluating on {len(self.images.looked_at)} images"):
             health = self.health(self.method)
         self.images.unreadable(health.replaced, f"evaluation at step {step}: ")
-        result = verdict(health, step_zero.health, step, bool(self.images.held_out))
-        run.log(step, result.metrics, "health.jsonl", verdict=result.label, reasons=result.reasons)
-        picture = io.BytesIO()
         shifts = step_zero.maps.shape[1] * self.teacher.patch_size // step_zero.gallery.shape[-1]
         maps = patch_maps(self.teacher, step_zero.gallery, shifts)
+        similarity = float(F.cosine_similarity(maps, step_zero.maps.float(), dim=-1).mean())
+        result = verdict(health, step_zero.health, step, bool(self.images.held_out), similarity)
+        run.log(step, result.metrics, "health.jsonl", verdict=result.label, reasons=result.reasons)
+        picture = io.BytesIO()
         strip(step_zero.gallery, step_zero.maps, maps, step).save(picture, "PNG")
         run.write(f"pictures/features-{step:08d}.png", picture.getvalue())
         self._evaluate_online(step)

@@ -113,7 +113,7 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
     ranks = plan.settings.devices * plan.settings.nodes
     if is_auto(plan.settings.batch_size):
         eighth = min(PUBLISHED["batch"], max(SMALLEST_BATCH, images // 8 // 8 * 8))
-        batch = max(_min_images(plan.settings), eighth // ranks) * ranks
+        batch = max(min_images_of(plan.settings), eighth // ranks) * ranks
         plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
     batch = plan.settings.batch_size
     if batch > images:
@@ -123,7 +123,7 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
     _check_min_images(plan.settings)
 
 
-def _min_images(settings: Pretrain) -> int:
+def min_images_of(settings: Pretrain) -> int:
     """The fewest images that the method accepts in a micro-batch on a device."""
     fewest: int = METHODS[settings.method].constants["min_images"]
     return fewest
@@ -131,7 +131,7 @@ def _min_images(settings: Pretrain) -> int:
 
 def _check_min_images(settings: Pretrain) -> None:
     """Raises UserError where a micro-batch on a device has too few images for the method."""
-    fewest, ranks = _min_images(settings), settings.devices * settings.nodes
+    fewest, ranks = min_images_of(settings), settings.devices * settings.nodes
     parts = 1 if is_auto(settings.accumulate) else settings.accumulate
     each = settings.batch_size // (ranks * parts)
     if each >= fewest:
@@ -188,7 +188,7 @@ def resolve_accumulate(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
         return
     fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
     each = settings.batch_size // (settings.devices * settings.nodes)
-    fewest = _min_images(settings)
+    fewest = min_images_of(settings)
     allowed = [n for n in range(1, each + 1) if each % n == 0 and each // n >= fewest]
     parts = next((n for n in allowed if each // n <= fitting), allowed[-1])
     reason = f"{gib(free)} of memory free" if parts > 1 else "a step fits in memory"

@@ -39,7 +39,7 @@ from gtsa.pretraining.open_run import open_run
 from gtsa.pretraining.report.report import write_at_end
 from gtsa.pretraining.requested import describe, plain_values, requested_settings
 from gtsa.pretraining.run_record import PLAN, plan_text
-from gtsa.pretraining.settings import METHODS, Pretrain
+from gtsa.pretraining.settings import Pretrain
 from gtsa.pretraining.verdict import Verdict, advice
 from gtsa.training import loggers, threads
 from gtsa.training.devices import launch_fabric, on_rank_zero, resolve_device
@@ -198,7 +198,7 @@ def _measure_and_show(
         per_device = max(1, settings.batch_size // (settings.devices * settings.nodes))
         with doing(f"measuring a step of {settings.model} on {device}"):
             views, free = ViewSet(images.source, images.train, settings.multicrop, settings.seed), _free_memory(device)
-            fewest = METHODS[settings.method].constants["min_images"]
+            fewest = plan.min_images_of(settings)
             measured = cost.probe(method.to(device), views, prepare, fabric, per_device, free, fewest)
         plan.resolve_accumulate(resolved, measured, _free_memory(device))
         if loaded:

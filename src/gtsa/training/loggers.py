@@ -111,7 +111,7 @@ class Loggers:
         folder: of the run.
         logs: names of the run's log files, whose last lines say which steps loggers were given.
         config: settings of the run.
-        note: tells the user, and the run's log.
+        note: reports a problem to the user and in the run's log.
     """
 
     def __init__(
