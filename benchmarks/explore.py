@@ -61,7 +61,6 @@ def filled(network: Network, count: int) -> None:
         numbers = range(first, min(count, first + SHARD))
         rows = F.normalize(torch.randn(len(numbers), *GRID, network.backbone.embed_dim), dim=-1).half()
         network.cache.add({network.images.digest(n): patches for n, patches in zip(numbers, rows, strict=True)})
-        network.ready.extend(numbers)
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -77,9 +76,9 @@ def measure(count: int, folder: Path, backbone: Backbone) -> dict[str, object]:
     filled(network, count)
     size = sum(file.stat().st_size for file in network.cache.folder.iterdir())
     print(f"{count} images: {size / 2**20:.0f} MiB written in {time.perf_counter() - began:.0f} s", flush=True)
-    app = Explorer(images, [network], Extraction(images, [network], FileDigests(folder / "none.json")), "").app(
-        "t", "c"
-    )
+    extraction = Extraction(images, [network], FileDigests(folder / "none.json"))
+    extraction.run()  # as at a start whose features are all in the cache
+    app = Explorer(images, [network], extraction, "").app("t", "c")
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -1,19 +1,17 @@
 """The pages of a run and of a comparison in a real browser: opened as files, hovered, zoomed, on a phone."""
 
+import json
 import re
-import shutil
 
 import pytest
 from comparing import data, whole
 
+from browsing import DESKTOP, PHONE, browser, needs_chromium
 from conftest import TINY, make_scenes, shared
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-__all__ = ["data", "whole"]  # fixtures
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+__all__ = ["browser", "data", "whole"]  # fixtures
+pytestmark = needs_chromium
 NASTY = "<img src=x onerror=document.title='hacked'>.png"
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +26,6 @@ def run_page(tmp_path_factory):
         pretrain(str(scenes), out=str(folder / "run"), **TINY | {"report": True})
 
     return shared(tmp_path_factory, "browser", make) / "run" / "report.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
@@ -67,7 +57,7 @@ def place(figure, share):
     """The point of the plot at a share of its width, in the page."""
     figure.scroll_into_view_if_needed()
     box = figure.locator(".plot > svg").bounding_box()
-    left, right = 52 / 480, 1 - 12 / 480
+    left, right = 60 / 480, 1 - 12 / 480
     return box["x"] + box["width"] * (left + share * (right - left)), box["y"] + box["height"] / 2
 
 
@@ -78,8 +68,6 @@ def steps(figure):
 
 
 def test_hover_shows_the_value_of_the_log(visit, run_page):
-    import json
-
     lines = [json.loads(line) for line in (run_page.parent / "metrics.jsonl").read_text().splitlines()]
     figure = chart(page := visit(run_page), "Loss")
     for share, line in ((0.0, lines[0]), (1.0, lines[-1])):
@@ -143,6 +131,32 @@ def test_colours_follow_the_scheme(visit, run_page):
         for scheme in ("light", "dark")
     ]
     assert backgrounds == ["rgb(255, 255, 255)", "rgb(20, 24, 22)"]
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_labels_of_axes_are_whole_and_alike(visit, run_page, script):
+    page = visit(run_page, java_script_enabled=script)
+    for title, least in (("Learning rate", "0"), ("Effective rank", "0"), ("Spread", "0")):
+        figure = chart(page, title)
+        figure.scroll_into_view_if_needed()
+        labels = figure.locator(".plot > svg text[text-anchor=end]")
+        assert labels.first.text_content() == least
+        left = figure.locator(".plot > svg").bounding_box()["x"]
+        assert all(label.bounding_box()["x"] >= left for label in labels.all())
+    assert chart(page, "Learning rate").locator("text[text-anchor=end]").nth(1).text_content() == "2e-5"
+
+
+def test_paper_gets_what_is_closed(visit, run_page):
+    page = visit(run_page)
+    settings = page.locator("details", has=page.locator("summary", has_text="all settings"))
+    assert settings.get_attribute("open") is None
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    assert settings.locator("tbody").is_visible() and page.locator(".chart details").first.is_hidden()
+    style = "getComputedStyle(document.querySelector('figure.chart')).breakInside"
+    assert page.evaluate(style) == "avoid"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert settings.get_attribute("open") is None
 
 
 def test_without_javascript_charts_and_values_are_there(visit, run_page):

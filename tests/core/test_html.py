@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -97,6 +98,26 @@ def test_a_missing_value_interrupts_the_line():
     assert re.search(r'class="curve" d="([^"]+)"', figure)[1].count("M") == 2
 
 
+def axis_of(figure):
+    """The labels of the vertical axis."""
+    return [float(text) for text in re.findall(r'text-anchor="end">([^<]+)<', figure)]
+
+
+def test_an_axis_holds_the_values_to_include():
+    line = Line("rank", [Point(0, 32.2), Point(1, 31.9)])
+    near, whole = line_chart("Rank", [line]), line_chart("Rank", [line], include=[0])
+    assert min(axis_of(near)) > 31 and min(axis_of(whole)) == 0
+    assert json.loads(Reader(whole).tags[0][1]["data-chart"])["include"] == [0]  # for page.js
+    assert json.loads(Reader(line_chart("Rank", [line], level=25)).tags[0][1]["data-chart"])["include"] == [25]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (8e-5, "8e-5"), (-0.000123456, "-1.235e-4"), (0.001, "0.001"), (12345.6, "12,346")]
+)
+def test_numbers_are_short(value, text):
+    assert chart.number(value) == text
+
+
 def test_a_long_line_is_thinned_to_means_and_says_so():
     points = [Point(x, float(x)) for x in range(10 * chart.MOST)]
     figure = line_chart("Long", [Line("a", points)])
@@ -104,6 +125,14 @@ def test_a_long_line_is_thinned_to_means_and_says_so():
     assert len(data) == chart.MOST
     assert data[0][:2] == [9, 4.5]
     assert "mean of about 10 lines" in figure
+    figure = line_chart("Two", [Line("empty", [Point(0, None)]), Line("a", points)])  # only lines with values count
+    assert "mean of about 10 lines" in figure
+
+
+def test_the_script_draws_with_the_same_numbers():
+    script = (Path(chart.__file__).parent / "page.js").read_text()
+    for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM", "HUES"):
+        assert f" {name} = {getattr(chart, name)}" in script
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

@@ -296,6 +296,18 @@ def test_a_stopped_extraction_continues_with_what_is_missing(folder, tmp_path, m
     assert sum(later) == 15 - sum(computed)
 
 
+def test_features_are_searched_once_before_the_user_does(folder, tmp_path, monkeypatch):
+    digests = FileDigests(tmp_path / "files.json")
+    images = Images(open_source(str(folder)), digests, "")
+    network, searched = network_of(images, tmp_path / "cache"), []
+    maxima = network.cache.maxima
+    monkeypatch.setattr(network.cache, "maxima", lambda query, names: (searched.append(names), maxima(query, names))[1])
+    work = Extraction(images, [network], digests)
+    work.start()
+    work.join()
+    assert work.finished and [len(set(names)) for names in searched] == [15]
+
+
 def test_a_full_disk_ends_the_extraction_and_not_the_page(folder, tmp_path, monkeypatch, capsys):
     digests = FileDigests(tmp_path / "files.json")
     images = Images(open_source(str(folder)), digests, "")

@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import SMALL_HEADS, TINY, make_scenes, run
 from gtsa import pretrain
 from gtsa.core import stops
 from gtsa.pretraining.report import page, pictures
+from gtsa.pretraining.report.network import open_network
 from gtsa.pretraining.run_record import read_run
 
 OLD = Path(__file__).parents[1] / "golden" / "run_of_schema_1.tar.xz"
@@ -87,8 +89,7 @@ def test_headings_are_in_order_and_pictures_have_alternative_texts(finished):
 def test_its_numbers_are_those_of_the_logs(finished):
     page = Page(finished / "report.html")
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    charts = re.findall(r'data-chart="([^"]+)".*?class="title">([^<]+)<', page.raw, re.S)
-    data = {title: json.loads(text.replace("&#34;", '"')) for text, title in charts}
+    data = data_of_charts(page)
     loss = [[line["step"], line["loss"]] for line in lines]
     assert [point[:2] for point in data["Loss"]["lines"][0]["points"]] == loss
     speed = [4 / line["seconds"] for line in lines]
@@ -132,6 +133,54 @@ def test_an_image_that_became_unreadable_is_named(copied):
     assert page.raw.count("scene_") == 1
 
 
+def data_of_charts(page):
+    charts = re.findall(r'data-chart="([^"]+)".*?class="title">([^<]+)<', page.raw, re.S)
+    return {title: json.loads(text.replace("&#34;", '"')) for text, title in charts}
+
+
+def test_noise_does_not_fill_the_axes(finished):
+    include = {title: chart["include"] for title, chart in data_of_charts(Page(finished / "report.html")).items()}
+    assert include["Effective rank"] == include["Learning rate"] == include["Images per second"] == [0]
+    assert include["Spread"] == [0, 1] and include["Loss"] == []
+
+
+def test_attention_says_how_uniform_it_is(finished, monkeypatch):
+    captions = re.findall(r"(all heads|head \d): ([\d.]+) x mean", Page(finished / "report.html").text)
+    assert {name for name, _ in captions} == {"all heads", "head 1", "head 2"}
+    peaked = torch.zeros(1, 1, 4, 4)
+    peaked[0, 0, 1, 2] = 1
+    for maps, *sentences in (
+        (torch.ones(1, 1, 4, 4) / 16, "head 1: 1.0 x mean", "2 of 2 maps are nearly uniform"),
+        (peaked, "head 1: 16.0 x mean", "0 of 2 maps are nearly uniform"),
+    ):
+        monkeypatch.setattr(pictures, "attention_maps", lambda *_, maps=maps: maps)
+        section = "".join(pictures.attention(open_network(read_run(finished))))
+        assert all(sentence in section for sentence in sentences)
+
+
+def test_predictions_are_compared_with_the_targets_of_all_images(finished):
+    predicted, target = torch.randn(2, 3, 2, 2, 5, generator=torch.Generator().manual_seed(0))
+    cosines = pictures.similarities_of_images(predicted, target)
+    expected = torch.nn.functional.cosine_similarity(predicted[0], target[2], dim=-1).mean()
+    assert float(cosines[0, 2]) == pytest.approx(float(expected), abs=1e-6)
+    sentence = pictures.describe_similarity(torch.tensor([[0.5, 0.1, 0.3], [0.0, 0.7, 0.0], [0.0, 0.0, 0.9]]), 0)
+    assert sentence == "Cosine similarity 0.50; with the targets of other images 0.20."
+    assert pictures.describe_similarity(torch.tensor([[0.5]]), 0) == "Cosine similarity 0.50."
+    assert re.search(r"framed\. Cosine similarity -?\d\.\d\d; with", Page(finished / "report.html").text)
+
+
+def test_the_range_of_16_bit_values(copied):
+    words = "16-bit values, black to white"
+    assert words not in write(copied, "--no-images").text
+    scan = json.loads((copied / "scan.json").read_text())
+    (copied / "scan.json").write_text(json.dumps(scan | {"formats": {"TIFF I;16": 14}}))
+    assert f"{words} 0 to 65535" in write(copied, "--no-images").text
+    (copied / "scan.json").write_text(json.dumps(scan))
+    settings = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(re.sub(r"(?m)^range16:.*(\n- .*)*$", "range16: [0, 4095]", settings))
+    assert f"{words} 0 to 4095" in write(copied, "--no-images").text
+
+
 # Runs in other states
 
 
@@ -157,7 +206,7 @@ def test_a_run_that_died_before_its_first_checkpoint(copied):
     page = write(copied)
     assert "Ended early, after step 4 of 12, without a message" in page.text
     assert "Pictures: there is no checkpoint yet." in page.text
-    assert "1 lines of metrics.jsonl cannot be read" in page.text
+    assert "metrics.jsonl: 1 line cannot be read." in page.text
     assert "There is none yet: the first evaluation is after step 6." in page.text
 
 

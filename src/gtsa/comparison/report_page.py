@@ -185,11 +185,11 @@ def _draw_curves(results: Results, settings: Compare) -> Iterator[Markup]:
     def read_rank(entry: CurveEntry) -> float | None:
         return entry.get("rank")
 
-    curves: dict[str, Callable[[CurveEntry], float | None]] = {
-        "Primary metric": read_primary,
-        "Effective rank of patch tokens": read_rank,
-    }
-    for title, read in curves.items():
+    curves: list[tuple[str, Callable[[CurveEntry], float | None], Sequence[float]]] = [
+        ("Primary metric", read_primary, ()),
+        ("Effective rank of patch tokens", read_rank, (0,)),
+    ]
+    for title, read, include in curves:
         values: dict[str, dict[int, list[float]]] = {}
         for job, result in results:
             for entry in result.get("curve", ()) if job.stage == "images" else ():
@@ -199,7 +199,7 @@ def _draw_curves(results: Results, settings: Compare) -> Iterator[Markup]:
             Line(name, [Point(step, float(np.mean(of_seeds))) for step, of_seeds in sorted(by_step.items())])
             for name, by_step in values.items()
         ]
-        yield line_chart(title, lines, note="Mean over seeds.")
+        yield line_chart(title, lines, note="Mean over seeds.", include=include)
 
 
 def _read_curve_value(entry: CurveEntry, part: str) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gtsa.core.html import EMPTY, Markup, Text, details, escape, join, plain, table
 
 WIDTH, HEIGHT = 480, 270  # px of the drawing; page.js draws with the same numbers
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40  # px around the plot
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 40  # px around the plot
 MOST = 300  # points of a line; of a longer one neighbours are averaged
 HUES = 8  # in page.css; further lines repeat them
 
@@ -38,6 +38,7 @@ def line_chart(
     x_name: str = "step",
     note: Text = "",
     level: float | None = None,
+    include: Sequence[float] = (),
 ) -> Markup:
     """A figure: an SVG of the lines, a legend, and the values as a table that opens with a click.
 
@@ -46,14 +47,17 @@ def line_chart(
         x_name: what x counts.
         note: text below the title.
         level: a value to draw as a horizontal line, e.g. chance.
+        include: values that the vertical axis always has, e.g. 0, so that noise does not fill the plot.
     """
-    drawn = [Line(line.name, _thinned(line.points)) for line in lines if any(p.y is not None for p in line.points)]
-    if not drawn:
+    known = [line for line in lines if any(p.y is not None for p in line.points)]
+    if not known:
         return EMPTY
-    fewer = max((len(line.points) / len(d.points) for line, d in zip(lines, drawn, strict=False)), default=1)
+    drawn = [Line(line.name, _thinned(line.points)) for line in known]
+    fewer = max(len(line.points) / len(d.points) for line, d in zip(known, drawn, strict=True))
+    include = [*include, *([] if level is None else [level])]
     note = escape(note) + (f" Each point is the mean of about {round(fewer)} lines of the log." if fewer > 1 else "")
     data = {
-        "unit": unit, "x": x_name, "level": level,
+        "unit": unit, "x": x_name, "level": level, "include": include,
         "lines": [{"name": d.name, "points": [[p.x, p.y, p.low, p.high] for p in d.points]} for d in drawn],
     }  # fmt: skip
     return Markup(
@@ -64,7 +68,7 @@ def line_chart(
         title,
         Markup(" {}").format(note) if note else EMPTY,
         _legend(drawn),
-        _drawing(title, drawn, unit, x_name, level),
+        _drawing(title, drawn, unit, x_name, level, include),
         details("values", _values(title, drawn, unit, x_name)),
     )
 
@@ -93,9 +97,11 @@ def _legend(lines: Sequence[Line]) -> Markup:
     return Markup('<ul class="legend">{}</ul>\n').format(join(items)) if len(lines) > 1 else EMPTY
 
 
-def _drawing(title: Text, lines: Sequence[Line], unit: str, x_name: str, level: float | None) -> Markup:
+def _drawing(
+    title: Text, lines: Sequence[Line], unit: str, x_name: str, level: float | None, include: Sequence[float]
+) -> Markup:
     values = [v for line in lines for p in line.points for v in (p.y, p.low, p.high) if v is not None]
-    values += [] if level is None else [level]
+    values += include
     xs = [p.x for line in lines for p in line.points]
     scale = Scale(min(xs), max(xs), *padded(min(values), max(values)))
     parts = [
@@ -151,7 +157,10 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A value with four digits."""
+    """A value with four digits. Small ones have an exponent, so that the labels of an axis stay narrow: 8e-5."""
+    if 0 < abs(value) < 0.001:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

@@ -1,8 +1,8 @@
-// The charts of core/chart.py: values under the pointer, zoom by dragging, both by keyboard too.
+// The charts of core/chart.py: values under the pointer, zoom by dragging, both by keyboard too. Paper gets what is closed.
 // Without this script the charts are there as they are; nothing is loaded from anywhere.
 "use strict";
 (() => {
-  const WIDTH = 480, HEIGHT = 270, LEFT = 52, RIGHT = 12, TOP = 12, BOTTOM = 40, HUES = 8;
+  const WIDTH = 480, HEIGHT = 270, LEFT = 60, RIGHT = 12, TOP = 12, BOTTOM = 40, HUES = 8;
   const INNER = WIDTH - LEFT - RIGHT, SHORT = 20, LEAST = 8; // px of the plot, points with dots, px of a drag
 
   const svgNode = (name, values, text) => {
@@ -17,8 +17,11 @@
     if (text !== undefined) node.textContent = text;
     return node;
   };
-  const number = (value) =>
-    Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en-US") : String(Number(value.toPrecision(4)));
+  const number = (value) => {
+    const size = Math.abs(value), short = Number(value.toPrecision(4));
+    if (size > 0 && size < 0.001) return short.toExponential();
+    return size >= 1000 ? Math.round(value).toLocaleString("en-US") : String(short);
+  };
   const ticks = (low, high) => {
     const span = high - low;
     if (!(span > 0)) return [low];
@@ -122,13 +125,13 @@
       event.preventDefault();
     }
 
-    // Shows the part from x0 to x1; the vertical range is that of the values in it.
+    // Shows the part from x0 to x1; the vertical range is that of the values in it, and of those to include.
     zoom(x0, x1) {
       [this.x0, this.x1] = [x0, x1];
       const values = this.lines
         .flatMap((line) => line.points.filter((p) => p[0] >= x0 && p[0] <= x1).flatMap((p) => p.slice(1)))
-        .concat(this.level === null ? [] : [this.level])
-        .filter((v) => v !== null);
+        .filter((v) => v !== null)
+        .concat(this.include);
       const [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
       const room = 0.06 * (high - low) || 0.5 * Math.abs(high) || 0.5;
       [this.y0, this.y1] = [low - room, high + room];
@@ -207,4 +210,13 @@
   }
 
   for (const figure of document.querySelectorAll("figure.chart")) new Chart(figure);
+
+  let opened = []; // for paper: all but the values of charts, which their curves show
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details:not([open])")].filter((details) => !details.closest(".chart"));
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of opened) details.open = false;
+  });
 })();

@@ -110,8 +110,8 @@ class FeatureCache:
             self._shards.append(rows)
             self._starts.append(starts)
             self._numbers.append(self._count)
-            for place, (digest, grid) in enumerate(images):
-                entry = _Entry(self._count + place, len(self._shards) - 1, int(starts[place]), grid)
+            for number, (digest, grid) in enumerate(images):
+                entry = _Entry(self._count + number, len(self._shards) - 1, int(starts[number]), grid)
                 self._entries.setdefault(digest, entry)
             self._count += len(images)
 

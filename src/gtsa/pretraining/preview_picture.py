@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from gtsa.core.drawing import GAP, Hue, label, new_sheet, to_image, write
+from gtsa.core.drawing import GAP, Hue, label_boxes, new_sheet, to_image, write
 from gtsa.core.types import Crops, Views
 from gtsa.methods.gtsa import regions
 from gtsa.methods.parts.geometry import pool, rotate_maps
@@ -62,12 +62,12 @@ def draw_boxes(image: Tensor, views: Views, hues: list[Hue], zoom: float) -> Ima
     picture = to_image(image.permute(1, 2, 0))
     picture = picture.resize((max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))))
     draw = ImageDraw.Draw(picture)
-    for _, box, hue, size in list_crops(views, hues):
+    labels = []
+    for name, box, hue, size in list_crops(views, hues):
         x1, y1, x2, y2 = (value * zoom for value in box)
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=hue, width=4 if size == 0 else 2)
-    for name, box, hue, size in list_crops(views, hues):  # above all boxes; labels of global crops on the right
-        x1, y1, x2, _ = (value * zoom for value in box)
-        label(draw, (x2 - 26 if size == 0 else x1 + 4, y1 + 4), name, hue)
+        labels.append((name, (x1, y1, x2, y2), hue))
+    label_boxes(draw, labels)  # above all boxes
     return picture
 
 

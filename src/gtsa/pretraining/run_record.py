@@ -1,4 +1,4 @@
-"""What a run folder holds, whatever became of the run: finished, in progress, stopped, dead, or of an early version."""
+"""The content of a run folder in any state: finished, in progress, stopped, killed, or of an early version."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_is_run(folder: Path) -> None:
 
 
 def read_run(folder: Path, in_progress: bool | None = None) -> RunRecord:
-    """Reads a run folder; what is missing or damaged is named in the result.
+    """Reads a run folder; ``missing`` of the result says what is missing or damaged.
 
     Args:
         in_progress: whether a process writes into the folder; None: by its lock.
@@ -141,7 +141,8 @@ def _read_lines(record: RunRecord, name: str) -> list[Entry]:
         else:
             damaged += 1
     if damaged and not (damaged == 1 and record.in_progress):  # a line may be half written
-        record.missing.append(f"{damaged} lines of {name} cannot be read and are left out.")
+        lines = "1 line" if damaged == 1 else f"{damaged} lines"
+        record.missing.append(f"{name}: {lines} cannot be read.")
     return entries
 
 

@@ -1,1 +1,1 @@
-"""gtsa explore: a local page on which features are looked at."""
+"""gtsa explore: a local page that shows the features of patches."""

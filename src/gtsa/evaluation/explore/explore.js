@@ -6,6 +6,7 @@ const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowR
 const ANGLES = ["0°", "90°", "180°", "270°"];
 
 const byId = (id) => document.getElementById(id);
+const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 const listItem = (name, textContent) => Object.assign(document.createElement(name), { textContent });
 const controls = byId("controls");
 let state = { ...DEFAULTS }, image = null, views = [], requests = new AbortController();
@@ -44,16 +45,16 @@ function change(news, replace = false) {
   show().catch(complain);
 }
 
-// Geometry: a place in a picture after `turns` quarter-turns counter-clockwise, as fractions [y, x]; -turns undoes it
+// Geometry: a point of a picture after `turns` quarter-turns counter-clockwise, as fractions [y, x]; -turns undoes it
 
-function turned([y, x], turns) {
+function rotatedPoint([y, x], turns) {
   for (let i = 0; i < ((turns % 4) + 4) % 4; i++) [y, x] = [1 - x, y];
   return [y, x];
 }
 
 const centre = ([row, column], [height, width]) => [(row + 0.5) / height, (column + 0.5) / width];
 const patchAt = ([y, x], [height, width]) => [Math.min(height - 1, Math.floor(y * height)), Math.min(width - 1, Math.floor(x * width))];
-const written = (place) => place.map((value) => value.toFixed(5)).join(",");
+const written = (point) => point.map((value) => value.toFixed(5)).join(",");
 const gridOf = (map) => [map.length, map[0].length];
 
 // Drawing
@@ -105,7 +106,7 @@ class Stage {
   }
 
   choose(patch, replace = false) {
-    change({ at: written(turned(centre(patch, this.grid), -this.rotation)), page: "0" }, replace);
+    change({ at: written(rotatedPoint(centre(patch, this.grid), -this.rotation)), page: "0" }, replace);
   }
 
   move(event) {
@@ -176,11 +177,13 @@ class View {
       shown.push([look.rotated.against_upright, look.rotated.patch, turns, "Rotated: similarity with the patch before the rotation."]);
       shown.push([look.rotated.same_place, look.rotated.patch, turns, "Each patch, similarity before and after the rotation."]);
     }
+    const ratios = shown.map(([map]) => map[0].length / map.length);
     this.stages.forEach((stage, i) => {
       stage.element.hidden = i >= shown.length;
       if (i < shown.length) stage.update(...shown[i], colourOf);
+      const share = Math.min(0.7, Math.max(0.3, ratios[i] / (ratios[i] + ratios[i ^ 1]))); // two in a row have one height
+      stage.element.style.width = shown.length > 1 ? `calc(${100 * share}% - .4rem)` : "100%";
     });
-    this.box.classList.toggle("several", shown.length > 1);
     this.legend.querySelector(".low").textContent = pca ? "" : this.low.toFixed(2);
     this.legend.querySelector(".high").textContent = pca ? "" : "1.00";
     this.legend.querySelector(".ramp").hidden = pca;
@@ -188,26 +191,25 @@ class View {
   }
 
   drawNumbers(rotated) {
-    this.numbers.hidden = !rotated;
-    if (!rotated) return;
+    if ((this.numbers.hidden = !rotated)) return;
     const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
     const rows = [
-      [rotated.here.toFixed(3), "similarity of the chosen patch before and after the rotation"],
-      [rotated.mean.toFixed(3), `the same, mean of all patches; different places: ${rotated.elsewhere.toFixed(3)}`],
-      [percent(rotated.found_again), "of patches are most similar to the same place after the rotation"],
-      [rotated.agreement === null ? "–" : rotated.agreement.toFixed(3), "correlation of the chosen patch’s similarity maps before and after"],
+      [rotated.here.toFixed(3), "similarity of the chosen patch before and after the rotation (1: invariant)"],
+      [rotated.mean.toFixed(3), `the same, mean of all patches (near 1: invariant; between different places it is ${rotated.elsewhere.toFixed(3)})`],
+      [percent(rotated.found_again), "of patches are most similar to the same place after the rotation (100 %: every place is recognised)"],
+      [rotated.agreement === null ? "–" : rotated.agreement.toFixed(3), "correlation of the chosen patch’s similarity maps before and after (1: the map rotates with the image)"],
     ];
     this.numbers.replaceChildren(...rows.flatMap((row) => row.map((text, i) => listItem(i ? "dd" : "dt", text))));
   }
 
-  drawOthers({ tiles, images, page, pages, variance }) {
-    const nearest = state.order === "nearest", pca = state.show === "pca";
+  drawOthers({ tiles, images, page, pages, variance, nearest }) {
+    const pca = state.show === "pca";
     const turns = nearest && state.rotation !== "0" ? `, rotated by ${ANGLES[state.rotation]}` : "";
     this.title.textContent = (nearest ? `Nearest images by the chosen patch${turns}` : "Images by name") + (pca ? ` (3 components: ${(100 * variance).toFixed(0)} % of variance)` : "");
     this.none.hidden = tiles.length > 0;
     this.none.textContent = state.filter ? "No image with features has such a name." : "No other image has features yet.";
     this.tiles.replaceChildren(...tiles.map((tile) => this.drawTile(tile)));
-    this.pages.querySelector("span").textContent = `page ${page + 1} of ${Math.max(1, pages)}, ${images.toLocaleString("en")} images`;
+    this.pages.querySelector("span").textContent = `page ${page + 1} of ${Math.max(1, pages)}, ${count(images, nearest ? "other image" : "image")}`;
     [".earlier", ".later"].forEach((name, i) => (this.pages.querySelector(name).disabled = i ? page + 1 >= pages : page < 1));
   }
 
@@ -220,9 +222,9 @@ class View {
     element.querySelector(".title").textContent = element.title = tile.name;
     element.setAttribute("aria-label", `${tile.name}, similarity ${similarity} at row ${tile.best[0] + 1}, column ${tile.best[1] + 1}. Explore from there.`);
     element.addEventListener("click", (event) => {
-      const box = frame.getBoundingClientRect(), place = [(event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width];
-      const inside = event.detail > 0 && place.every((value) => value >= 0 && value < 1); // not by the keyboard, not on the name
-      change({ image: tile.name, at: written(centre(inside ? patchAt(place, tile.grid) : tile.best, tile.grid)), page: "0" });
+      const box = frame.getBoundingClientRect(), point = [(event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width];
+      const inside = event.detail > 0 && point.every((value) => value >= 0 && value < 1); // not by the keyboard, not on the name
+      change({ image: tile.name, at: written(centre(inside ? patchAt(point, tile.grid) : tile.best, tile.grid)), page: "0" });
     });
     return element;
   }
@@ -254,11 +256,11 @@ async function show() {
 }
 
 async function locate(name, signal) {
-  const found = await ask("find", name ? { name } : {}, signal);
-  if (found.image === null) throw new Error(name ? `There is no image ${name} in these data. Choose another one below.` : "No image can be read; see the list of those left out.");
-  state.image = found.name;
+  const answer = await ask("find", name ? { name } : {}, signal);
+  if (answer.image === null) throw new Error(name ? `There is no image ${name} in these data. Choose another one below.` : "No image can be read; see the list of those left out.");
+  state.image = answer.name;
   writeAddress(true);
-  return { ...found, index: found.image };
+  return { ...answer, index: answer.image };
 }
 
 async function follow() {
@@ -266,9 +268,9 @@ async function follow() {
   for (;;) {
     const { images, ready: counts, left_out: leftOut, finished, error } = await ask("progress");
     const least = Math.min(...counts);
-    byId("progress").textContent = error || (finished ? "" : `Features of ${least.toLocaleString("en")} of ${images.toLocaleString("en")} images are computed; these are searched.`);
+    const searched = `${least.toLocaleString("en")} can be searched${finished ? "" : " so far"}`, bad = leftOut.length ? `, ${leftOut.length.toLocaleString("en")} cannot be read` : "";
+    byId("progress").textContent = `${count(images, "image")}: ${searched}${bad}. ${error}`;
     byId("left-out").hidden = !leftOut.length;
-    byId("left-out").querySelector("summary").textContent = leftOut.length === 1 ? "1 image cannot be read and is left out" : `${leftOut.length.toLocaleString("en")} images cannot be read and are left out`;
     byId("left-out").querySelector("ul").replaceChildren(...leftOut.map(({ name, reason }) => listItem("li", `${name}: ${reason}`)));
     if (image && least !== ready && (ready < 0 || ready < 12 || finished)) show().catch(complain); // later a page is full
     ready = least;
@@ -288,13 +290,11 @@ window.addEventListener("popstate", () => (readAddress(), show().catch(complain)
 
 async function begin() {
   const session = await ask("session");
-  byId("summary").textContent = `${session.images.toLocaleString("en")} images of ${session.data}, long side ${session.size} px`;
+  byId("summary").textContent = `${session.data}, long side ${session.size} px`;
   views = session.networks.map((network, number) => new View(network, number));
-  byId("networks").append(...views.map((view) => view.element));
-  byId("weights").hidden = views.length < 2;
+  byId("networks").append(...views.map((view) => view.element)), (byId("weights").hidden = views.length < 2);
   readAddress();
-  await show().catch(complain);
-  await follow();
+  await show().catch(complain).then(follow);
 }
 
 begin().catch(complain);

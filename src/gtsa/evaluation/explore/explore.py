@@ -1,4 +1,4 @@
-"""gtsa explore: a local page on which the features of patches are looked at."""
+"""gtsa explore: a local page that shows the features of patches."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _device(device: str) -> torch.device:
 
 
 def _open(data: object, selection: Selection) -> Source:
-    """The images. What is left out is said."""
+    """The images. Prints which files are left out."""
     with Count("listed") as count:
         source = open_source(data, selection, progress=count)
     left = Scan(ignored=dict(source.ignored), unreadable=source.unreadable, outside=source.outside)
@@ -134,7 +134,7 @@ def _network(weights: _Weights, images: Images, folder: Path, size: int, device:
 
 
 def _key(backbone: Backbone, size: int) -> str:
-    """The folder of the features of a network at a size: whatever changes them changes it."""
+    """The folder of the features of a network at a size: of everything that changes them."""
     what = (backbone.fingerprint, backbone.arguments, backbone.normalisation, backbone.num_prefix_tokens, size, FORMAT)
     return f"{backbone.model}-{size}px-{digest_of(*what)[:16]}"
 

@@ -25,7 +25,7 @@ class Extraction(threading.Thread):
     """Computes what the caches do not have, in the order of the images.
 
     Attributes:
-        finished: whether all images have been used.
+        finished: whether the features of all images that can be read are in the caches.
         error: why it had to stop; empty if it did not.
     """
 
@@ -44,7 +44,7 @@ class Extraction(threading.Thread):
         except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: memory of a GPU
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             self.error = f"features are not computed any more: {reason}"
-            say(f"explore: {self.error}. The page shows what there is")
+            say(f"explore: {self.error}. The page shows the features computed so far")
 
     def stop(self) -> None:
         """Stops after the batch in progress and keeps what was computed."""
@@ -67,7 +67,10 @@ class Extraction(threading.Thread):
             self._forward(number, shape)
         self._commit()
         self.digests.save()
-        self.finished = not self._stopping.is_set()
+        if not self._stopping.is_set():
+            for network in self.networks:
+                network.warm_up()
+            self.finished = True
 
     def _prepare(self, index: int) -> Prepared:
         """Decodes an image that a network needs. A bad one is left out."""
@@ -99,7 +102,7 @@ class Extraction(threading.Thread):
         self._computed[number] |= {index: one for (index, _), one in zip(batch, patches, strict=True)}
 
     def _commit(self) -> None:
-        """Writes what was computed since the last time. Then it can be searched."""
+        """Writes the features computed since the last time. Then they can be searched."""
         for number, network in enumerate(self.networks):
             computed, self._computed[number] = self._computed[number], {}
             network.cache.add({self.images.digest(index): patches for index, patches in computed.items()})

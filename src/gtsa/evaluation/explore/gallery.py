@@ -197,10 +197,14 @@ class Network:
         pixels = torch.rot90(self.pixels(self.images.read(index, self.size)), rotation, (1, 2))
         return self.compute(pixels[None].contiguous(), urgent=True)[0]
 
+    def warm_up(self) -> None:
+        """Searches once, so that the first search of the user does not wait for features from the disk."""
+        self.nearest(torch.zeros(self.backbone.embed_dim), self.ready)
+
     def nearest(self, query: Tensor, among: Sequence[int]) -> list[tuple[int, float]]:
         """Numbers of images by the largest cosine similarity of one of their patches with ``query`` [D]."""
         if not among:
             return []
         best = self.cache.maxima(query, [self.images.digest(index) for index in among])
         order = np.argsort(-best, kind="stable")
-        return [(among[place], float(best[place])) for place in order.tolist()]
+        return [(among[rank], float(best[rank])) for rank in order.tolist()]

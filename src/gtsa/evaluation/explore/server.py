@@ -37,13 +37,13 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user looks at: a patch of an image, after a rotation, by one of the networks."""
+    """The chosen patch of an image, after a rotation, by one of the networks."""
 
     network: Network
     image: int
     rotation: int
     upright: Tensor  # [h, w, D]
-    rotated: Tensor  # the same without a rotation
+    rotated: Tensor  # [h, w, D] or [w, h, D]; ``upright`` without a rotation
     patch: similarity.Patch  # of the upright image
     query: Tensor  # [D], of the rotated image
 
@@ -56,7 +56,7 @@ class Explorer:
     """The answers of the server.
 
     Args:
-            data: what the user gave.
+        data: --data, for the page.
     """
 
     def __init__(self, images: Images, networks: Sequence[Network], extraction: Extraction, data: str) -> None:
@@ -167,8 +167,8 @@ class Explorer:
         word, page = request.query_params.get("filter", "").lower(), max(0, _number(request, "page"))
         ready = [index for index in sorted(choice.network.ready) if word in self.images.names[index].lower()]
         if nearest := _one_of(request, "order", ("nearest", "name")) == "nearest":
-            found = choice.network.nearest(choice.query, [index for index in ready if index != choice.image])
-            ready = [index for index, _ in found]
+            others = [index for index in ready if index != choice.image]
+            ready = [index for index, _ in choice.network.nearest(choice.query, others)]
         shown = [(index, choice.network.patches(index)) for index in ready[page * PAGE : (page + 1) * PAGE]]
         tiles = [self._tile(index, patches, choice, with_map=not pca) for index, patches in shown]
         answer: dict[str, object] = {"tiles": tiles, "images": len(ready), "page": page, "nearest": nearest}
@@ -190,7 +190,7 @@ class Explorer:
         return {**tile, "similarity": _rounded(float(values.max())), **({"map": _map(values)} if with_map else {})}
 
     def _choice(self, request: Request) -> Choice:
-        """What a request asks for. Raises BadRequest, BadImage."""
+        """The choice in a request. Raises BadRequest, BadImage."""
         network = self.networks[_number(request, "network", len(self.networks))]
         index, rotation = self._image(request), _number(request, "rotation", 4)
         upright = network.patches(index)

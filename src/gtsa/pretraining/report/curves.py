@@ -14,10 +14,14 @@ from gtsa.pretraining.verdict import CHANCE, SCORES
 from gtsa.training.schedules import Cosine, warmup_then
 
 TIMES = ("step", "seconds", "waited", "gradient")  # of metrics.jsonl; all others are parts of the loss and accuracies
-OTHER_HEALTH = {  # further metrics of health.jsonl: title, and what the numbers mean
-    "agreement": ("Agreement with the start", "of the Gram matrix of the patches; 1: unchanged"),
-    "teacher_information": ("Mutual information of teacher assignments", "share of the largest possible"),
-}
+HEALTH = {  # metrics of health.jsonl: title, what the numbers mean, and values that the axis includes
+    "rank": ("Effective rank", "Of the patch tokens. A fall to a quarter of step 0 is a sign of collapse.", [0]),
+    "spread": (
+        "Spread", "Of the directions of the patch tokens: 1 where all are equally frequent, 0 for one.", [0, 1],
+    ),
+    "agreement": ("Agreement with the start", "Of the Gram matrix of the patches; 1: unchanged.", [0, 1]),
+    "teacher_information": ("Mutual information of teacher assignments", "Share of the largest possible.", [0]),
+}  # fmt: skip
 
 
 def _line(name: str, log: Sequence[Entry], key: str, scale: float = 1.0) -> Line:
@@ -39,8 +43,9 @@ def curves(record: RunRecord) -> Iterator[Markup]:
     yield _accuracy(record)
     yield from _health(record)
     yield from _evaluations(record)
-    yield line_chart("Learning rate", [_learning_rate(record)], note="As scheduled, at its peak over all parameters.")
-    yield line_chart("Gradient norm", [_line("gradient norm", record.metrics, "gradient")], note="Before clipping.")
+    rate, norm = _learning_rate(record), _line("gradient norm", record.metrics, "gradient")
+    yield line_chart("Learning rate", [rate], note="As scheduled, at its peak over all parameters.", include=[0])
+    yield line_chart("Gradient norm", [norm], note="Before clipping.", include=[0])
 
 
 def _accuracy(record: RunRecord) -> Markup:
@@ -60,18 +65,9 @@ def _health(record: RunRecord) -> Iterator[Markup]:
         meaning = SCORES.get(name.replace("gain", "score"), "")
         started = [{"step": 0, name: 0.0}, *log]
         yield line_chart(title, [_line("gain", started, name)], note=f"{meaning}. Band: 95 % interval.", level=0.0)
-    for name, title, note in (
-        ("rank", "Effective rank", "Of the patch tokens. A fall to a quarter of step 0 is a sign of collapse."),
-        (
-            "spread",
-            "Spread",
-            "Of the directions of the patch tokens: 1 where all are equally frequent, 0 for one.",
-        ),
-    ):
-        started = [{"step": 0, name: log[0].get(f"{name}_at_start")}, *log] if log else []
-        yield line_chart(title, [_line(title.lower(), started, name)], note=note)
-    for name, (title, note) in OTHER_HEALTH.items():
-        yield line_chart(title, [_line(title.lower(), log, name)], note=note.capitalize() + ".")
+    for name, (title, note, include) in HEALTH.items():
+        start = [{"step": 0, name: entry[f"{name}_at_start"]} for entry in log[:1] if f"{name}_at_start" in entry]
+        yield line_chart(title, [_line(title.lower(), [*start, *log], name)], note=note, include=include)
 
 
 def _evaluations(record: RunRecord) -> Iterator[Markup]:
@@ -119,8 +115,10 @@ def throughput(record: RunRecord) -> Markup:
         ),
         html.grid(
             [
-                line_chart("Images per second", [speed], note="Steps alone, without evaluations and checkpoints."),
-                line_chart("Waiting for data", [waiting], " %", note="Share of the time."),
+                line_chart(
+                    "Images per second", [speed], note="Steps alone, without evaluations and checkpoints.", include=[0]
+                ),
+                line_chart("Waiting for data", [waiting], " %", note="Share of the time.", include=[0]),
             ],
             "charts",
         ),

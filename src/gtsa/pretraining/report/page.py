@@ -14,7 +14,7 @@ from gtsa.core.settings import flat
 from gtsa.core.terminal import lasting
 from gtsa.pretraining.report.curves import curves, durations, throughput
 from gtsa.pretraining.run_record import RunRecord
-from gtsa.pretraining.settings import METHODS
+from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.pretraining.verdict import advice
 
 KINDS = {"learning": "good", "too short to tell": "warn", "stalled": "warn", "collapsing": "bad"}  # of verdicts
@@ -127,16 +127,15 @@ def _data(record: RunRecord, images: bool) -> Markup:
         (names.get(index, f"image {index}"), reason, "during training") for index, reason in record.unreadable.items()
     ]
     bad += [(str(f["name"]), str(f["reason"]), "folder, not listed") for f in scan.get("folders_not_listed", ())]
-    parts = [html.facts(_scan_facts(scan))] if scan else []
+    parts = [html.facts([*_scan_facts(scan), *_range_fact(record)])] if scan else []
     if bad:
         rows = [(html.code(name), escaped(reason), when) for name, reason, when in bad]
         parts.append(html.table("Files that could not be used", ["file", "reason", "when"], rows, words=True))
     elif scan:
         parts.append(html.paragraph("Every image could be used."))
-    links = scan.get("links_not_followed", ())
-    if links:
-        named = html.bullets(html.code(f"{link['name']}: {link['reason']}") for link in links) if images else html.EMPTY
-        parts.append(html.details(f"{len(links):,} links lead out of the folder and were not followed", named))
+    if links := scan.get("links_not_followed", ()):
+        reasons = html.bullets(html.code(f"{link['name']}: {link['reason']}") for link in (links if images else ()))
+        parts.append(html.details(f"{len(links):,} links lead out of the folder and were not followed", reasons))
     parts.append(html.bullets(escaped(remark) for remark in scan.get("remarks", ())))
     return html.section("Data", *parts)
 
@@ -150,6 +149,14 @@ def _scan_facts(scan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{side}, px", f"{values['least']} to {values['most']}, median {values['median']}"
     if others := sum(scan.get("other_files", {}).values()):
         yield "other files", f"{others:,}"
+
+
+def _range_fact(record: RunRecord) -> Iterator[tuple[str, str]]:
+    """--range16, where it has an effect or was given."""
+    black, white = record.settings.range16
+    modes = [str(kind).split()[-1] for kind in record.scan.get("formats", {})]
+    if (black, white) != Pretrain.model_fields["range16"].default or any(mode.startswith("I") for mode in modes):
+        yield "16-bit values, black to white", f"{black:g} to {white:g}"
 
 
 def _plan(record: RunRecord) -> Markup:

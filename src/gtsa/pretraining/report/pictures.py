@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from gtsa.data import augment
 from gtsa.evaluation.feature_maps import centred_directions, feature_colours
 from gtsa.evaluation.loading import normalised
 from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.parts import losses
 from gtsa.methods.parts.geometry import pairs_of
 from gtsa.models.attention import attention_maps
 from gtsa.pretraining import preview_picture
@@ -22,28 +23,30 @@ from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, p
 from gtsa.pretraining.report.network import Network
 
 MOST_HEADS = 8  # of attention that are drawn
+UNIFORM = 1.5  # attention whose largest value is below this multiple of the mean is nearly uniform
+Parts = Sequence[Markup]  # of a section, below its title
 
 
 def draw_learnt(network: Network, problems: list[str]) -> list[Markup]:
-    """The sections on what was learnt. What cannot be drawn is named in ``problems``; the others stay."""
-    makers = {"Feature maps": feature_maps, "Similar patches": similar_patches}
+    """The sections on what was learnt. ``problems`` gets a sentence on each that cannot be drawn; the others stay."""
+    makers: dict[str, Callable[[Network], Parts]] = {"Feature maps": feature_maps, "Similar patches": similar_patches}
     if isinstance(network.method, GTSA):
         if network.method.rotation_head is not None:
             makers["Rotation prediction"] = rotation_prediction
         makers["Targets and predictions"] = targets
     makers["Attention"] = attention
-    return [_attempt(title, make, network, problems) for title, make in makers.items()]
+    return [_attempt(title, make, network, problems, level=3) for title, make in makers.items()]
 
 
 def draw_views(network: Network, problems: list[str]) -> Markup:
     """The section of example views."""
-    return _attempt("Example views", example_views, network, problems)
+    return _attempt("Example views", example_views, network, problems, level=2)
 
 
 @torch.no_grad()
-def _attempt(title: str, make: Callable[[Network], Markup], network: Network, problems: list[str]) -> Markup:
+def _attempt(title: str, make: Callable[[Network], Parts], network: Network, problems: list[str], level: int) -> Markup:
     try:
-        return make(network)
+        return html.section(title, *make(network), level=level)
     except Exception as error:  # a picture must not cost the report
         problems.append(f"{title}: could not be drawn ({type(error).__name__}: {error}).")
         return html.EMPTY
@@ -52,7 +55,7 @@ def _attempt(title: str, make: Callable[[Network], Markup], network: Network, pr
 # What was learnt
 
 
-def feature_maps(network: Network) -> Markup:
+def feature_maps(network: Network) -> Parts:
     at_start, now = feature_colours([network.at_start, network.now], network.gallery, SIDE)
     figures = []
     for n, image in enumerate(pixels(network.gallery)):
@@ -62,8 +65,7 @@ def feature_maps(network: Network) -> Markup:
             (now[n], f"Feature map of image {n + 1} at step {network.step}", f"step {network.step:,}"),
         )
         figures.append(html.strip([tile(*part) for part in parts]))
-    return html.section(
-        "Feature maps",
+    return [
         html.paragraph(
             "Patches with similar features have similar colours. The three strongest principal components of the "
             "patch tokens are lightness and two axes of hue. They are computed over all images and both steps "
@@ -71,11 +73,10 @@ def feature_maps(network: Network) -> Markup:
             "patches differ less."
         ),
         html.grid(figures),
-        level=3,
-    )
+    ]
 
 
-def similar_patches(network: Network) -> Markup:
+def similar_patches(network: Network) -> Parts:
     """For one patch of each image: the similarity of all patches, at the start and now."""
     figures = []
     count, grid = len(network.gallery), network.now.shape[1]
@@ -94,19 +95,17 @@ def similar_patches(network: Network) -> Markup:
                 tiles.append(tile(picture, alt, f"image {i + 1}, step {step:,}"))
             strips.append(html.strip(tiles))
         figures.append(html.figure(html.join(strips), f"Patch {n + 1}, chosen in image {n + 1}."))
-    return html.section(
-        "Similar patches",
+    return [
         html.paragraph(
             "One patch of each image is chosen for its contrast and marked in white. The colours are the cosine "
             "similarity of every other patch, after the mean is subtracted: from 0 (grey) to 1 (yellow). In the other "
             "images the most similar patch is marked."
         ),
         html.grid(figures),
-        level=3,
-    )
+    ]
 
 
-def rotation_prediction(network: Network) -> Markup:
+def rotation_prediction(network: Network) -> Parts:
     """The student's rotation head on four rotations of each image; the first image is shown."""
     method, settings = network.method, network.settings
     assert isinstance(method, GTSA) and method.rotation_head is not None
@@ -131,8 +130,7 @@ def rotation_prediction(network: Network) -> Markup:
     table = html.table(
         "Predicted probability of each rotation", ["rotated by", *(f"{90 * k}°" for k in range(4))], rows
     )
-    return html.section(
-        "Rotation prediction",
+    return [
         html.paragraph(
             "The student predicts by how many quarter-turns an image was rotated, counter-clockwise. Of the "
             f"{4 * len(images)} rotations of the {len(images)} images here {correct} are predicted correctly; by "
@@ -140,11 +138,10 @@ def rotation_prediction(network: Network) -> Markup:
         ),
         html.grid([html.strip(tiles)]),
         html.details("all probabilities", table),
-        level=3,
-    )
+    ]
 
 
-def targets(network: Network) -> Markup:
+def targets(network: Network) -> Parts:
     """A teacher's crop, its pooled cells as the target, the student's cells, and the student's view."""
     method = network.method
     assert isinstance(method, GTSA)
@@ -154,28 +151,42 @@ def targets(network: Network) -> Markup:
     figures = []
     for size, crops in enumerate(finished.groups):
         maps, _ = method.student_maps(crops)
-        predicted, target = method.pooled(maps, teacher, crops, finished.global_crops, size)  # [B, V, G, c, c, C]
+        pooled = method.pooled(maps, teacher, crops, finished.global_crops, size)  # [B, V, G, c, c, C] each
         pairs = pairs_of(size, crops.count, finished.global_crops.count)
         view, seen = (int(indices[0]) for indices in pairs)
-        if predicted.shape[3] < 2:  # the ablation without regions has one cell
+        predicted, target = (cells[:, view, seen].float().cpu() for cells in pooled)  # [B, c, c, C]
+        if predicted.shape[1] < 2:  # the ablation without regions has one cell
             continue
-        cells = [part[:, view, seen].float().cpu() for part in (target, predicted)]
-        colours = feature_colours(cells, network.gallery, SIDE, smooth=False, common=False)
-        figures += [_pair(views, size, view, seen, [c[n] for c in colours], n) for n in range(min(2, len(cells[0])))]
-    return html.section(
-        "Targets and predictions",
+        colours = feature_colours([target, predicted], network.gallery, SIDE, smooth=False, common=False)
+        cosines = similarities_of_images(predicted, target)
+        for n in range(min(2, len(cosines))):
+            pictures = [maps_of_images[n] for maps_of_images in colours]
+            figures.append(_pair(views, size, view, seen, pictures, n, describe_similarity(cosines, n)))
+    return [
         html.paragraph(
             "The teacher sees a global crop (G), the student another view of the same image (G or L). The region that "
             "both share is pooled into cells; the teacher's are rotated into the student's orientation. The student is "
             "trained to predict them. A similar pattern of colours in the second and the third picture means that it "
-            "does. Each has a scale of its own."
+            "does. Each has a scale of its own. The cosine similarity of prediction and target is a mean over cells. "
+            "By chance it is as high as with the targets of other images."
         ),
         html.grid(figures),
-        level=3,
-    )
+    ]
 
 
-def _pair(views: Views, size: int, view: int, seen: int, colours: list[Tensor], image: int) -> Markup:
+def similarities_of_images(predicted: Tensor, target: Tensor) -> Tensor:
+    """Cosine similarities [B, B] of predicted cells [B, c, c, C] with the targets of all images, mean over cells."""
+    return -losses.region(predicted[:, None], target[None])
+
+
+def describe_similarity(cosines: Tensor, image: int) -> str:
+    """A sentence: an image's own cosine similarity in [B, B], and the mean of those with the other images."""
+    own, others = cosines[image, image], torch.cat([cosines[image, :image], cosines[image, image + 1 :]])
+    chance = f"; with the targets of other images {others.mean():.2f}" if len(others) else ""
+    return f"Cosine similarity {own:.2f}{chance}."
+
+
+def _pair(views: Views, size: int, view: int, seen: int, colours: list[Tensor], image: int, similarity: str) -> Markup:
     crops, globals_ = views.groups[size], views.global_crops
     in_view, in_seen = regions(crops, globals_)
     student = preview_picture.rotated(crops)[image, view]
@@ -189,12 +200,11 @@ def _pair(views: Views, size: int, view: int, seen: int, colours: list[Tensor], 
         (preview_picture.boxed(student, in_view[image, view, seen], hue, 1), f"{names[1]}, seen by the student"),
     )
     tiles = [tile(picture, f"Image {image + 1}: {caption}", caption) for picture, caption in parts]
-    return html.figure(
-        html.strip(tiles), f"Image {image + 1}: {names[1]} against {names[0]}; the shared region is framed."
-    )
+    words = f"Image {image + 1}: {names[1]} against {names[0]}; the shared region is framed. {similarity}"
+    return html.figure(html.strip(tiles), words)
 
 
-def attention(network: Network) -> Markup:
+def attention(network: Network) -> Parts:
     query = "the CLS token" if network.teacher.pooling == "cls" else "the mean over all patches"
     device = network.device
     figures = []
@@ -202,27 +212,32 @@ def attention(network: Network) -> Markup:
         weights = attention_maps(network.teacher, normalised(image[None], network.teacher, device))
         if weights is None:
             text = f"{network.settings.model} does not give its attention weights, so they are not shown."
-            return html.section("Attention", html.paragraph(text), level=3)
+            return [html.paragraph(text)]
         heads = weights[0].cpu()
         chosen = [("all heads", heads.mean(0)), *((f"head {h + 1}", m) for h, m in enumerate(heads[:MOST_HEADS]))]
-        tiles = [tile(heated(image, m / m.max()), f"Attention to image {n + 1}, {name}", name) for name, m in chosen]
-        figures.append(html.figure(html.grid(tiles, "tiles small"), f"Image {n + 1}."))
+        peaks = [float(m.max() / m.mean()) for _, m in chosen]
+        tiles = [
+            tile(heated(image, m / m.max()), f"Attention to image {n + 1}, {name}", f"{name}: {peak:.1f} x mean")
+            for (name, m), peak in zip(chosen, peaks, strict=True)
+        ]
+        flat = sum(peak < UNIFORM for peak in peaks)
+        caption = f"Image {n + 1}. {flat} of {len(peaks)} maps are nearly uniform."
+        figures.append(html.figure(html.grid(tiles, "tiles small"), caption))
     more = f" Of {len(heads)} heads the first {MOST_HEADS} are shown." if len(heads) > MOST_HEADS else ""
-    return html.section(
-        "Attention",
+    return [
         html.paragraph(
             f"Where the last block attends to, by head; the query is {query}. Each map is scaled to its largest "
-            f"value.{more}"
+            f"value, which the caption gives as a multiple of the mean. Below {UNIFORM} attention is nearly uniform, "
+            f"and the map shows small differences only.{more}"
         ),
         html.grid(figures),
-        level=3,
-    )
+    ]
 
 
 # How images are seen
 
 
-def example_views(network: Network) -> Markup:
+def example_views(network: Network) -> Parts:
     """The first image with its crops, and the crops as the student sees them."""
     views = network.draw_views()
     first = views.each(lambda crops: crops.each(lambda tensor: tensor[:1]))
@@ -238,8 +253,7 @@ def example_views(network: Network) -> Markup:
             name, degrees = names[len(tiles)], 90 * int(crops.rotations[0, n])
             picture = (crops.pixels[0, n] * std + mean).clamp(0, 1).permute(1, 2, 0)
             tiles.append(tile(picture, f"View {name}, rotated by {degrees} degrees", f"{name}, rotated {degrees}°"))
-    return html.section(
-        "Example views",
+    return [
         html.paragraph(
             "Crops of the first image (G global, L local), and the crops as the student sees them: colours augmented, "
             "rotated counter-clockwise. 'gtsa preview' draws those of any image."
@@ -250,4 +264,4 @@ def example_views(network: Network) -> Markup:
                 html.figure(html.grid(tiles, "tiles small"), "Its views."),
             ]
         ),
-    )
+    ]

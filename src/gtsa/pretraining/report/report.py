@@ -66,7 +66,7 @@ def _make(record: RunRecord, images: bool) -> str:
 
 
 def _draw(record: RunRecord) -> tuple[list[Markup], Markup]:
-    """Sections of pictures, and the section of example views. What cannot be drawn is named in the record."""
+    """Sections of pictures, and the section of example views. ``record.missing`` says which cannot be drawn."""
     from gtsa.pretraining.report import network, pictures
 
     try:
