@@ -56,6 +56,10 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("embed", "--help"): (0, "--shard-size"),
     ("embed", "nowhere", "--data", ".", "--out", "o.npy"): (4, "nowhere: no weights there"),
     ("embed", "random:test_vit", "--data", "nowhere", "--out", "o.npy"): (3, "--data nowhere"),
+    ("embed", "nowhere", "--data", ".", "--out", "o.csv"): (2, "--out o.csv: the name has to end with"),
+    ("embed", "nowhere", "--data", ".", "--out", "o.npy", "--batch-size", "0"): (2, "--batch-size 0"),
+    ("embed", "nowhere", "--data", ".", "--out", "o.npy", "--range16", "5", "5"): (2, "--range16 5 5"),
+    ("pretrain", "--loggers", "wandb", "wandb", "--out", "run"): (2, "loggers: wandb wandb: give each once"),
     ("pretrain", "--loggers", "tensorboard", "--out", "run"): (2, "tensorboard"),
 }  # fmt: skip
 SCRIPT = f"""

@@ -102,6 +102,10 @@ def test_images_are_read_and_the_others_have_a_reason(kind, example):
     assert all(x.dtype == torch.uint8 for x in images)
 
 
+def test_it_says_how_16_bits_are_read(kind, example):
+    assert kind(example, Selection((0, 4095))).range16 == (0, 4095)
+
+
 def test_the_same_read_twice_is_equal(kind, example):
     source = kind(example)
     assert equal(reads(source), reads(source))

@@ -359,3 +359,10 @@ def test_files_that_a_dataset_only_opened_are_read_whole():
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(buffer, "PNG")
     assert Items([Image.open(buffer)]).read(0).shape == (3, 64, 64)
     assert "damaged" in reason(Items([Image.open(io.BytesIO(buffer.getvalue()[:6000]))]))
+
+
+def test_repeated_paths_of_a_list_are_counted(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png\nb.png\na.png\n./a.png\n\n# a.png\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert [source.name(index) for index in range(len(source))] == ["a.png", "b.png"]
+    assert source.ignored == {"repeated": 2}

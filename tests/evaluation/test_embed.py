@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -198,9 +199,7 @@ def test_a_name_that_is_no_text(tmp_path):
     ("flags", "code", "message"),
     [
         (["--out", "x.csv"], 2, "has to end with .parquet or .npy"),
-        (["--out", "x.npy", "--shard-size", "0"], 2, "at least 1"),
         (["--out", "x.npy", "--max-bad", "2"], 2, "from 0 to 1"),
-        (["--out", "x.npy", "--range16", "9", "3"], 2, "black must be below white"),
         (["--out", "x.npy", "--tokens", "both"], 2, "both"),
         (["--out", "x.npy", "--size", "20"], 2, "multiples of the patch of 16 px; use 16"),
         (["--out", "exists.npy"], 2, "exists already"),
@@ -214,6 +213,33 @@ def test_mistakes(scenes, tmp_path, monkeypatch, flags, code, message):
     actual, _, err = run("embed", RANDOM, "--data", scenes, *flags)
     assert actual == code and message in err
     assert [path.name for path in tmp_path.iterdir()] == ["exists.npy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"out": "x.csv"}, 2, "--out x.csv: the name has to end with .parquet or .npy"),
+        ({"out": "exists.npy"}, 2, "--out exists.npy exists already; give another file"),
+        ({"out": "exists.npy/x.npy"}, 6, "exists.npy is a file; give a file in another folder"),
+        ({"tokens": "both"}, 2, "--tokens both: choose from mean, cls, patches"),
+        ({"dtype": "int8"}, 2, "--dtype int8: choose from float32, float16"),
+        ({"size": 0}, 2, "--size 0: give one side, or height and width"),
+        ({"size": (32, 32, 32)}, 2, "--size 32 32 32: give one side"),
+        ({"shard_size": 0}, 2, "--shard-size 0: give at least 1"),
+        ({"workers": -1}, 2, "--workers -1: give 0"),
+        ({"batch_size": 0}, 2, "--batch-size 0: give at least 1"),
+        ({"max_bad": 2}, 2, "--max-bad 2: give a share"),
+        ({"range16": (9, 3)}, 2, "--range16 9 3: black must be below white"),
+        ({"range16": (0, float("inf"))}, 2, "--range16 0 inf"),
+    ],
+)
+def test_mistakes_are_reported_before_weights_are_read(scenes, tmp_path, monkeypatch, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gtsa.evaluation.embed.load_backbone", lambda *_: pytest.fail("weights were read"))
+    (tmp_path / "exists.npy").write_text("mine")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        embed(RANDOM, scenes, **{"out": "x.npy", **options})
+    assert error.value.code == code
 
 
 def test_parquet_without_pyarrow(scenes, tmp_path, monkeypatch):

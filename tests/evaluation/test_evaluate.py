@@ -27,6 +27,7 @@ from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluators.finetune import Finetune
 from gtsa.evaluation.folds import folds_of, joined
 from gtsa.evaluation.tasks import Task
+from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import Pretrain
 
 QUICK = {
@@ -349,11 +350,14 @@ class Places(list):
     def take(self, indices):
         return Places(self[i] for i in indices)
 
+    def with_range16(self, range16):
+        return self
+
 
 @given(st.integers(6, 40), st.integers(3, 6), st.integers(0, 9))
 def test_settings_of_a_fold_are_evaluated_on_all_other_images_by_models_not_trained_on_it(images, folds, seed):
-    question = Task("leaky", {}, Leaky(), None, Places(range(images)), folds, pairs=True)
-    per_image = question.per_image(None, EvalContext(None, "mean", seed, 1, 0))
+    question = Task("leaky", {}, Leaky(), Places(), Places(range(images)), folds, pairs=True)
+    per_image = question.per_image(Backbone("test_vit"), EvalContext(None, "mean", seed, 1, 0))
     metrics_of_folds = question.metrics_without_each_fold(per_image, seed)
     assert len(metrics_of_folds) == folds
     for (_, fold), metrics in zip(folds_of(images, folds, seed), metrics_of_folds, strict=True):

@@ -16,11 +16,13 @@ from scipy.stats import spearmanr
 
 from conftest import make_scenes, run, scene
 from exploring import explorer
+from gtsa import explore
 from gtsa.data.sources import open_source
 from gtsa.evaluation.explore import extraction, requirements, similarity
 from gtsa.evaluation.explore.extraction import Extraction
 from gtsa.evaluation.explore.gallery import Images, Network, Recent, grid_of
 from gtsa.evaluation.feature_cache import FeatureCache, FileDigests
+from gtsa.models.export import write
 from gtsa.models.weights import load_backbone
 
 SIZE = 96
@@ -408,6 +410,21 @@ def test_no_images(tmp_path):
     (tmp_path / "notes.txt").touch()
     code, _, error = run("explore", "random:test_vit", "--data", tmp_path)
     assert code == 3 and "no images (it holds 1 .txt)" in error
+
+
+def test_the_range_of_16_bits_is_that_of_the_weights(tmp_path, monkeypatch, capsys):
+    for number, range16 in enumerate([(0, 4095), (0, 65535)]):
+        backbone, _ = load_backbone("random:test_vit")
+        backbone.range16 = range16
+        write(backbone, tmp_path / f"w{number}")
+    scene(1).save(tmp_path / "w0" / "scene.png")
+    served = []
+    monkeypatch.setattr("gtsa.evaluation.explore.explore._serve", lambda _, extraction, *__: served.append(extraction))
+    arguments = str(tmp_path / "w0"), str(tmp_path / "w0")
+    explore(*arguments, against=str(tmp_path / "w1"), cache=tmp_path / "cache")
+    assert "16-bit images are read with --range16 0 4095 for all weights" in capsys.readouterr().out
+    explore(*arguments, range16=(0, 1023), cache=tmp_path / "cache")
+    assert [extraction.images.source.range16 for extraction in served] == [(0, 4095), (0, 1023)]
 
 
 def test_a_missing_library(folder, monkeypatch):

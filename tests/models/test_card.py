@@ -57,13 +57,27 @@ def test_the_hub_can_read_its_head(folder, to):
 
 def test_its_facts_are_those_of_the_run(folder, finished):
     text = card_of(folder, "timm").read_text()
-    for fact in ("| method | `gtsa` |", "Exported after step 12.", "| images for training | 8 |", "too short to tell"):
+    for fact in (
+        "| method | `gtsa` |",
+        "Exported after step 12. The network is the EMA teacher. The loss does not use the CLS token.",
+        "| images for training | 8 |",
+        "too short to tell",
+    ):
         assert fact in text
     assert f"`{read_weights_fingerprint(finished)}`" in text
     assert "no sign of collapse: effective rank" in text
     assert str(finished) not in text and str(finished.parent) not in text
     own = (finished / "exports" / "timm" / "README.md").read_text()
     assert own.partition("## Training")[2].splitlines()[:20] == text.partition("## Training")[2].splitlines()[:20]
+
+
+@pytest.mark.parametrize(("pooling", "words"), [("cls", "was trained"), ("mean", "loss does not use the CLS token")])
+def test_it_names_the_network_and_whether_cls_was_trained(finished, pooling, words):
+    backbone = gtsa.load(finished, network="student")
+    backbone.pooling = pooling
+    weights = read_weights(str(finished), "student")
+    text = card.model_card(backbone, "timm", "x", card.origin_of(str(finished), weights.source, weights.network))
+    assert "The network is the student." in text and words in text
 
 
 def read_weights_fingerprint(source):
@@ -127,9 +141,30 @@ def test_load_takes_paths_images_and_tensors(finished, tmp_path):
     assert backbone.transform(image, (32, 64)).shape == (3, 32, 64)
 
 
-@pytest.mark.parametrize("picture", [3, torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8), "nowhere.png"])
+@pytest.mark.parametrize(
+    "picture",
+    [
+        3,
+        torch.zeros(3, 4, 4),
+        torch.zeros(3, 0, 4, dtype=torch.uint8),
+        torch.zeros(4, 4, dtype=torch.uint8),
+        "nowhere.png",
+    ],
+)
 def test_load_refuses_what_is_no_image(finished, picture):
     with pytest.raises(
         gtsa.UserError, match=r"an image is a path, a PIL image or a uint8 tensor|nowhere.png: No such file"
     ):
         gtsa.load(finished).transform(picture)
+
+
+@pytest.mark.parametrize("size", [0, (33, 32), (0, 0), (16, 16, 16), ()])
+def test_a_size_is_of_whole_patches(finished, size):
+    with pytest.raises(gtsa.UserError, match=r"--size .*multiples of the patch of 16 px"):
+        gtsa.load(finished).transform(scene(1), size)
+    assert gtsa.load(finished).transform(scene(1), 32).shape == (3, 32, 32)
+
+
+def test_load_refuses_another_network(finished):
+    with pytest.raises(gtsa.UserError, match="--network both: choose from teacher, student"):
+        gtsa.load(finished, network="both")

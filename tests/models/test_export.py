@@ -127,7 +127,7 @@ def test_a_dino_file_is_tensors_alone(tmp_path):
     backbone = encoder("vit_small_patch14_reg4_dinov2")
     path = export(str(write(backbone, tmp_path / "timm")), str(tmp_path / "new" / "w.pth"), "dino")
     state = torch.load(path, weights_only=True)
-    assert list(state) == ["teacher", "mean", "std"]
+    assert list(state) == ["teacher", "mean", "std", "range16"]
     assert state["teacher"].keys() == {f"backbone.{k}" for k in backbone.vit.state_dict()}
     assert {p.name for p in path.parent.iterdir()} == {"w.pth", "w.pth.md", "w.pth.sha256"}
     description = load_backbone(str(path))[1]

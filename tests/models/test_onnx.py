@@ -85,6 +85,14 @@ def test_the_file_says_how_images_are_prepared(tmp_path):
     assert b".py" not in file.read_bytes()  # no path of the machine that exported it
 
 
+@pytest.mark.parametrize("size", [(112, 100), (33, 32), (15, 16)])
+def test_a_part_of_a_patch_is_refused(tmp_path, size):
+    backbone = encoder("vit_tiny_patch16_224", depth=1)
+    session = onnxruntime.InferenceSession(ours.convert(backbone, {})[0], providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="height_and_width_must_be_multiples_of_16"):
+        session.run(None, {"images": np.zeros((2, 3, *size), np.float32)})
+
+
 def test_pooled_is_the_vector_that_was_trained():
     backbone = encoder("vit_tiny_patch16_224", depth=1)
     backbone.pooling = "cls"

@@ -58,6 +58,16 @@ compare.__signature__ = flags.signature(  # type: ignore[attr-defined]
 )
 
 
+# Arguments of export, embed and explore
+
+Weights = Annotated[str, Parameter(help="A run, an export, or any other weights that evaluate accepts.")]
+Network = Annotated[
+    Literal["teacher", "student"], Parameter(help="The EMA teacher, or the student, if the weights hold both.")
+]
+Model = Annotated[str | None, Parameter(help="Name of the timm model, if the weights do not hold it.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], Parameter(help="Where features are computed; auto: the GPU if there is one.")
+]
 Kind = Literal["mean", "cls", "patches"]
 
 
@@ -129,7 +139,7 @@ def report(
 
 
 def explore(
-    weights: str,
+    weights: Weights,
     /,
     *,
     data: Data,
@@ -138,17 +148,15 @@ def explore(
     cache: str | None = None,
     port: int | None = None,
     browser: bool = True,
-    model: str | None = None,
+    model: Model = None,
     against_model: str | None = None,
-    network: Literal["teacher", "student"] = "teacher",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    network: Network = "teacher",
+    device: Device = "auto",
     selection: Selection = ALL,
 ) -> None:
     """
     Parameters
     ----------
-    weights
-        A run, an export, or any other weights that evaluate accepts.
     against
         Further weights, shown beside the first.
     size
@@ -159,14 +167,8 @@ def explore(
         Port of the page; default: the first free one from 8765 on.
     browser
         Open the page in a browser, if there is a display.
-    model
-        timm's name of the model, if the weights do not name it.
     against_model
         The same for the weights of --against.
-    network
-        The teacher (as evaluated) or the student, if the weights hold both.
-    device
-        Where features are computed; auto: the GPU if there is one.
     """
     given = {name: value for name, value in locals().items() if name not in ("weights", "data", "selection")}
     early.explore({**given, "weights": weights, "data": data})
@@ -174,28 +176,22 @@ def explore(
 
 
 def export(
-    weights: str,
+    weights: Weights,
     /,
     *,
     out: str,
     to: Format = "timm",
-    network: Literal["teacher", "student"] = "teacher",
-    model: str | None = None,
+    network: Network = "teacher",
+    model: Model = None,
 ) -> None:
     """
     Parameters
     ----------
-    weights
-        A run, an export, or any other weights that evaluate accepts.
     out
         Folder to write; for dino the .pth file, for onnx the .onnx file.
     to
         timm: a folder for timm.create_model; hf: a folder for Hugging Face's ViTModel (plain ViTs); dino: a .pth file
         of tensors under "teacher"; onnx: an .onnx file, compared with PyTorch by onnxruntime (extra onnx).
-    network
-        The teacher (as evaluated) or the student, if the weights hold both.
-    model
-        Name of the timm model, if the weights do not hold it.
     """
     early.weights(weights)
     path = gtsa.export(weights, out, to, network, model)
@@ -203,30 +199,26 @@ def export(
 
 
 def embed(
-    weights: str,
+    weights: Weights,
     /,
     *,
     data: Data,
     out: str,
-    tokens: Annotated[
-        tuple[Literal["mean", "cls", "patches"], ...], Parameter(consume_multiple=True, negative=())
-    ] = (),
+    tokens: Annotated[tuple[Kind, ...], Parameter(consume_multiple=True, negative=())] = (),
     dtype: Literal["float32", "float16"] = "float32",
     size: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (),
     shard_size: int | None = None,
-    network: Literal["teacher", "student"] = "teacher",
-    model: str | None = None,
+    network: Network = "teacher",
+    model: Model = None,
     batch_size: int = 32,
     workers: Annotated[int | None, Parameter(help="Processes that read images. Default: by cores and device.")] = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     max_bad: float = 0.01,
     selection: Selection = ALL,
 ) -> None:
     """
     Parameters
     ----------
-    weights
-        A run, an export, or any other weights that evaluate accepts.
     out
         A .parquet file (extra embed), or a .npy file with the names beside it.
     tokens
@@ -237,22 +229,15 @@ def embed(
         Side, or height and width, of the network's input, px. Default: that of the weights.
     shard_size
         Images a shard; --out is then a folder of shards, which pandas and pyarrow read as one table.
-    network
-        The teacher or the student, if the weights hold both.
-    model
-        timm's name of the model, if the weights do not name it.
     batch_size
         Images a forward pass.
-    device
-        auto: the GPU if there is one.
     max_bad
         Share of unreadable images that is accepted; one always is. They are left out and recorded.
     """
-    early.embed(out, weights, data)
-    options = {"workers": "auto" if workers is None else workers, "max_bad": max_bad, **selection.given}
-    gtsa.embed(
-        weights, data, out, tokens, dtype, size, shard_size, network, model, batch_size, device=device, **options
-    )
+    given = {name: value for name, value in locals().items() if name not in ("workers", "selection")}
+    given |= {"workers": "auto" if workers is None else workers, **selection.given}
+    early.embed(given)
+    gtsa.embed(**given)
 
 
 def methods() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from gtsa.cli.examples import EXAMPLES
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError, escaped
-from gtsa.core.extras import require
 from gtsa.core.settings import validated
 from gtsa.data.sources import missing_data
-from gtsa.evaluation.explore.requirements import check_arguments
+from gtsa.evaluation import embed_requirements
+from gtsa.evaluation.explore import requirements
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import ELSEWHERE, no_weights
 from gtsa.pretraining.requested import requested_settings
@@ -44,11 +44,13 @@ def compare(given: Mapping[str, Any]) -> None:
     labelled(settings.train, settings.val)
 
 
-def embed(out: str, spec: str, images: str) -> None:
-    if out.endswith(".parquet"):
-        require("--out FILE.parquet", "embed", "pyarrow")
-    weights(spec)
-    data(images)
+def embed(given: Mapping[str, Any]) -> None:
+    names = ("tokens", "dtype", "size", "shard_size", "batch_size", "workers", "max_bad")
+    embed_requirements.check_arguments(
+        Path(given["out"]), range16=given.get("range16"), **{name: given[name] for name in names}
+    )
+    weights(given["weights"])
+    data(given["data"])
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def _example_if_missing(verb: str, given: Mapping[str, Any], *needed: str) -> It
 
 
 def explore(given: Mapping[str, Any]) -> None:
-    check_arguments(given["size"], given["port"])
+    requirements.check_arguments(given["size"], given["port"])
     for name in ("weights", "against"):
         if given[name] is not None:
             weights(given[name])

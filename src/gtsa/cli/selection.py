@@ -15,7 +15,10 @@ class Selection:
 
     range16: Annotated[
         tuple[float, float] | None,
-        Parameter(negative=(), help="Values of 16-bit images that are mapped to black and white. Default: 0 65535."),
+        Parameter(
+            negative=(),
+            help="Values of 16-bit images that become black and white. Default: those of the weights, or 0 65535.",
+        ),
     ] = None
     data_root: Annotated[
         str | None, Parameter(help="List files: the folder that paths are relative to and must lie in.")

@@ -33,7 +33,7 @@ from gtsa.core.stops import handle_signals
 from gtsa.core.types import Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
-from gtsa.data.sources import open_source
+from gtsa.data.sources import Selection, open_source
 from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
@@ -80,6 +80,7 @@ def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result:
         backbone, training = _train(job, settings, folder)
     else:
         backbone, training = _open_reference(job.row.source, job.number, settings), Result()
+    backbone.range16 = validated(Pretrain, {"model": settings.model, **settings.pretrain}).range16  # alike in all rows
     results, per_image = _evaluate(backbone, job, settings, folder / "work")
     if job.stage != "trial":
         write_per_image(job, settings, per_image)
@@ -219,7 +220,7 @@ def _evaluate(
 
 def _draw_feature_maps(backbone: Encoder, settings: Compare, file: Path) -> None:
     """Draws feature maps of the first readable images of the data, the same for every row."""
-    source = open_source(settings.data)
+    source = open_source(settings.data, Selection(backbone.range16))
     images: list[Tensor] = []
     for index in range(len(source)):
         if len(images) == settings.pictures:

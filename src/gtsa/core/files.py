@@ -29,27 +29,26 @@ def cache_folder() -> Path:
 
 def store(path: Path, data: bytes) -> None:
     """Writes a file atomically: afterwards it is complete, or unchanged."""
-    draft = draft_of(path)
-    try:
+    with _replacement(path) as draft:
         write(draft, data)
-        draft.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-    flush(path.parent)
 
 
 @contextmanager
 def drafted(path: Path) -> Iterator[Path]:
     """The draft of a file that the block writes; it becomes the file if the block ends without an error."""
+    with name_in_errors(path), _replacement(path) as draft:
+        yield draft
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """A draft that replaces ``path`` after the block, and is removed if the block fails. The block flushes it."""
     draft = draft_of(path)
     try:
-        with name_in_errors(path):
-            yield draft
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
-            draft.replace(path)
+        yield draft
+        draft.replace(path)
     except BaseException:
         with suppress(OSError):
             draft.unlink()

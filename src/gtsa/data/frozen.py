@@ -38,6 +38,7 @@ class Frozen:
     def __init__(self, source: Source, listed: bytes) -> None:
         self.source, self.outside = source, source.outside
         self.ignored, self.unreadable = source.ignored, source.unreadable
+        self.range16 = source.range16
         entries = map(json.loads, listed.splitlines())
         try:
             sizes = [[int(entry.get(key, 0)) for key in ("bytes", "width", "height")] for entry in entries]

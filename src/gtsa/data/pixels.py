@@ -11,7 +11,7 @@ NEUTRAL = (124, 116, 104)  # background of transparent pixels: ImageNet's mean, 
 ALPHA = {"RGBA", "LA", "PA", "La", "RGBa"}
 BAND = 2**22  # pixels that are converted at a time
 
-Range = tuple[float, float]
+Range = tuple[float, float]  # values of 16-bit images that become black and white
 
 
 class BadImage(Exception):

@@ -16,12 +16,12 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import IMAGES
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings_file import read_yaml
-from gtsa.core.terminal import Count, say
+from gtsa.core.terminal import say
 from gtsa.core.types import Replaced, StepResult
 from gtsa.data.frozen import Frozen, list_entry
 from gtsa.data.loader import NoImageLeft
 from gtsa.data.pixels import BadImage
-from gtsa.data.scan import check_scan, describe_links, group_by_reason, scan
+from gtsa.data.scan import check_scan, describe_links, group_by_reason, list_images, scan
 from gtsa.data.sources import Selection, open_source
 
 ADVICE = "bring it back, or start another run"
@@ -50,8 +50,7 @@ def scan_images(data: object, name: str, selection: Selection, max_bad: float) -
         UserError: there are no images, or too many of them are damaged (3).
     """
     say(f"reading {data if isinstance(data, str) else name}")
-    with Count("listed") as listed:
-        source = open_source(data, selection, progress=listed)
+    source = list_images(data, selection)
     result = scan(source, range16=selection.range16)
     check_scan(result, data, max_bad)
     for line in group_by_reason(result.bad):

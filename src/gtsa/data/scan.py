@@ -15,10 +15,10 @@ import numpy as np
 
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import cache_folder
-from gtsa.core.terminal import Count
+from gtsa.core.terminal import Count, say
 from gtsa.data import damage, decoding, remarks
 from gtsa.data.pixels import BadImage, Range
-from gtsa.data.sources import Source
+from gtsa.data.sources import Selection, Source, open_source
 from gtsa.data.threaded import PixelBudget, map_in_order
 
 HEADERS = 100_000  # files whose headers are read; of larger data sets an even sample of this size
@@ -65,6 +65,25 @@ class Scan:
             "links_not_followed": [{"name": name, "reason": reason} for name, reason in self.outside],
             "remarks": self.remarks,
         }
+
+
+def list_images(data: object, selection: Selection) -> Source:
+    """Opens the images of ``data``, with progress."""
+    with Count("listed") as count:
+        return open_source(data, selection, progress=count)
+
+
+def open_images(data: object, selection: Selection) -> Source:
+    """Opens the images of ``data``, and reports folders and links that are left out. Raises UserError (3) if empty."""
+    source = list_images(data, selection)
+    left = Scan(ignored=dict(source.ignored), unreadable=source.unreadable, outside=source.outside)
+    for line in group_by_reason(source.unreadable):
+        say(f"left out: {line}")
+    if source.outside:
+        say(f"left out: {describe_links(left)}")
+    if not len(source):
+        raise no_images(left, f"--data {data}")
+    return source
 
 
 def scan(source: Source, decode: bool = False, range16: Range = (0, 65535)) -> Scan:

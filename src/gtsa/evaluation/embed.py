@@ -12,14 +12,16 @@ from typing import Any, Literal
 
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import AUTO
-from gtsa.core.terminal import Count, say
+from gtsa.core.terminal import say
 from gtsa.data.pixels import Range
-from gtsa.data.scan import Scan, group_by_reason, no_images
-from gtsa.data.sources import Selection, Source, open_source
+from gtsa.data.scan import group_by_reason, open_images
+from gtsa.data.sources import Selection, Source
 from gtsa.evaluation.context import EvalContext
+from gtsa.evaluation.embed_requirements import check_arguments
 from gtsa.evaluation.embedding_files import FORMATS
 from gtsa.evaluation.embedding_work import Embedded, Images, Work, work_folder
 from gtsa.models.backbone import Backbone
+from gtsa.models.transform import input_size
 from gtsa.models.weights import load_backbone
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
@@ -43,7 +45,7 @@ def embed(
     workers: int | Literal["auto"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     max_bad: float = 0.01,
-    range16: Range = (0, 65535),
+    range16: Range | None = None,
     data_root: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -67,7 +69,7 @@ def embed(
         workers: processes that read images.
         device: auto: the GPU if there is one.
         max_bad: share of images that may be unreadable; one always may. They are left out and recorded.
-        range16: values of 16-bit images that become black and white.
+        range16: values of 16-bit images that become black and white; None: as in the training of the weights.
         data_root: for list files: the folder that paths are relative to.
         include: patterns of paths below the folder; other images are left out.
         exclude: patterns of paths below the folder that are left out.
@@ -77,24 +79,28 @@ def embed(
         UserError: a setting is wrong, or ``out`` exists (2); there are no images, or too many unreadable ones (3); the
             weights are damaged (4); the disk is full, or another process writes ``out`` (6).
     """
-    path = Path(out)
-    _check_numbers(path, dtype, batch_size, shard_size, max_bad, range16)
+    # Arguments, device and weights. What can be checked without the weights is checked before they are read.
+    path, given = Path(out), (tokens,) if isinstance(tokens, str) else tuple(tokens)
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    check_arguments(path, given, dtype, sides, shard_size, batch_size, workers, max_bad, range16)
     where = resolve_device(_Where(device, AUTO if workers == "auto" else workers))
     resolve_workers(where)
     backbone, description = load_backbone(weights, network, model)
-    kinds = _kinds((tokens,) if isinstance(tokens, str) else tuple(tokens), backbone)
-    height, width = _size((size,) if isinstance(size, int) else tuple(size), backbone)
+    kinds = _kinds(given, backbone)
+    height, width = input_size(sides or (backbone.arguments["img_size"],), backbone.patch_size)
+    range16 = backbone.range16 if range16 is None else range16
     form = FORMATS[path.suffix](
         _shapes(kinds, backbone, height, width), dtype, _facts(backbone, kinds, dtype, height, width)
     )
-    with Count("listed") as count:
-        source = open_source(data, Selection(range16, data_root, include, exclude, follow_links), progress=count)
-    if not len(source):
-        raise no_images(Scan(ignored=dict(source.ignored), outside=list(source.outside)), f"--data {data}")
+
+    # The images, and how they become the network's input.
     say(description)
+    source = open_images(data, Selection(range16, data_root, include, exclude, follow_links))
     fabric = launch_fabric(where.settings)
     context = EvalContext(fabric, batch_size=batch_size, workers=where.settings.workers)
     images = Images(source, (height, width), backbone.normalisation)
+
+    # The work, in parts. The command that resumes it has to be the same.
     job = {**form.facts, "range16": list(range16), "batch_size": batch_size, "shard_size": shard_size or PART}
     job |= {"images": len(source), "list": _digest(source), "sharded": shard_size is not None}
     try:
@@ -124,45 +130,12 @@ class _Where:
         return replace(self, **(update or {}))
 
 
-def _check_numbers(
-    path: Path, dtype: str, batch_size: int, shard_size: int | None, max_bad: float, range16: Range
-) -> None:
-    problems = []
-    if path.suffix not in FORMATS:
-        problems.append(f"--out {path}: the name has to end with {' or '.join(FORMATS)}")
-    if dtype not in ("float32", "float16"):
-        problems.append(f"--dtype {dtype}: float32 or float16")
-    if batch_size < 1 or (shard_size is not None and shard_size < 1):
-        problems.append("--batch-size and --shard-size: at least 1")
-    if not 0 <= max_bad <= 1:
-        problems.append(f"--max-bad {max_bad}: from 0 to 1")
-    if range16[0] >= range16[1]:
-        problems.append(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
-    if problems:
-        raise UserError("\n".join(problems))
-
-
 def _kinds(tokens: tuple[str, ...], backbone: Backbone) -> tuple[str, ...]:
     """The kinds of tokens, each once. None given: the vector that was trained."""
     kinds = tuple(dict.fromkeys(tokens)) or (backbone.pooling,)
-    if unknown := [kind for kind in kinds if kind not in ("mean", "cls", "patches")]:
-        raise UserError(f"--tokens {unknown[0]}: choose from mean, cls, patches")
     if "cls" in kinds and not backbone.num_prefix_tokens:
         raise UserError("--tokens cls: this backbone has no CLS token; use mean")
     return kinds
-
-
-def _size(size: tuple[int, ...], backbone: Backbone) -> tuple[int, int]:
-    """Height and width of the network's input."""
-    sides = size or (backbone.arguments["img_size"],)
-    patch = backbone.patch_size
-    if len(sides) > 2 or any(side < patch or side % patch for side in sides):
-        nearest = " ".join(str(max(1, round(side / patch)) * patch) for side in sides[:2])
-        given = " ".join(map(str, sides))
-        raise UserError(
-            f"--size {given}: one side, or height and width, multiples of the patch of {patch} px; use {nearest}"
-        )
-    return sides[0], sides[-1]
 
 
 def _shapes(kinds: Sequence[str], backbone: Backbone, height: int, width: int) -> dict[str, tuple[int, ...]]:

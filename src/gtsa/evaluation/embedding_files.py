@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gtsa.core import files
-from gtsa.core.extras import require
+from gtsa.evaluation.embed_requirements import NUMPY, PARQUET
 
 GROUP = 2**24  # bytes of vectors that a Parquet part keeps in memory: one row group
 CHUNK = 2**24  # bytes that are copied at a time when .npy files are joined
@@ -63,10 +63,9 @@ class EmbeddingFormat(ABC):
 class Parquet(EmbeddingFormat):
     """A table with the columns name, width, height, and a list of fixed length for each kind of tokens."""
 
-    suffix = ".parquet"
+    suffix = PARQUET
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str, facts: Mapping[str, Any]) -> None:
-        require("--out FILE.parquet", "embed", "pyarrow")
         import pyarrow as pa
 
         super().__init__(shapes, dtype, facts)
@@ -128,7 +127,7 @@ class Numpy(EmbeddingFormat):
     facts in ``x.json``.
     """
 
-    suffix = ".npy"
+    suffix = NUMPY
 
     def outputs(self, path: Path) -> list[Path]:
         arrays = [path if len(self.shapes) == 1 else path.with_suffix(f".{kind}.npy") for kind in self.shapes]

@@ -24,12 +24,11 @@ from gtsa.data.pixels import BadImage
 from gtsa.data.scan import group_by_reason
 from gtsa.data.sources import Source
 from gtsa.evaluation.context import EvalContext
+from gtsa.evaluation.embed_requirements import JOB, check_new, unfinished
 from gtsa.evaluation.embedding_files import EmbeddingFormat, Rows, as_text
 from gtsa.evaluation.loading import batches_of
 from gtsa.models.backbone import Backbone
 from gtsa.models.transform import Normalisation, as_image, eval_transform
-
-JOB = "_job.json"  # readers of Parquet folders pass over names that begin with _
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,8 @@ def work_folder(path: Path, form: EmbeddingFormat, job: Mapping[str, Any]) -> It
     Raises:
         UserError: ``path`` exists, or the folder is of another command (2); another process works there (6).
     """
-    folder = path.with_name(f".{path.name}.unfinished")
-    exists = [file for file in {path, *form.outputs(path)} if file.exists() or file.is_symlink()]
-    if exists and not (folder / JOB).is_file():
-        raise UserError(f"--out {exists[0]} exists already; give another file, or remove it first")
+    folder = unfinished(path)
+    check_new(path, [path, *form.outputs(path)])
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -55,7 +55,8 @@ class Task:
 
     def __call__(self, backbone: Backbone, fabric: Fabric, settings: Evaluate) -> PerImage:
         """The results of every image. ``backbone`` is on the fabric's device."""
-        writer = PredictionWriter(settings.predictions, settings.pictures, self.name, self.val)
+        val = self.val.with_range16(backbone.range16)
+        writer = PredictionWriter(settings.predictions, settings.pictures, self.name, val)
         folder = Path(settings.work) / self.name if settings.work else None
         context = EvalContext(
             fabric, settings.tokens, settings.seed, settings.batch_size, settings.workers, folder, writer
@@ -66,8 +67,9 @@ class Task:
 
     def per_image(self, backbone: Encoder, context: EvalContext, writer: PredictionWriter | None = None) -> PerImage:
         """The results of every evaluation image; with folds (or pairs of them) in the order of the folds."""
+        train_set, val_set = (data.with_range16(backbone.range16) for data in (self.train, self.val))
         if not self.folds:
-            return self.evaluator(backbone, self.train, self.val, context)
+            return self.evaluator(backbone, train_set, val_set, context)
         parts, work = [], context.folder
         splits = list((pairs_of if self.pairs else folds_of)(len(self.val), self.folds, context.seed))
         for number, (train, val) in enumerate(splits):
@@ -75,7 +77,7 @@ class Task:
             if writer:
                 writer.indices = val
             context.folder = work / f"fold-{number}" if work else None
-            parts.append(self.evaluator(backbone, self.val.take(train), self.val.take(val), context))
+            parts.append(self.evaluator(backbone, val_set.take(train), val_set.take(val), context))
         return joined(parts)
 
     def metrics_without_each_fold(self, per_image: PerImage, seed: int) -> list[dict[str, float]]:

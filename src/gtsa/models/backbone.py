@@ -18,7 +18,8 @@ from torch.func import functional_call
 
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
-from gtsa.models.transform import Picture, as_image, eval_transform
+from gtsa.data.pixels import Range
+from gtsa.models.transform import FULL_RANGE, Picture, as_image, eval_transform, input_size
 
 GRIDS = 16  # grids whose matrix of resampled positions is cached
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation of pixels in [0, 1]
@@ -28,6 +29,7 @@ class Encoder(nn.Module, ABC):
     """The interface of a network for evaluations: normalised images [N, C, H, W] -> Tokens."""
 
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation a channel, of pixels in [0, 1]
+    range16: Range = FULL_RANGE  # of the images in training
 
     @property
     @abstractmethod
@@ -113,18 +115,19 @@ class Backbone(Encoder):
         """One vector an image [N, D], as trained: the mean of the patch tokens, or the CLS token."""
         return tokens.prefix[:, 0] if self.pooling == "cls" else tokens.patches.mean((1, 2))
 
-    def transform(self, image: Picture, size: tuple[int, int] | None = None) -> Tensor:
+    def transform(self, image: Picture, size: int | tuple[int, int] | None = None) -> Tensor:
         """The input of one image: normalised floats [3, H, W], as timm's evaluation transform gives them.
 
         Args:
             image: a path, a PIL image, or a uint8 tensor [3, height, width].
-            size: height and width, px; None: the square of the position embeddings' grid.
+            size: side, or height and width, px: multiples of the patch; None: that of the position embeddings' grid.
 
         Raises:
-            UserError: the image cannot be read (3), or is nothing of these (2).
+            UserError: the image cannot be read (3), or is nothing of these; the size is none of these (2).
         """
-        side = self.arguments["img_size"]
-        return eval_transform(size or (side, side), self.normalisation)(as_image(image))
+        size = self.arguments["img_size"] if size is None else size
+        sides = input_size((size,) if isinstance(size, int) else size, self.patch_size)
+        return eval_transform(sides, self.normalisation)(as_image(image, self.range16))
 
     def masked(self, images: Tensor, hidden: Tensor, token: Tensor) -> Tokens:
         """Tokens of masked images: ``token`` [D] replaces patches in ``hidden`` [N, h, w] before adding positions."""

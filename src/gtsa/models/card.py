@@ -48,29 +48,31 @@ class Origin:
         source: as the user named it.
         run: the folder of its run, if it has one.
         step: of the checkpoint; None: the end of the run.
+        network: of the run: EMA teacher or student; empty if not known.
         choice: why this network of the run was exported.
     """
 
     source: str
     run: Path | None = None
     step: int | None = None
+    network: str = ""
     choice: str = ""
 
 
-def origin_of(source: str, resolved: str) -> Origin:
+def origin_of(source: str, resolved: str, network: str = "") -> Origin:
     """The origin of weights: ``source`` as the user named it, ``resolved`` as it was read (a checkpoint of the run)."""
     if source.startswith(ELSEWHERE):
         return Origin(source)
     path = Path(resolved).absolute()
     run = next((p for p in (path, *path.parents[:4]) if (p / IMAGES).is_file() and (p / "config.yaml").is_file()), None)
     step = checkpoint.NAME.fullmatch(path.name)
-    return Origin(source, run, int(step[1]) if step else None)
+    return Origin(source, run, int(step[1]) if step else None, network)
 
 
 def model_card(backbone: Backbone, to: Format, file: str, origin: Origin) -> str:
     """The text of a card. ``file`` is the name of an exported file; folders are opened where the card lies."""
     parts = [_front_matter(to, origin), _title(backbone, origin), _how_to_load(backbone, to, file), _model(backbone)]
-    parts.append(_carried(origin) or _training(origin))
+    parts.append(_carried(origin) or _training(origin, backbone))
     text = "\n".join(parts)
     return f"{text}\n<!-- gtsa: sha256 of the lines above: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
@@ -109,6 +111,7 @@ def _how_to_load(backbone: Backbone, to: Format, file: str) -> str:
 
 def _model(backbone: Backbone) -> str:
     mean, std = (", ".join(f"{value:g}" for value in values) for values in backbone.normalisation)
+    black, white = backbone.range16
     rows = {
         "model of timm": f"`{backbone.model}`",
         "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
@@ -117,6 +120,7 @@ def _model(backbone: Backbone) -> str:
         "tokens": f"{backbone.num_prefix_tokens} before the patches; {backbone.embed_dim} values each",
         "vector of an image": "the CLS token" if backbone.pooling == "cls" else "the mean of the patch tokens",
         "normalisation": f"mean {mean}; standard deviation {std}; of RGB in 0 to 1",
+        "16-bit images": f"values from {black:g} (black) to {white:g} (white) are scaled to 0 to 1 first",
         "fingerprint of the weights": f"`{backbone.fingerprint}`",
         "written by": f"gtsa {version('gtsa')}",
     }
@@ -130,7 +134,7 @@ def _table(rows: Mapping[str, str]) -> str:
 # What the run's files say
 
 
-def _training(origin: Origin) -> str:
+def _training(origin: Origin, backbone: Backbone) -> str:
     """The sections about training, verdict, evaluations and licence."""
     if origin.run is None:
         text = "Nothing is recorded with these weights about how they were trained."
@@ -140,7 +144,8 @@ def _training(origin: Origin) -> str:
     step = config.get("steps") if origin.step is None else origin.step
     rows = {name: _code(str(config[name])) for name in SETTINGS if name in config}
     rows |= _sections(config)
-    sections = [f"{TRAINING}\nExported after step {step}.\n", _table(rows), f"## Data\n\n{_data(origin.run, config)}"]
+    head = f"{TRAINING}\nExported after step {step}. {_network(origin, backbone)}".rstrip()
+    sections = [f"{head}\n", _table(rows), f"## Data\n\n{_data(origin.run, config)}"]
     if verdict := _last(origin.run / "health.jsonl", step):
         reasons = "".join(f"* {reason}\n" for reason in verdict.get("reasons", ()))
         sections.append(
@@ -151,6 +156,15 @@ def _training(origin: Origin) -> str:
     if evaluations := _evaluations(origin.run, step):
         sections.append(f"## Evaluations\n\n{evaluations}")
     return "\n".join([*sections, _licence(origin)])
+
+
+def _network(origin: Origin, backbone: Backbone) -> str:
+    """Which network of the run this is, and whether the method trained its CLS token."""
+    network = f"The network is the {origin.network}. " if origin.network else ""
+    if not backbone.num_prefix_tokens:
+        return network.strip()
+    trained = backbone.pooling == "cls"
+    return network + ("The CLS token was trained." if trained else "The loss does not use the CLS token.")
 
 
 def _sections(config: Mapping[str, Any]) -> dict[str, str]:

@@ -43,7 +43,7 @@ def export(
         to: the format: ``timm`` (the model's own output is then the vector that was trained: the mean of its
             patch tokens, and the CLS token after DINO and iBOT), ``hf`` (a ViTModel of Hugging Face's transformers,
             without its pooler; plain ViTs alone), ``dino`` (a .pth file of tensors under ``teacher``, with timm's names
-            behind ``backbone.``, and mean and deviation of the images as ``mean`` and ``std``), ``onnx`` (a graph for
+            behind ``backbone.``, and ``mean``, ``std`` and ``range16`` of the images), ``onnx`` (a graph for
             any batch and image size, compared with PyTorch before it is written). Checksums and a model card are
             written beside each; gtsa checks the checksums when it reads the export.
         network: the teacher (as evaluated) or the student, where the source has both.
@@ -62,7 +62,7 @@ def export(
         path = path.resolve()  # an empty folder on another disk
     weights = read_weights(source, network)
     backbone, _ = build_backbone(weights, model)
-    card = model_card(backbone, to, path.name, origin_of(source, weights.source))
+    card = model_card(backbone, to, path.name, origin_of(source, weights.source, weights.network))
     try:
         if to == "hf":
             config, tensors, preprocessor = huggingface.convert(backbone)
@@ -155,7 +155,8 @@ def _dino_file(backbone: Backbone) -> bytes:
     state = {f"backbone.{name}": tensor for name, tensor in _tensors(backbone).items()}
     buffer = io.BytesIO()
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in backbone.normalisation)
-    torch.save({"teacher": state, "mean": mean, "std": std}, buffer)
+    range16 = torch.tensor(backbone.range16, dtype=torch.float64)
+    torch.save({"teacher": state, "mean": mean, "std": std, "range16": range16}, buffer)
     return buffer.getvalue()
 
 
@@ -169,6 +170,7 @@ def _properties(backbone: Backbone) -> dict[str, str]:
         "pooling": backbone.pooling,
         "mean": list(mean),
         "std": list(std),
+        "range16": list(backbone.range16),
         "fingerprint": backbone.fingerprint,
         "gtsa_version": version("gtsa"),
     }
@@ -199,6 +201,7 @@ def timm_config(backbone: Backbone, name: str) -> dict[str, Any]:
         "num_classes": 0,
         "num_features": backbone.embed_dim,
         "global_pool": pool,
+        "range16": list(backbone.range16),  # timm ignores it; in its pretrained_cfg it would refuse it
         "model_args": {**backbone.arguments, "global_pool": pool, no_norm: False, "dynamic_img_size": True},
         "pretrained_cfg": {
             "tag": f"gtsa_{name}",

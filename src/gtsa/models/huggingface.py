@@ -209,9 +209,9 @@ def convert(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor], dict
         "do_normalize": True,
         "image_mean": list(mean),
         "image_std": list(std),
+        "range16": list(backbone.range16),  # for gtsa; transformers ignores it
     }
-    state = {k: v.detach().float().cpu() for k, v in vit.state_dict().items()}
-    tensors = dict(pair for name, value in state.items() for pair in _exported(name, value))
+    tensors = dict(pair for k, v in vit.state_dict().items() for pair in _exported(k, v.detach().float().cpu()))
     return config, tensors, preprocessor
 
 

@@ -56,6 +56,7 @@ def convert(backbone: Backbone, properties: Mapping[str, str]) -> tuple[bytes, f
     model = _traced(backbone)
     _remove_traces(model)
     _name_sizes(model)
+    _refuse_parts_of_patches(model, backbone.patch_size)
     onnx.helper.set_model_props(model, dict(properties))
     data: bytes = model.SerializeToString()
     gap = _compare(backbone, data)
@@ -199,6 +200,29 @@ def _name_sizes(model: Any) -> None:
         for dimension, name in zip(value.type.tensor_type.shape.dim, names[value.name], strict=True):
             if name:
                 dimension.dim_param = name
+
+
+def _refuse_parts_of_patches(model: Any, patch: int) -> None:
+    """Makes the graph fail where a side is no multiple of the patch; it would leave the last pixels out otherwise.
+
+    The input is reshaped to whole patches first. This is not possible if pixels would be left.
+    """
+    import onnx
+
+    graph = model.graph
+    for node in graph.node:
+        node.input[:] = ["whole_images" if name == "images" else name for name in node.input]
+    unit = onnx.numpy_helper.from_array(np.array([1, 1, patch, patch], np.int64), "patch_shape")
+    graph.initializer.append(unit)
+    check = f"height_and_width_must_be_multiples_of_{patch}"
+    nodes = [
+        onnx.helper.make_node("Shape", ["images"], ["images_shape"]),
+        onnx.helper.make_node("Div", ["images_shape", "patch_shape"], ["patches_shape"]),
+        onnx.helper.make_node("Mul", ["patches_shape", "patch_shape"], ["whole_shape"]),
+        onnx.helper.make_node("Reshape", ["images", "whole_shape"], ["whole_images"], name=check, allowzero=1),
+    ]
+    for position, node in enumerate(nodes):
+        graph.node.insert(position, node)
 
 
 def _compare(backbone: Backbone, data: bytes) -> float:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import math
 import pickle
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +21,12 @@ from torch import Tensor
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
+from gtsa.data.pixels import Range
 from gtsa.models import huggingface, state_dict
 from gtsa.models.backbone import Backbone
 from gtsa.models.formats import no_weights
+from gtsa.models.transform import FULL_RANGE, Normalisation, parse_normalisation, parse_range16
 from gtsa.training import checkpoint
-
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass
@@ -45,6 +43,8 @@ class Weights:
     guessed: bool = False  # model and arguments are inferred from the tensors alone
     remark: str = ""  # how the model was inferred, or why it could not be
     pooling: Literal["mean", "cls"] = "mean"  # how tokens become one vector an image
+    range16: Range = FULL_RANGE  # of the images in training
+    network: str = ""  # "EMA teacher" or "student" of a run
 
 
 def read_weights(spec: str, network: str = "teacher") -> Weights:
@@ -58,6 +58,8 @@ def read_weights(spec: str, network: str = "teacher") -> Weights:
     Raises:
         UserError: the weights are missing or invalid (4), or an index points out of its folder (8).
     """
+    if network not in ("teacher", "student"):
+        raise UserError(f"--network {network}: choose from teacher, student")
     if spec.startswith("timm:"):
         return _from_timm(spec)
     if spec.startswith("random:"):
@@ -91,7 +93,7 @@ def _from_timm(spec: str) -> Weights:
         ) from None
     config = model.pretrained_cfg
     arguments = {"img_size": config["input_size"][-1]}
-    return Weights(model.state_dict(), spec, name, _normalisation(config["mean"], config["std"]), arguments)
+    return Weights(model.state_dict(), spec, name, parse_normalisation(config["mean"], config["std"]), arguments)
 
 
 # Runs and checkpoints
@@ -125,9 +127,11 @@ def _from_checkpoint(folder: Path, network: str) -> Weights:
             encoder,
             str(folder),
             config["model"],
-            _normalisation(*config["normalisation"]),
+            parse_normalisation(*config["normalisation"]),
             config["arguments"],
             pooling=config.get("pooling", "mean"),
+            range16=parse_range16(state.get("settings", {})),
+            network="EMA teacher" if names[0] == "teacher" else "student",
         )
 
 
@@ -156,27 +160,33 @@ def _from_folder(path: Path) -> Weights:
 def _from_hugging_face(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Weights:
     read = huggingface.read(config, tensors, str(path))
     preprocessor = path / "preprocessor_config.json"
+    values: dict[str, Any] = {}
     normalisation = None
     remark = "no preprocessor_config.json: images are normalised as for ImageNet"
     if preprocessor.is_file():
-        normalisation = _normalisation(*huggingface.normalisation(_read_json(preprocessor)))
+        values = _read_json(preprocessor)
+        normalisation = parse_normalisation(*huggingface.normalisation(values))
         remark = ""
     return Weights(
-        read.tensors, str(path), read.model, normalisation, read.arguments, read.eps, read.left, remark=remark
-    )
+        read.tensors, str(path), read.model, normalisation, read.arguments, read.eps, read.left, remark=remark,
+        range16=parse_range16(values),
+    )  # fmt: skip
 
 
 def _from_timm_folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Weights:
     cfg = config.get("pretrained_cfg", config)  # timm's older folders have one level
     arguments = {"img_size": cfg.get("input_size", [3, 224, 224])[-1], **config.get("model_args", {})}
-    normalisation = _normalisation(cfg["mean"], cfg["std"]) if "mean" in cfg else None
+    normalisation = parse_normalisation(cfg["mean"], cfg["std"]) if "mean" in cfg else None
     allowed = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
     if unknown := sorted(arguments.keys() - allowed):  # timm would load files and fetch weights for some
         raise UserError(f"{path}: config.json has model_args {unknown[0]}, which is no argument of a ViT", 4)
     if isinstance(arguments["img_size"], list):
         (arguments["img_size"],) = set(arguments["img_size"])  # squares alone
     pooling: Literal["mean", "cls"] = "cls" if arguments.get("global_pool") == "token" else "mean"
-    return Weights(tensors, str(path), str(config["architecture"]), normalisation, arguments, pooling=pooling)
+    return Weights(
+        tensors, str(path), str(config["architecture"]), normalisation, arguments, pooling=pooling,
+        range16=parse_range16(config),
+    )  # fmt: skip
 
 
 def _check_sums(folder: Path) -> None:
@@ -208,7 +218,7 @@ def _from_file(path: Path, network: str) -> Weights:
     if isinstance(content, dict) and any("patch_embeddings" in str(key) for key in content):
         raise UserError(f"{path} is of Hugging Face: give the folder that it lies in, with its config.json", 4)
     try:
-        normalisation = _pop_normalisation(content)
+        normalisation, range16 = _pop_preparation(content)
         tensors, left, chosen = state_dict.encoder(content, network, str(path))
         model, arguments, remark = state_dict.guess(tensors)
     except UserError:
@@ -217,14 +227,15 @@ def _from_file(path: Path, network: str) -> Weights:
         raise UserError(f"{path} holds no vision transformer: {error}", 4) from None
     source = f"{path} ({chosen})" if chosen else str(path)
     remark += "" if normalisation else "; images normalised as for ImageNet"
-    return Weights(tensors, source, model, normalisation, arguments, None, left, True, remark)
+    return Weights(tensors, source, model, normalisation, arguments, None, left, True, remark, range16=range16)
 
 
-def _pop_normalisation(content: object) -> Normalisation | None:
-    """Takes out mean and deviation of the images, which ``gtsa export --to dino`` writes beside the network."""
+def _pop_preparation(content: object) -> tuple[Normalisation | None, Range]:
+    """Takes out mean, deviation and range of the images, which ``gtsa export --to dino`` writes beside the network."""
     if not isinstance(content, dict) or not all(isinstance(content.get(name), Tensor) for name in ("mean", "std")):
-        return None
-    return _normalisation(content.pop("mean").tolist(), content.pop("std").tolist())
+        return None, FULL_RANGE
+    values = {name: content.pop(name).tolist() for name in ("mean", "std", "range16") if name in content}
+    return parse_normalisation(values["mean"], values["std"]), parse_range16(values)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -279,11 +290,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} is no dictionary")
     return content
-
-
-def _normalisation(mean: Iterable[float], std: Iterable[float]) -> Normalisation:
-    """Mean and deviation as plain numbers. Raises ValueError unless both are valid for three channels."""
-    both = tuple(float(value) for value in mean), tuple(float(value) for value in std)
-    if not len(both[0]) == len(both[1]) == 3 or not all(map(math.isfinite, both[0])) or not min(both[1]) > 0:
-        raise ValueError(f"mean {mean} and deviation {std} are not of three channels")
-    return both

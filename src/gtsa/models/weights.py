@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gtsa.core.errors import UserError
 from gtsa.models.backbone import Backbone
+from gtsa.models.transform import FULL_RANGE
 from gtsa.models.weight_sources import Weights, read_weights
 
 BEYOND = ("head", "head_dist", "attn_pool", "head_drop")  # parts of a published model after its last norm
@@ -69,9 +70,12 @@ def build_backbone(
     except (LookupError, ArithmeticError, AttributeError) as error:  # timm raises these for unexpected values
         raise UserError(f"{weights.source}: timm makes no {name} of its arguments ({error!r:.200})", 4) from None
     if train_at is None:
-        backbone.pooling = weights.pooling
+        backbone.pooling, backbone.range16 = weights.pooling, weights.range16
         for norm in norms(backbone):
             norm.eps = norm.eps if weights.eps is None else weights.eps
+    if weights.range16 != FULL_RANGE:
+        black, white = weights.range16
+        remark = "; ".join([*([remark] if remark else []), f"trained with --range16 {black:g} {white:g}"])
     return backbone, load(weights, backbone) + (f"; {remark}" if remark else "")
 
 

@@ -82,8 +82,11 @@ def build_method(settings: Pretrain, initial: Weights | None) -> tuple[Method, s
     kind: Callable[..., Method] = methods.load_all()[settings.method]
     size = settings.multicrop.global_crops_size
     if initial is None:
-        return kind(Backbone(settings.model, size, settings.drop_path), **settings.options), ""
+        encoder = Backbone(settings.model, size, settings.drop_path)
+        encoder.range16 = settings.range16
+        return kind(encoder, **settings.options), ""
     encoder, loaded = build_backbone(initial, settings.model, size, settings.drop_path)
+    encoder.range16 = settings.range16
     initial_encoder = copy_of(encoder)
     return Adaptation(kind(encoder, **settings.options), initial_encoder, settings.gram_weight), loaded
 

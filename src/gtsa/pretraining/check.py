@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gtsa.core.errors import UserError, escaped
-from gtsa.core.terminal import Count, say, table
+from gtsa.core.terminal import say, table
 from gtsa.data import damage
 from gtsa.data.pixels import Range
-from gtsa.data.scan import Scan, describe_links, group_by_reason, least_max_bad, no_images, scan
-from gtsa.data.sources import Selection, open_source
+from gtsa.data.scan import Scan, describe_links, group_by_reason, least_max_bad, list_images, no_images, scan
+from gtsa.data.sources import Selection, check_range16
 
 SHOWN = 50  # lines about unusable files
 
@@ -40,10 +40,8 @@ def check(
     Raises:
         UserError: images cannot be used (3); the report is printed first.
     """
-    if range16[0] >= range16[1]:
-        raise UserError(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
-    with Count("listed") as count:
-        source = open_source(data, Selection(range16, data_root, include, exclude, follow_links), progress=count)
+    check_range16(range16)
+    source = list_images(data, Selection(range16, data_root, include, exclude, follow_links))
     result = scan(source, decode=True, range16=range16)
     if json_file:
         try:

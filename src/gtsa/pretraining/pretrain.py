@@ -136,7 +136,9 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         if run and verdict:
             network, choice = monitor.choose_network()
             with doing("exporting"), stops.saving():
-                origin = Origin(final.out, run.folder, choice=choice)
+                teacher = method.encoders["teacher"] is not method.encoders["student"]
+                kind_of_network = "EMA teacher" if teacher else "student"
+                origin = Origin(final.out, run.folder, network=kind_of_network, choice=choice)
                 write_export(network, run.path("exports", "timm"), _model_name(final.data), origin)
             _announce(run, verdict, choice, images, network, bool(loaded))
             run.close_loggers(finished=True)

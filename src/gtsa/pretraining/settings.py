@@ -194,6 +194,8 @@ class PretrainSettings(Documented):
         problems += self._view_problems()
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             problems.append(f"loggers: {unknown[0]!r} is unknown, choose from {', '.join(LOGGERS)}")
+        if len(set(self.loggers)) < len(self.loggers):
+            problems.append(f"loggers: {' '.join(self.loggers)}: give each once")
         if problems:
             raise UserError("\n".join(problems))
         return self

@@ -75,7 +75,7 @@ def _size(path: str) -> tuple[int, int] | str:
 
 
 def report_ignored(source: Source) -> None:
-    """Reports how many files are ignored, because their suffix is not that of an image."""
+    """Reports how many files are ignored, by suffix, and how many paths of a list are repeated."""
     others = [f"{count:,} {kind}" for kind, count in sorted(source.ignored.items()) if kind != "hidden"]
     if others:
-        say(f"files ignored for their suffix: {', '.join(others)}")
+        say(f"ignored: {', '.join(others)}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gtsa.data.frozen import Frozen
+from gtsa.data.pixels import Range
 from gtsa.data.sources import Source
 
 Kind = Literal["none", "classes", "multilabel", "masks", "boxes"]
@@ -70,6 +73,14 @@ class Labelled:
     def take(self, indices: Sequence[int]) -> Labelled:
         """Some of the images, in this order."""
         return replace(self, indices=[self.indices[i] for i in indices])
+
+    def with_range16(self, range16: Range) -> Labelled:
+        """The same images, of which those of 16 bits are read with this range. The images of a run have the run's."""
+        if isinstance(self.source, Frozen):
+            return self
+        source = copy(self.source)
+        source.range16 = range16
+        return replace(self, source=source)
 
     def numbered_as(self, other: Labelled) -> Labelled:
         """The same images with the classes and class indices of ``other``, which has all of these classes."""

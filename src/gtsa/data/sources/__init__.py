@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import math
 import os
 import pkgutil
 import re
@@ -50,6 +51,7 @@ ALL = Selection()
 class Source(Protocol):
     """Numbered images."""
 
+    range16: tuple[float, float]  # values of 16-bit images that become black and white
     ignored: dict[str, int]  # other files of the folder: {suffix or kind: count}
     unreadable: list[tuple[str, str]]  # folders that cannot be listed, and why
     outside: list[tuple[str, str]]  # links that lead out of the folder and are not followed, and their targets
@@ -108,6 +110,12 @@ def open_source(
             f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3
         )
     raise missing_data(data)
+
+
+def check_range16(range16: tuple[float, float]) -> None:
+    """Raises UserError (2) unless black is below white, and both are finite."""
+    if not -math.inf < range16[0] < range16[1] < math.inf:
+        raise UserError(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white, e.g. 0 4095 for 12 bits")
 
 
 def missing_data(data: object) -> UserError:

@@ -17,7 +17,7 @@ class Listing:
     """The images that a .txt file names, in the order of their paths' bytes, each once.
 
     Paths are relative to ``data_root`` (by default the list file's own folder) and must lie in it. Empty lines and
-    lines that start with # are ignored. ``ignored`` counts paths that are not selected.
+    lines that start with # are ignored. ``ignored`` counts repeated paths, and paths that are not selected.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class Listing:
         if files is not None:
             self.files = list(files)
             return
-        names = self._read_names(file)
+        paths = self._read_paths(file)
+        names = set(paths)
+        if len(names) < len(paths):
+            self.ignored["repeated"] = len(paths) - len(names)
         is_selected = matcher(selection.include, selection.exclude)
         self.files = sorted(filter(is_selected, names), key=os.fsencode)
         if len(self.files) < len(names):
@@ -45,11 +48,11 @@ class Listing:
     def claims(data: object) -> bool:
         return isinstance(data, str | os.PathLike) and os.path.isfile(data) and str(data).lower().endswith(".txt")
 
-    def _read_names(self, file: str) -> set[str]:
-        """Paths below the root, each once."""
+    def _read_paths(self, file: str) -> list[str]:
+        """Paths below the root, in the order of the lines."""
         with open(file, "rb") as lines:
             entries = [line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n") for line in lines]
-        names = set()
+        paths = []
         for number, entry in enumerate(entries, 1):
             if not entry.strip() or entry.startswith(b"#"):
                 continue
@@ -62,8 +65,8 @@ class Listing:
                     "name a folder above all images with --data-root",
                     8,
                 )
-            names.add(os.path.relpath(path, self.root))
-        return names
+            paths.append(os.path.relpath(path, self.root))
+        return paths
 
     def __len__(self) -> int:
         return len(self.files)

@@ -10,7 +10,6 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +17,10 @@ import torch
 
 from gtsa.core.errors import UserError
 from gtsa.core.files import cache_folder
-from gtsa.core.terminal import Count, doing, gib, say
+from gtsa.core.terminal import doing, gib, say
 from gtsa.data.pixels import Range
-from gtsa.data.scan import Scan, describe_links, group_by_reason, no_images
-from gtsa.data.sources import Selection, Source, open_source
+from gtsa.data.scan import open_images
+from gtsa.data.sources import Selection, check_range16
 from gtsa.evaluation.explore.extraction import Extraction
 from gtsa.evaluation.explore.gallery import Images, Network
 from gtsa.evaluation.explore.requirements import PORT, check_arguments
@@ -49,7 +48,7 @@ def explore(
     against_model: str | None = None,
     network: Literal["teacher", "student"] = "teacher",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    range16: Range = (0, 65535),
+    range16: Range | None = None,
     data_root: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -71,7 +70,7 @@ def explore(
         model, against_model: timm's name of the model, if the weights do not name it.
         network: the teacher (as evaluated) or the student, if the weights hold both.
         device: where features are computed; auto: the GPU if there is one.
-        range16: values of 16-bit images that become black and white.
+        range16: values of 16-bit images that become black and white; None: as in the training of ``weights``.
         data_root: for list files: the folder that paths are relative to.
         include: patterns of paths below the folder; other images are left out.
         exclude: patterns of paths below the folder that are left out.
@@ -81,27 +80,26 @@ def explore(
         UserError: no images (3); weights (4); a missing library, a busy port, a folder that cannot be written (6).
     """
     check_arguments(size, port)
-    if range16[0] >= range16[1]:
-        raise UserError(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white")
+    if range16 is not None:
+        check_range16(range16)
     target = _device(device)
     folder = Path(cache) if cache is not None else cache_folder() / "features"
-    source = _open(data, Selection(range16, data_root, include, exclude, follow_links))
     digests = FileDigests(folder / f"files-{digest_of(os.path.abspath(str(data)))[:16]}.json")
-    images = Images(source, digests, salt=f"{range16}")
     with _listening(port) as listener:
-        sources = [_Weights(weights, network, model)]
-        sources += [_Weights(against, network, against_model)] if against is not None else []
-        networks = [_network(each, images, folder, size, target) for each in sources]
+        opened = [_load(weights, network, model)]
+        opened += [_load(against, network, against_model)] if against is not None else []
+        black, white = opened[0][1].range16 if range16 is None else range16
+        if any((black, white) != backbone.range16 for _, backbone in opened):
+            say(f"16-bit images are read with --range16 {black:g} {white:g} for all weights")
+        source = open_images(data, Selection((black, white), data_root, include, exclude, follow_links))
+        images = Images(source, digests, salt=f"{black:g} {white:g}")
+        networks = [
+            Network(images, backbone, name, _open_cache(folder / _key(backbone, size)), size, target)
+            for name, backbone in opened
+        ]
         _show_cache(folder, networks, len(images))
         extraction = Extraction(images, networks, digests)
         _serve(listener, extraction, str(data), browser)
-
-
-@dataclass(frozen=True)
-class _Weights:
-    source: str
-    network: str
-    model: str | None
 
 
 def _device(device: str) -> torch.device:
@@ -111,26 +109,11 @@ def _device(device: str) -> torch.device:
     return torch.device("cuda" if gpu and device != "cpu" else "cpu")
 
 
-def _open(data: object, selection: Selection) -> Source:
-    """The images. Prints which files are left out."""
-    with Count("listed") as count:
-        source = open_source(data, selection, progress=count)
-    left = Scan(ignored=dict(source.ignored), unreadable=source.unreadable, outside=source.outside)
-    for line in group_by_reason(source.unreadable):
-        say(f"left out: {line}")
-    if source.outside:
-        say(f"left out: {describe_links(left)}")
-    if not len(source):
-        raise no_images(left, f"--data {data}")
-    return source
-
-
-def _network(weights: _Weights, images: Images, folder: Path, size: int, device: torch.device) -> Network:
-    backbone, description = load_backbone(weights.source, weights.network, weights.model)
+def _load(weights: str, network: str, model: str | None) -> tuple[str, Backbone]:
+    """The name of weights for the page, and the backbone."""
+    backbone, description = load_backbone(weights, network, model)
     say(description)
-    name = weights.source if weights.network == "teacher" else f"{weights.source} ({weights.network})"
-    cache = _open_cache(folder / _key(backbone, size))
-    return Network(images, backbone, name, cache, size, device)
+    return weights if network == "teacher" else f"{weights} ({network})", backbone
 
 
 def _key(backbone: Backbone, size: int) -> str:
