@@ -119,3 +119,27 @@ def test_a_failed_mkdir_frees_the_device(tmp_path, monkeypatch):
     with pytest.raises(NotADirectoryError):
         queue.run_in_process(None, None, devices)
     assert devices.qsize() == 1
+
+
+def test_a_fault_of_the_page_does_not_end_the_comparison(data, tmp_path, monkeypatch, capsys):
+    run_jobs_here(monkeypatch)
+    pages = []
+
+    def broken(*_):
+        pages.append(1)
+        raise KeyError("a fault\nof gtsa")
+
+    arguments = settings(data, tmp_path, methods=("mae",), seeds=2, controls=("position",))
+    with monkeypatch.context() as patch:
+        patch.setattr("gtsa.comparison.report_page.make_page", broken)
+        with pytest.raises(UserError, match="^the report could not be written .*The results are kept in") as caught:
+            compare.compare(**arguments)
+    assert caught.value.code == 7 and len(pages) > 2
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "could not be written" in line] == [
+        "report: could not be written (KeyError: 'a fault\\nof gtsa'); the comparison continues without it"
+    ]
+    assert "report: /" not in out and not (tmp_path / "report.html").exists()
+    assert {line["row"]: line["seeds"] for line in results(tmp_path)["rows"]}.keys() == {"mae", "position"}
+    monkeypatch.setattr(queue, "run_in_process", lambda *_: pytest.fail("a network was trained again"))
+    assert compare.compare(**arguments).exists()

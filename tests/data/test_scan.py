@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import threading
 import time
 
@@ -28,6 +29,7 @@ from gtsa.data.sources.list_file import Listing
 from gtsa.data.sources.torch_dataset import Items
 from gtsa.data.threaded import PixelBudget, map_in_order
 from gtsa.pretraining.check import check
+from gtsa.pretraining.preview import preview
 from gtsa.pretraining.settings import Pretrain
 
 
@@ -114,6 +116,36 @@ def test_include_and_exclude(tmp_path, include, exclude, taken):
     (tmp_path / "l.txt").write_text("\n".join(names(Folder(str(tmp_path)))))
     listing = Listing(str(tmp_path / "l.txt"), Selection(include=include, exclude=exclude))
     assert (names(listing), listing.ignored.get("not chosen", 0)) == (taken, 5 - len(taken))
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "patterns"),
+    [
+        (("*.gif", "c"), (), "--include *.gif c"),
+        ((), ("*",), "--exclude *"),
+        (("x",), ("*.jpg",), "--include x and --exclude *.jpg"),
+    ],
+)
+def test_patterns_that_leave_nothing_are_named_with_paths_to_compare(tmp_path, include, exclude, patterns):
+    put(tmp_path, "a.png", "x/b.jpg", "x/c.jpg")
+    words = (
+        f"{patterns} leaves none of 3 images; patterns are compared with paths below the folder, e.g. a.png, x/b.jpg"
+    )
+    given = {"include": include, "exclude": exclude}
+    for verb in (
+        lambda: check(str(tmp_path), **given),
+        lambda: preview(str(tmp_path), str(tmp_path / "p.png"), model="test_vit", **given),
+        lambda: run_images.scan_images(str(tmp_path), "", Selection(**given), 0.0),
+        lambda: scan.open_images(str(tmp_path), Selection(**given)),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)) as error:
+            verb()
+        assert error.value.code == 3
+
+
+def test_patterns_are_not_to_blame_where_there_are_no_images(tmp_path):
+    with pytest.raises(UserError, match="no images \\(it is empty\\)"):
+        check(str(tmp_path), include=("*.gif",))
 
 
 def test_patterns_are_for_files():

@@ -204,7 +204,7 @@ def test_a_name_that_is_no_text(tmp_path):
         (["--out", "x.npy", "--size", "20"], 2, "multiples of the patch of 16 px; use 16"),
         (["--out", "exists.npy"], 2, "exists already"),
         (["--out", "exists.npy/x.npy"], 6, "cannot be written"),
-        (["--out", "x.npy", "--include", "*.gif"], 3, "no images"),
+        (["--out", "x.npy", "--include", "*.gif"], 3, "--include *.gif leaves none of 14 images"),
     ],
 )
 def test_mistakes(scenes, tmp_path, monkeypatch, flags, code, message):
@@ -221,6 +221,9 @@ def test_mistakes(scenes, tmp_path, monkeypatch, flags, code, message):
         ({"out": "x.csv"}, 2, "--out x.csv: the name has to end with .parquet or .npy"),
         ({"out": "exists.npy"}, 2, "--out exists.npy exists already; give another file"),
         ({"out": "exists.npy/x.npy"}, 6, "exists.npy is a file; give a file in another folder"),
+        ({"out": "/proc/x/x.npy"}, 6, "--out /proc/x/x.npy cannot be written: /proc takes no files"),
+        ({"out": "y.npy", "tokens": ("mean", "cls")}, 2, "--out y.mean.npy exists already; give another file"),
+        ({"out": "z.npy"}, 2, "--out z.images.jsonl exists already; give another file"),
         ({"tokens": "both"}, 2, "--tokens both: choose from mean, cls, patches"),
         ({"dtype": "int8"}, 2, "--dtype int8: choose from float32, float16"),
         ({"size": 0}, 2, "--size 0: give one side, or height and width"),
@@ -236,7 +239,8 @@ def test_mistakes(scenes, tmp_path, monkeypatch, flags, code, message):
 def test_mistakes_are_reported_before_weights_are_read(scenes, tmp_path, monkeypatch, options, code, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gtsa.evaluation.embed.load_backbone", lambda *_: pytest.fail("weights were read"))
-    (tmp_path / "exists.npy").write_text("mine")
+    for name in ("exists.npy", "y.mean.npy", "z.images.jsonl"):
+        (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=re.escape(message)) as error:
         embed(RANDOM, scenes, **{"out": "x.npy", **options})
     assert error.value.code == code

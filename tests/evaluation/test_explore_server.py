@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import signal
 import socket
 
 import numpy as np
@@ -9,18 +10,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import spearmanr
 
 from conftest import make_scenes, run, scene
-from exploring import explorer
+from exploring import Server, explorer
+from forking import Forked, command_line
 from gtsa import explore
 from gtsa.data.sources import open_source
 from gtsa.evaluation.explore import extraction, requirements, similarity
 from gtsa.evaluation.explore.extraction import Extraction
 from gtsa.evaluation.explore.gallery import Images, Network, Recent, grid_of
+from gtsa.evaluation.explore.similarity import exact_ranks
 from gtsa.evaluation.feature_cache import FeatureCache, FileDigests
 from gtsa.models.export import write
 from gtsa.models.weights import load_backbone
@@ -377,6 +380,58 @@ def test_what_was_used_last_is_kept():
 
     assert [get(key) for key in (1, 2, 3, 1, 4, 1, 2)] == [1, 2, 3, 1, 4, 1, 2]
     assert made == [1, 2, 3, 4, 2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.integers(0, 20), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+    first=st.integers(0, 30),
+    count=st.integers(1, 12),
+    error=st.sampled_from([0.0, 0.4, 1.5, 6.0]),
+)
+def test_ranks_are_exact_though_values_are_not(values, seed, first, count, error):
+    """The oracle sorts the exact values. Ties keep the order of their places."""
+    exact = np.array(values, float)
+    approximate = exact + 0.99 * error * np.random.default_rng(seed).uniform(-1, 1, len(values))
+    computed = []
+    ranks = exact_ranks(
+        approximate, np.full(len(values), error), lambda n: computed.append(n) or exact[n], first, first + count
+    )
+    assert ranks == sorted(range(len(values)), key=lambda n: (-values[n], n))[first : first + count]
+    assert len(computed) == len(set(computed))
+
+
+def test_few_exact_values_are_needed():
+    values, computed = np.linspace(1, 0, 1000), []
+    ranks = exact_ranks(values, np.full(1000, 5e-4), lambda n: computed.append(n) or float(values[n]), 12, 24)
+    assert ranks == list(range(12, 24)) and len(computed) < 20
+
+
+def test_ranks_are_exact_on_a_machine_that_computes_worse_than_expected():
+    exact = np.array([3.0, 2.0, 1.0, 0.0])
+    assert exact_ranks(np.array([0.0, 2.0, 1.5, 3.0]), np.full(4, 0.1), lambda n: exact[n], 0, 2) == [0, 1]
+
+
+def _in_background(arguments):
+    """The command line as a shell starts it with &: Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return command_line(arguments)
+
+
+@pytest.mark.parametrize(
+    ("work", "number", "code"),
+    [(_in_background, signal.SIGINT, 0), (_in_background, signal.SIGTERM, 143), (command_line, signal.SIGTERM, 143)],
+)
+def test_one_line_says_that_it_has_stopped(folder, tmp_path, work, number, code):
+    given = "explore", "random:test_vit", "--data", folder, "--size", SIZE, "--cache", tmp_path, "--no-browser"
+    server = Server(Forked(work, [str(value) for value in given]))
+    server.finish()
+    server.process.send_signal(number)
+    out, error = server.process.communicate()
+    lines = [line for line in (out + error).splitlines() if "stopped" in line]
+    assert (server.process.returncode, len(lines)) == (code, 1), (out, error)
+    assert "the same command continues with the features that were computed" in lines[0]
 
 
 # Wrong input

@@ -281,6 +281,46 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("to", ["timm", "hf", "dino", "onnx"])
+@pytest.mark.parametrize("out", ["/proc/x", "file/x", "file/deeper/x"])
+def test_a_place_that_takes_no_files_is_refused_before_the_weights_are_read(tmp_path, monkeypatch, to, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("gtsa.models.export.read_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=f"^--out {out} cannot be written: /") as caught:
+        export("random:test_vit", out, to)
+    assert caught.value.code == 6
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
+    """As a user who is not root: opening a file there fails."""
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp123")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path} takes no files \\(Permission denied\\)"):
+        export("random:test_vit", str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("to", ["dino", "onnx"])
+@pytest.mark.parametrize("full_at", [1, 3])
+def test_a_file_that_the_disk_refuses_leaves_nothing(exported, tmp_path, monkeypatch, to, full_at):
+    """Also where the checksum does not fit any more: else the same command would be refused."""
+    calls, real = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) >= full_at:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="x cannot be written: No space left on device; give another file") as caught:
+        export(str(exported["timm"]), str(tmp_path / "x"), to)
+    assert caught.value.code == 6 and not list(tmp_path.iterdir())
+
+
 def test_a_new_export_leaves_files_of_others_in_its_folder(exported, tmp_path):
     path, _ = copy_of(exported["timm"], tmp_path)
     (path / "README.md").write_text("mine")

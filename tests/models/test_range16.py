@@ -13,6 +13,9 @@ from test_export import encoder
 import gtsa
 from conftest import TINY, run, shared
 from gtsa import UserError
+from gtsa.comparison.jobs import range16_of
+from gtsa.comparison.settings import Compare
+from gtsa.core.settings import validated
 from gtsa.data.sources.folder import Folder
 from gtsa.models.export import write
 
@@ -79,6 +82,67 @@ def test_an_evaluation_reads_images_as_in_training(trained, images, monkeypatch,
     weights = "random:test_vit" if part is None else str(trained / part)
     gtsa.evaluate(weights, "knn", train=(str(images),), folds=2, workers=0, knn={"k": (1,)})
     assert seen == {range16}
+
+
+def test_a_flag_of_evaluate_overrides_it(trained, images, tmp_path, monkeypatch):
+    seen, read = set(), Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, *rest: seen.add(tuple(self.range16)) or read(self, *rest))
+    common = ["evaluate", trained, "--task", "knn", "--train", images, "--folds", 2, "--workers", 0, "--knn.k", 1]
+    code, out, err = run(*common, "--range16", 0, 1023, "--out", tmp_path / "x.json")
+    assert (code, seen) == (0, {(0, 1023)}), err
+    assert "16-bit images are read with --range16 0 1023" in out
+    assert json.loads((tmp_path / "x.json").read_text())["range16"] == [0, 1023]
+    code, _, err = run(*common, "--range16", 9, 3)
+    assert code == 2 and "--range16 9 3: black must be below white; for images of 12 bits give --range16 0 4095" in err
+
+
+def test_a_flag_of_evaluate_holds_for_the_images_of_a_run_too(trained, monkeypatch):
+    """Without it they are read as the run read them, whatever the weights."""
+    seen, read = set(), Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, *rest: seen.add(tuple(self.range16)) or read(self, *rest))
+    gtsa.evaluate(str(trained), "health", workers=0)
+    assert seen == {TWELVE_BITS}
+    gtsa.evaluate(str(trained), "health", workers=0, range16=(0, 65535))
+    assert seen == {TWELVE_BITS, (0, 65535)}
+
+
+def test_work_of_another_range_is_not_resumed(trained, images, tmp_path):
+    settings = {"train": (str(images),), "val": (str(images),), "workers": 0, "work": tmp_path}
+    settings["finetune"] = {"epochs": 1, "batch_size": 4}
+    gtsa.evaluate(str(trained), "finetune", **settings)
+    with pytest.raises(UserError, match="holds a training with other settings, weights or data"):
+        gtsa.evaluate(str(trained), "finetune", **settings, range16=(0, 1023))
+
+
+@pytest.mark.parametrize("part", ["", "exports/timm"])
+def test_pretraining_from_weights_inherits_it_and_the_plan_says_so(trained, images, tmp_path, part):
+    (tmp_path / "tiny.yaml").write_text(json.dumps({**TINY, "steps": 2, "hold_out": 2}))
+    start = trained / part
+    common = ["pretrain", "--data", images, "--init", start, "--config", tmp_path / "tiny.yaml"]
+    code, out, err = run(*common, "--out", tmp_path / "run")
+    assert code == 0, err
+    row = next(line for line in out.splitlines() if "16-bit values" in line)
+    assert "0 to 4095" in row and "as in the training of" in " ".join(out.split())
+    assert gtsa.load(tmp_path / "run").range16 == TWELVE_BITS
+    code, out, _ = run(*common, "--out", tmp_path / "other", "--plan", "--range16", 0, 1023)
+    assert code == 0 and "0 to 1023, black to white" in out and "as in the training" not in out
+
+
+def test_a_preview_inherits_it_from_the_initial_weights(trained, images, tmp_path, monkeypatch):
+    seen, read = set(), Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, *rest: seen.add(tuple(self.range16)) or read(self, *rest))
+    gtsa.preview(str(images), str(tmp_path / "x.png"), init=str(trained))
+    assert seen == {TWELVE_BITS}
+
+
+def test_all_rows_of_a_comparison_have_that_of_the_common_initial_weights(trained):
+    def of(pretrain):
+        settings = {"data": "d", "out": "o", "task": ("knn",), "train": ("t", "l"), "folds": 2, "pretrain": pretrain}
+        return range16_of(validated(Compare, {"methods": ("gtsa",), **settings}))
+
+    assert of({}) == (0, 65535)
+    assert of({"init": str(trained)}) == TWELVE_BITS
+    assert of({"init": str(trained), "range16": (0, 9)}) == (0, 9)
 
 
 @pytest.mark.parametrize("to", ["timm", "hf", "dino"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+import gtsa
 from gtsa import UserError
 from gtsa.evaluation.retrieval import nearest, votes_of
 from gtsa.models import state_dict, weights
@@ -623,3 +624,25 @@ def test_random_is_a_control():
     backbone, description = load_backbone("random:vit_tiny_patch16_224")
     assert description == "150 of 150 tensors loaded from random:vit_tiny_patch16_224"
     assert backbone.model == "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("weights", [3, None, b"runs/mine", ""])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        gtsa.load,
+        lambda weights: gtsa.embed(weights, "data", "x.npy"),
+        lambda weights: gtsa.explore(weights, "data"),
+        lambda weights: (
+            gtsa.explore("random:test_vit", "data", against=weights) if weights is not None else gtsa.load(3)
+        ),
+        lambda weights: gtsa.evaluate(weights, "health", val="data"),
+        lambda weights: gtsa.export(weights, "out"),
+    ],
+)
+def test_what_is_no_path_is_refused_with_what_is_accepted(verb, weights):
+    with pytest.raises(
+        UserError, match="names no weights; give the path of a run, an export or a file of weights"
+    ) as e:
+        verb(weights)
+    assert e.value.code == 2

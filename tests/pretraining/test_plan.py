@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import make_scenes
+from gtsa import UserError, pretrain
 from gtsa.cli.main import run
 from gtsa.core.settings import validated
 from gtsa.methods.gtsa import GTSA
@@ -177,3 +178,40 @@ def test_a_step_is_measured_with_as_many_images_as_the_method_needs(monkeypatch,
     )
     assert run(["pretrain", "--plan", "--data", images, *SMALL, "--batch-size", "4"]) == 0
     assert sizes and min(sizes) >= 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "parts", "message"),
+    [
+        (64, 3, "auto", "--batch-size 64 does not divide over 3 processes; give 63 or 66"),
+        (64, 3, 5, "--batch-size 64 does not divide over 3 processes x 5 micro-batches; give 60 or 75"),
+        (4, 1, 6, "--batch-size 4 does not divide over 6 micro-batches; give 6"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_sizes_that_do(batch, ranks, parts, message):
+    given = validated(Pretrain, {"batch_size": batch, "devices": ranks, "accumulate": parts})
+    with pytest.raises(UserError, match=f"^{message}$"):
+        plan.check_batch(given)
+    for size in map(int, message.partition("give ")[2].split(" or ")):
+        plan.check_batch(given.model_copy(update={"batch_size": size}))
+
+
+def test_it_is_refused_before_images_are_listed(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("gtsa.pretraining.pretrain.open_run", lambda *_: pytest.fail("the run was opened"))
+    with pytest.raises(UserError, match="does not divide over 3 micro-batches; give 6 or 9"):
+        pretrain(images, out=str(tmp_path / "run"), model="test_vit", batch_size=8, accumulate=3)
+
+
+def test_a_resumed_run_keeps_its_batch(images, tmp_path, capfd):
+    command = ["pretrain", "--data", images, "--out", str(tmp_path / "run"), *SMALL]
+    assert run([*command, "--batch-size", "4", "--steps", "2"]) == 0
+    assert run([*command, "--resume", "--accumulate", "3"]) == 2
+    assert "does not divide over 3 micro-batches; resume with another number of micro-batches" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("parts", "ranks", "expected"), [("auto", 1, 64), ("auto", 3, 63), (5, 1, 60), (100, 1, 100)])
+def test_a_batch_that_is_left_out_divides(parts, ranks, expected):
+    resolved = resolve_device(validated(Pretrain, {"accumulate": parts, "devices": ranks, "device": "cpu"}))
+    plan.resolve_budget(resolved, 512)
+    assert resolved.settings.batch_size == expected
+    plan.check_batch(resolved.settings)

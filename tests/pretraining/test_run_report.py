@@ -8,11 +8,13 @@ import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from conftest import SMALL_HEADS, TINY, make_scenes, run
-from gtsa import pretrain
+from gtsa import pretrain, report
 from gtsa.core import stops
 from gtsa.pretraining.report import page, pictures
 from gtsa.pretraining.report.network import open_network
@@ -169,12 +171,28 @@ def test_predictions_are_compared_with_the_targets_of_all_images(finished):
     assert re.search(r"framed\. Cosine similarity -?\d\.\d\d; with", Page(finished / "report.html").text)
 
 
+def test_the_range_of_colour_images_of_16_bits_is_in_the_report_and_in_the_plan(tmp_path, capsys):
+    """Pillow calls them RGB; their depth is in the header alone."""
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        values = np.random.default_rng(number).integers(0, 65536, (64, 64, 3), dtype=np.uint16)
+        tifffile.imwrite(tmp_path / "data" / f"{number}.tif", values, photometric="rgb")
+    pretrain(str(tmp_path / "data"), out=str(tmp_path / "run"), **TINY | {"steps": 1, "hold_out": 0})
+    row = next(line for line in capsys.readouterr().out.splitlines() if "16-bit values" in line)
+    assert "0 to 65535, black to white" in row and "all values of 16 bits" in row
+    report(tmp_path / "run", images=False)
+    text = Page(tmp_path / "run" / "report.html").text
+    assert "16-bit values, black to white 0 to 65535" in " ".join(text.split())
+
+
 def test_the_range_of_16_bit_values(copied):
     words = "16-bit values, black to white"
     assert words not in write(copied, "--no-images").text
     scan = json.loads((copied / "scan.json").read_text())
-    (copied / "scan.json").write_text(json.dumps(scan | {"formats": {"TIFF I;16": 14}}))
-    assert f"{words} 0 to 65535" in write(copied, "--no-images").text
+    early = {name: value for name, value in scan.items() if name != "of_16_bits"} | {"formats": {"TIFF I;16": 14}}
+    for content in (scan | {"of_16_bits": 14}, early):
+        (copied / "scan.json").write_text(json.dumps(content))
+        assert f"{words} 0 to 65535" in write(copied, "--no-images").text
     (copied / "scan.json").write_text(json.dumps(scan))
     settings = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(re.sub(r"(?m)^range16:.*(\n- .*)*$", "range16: [0, 4095]", settings))

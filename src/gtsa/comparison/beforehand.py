@@ -26,7 +26,7 @@ from gtsa.training.devices import resolve_device
 OF_PRETRAIN = ("data", "out", "seed", "resume", "overwrite")
 OF_EVALUATE = (
     "weights", "task", "tokens", "seed", "network", "model", "out", "predictions", "pictures", "work", "device",
-    "devices", "nodes", "precision", "workers",
+    "devices", "nodes", "precision", "workers", "range16",
 )  # fmt: skip
 
 
@@ -79,8 +79,9 @@ def _check_reserved_settings(settings: Compare) -> None:
 
 def _check_trained_row(row: Row, settings: Compare, images: int) -> Pretrain:
     pretrain = validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), settings) | {"out": settings.out})
+    plan.check_batch(pretrain)
     resolved = Plan(pretrain, {})
-    plan.resolve_initial(resolved, _read_model(pretrain))
+    plan.resolve_initial(resolved, _read_model(pretrain), jobs.range16_of(settings))
     plan.resolve_sizes(resolved)
     method = methods.load_all()[pretrain.method]
     plan.resolve_method(resolved, method.auto_settings, images)

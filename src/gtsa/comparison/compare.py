@@ -45,8 +45,8 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
         nothing is written.
 
     Raises:
-        UserError: the user can correct something, the comparison was stopped (75), or the report is written but some
-            networks failed (7).
+        UserError: the user can correct something, the comparison was stopped (75), or some networks failed, or the
+            report (7).
     """
     # Settings
     settings = validated(Compare, {"methods": tuple(methods), **options})
@@ -87,8 +87,9 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
             # Report
             page = report.update()
 
-    say(f"\nreport: {page}")
-    _raise_failures(rows, settings)
+    if not report.fault:
+        say(f"\nreport: {page}")
+    _raise_failures(rows, settings, report.fault)
     return page
 
 
@@ -138,13 +139,20 @@ def _announce_rows_without_settings(rows: Sequence[Row], settings: Compare) -> N
                 say(f"{row.name} is left out: {choice}")
 
 
-def _raise_failures(rows: Sequence[Row], settings: Compare) -> None:
-    """Raises UserError (7) if networks failed."""
+def _raise_failures(rows: Sequence[Row], settings: Compare, fault: str) -> None:
+    """Raises UserError (7) if networks failed, or the report (``fault``)."""
     failed = []
     for job in list_reported_jobs(rows, settings):
         result = read_result(job, settings)
         if result and result["status"] == "failed":
             failed.append(job.name)
+    if fault:
+        networks = f"; failed: {', '.join(failed)}" if failed else ""
+        raise UserError(
+            f"the report could not be written ({fault}){networks}. The results are kept in {settings.out}/cells; with "
+            "a corrected version of gtsa the same command writes the report",
+            7,
+        )
     if failed:
         again = f"To run one again, remove its folder {settings.out}/cells/NAME"
         raise UserError(f"failed: {', '.join(failed)}; the report has the reasons. {again}", 7)

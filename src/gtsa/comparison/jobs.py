@@ -20,12 +20,15 @@ from typing import Any
 
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare, list_tasks_of
-from gtsa.core.settings import merged, validated
+from gtsa.core.settings import is_auto, merged, validated
+from gtsa.data.pixels import Range
 from gtsa.data.sources import open_source
 from gtsa.evaluation import evaluators, tasks
 from gtsa.evaluation.evaluator import Evaluator
 from gtsa.evaluation.settings import Evaluate, EvaluatorSettings
-from gtsa.pretraining.settings import METHODS
+from gtsa.models.transform import FULL_RANGE
+from gtsa.models.weight_sources import read_weights
+from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.training.digest import digest_of
 
 STAGES = {"images": "equal images", "flops": "equal operations"}  # the stages in the report
@@ -75,6 +78,14 @@ def make_pretrain_settings(job: Job, settings: Compare) -> dict[str, Any]:
     combined |= {"data": settings.data, "seed": job.number if job.stage != "trial" else TRIAL_SEED}
     sections = {"views", combined["method"]}
     return {key: value for key, value in combined.items() if key not in METHODS or key in sections}
+
+
+def range16_of(settings: Compare) -> Range:
+    """The range of 16-bit images of all rows: that of the common settings of pretraining, or of their --init."""
+    common = validated(Pretrain, {"model": settings.model, **settings.pretrain})
+    if not is_auto(common.range16):
+        return common.range16
+    return read_weights(common.init).range16 if common.init else FULL_RANGE
 
 
 def open_tasks(

@@ -17,28 +17,49 @@ from gtsa.comparison.stages import list_reported_jobs
 from gtsa.comparison.summary import summarise
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
+from gtsa.core.terminal import say
 
 
 class ReportWriter:
-    """Writes the report, and again only if further networks are done."""
+    """Writes the report, and again only if further networks are done.
+
+    Attributes:
+        fault: why the last report could not be written, for a fault of gtsa; empty if it was written.
+    """
 
     def __init__(self, rows: Sequence[Row], settings: Compare) -> None:
-        self.rows, self.settings = rows, settings
+        self.rows, self.settings, self.fault = rows, settings, ""
         self.reported: set[str] | None = None  # names of the jobs in the last report
 
     def update(self) -> Path:
-        """Brings the report up to date; returns the path of the page."""
+        """Brings the report up to date; returns the path of the page.
+
+        A fault of gtsa is reported in a line, and does not end the comparison: the networks are worth more.
+        """
         done = {job.name for job in self._list_jobs() if read_result(job, self.settings) is not None}
-        if done != self.reported:
-            write_report(self.rows, self._list_jobs(), self.settings)
-            self.reported = done
+        if done != self.reported or self.fault:
+            fault = self._try_writing()
+            if fault and fault != self.fault:
+                say(f"report: could not be written ({fault}); the comparison continues without it")
+            self.fault, self.reported = fault, done
         return Path(self.settings.out) / "report.html"
+
+    def _try_writing(self) -> str:
+        """Writes the report; the reason where that fails by a fault of gtsa."""
+        try:
+            write_report(self.rows, self._list_jobs(), self.settings)
+        except (UserError, OSError):  # the user can correct these
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return ""
 
     def update_after_stop(self) -> Path | None:
         """As ``update``, but returns None if no network is done or the report cannot be written."""
         try:
             done = self.reported or any(read_result(job, self.settings) for job in self._list_jobs())
-            return self.update() if done else None
+            page = self.update() if done else None
+            return None if self.fault else page
         except (KeyboardInterrupt, UserError, OSError):
             return None
 

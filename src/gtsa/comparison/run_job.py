@@ -80,7 +80,7 @@ def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result:
         backbone, training = _train(job, settings, folder)
     else:
         backbone, training = _open_reference(job.row.source, job.number, settings), Result()
-    backbone.range16 = validated(Pretrain, {"model": settings.model, **settings.pretrain}).range16  # alike in all rows
+    backbone.range16 = jobs.range16_of(settings)  # alike in all rows
     results, per_image = _evaluate(backbone, job, settings, folder / "work")
     if job.stage != "trial":
         write_per_image(job, settings, per_image)
@@ -108,7 +108,7 @@ def _train(job: Job, settings: Compare, folder: Path) -> tuple[Backbone, Result]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     run_folder = folder / "run"
-    pretrain(**options, out=str(run_folder), resume=True, report=False)
+    pretrain(**{"range16": jobs.range16_of(settings), **options}, out=str(run_folder), resume=True, report=False)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     backbone, _ = load_backbone(str(run_folder))

@@ -5,11 +5,13 @@ A file or folder NAME is first written as a draft ``.NAME.PROCESS`` in the same 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -73,6 +75,22 @@ def name_in_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError, whose ``strerror`` names the folder, where ``path`` cannot be written.
+
+    Permissions do not say it all (a disk that is read-only, /proc): a file is made in the folder of ``path``, or the
+    nearest above it that exists, and is gone when it is closed.
+    """
+    nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:  # it names the temporary file
+        raise OSError(error.errno, f"{nearest} takes no files ({error.strerror or error})") from None
 
 
 def read_json(path: Path) -> Any:

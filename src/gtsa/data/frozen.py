@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from copy import copy
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from gtsa.core.errors import UserError
-from gtsa.data.pixels import BadImage
+from gtsa.data.pixels import BadImage, Range
 from gtsa.data.sources import Detail, Source
 
 SCALES = (1, 2, 4, 8)  # large JPEGs are decoded at 1 / scale
@@ -47,6 +48,13 @@ class Frozen:
             raise UserError(
                 f"the list of images is damaged ({error}); bring it back, or start another run", 4
             ) from None
+
+    def with_range16(self, range16: Range) -> Frozen:
+        """The same images, of which those of 16 bits are read with this range."""
+        other, source = copy(self), copy(self.source)
+        source.range16 = other.range16 = range16
+        other.source = source
+        return other
 
     def __len__(self) -> int:
         return len(self.source)

@@ -52,7 +52,7 @@ def scan_images(data: object, name: str, selection: Selection, max_bad: float) -
     say(f"reading {data if isinstance(data, str) else name}")
     source = list_images(data, selection)
     result = scan(source, range16=selection.range16)
-    check_scan(result, data, max_bad)
+    check_scan(result, data, max_bad, selection)
     for line in group_by_reason(result.bad):
         say(f"left out: {line}")
     for line in [*([f"left out: {describe_links(result)}"] if result.outside else []), *result.remarks]:

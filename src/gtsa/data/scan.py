@@ -7,8 +7,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from gtsa.core.files import cache_folder
 from gtsa.core.terminal import Count, say
 from gtsa.data import damage, decoding, remarks
 from gtsa.data.pixels import BadImage, Range
-from gtsa.data.sources import Selection, Source, open_source
+from gtsa.data.sources import ALL, Selection, Source, open_source
 from gtsa.data.threaded import PixelBudget, map_in_order
 
 HEADERS = 100_000  # files whose headers are read; of larger data sets an even sample of this size
@@ -35,6 +35,7 @@ class Scan:
     bad: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     formats: Counter[str] = field(default_factory=Counter)  # "JPEG RGB": count
     sides: dict[int, tuple[int, int]] = field(default_factory=dict)  # index: width, height in the header
+    deep: int = 0  # images of more than 8 bits, whose values --range16 scales
     frames: int = 0  # files with more than one picture; the first is used
     decoded: int = 0  # usable images that were decoded
     looked_at: int = 0  # files whose headers were read
@@ -59,12 +60,20 @@ class Scan:
             "formats": dict(self.formats.most_common()),
             "width": {"least": int(widths.min()), "median": int(np.median(widths)), "most": int(widths.max())},
             "height": {"least": int(heights.min()), "median": int(np.median(heights)), "most": int(heights.max())},
+            "of_16_bits": self.deep,
             "of_several_frames": self.frames,
             "other_files": dict(self.ignored),
             "folders_not_listed": [{"name": name, "reason": reason} for name, reason in self.unreadable],
             "links_not_followed": [{"name": name, "reason": reason} for name, reason in self.outside],
             "remarks": self.remarks,
         }
+
+
+def count_deep(report: Mapping[str, Any]) -> int:
+    """Images of more than 8 bits in the report of a scan; in one of an early version those that have one channel."""
+    formats = report.get("formats", {}).items()
+    gray = sum(int(count) for kind, count in formats if str(kind).split()[-1].startswith("I"))
+    return int(report.get("of_16_bits", gray))
 
 
 def list_images(data: object, selection: Selection) -> Source:
@@ -82,7 +91,7 @@ def open_images(data: object, selection: Selection) -> Source:
     if source.outside:
         say(f"left out: {describe_links(left)}")
     if not len(source):
-        raise no_images(left, f"--data {data}")
+        raise no_images(left, data, selection)
     return source
 
 
@@ -118,6 +127,7 @@ def scan(source: Source, decode: bool = False, range16: Range = (0, 65535)) -> S
     result.decoded = len(chosen) - len(bad) if decode else 0
     result.used = [i for i in range(len(source)) if i not in bad]
     result.bad = [(source.name(i), reason) for i, reason in bad.items()]
+    result.deep = len(collector.deep)
     result.remarks = collector.remarks()
     return result
 
@@ -158,21 +168,32 @@ def _draft(width: int, height: int) -> float:
     return SMALLEST_DRAFT
 
 
-def no_images(result: Scan, data: str) -> UserError:
-    """The error for data without images."""
+def no_images(result: Scan, data: object, selection: Selection) -> UserError:
+    """The error for data without images, or of which the patterns match none."""
+    patterns = [f"--{name} {' '.join(getattr(selection, name))}" for name in ("include", "exclude")]
+    given = " and ".join(text for text in patterns if not text.endswith(" "))
+    if given:
+        every = open_source(data, replace(selection, include=(), exclude=()))
+        if count := len(every):
+            some = ", ".join(escaped(every.name(index)) for index in range(min(2, count)))
+            return UserError(
+                f"--data {data}: {given} leaves none of {count:,} images; patterns are compared with paths below the "
+                f"folder, e.g. {some}",
+                3,
+            )
     others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
     content = f"it holds {others}" if others else "it is empty"
     content = describe_links(result) if result.outside else content
     return UserError(
-        f"{data}: no images ({content}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
+        f"--data {data}: no images ({content}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
         3,
     )
 
 
-def check_scan(result: Scan, data: object, max_bad: float) -> None:
+def check_scan(result: Scan, data: object, max_bad: float, selection: Selection = ALL) -> None:
     """Raises UserError (3) if there are no usable images, or too many bad ones."""
     if result.total == 0:
-        raise no_images(result, f"--data {data}")
+        raise no_images(result, data, selection)
     if len(result.bad) > max(1, max_bad * result.looked_at) or not result.used:
         first = "".join(f"\n  {escaped(name)}: {reason}" for name, reason in result.bad[:5])
         more = f"\n  and {len(result.bad) - 5} more" if len(result.bad) > 5 else ""

@@ -11,6 +11,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from gtsa.data.pixels import Range
+
 Pooling = Literal["mean", "cls", "both"]
 
 
@@ -51,6 +53,7 @@ class EvalContext:
         workers: processes that read images.
         folder: where a long training writes its checkpoints; None: it writes none.
         on_prediction: called with (index in ``val``, prediction) for every prediction; for --predictions.
+        range16: values of 16-bit images that become black and white; None: as in the training of the weights.
     """
 
     fabric: Fabric
@@ -60,6 +63,7 @@ class EvalContext:
     workers: int = 0
     folder: Path | None = None
     on_prediction: Callable[[int, Prediction], None] = _ignore
+    range16: Range | None = None
 
     @property
     def device(self) -> torch.device:

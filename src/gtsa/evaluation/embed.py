@@ -21,6 +21,7 @@ from gtsa.evaluation.embed_requirements import check_arguments
 from gtsa.evaluation.embedding_files import FORMATS
 from gtsa.evaluation.embedding_work import Embedded, Images, Work, work_folder
 from gtsa.models.backbone import Backbone
+from gtsa.models.formats import weights_path
 from gtsa.models.transform import input_size
 from gtsa.models.weights import load_backbone
 from gtsa.training import threads
@@ -32,7 +33,7 @@ Kind = Literal["mean", "cls", "patches"]
 
 @threads.considerate()
 def embed(
-    weights: str,
+    weights: str | os.PathLike[str],
     data: object,
     out: str | os.PathLike[str],
     tokens: Kind | Sequence[Kind] = (),
@@ -80,12 +81,13 @@ def embed(
             weights are damaged (4); the disk is full, or another process writes ``out`` (6).
     """
     # Arguments, device and weights. What can be checked without the weights is checked before they are read.
+    spec = weights_path(weights)
     path, given = Path(out), (tokens,) if isinstance(tokens, str) else tuple(tokens)
     sides = (size,) if isinstance(size, int) else tuple(size)
     check_arguments(path, given, dtype, sides, shard_size, batch_size, workers, max_bad, range16)
     where = resolve_device(_Where(device, AUTO if workers == "auto" else workers))
     resolve_workers(where)
-    backbone, description = load_backbone(weights, network, model)
+    backbone, description = load_backbone(spec, network, model)
     kinds = _kinds(given, backbone)
     height, width = input_size(sides or (backbone.arguments["img_size"],), backbone.patch_size)
     range16 = backbone.range16 if range16 is None else range16

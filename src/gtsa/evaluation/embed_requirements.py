@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gtsa.core.errors import UserError
 from gtsa.core.extras import require
+from gtsa.core.files import check_writable
 from gtsa.data.sources import check_range16
 
 PARQUET, NUMPY = ".parquet", ".npy"
@@ -50,12 +50,24 @@ def check_arguments(
         problems.append(f"--max-bad {max_bad:g}: give a share of the images, from 0 to 1")
     if problems:
         raise UserError("\n".join(problems))
-    if range16 is not None:
-        check_range16(range16)
+    check_range16(range16)
     if out.suffix == PARQUET:
         require("--out FILE.parquet", "embed", "pyarrow")
-    check_new(out, [out])
+    check_new(out, [out, *outputs_of(out, tokens)])
     _check_writable(out)
+
+
+def outputs_of(out: Path, tokens: Sequence[str]) -> list[Path]:
+    """All files that are written for ``out``, the last of them last: where it is, all are whole.
+
+    Args:
+        tokens: their kinds; none: a single one.
+    """
+    if out.suffix == PARQUET:
+        return [out]
+    kinds = dict.fromkeys(tokens)
+    arrays = [out] if len(kinds) < 2 else [out.with_suffix(f".{kind}{NUMPY}") for kind in kinds]
+    return [*arrays, out.with_suffix(".json"), out.with_suffix(".images.jsonl")]
 
 
 def unfinished(out: Path) -> Path:
@@ -71,8 +83,8 @@ def check_new(out: Path, outputs: Iterable[Path]) -> None:
 
 
 def _check_writable(out: Path) -> None:
-    """Raises UserError (6) where the folder of ``out``, or the nearest above it that exists, cannot be written."""
-    nearest = next(folder for folder in out.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "is not writable" if nearest.is_dir() else "is a file"
-        raise UserError(f"--out {out} cannot be written: {nearest} {reason}; give a file in another folder", 6)
+    """Raises UserError (6) where ``out`` cannot be written."""
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; give a file in another folder", 6) from None

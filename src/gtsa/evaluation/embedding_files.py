@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gtsa.core import files
-from gtsa.evaluation.embed_requirements import NUMPY, PARQUET
+from gtsa.evaluation.embed_requirements import NUMPY, PARQUET, outputs_of
 
 GROUP = 2**24  # bytes of vectors that a Parquet part keeps in memory: one row group
 CHUNK = 2**24  # bytes that are copied at a time when .npy files are joined
@@ -47,9 +47,9 @@ class EmbeddingFormat(ABC):
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str, facts: Mapping[str, Any]) -> None:
         self.shapes, self.dtype, self.facts = shapes, np.dtype(dtype), facts
 
-    @abstractmethod
     def outputs(self, path: Path) -> list[Path]:
         """All files that are written for ``path``, the last of them last: where it is, all are whole."""
+        return outputs_of(path, tuple(self.shapes))
 
     @abstractmethod
     def write(self, path: Path) -> AbstractContextManager[Add]:
@@ -73,9 +73,6 @@ class Parquet(EmbeddingFormat):
         columns = [("name", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
         columns += [(kind, pa.list_(value, math.prod(shape))) for kind, shape in shapes.items()]
         self.schema = pa.schema(columns, {name: _text(fact) for name, fact in facts.items()})
-
-    def outputs(self, path: Path) -> list[Path]:
-        return [path]
 
     @contextmanager
     def write(self, path: Path) -> Iterator[Add]:
@@ -128,10 +125,6 @@ class Numpy(EmbeddingFormat):
     """
 
     suffix = NUMPY
-
-    def outputs(self, path: Path) -> list[Path]:
-        arrays = [path if len(self.shapes) == 1 else path.with_suffix(f".{kind}.npy") for kind in self.shapes]
-        return [*arrays, path.with_suffix(".json"), path.with_suffix(".images.jsonl")]
 
     @contextmanager
     def write(self, path: Path) -> Iterator[Add]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import math
@@ -19,15 +18,17 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa.core.errors import UserError
-from gtsa.core.files import clear_drafts, read_json, store
+from gtsa.core.files import check_writable, clear_drafts, read_json, store
 from gtsa.core.settings import validated, with_keywords
 from gtsa.core.terminal import say, table
 from gtsa.data.labels import Labelled
+from gtsa.data.pixels import Range
 from gtsa.evaluation import intervals, predictions, tasks
 from gtsa.evaluation.arguments import EvaluateArguments
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.backbone import Backbone
+from gtsa.models.formats import weights_path
 from gtsa.models.weights import load_backbone
 from gtsa.training import threads
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
@@ -56,6 +57,7 @@ class Report(TypedDict):
     weights: dict[str, str]
     requested: dict[str, object]  # the settings that the user gave
     tokens: str
+    range16: Range  # values of 16-bit images that were black and white
     seed: int
     device: str
     versions: dict[str, str]
@@ -65,7 +67,9 @@ class Report(TypedDict):
 
 @with_keywords(Evaluate)
 @threads.considerate()
-def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Unpack[EvaluateArguments]) -> Report:
+def evaluate(
+    weights: str | os.PathLike[str], task: str | Sequence[str] = (), **settings: Unpack[EvaluateArguments]
+) -> Report:
     """Evaluates a backbone on labelled images, with one task or several.
 
     Args:
@@ -82,7 +86,7 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Unpack[Ev
     """
     # Settings and device.
     names = (task,) if isinstance(task, str) else tuple(task)
-    plan = resolve_device(validated(Evaluate, {"weights": weights, "task": names, **settings}))
+    plan = resolve_device(validated(Evaluate, {"weights": weights_path(weights), "task": names, **settings}))
     resolve_workers(plan)
     resolved: Evaluate = plan.settings
     requested: dict[str, object] = json.loads(resolved.model_dump_json(exclude_unset=True))
@@ -96,6 +100,8 @@ def evaluate(weights: str, task: str | Sequence[str] = (), **settings: Unpack[Ev
     # The network.
     backbone, description = load_backbone(resolved.weights, resolved.network, resolved.model)
     say(description)
+    if resolved.range16 is not None and resolved.range16 != backbone.range16:
+        say("16-bit images are read with --range16 {:g} {:g}".format(*resolved.range16))
     fabric = launch_fabric(resolved)
     backbone = backbone.to(fabric.device).eval()
     report = _new_report(resolved, requested, backbone, fabric)
@@ -132,8 +138,7 @@ def _check_out(path: Path, requested: Mapping[str, object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_drafts(path.parent, glob.escape(path.name))
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        check_writable(path)
     except OSError as error:
         raise _not_writable(path, error) from None
 
@@ -169,6 +174,7 @@ def _new_report(settings: Evaluate, requested: dict[str, object], backbone: Back
         },
         "requested": requested,
         "tokens": settings.tokens,
+        "range16": settings.range16 or backbone.range16,
         "seed": settings.seed,
         "device": f"{fabric.device.type}, precision {settings.precision}",
         "versions": {"python": platform.python_version(), **_versions()},

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from gtsa.core.errors import UserError
 from gtsa.core.settings import AUTO, Auto, Count, Documented, Natural, Strict, settings_of, with_sections
+from gtsa.data.sources import range16_problems
 from gtsa.evaluation import evaluators
 
 EvaluatorSettings: dict[str, type[Strict]] = {
@@ -47,6 +48,8 @@ class EvaluateSettings(Documented):
     """Classes in masks are numbered from 1; 0 is unlabelled (ADE20K)."""
     classes: str | None = None
     """Text file with the names of the classes of masks, one per line, in the order of their numbers."""
+    range16: tuple[float, float] | None = None
+    """Values of 16-bit images that become black and white. Default: those of the weights, or 0 65535."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of folds and trainings."""
     batch_size: Count = 32
@@ -79,6 +82,7 @@ class EvaluateSettings(Documented):
             problems.append("folds: needs --train and no --val: the images of --train are evaluated fold by fold")
         if not self.folds and not self.val and self.task != ("health",):  # which can use the held-out images of a run
             problems.append("val: give the evaluation images, or --folds N with --train")
+        problems += range16_problems(self.range16)
         if self.pictures and not self.predictions:
             problems.append("pictures: give a folder with --predictions")
         if problems:

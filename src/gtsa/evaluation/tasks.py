@@ -55,19 +55,20 @@ class Task:
 
     def __call__(self, backbone: Backbone, fabric: Fabric, settings: Evaluate) -> PerImage:
         """The results of every image. ``backbone`` is on the fabric's device."""
-        val = self.val.with_range16(backbone.range16)
+        _, val = self._read_as(backbone, settings)
         writer = PredictionWriter(settings.predictions, settings.pictures, self.name, val)
         folder = Path(settings.work) / self.name if settings.work else None
         context = EvalContext(
-            fabric, settings.tokens, settings.seed, settings.batch_size, settings.workers, folder, writer
-        )
+            fabric, settings.tokens, settings.seed, settings.batch_size, settings.workers, folder, writer,
+            settings.range16,
+        )  # fmt: skip
         per_image = self.per_image(backbone, context, writer)
         writer.close()
         return per_image
 
     def per_image(self, backbone: Encoder, context: EvalContext, writer: PredictionWriter | None = None) -> PerImage:
         """The results of every evaluation image; with folds (or pairs of them) in the order of the folds."""
-        train_set, val_set = (data.with_range16(backbone.range16) for data in (self.train, self.val))
+        train_set, val_set = self._read_as(backbone, context)
         if not self.folds:
             return self.evaluator(backbone, train_set, val_set, context)
         parts, work = [], context.folder
@@ -79,6 +80,12 @@ class Task:
             context.folder = work / f"fold-{number}" if work else None
             parts.append(self.evaluator(backbone, val_set.take(train), val_set.take(val), context))
         return joined(parts)
+
+    def _read_as(self, backbone: Encoder, given: Evaluate | EvalContext) -> tuple[Labelled, Labelled]:
+        """Training and evaluation set, whose 16-bit images are read as given, or else as in the backbone's training."""
+        if given.range16 is None:
+            return self.train.with_range16(backbone.range16), self.val.with_range16(backbone.range16)
+        return self.train.with_range16(given.range16, of_runs=True), self.val.with_range16(given.range16, of_runs=True)
 
     def metrics_without_each_fold(self, per_image: PerImage, seed: int) -> list[dict[str, float]]:
         """For each fold: metrics on the other images, from models that did not train on that fold.

@@ -7,6 +7,7 @@ import glob
 import inspect
 import io
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -22,15 +23,15 @@ from gtsa.core.errors import UserError
 from gtsa.models import huggingface, onnx
 from gtsa.models.backbone import Backbone
 from gtsa.models.card import CARD, Origin, is_unchanged, model_card, origin_of
-from gtsa.models.formats import FILES, Format
+from gtsa.models.formats import FILES, Format, weights_path
 from gtsa.models.transform import CROP_MODE, CROP_PCT, INTERPOLATION
 from gtsa.models.weight_sources import read_weights
 from gtsa.models.weights import build_backbone, eps_of
 
 
 def export(
-    source: str,
-    out: str,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     to: Format = "timm",
     network: Literal["teacher", "student"] = "teacher",
     model: str | None = None,
@@ -53,16 +54,13 @@ def export(
         UserError: the weights are damaged, or the format cannot hold them (4); ``out`` exists already, or the
             libraries of the format are missing (2).
     """
+    spec = weights_path(source)
     if to == "onnx":
         onnx.check_installed()
-    path, kind = Path(out), "file" if to in FILES else "folder"
-    if path.exists() and (not path.is_dir() or to in FILES or any(path.iterdir())):
-        raise UserError(f"--out {out} exists already; give another {kind}, or remove it first")
-    if path.is_symlink():
-        path = path.resolve()  # an empty folder on another disk
-    weights = read_weights(source, network)
+    path = _check_out(Path(out), to)
+    weights = read_weights(spec, network)
     backbone, _ = build_backbone(weights, model)
-    card = model_card(backbone, to, path.name, origin_of(source, weights.source, weights.network))
+    card = model_card(backbone, to, path.name, origin_of(spec, weights.source, weights.network))
     try:
         if to == "hf":
             config, tensors, preprocessor = huggingface.convert(backbone)
@@ -73,9 +71,30 @@ def export(
         _check_eps(backbone)
         if to == "dino":
             return _write_file(path, _dino_file(backbone), card)
-        return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, _name(source))}, card)
+        return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, _name(spec))}, card)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another {kind}", 6) from None
+        raise _not_writable(out, to, error) from None
+
+
+def _check_out(path: Path, to: Format) -> Path:
+    """Where to write. Raises UserError where ``path`` exists (2) or cannot be written (6)."""
+    try:
+        if path.exists() and (not path.is_dir() or to in FILES or any(path.iterdir())):
+            raise UserError(f"--out {path} exists already; give another {_kind(to)}, or remove it first")
+        if path.is_symlink():
+            path = path.resolve()  # an empty folder on another disk
+        files.check_writable(path)
+    except OSError as error:
+        raise _not_writable(path, to, error) from None
+    return path
+
+
+def _not_writable(out: str | os.PathLike[str], to: Format, error: OSError) -> UserError:
+    return UserError(f"--out {out} cannot be written: {error.strerror or error}; give another {_kind(to)}", 6)
+
+
+def _kind(to: Format) -> str:
+    return "file" if to in FILES else "folder"
 
 
 def write(backbone: Backbone, path: Path, name: str = "scenes", origin: Origin | None = None) -> Path:
@@ -144,10 +163,15 @@ def _write_file(path: Path, data: bytes, card: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.clear_drafts(path.parent, glob.escape(path.name))
     beside = path.with_name(f"{path.name}.md")
-    files.store(path, data)
-    files.store(files.sum_of(path), files.sums({path.name: files.digest(path)}).encode())
-    if _may_replace(beside):
-        files.store(beside, card.encode())
+    try:
+        files.store(path, data)
+        files.store(files.sum_of(path), files.sums({path.name: files.digest(path)}).encode())
+        if _may_replace(beside):
+            files.store(beside, card.encode())
+    except BaseException:  # else the same command would be refused, as its file exists
+        for file in (path, files.sum_of(path)):
+            file.unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from gtsa.core.errors import UserError
@@ -18,6 +19,21 @@ OPENS = {
 FILES = ("dino", "onnx")  # formats that are one file; the others are folders
 
 ELSEWHERE = ("timm:", "random:")  # prefixes of weights that are no path
+
+
+def weights_path(weights: object, name: str = "weights") -> str:
+    """Weights as text. Raises UserError (2) for what is neither text nor a path.
+
+    Args:
+        name: of the argument.
+    """
+    path = os.fspath(weights) if isinstance(weights, os.PathLike) else weights
+    if not isinstance(path, str) or not path:
+        raise UserError(
+            f"{name}: {weights!r:.80} names no weights; give the path of a run, an export or a file of weights, "
+            "or timm:NAME"
+        )
+    return path
 
 
 def no_weights(spec: str) -> UserError:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+from os import PathLike
 from typing import Literal
 
 from gtsa.models.backbone import Backbone
+from gtsa.models.formats import weights_path
 from gtsa.models.weights import load_backbone
 
 
 def load(
-    weights: str | os.PathLike[str],
+    weights: str | PathLike[str],
     network: Literal["teacher", "student"] = "teacher",
     model: str | None = None,
 ) -> Backbone:
@@ -31,5 +32,5 @@ def load(
     Raises:
         UserError: there are no such weights, or they are damaged (4).
     """
-    backbone, _ = load_backbone(os.fspath(weights), network, model)
+    backbone, _ = load_backbone(weights_path(weights), network, model)
     return backbone.eval().requires_grad_(False)

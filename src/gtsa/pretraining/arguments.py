@@ -52,7 +52,7 @@ class RunArguments(TypedDict, total=False):
     keep_best: str | None
     hold_out: int | Auto
     max_bad: float
-    range16: tuple[float, float]
+    range16: tuple[float, float] | Auto
     data_root: Path | None
     include: str | Sequence[str]
     exclude: str | Sequence[str]

@@ -41,7 +41,8 @@ def check(
         UserError: images cannot be used (3); the report is printed first.
     """
     check_range16(range16)
-    source = list_images(data, Selection(range16, data_root, include, exclude, follow_links))
+    selection = Selection(range16, data_root, include, exclude, follow_links)
+    source = list_images(data, selection)
     result = scan(source, decode=True, range16=range16)
     if json_file:
         try:
@@ -51,7 +52,7 @@ def check(
             raise UserError(f"--json {json_file} cannot be written: {error.strerror}; give another file", 6) from None
     _show(result, data)
     if not result.total and not result.unreadable:
-        raise no_images(result, str(data))
+        raise no_images(result, data, selection)
     if result.bad or result.unreadable:
         images = f"{len(result.bad)} of {result.total} images cannot be used"
         folders = f"; {len(result.unreadable)} folders cannot be listed" if result.unreadable else ""

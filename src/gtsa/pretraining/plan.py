@@ -9,7 +9,9 @@ from typing import Any
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto
 from gtsa.core.terminal import gib
+from gtsa.data.pixels import Range
 from gtsa.models.backbone import patch_of
+from gtsa.models.transform import FULL_RANGE
 from gtsa.pretraining.cost import Cost
 from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.training import checkpoint
@@ -23,13 +25,17 @@ FROM_SCRATCH = {"freeze_encoder": 0.0, "encoder_lr_scale": 1.0, "layer_decay": 1
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
 
 
-def resolve_initial(plan: Plan[Pretrain], loaded: str | None) -> None:
-    """Resolves the model, and the settings of training from initial weights.
+def resolve_initial(plan: Plan[Pretrain], loaded: str | None, range16: Range = FULL_RANGE) -> None:
+    """Resolves the model, the range of 16-bit images, and the settings of training from initial weights.
 
     Args:
         loaded: the model of the initial weights; None without --init.
+        range16: of the images that the initial weights were trained on.
     """
     settings = plan.settings
+    if is_auto(settings.range16):
+        reason = f"as in the training of {settings.init}" if range16 != FULL_RANGE else "all values of 16 bits"
+        plan.settle({"range16": reason}, range16=range16)
     if settings.model == "auto":
         plan.settle({}, model=loaded or MODEL)
     preset = GENTLE if loaded else FROM_SCRATCH
@@ -40,6 +46,26 @@ def resolve_initial(plan: Plan[Pretrain], loaded: str | None) -> None:
     plan.settle({"adaptation": reason} if chosen else {}, **chosen)
     if loaded and settings.eval and not settings.keep_best:
         plan.settle({}, keep_best=settings.eval[0])
+
+
+def check_batch(settings: Pretrain) -> None:
+    """Raises UserError (2) where a given batch does not divide over the processes and micro-batches of a step."""
+    unit = _unit_of(settings)
+    if is_auto(settings.batch_size) or settings.batch_size % unit == 0:
+        return
+    ranks = settings.devices * settings.nodes
+    parts, below = unit // ranks, settings.batch_size // unit * unit
+    over = [f"{ranks} processes"] * (ranks > 1) + [f"{parts} micro-batches"] * (parts > 1)
+    action = f"give {' or '.join(str(size) for size in (below, below + unit) if size)}"
+    if steps_done(settings) is not None:  # the batch of a run stays
+        action = f"resume with another number of {' or '.join(word.split()[1] for word in over)}"
+    raise UserError(f"--batch-size {settings.batch_size} does not divide over {' x '.join(over)}; {action}")
+
+
+def _unit_of(settings: Pretrain) -> int:
+    """A batch is a multiple of this number of images: one for each process and each given micro-batch."""
+    parts = 1 if is_auto(settings.accumulate) else settings.accumulate
+    return settings.devices * settings.nodes * parts
 
 
 def resolve_sizes(plan: Plan[Pretrain]) -> None:
@@ -110,16 +136,15 @@ def resolve_budget(plan: Plan[Pretrain], images: int, base: float = 5e-4) -> Non
 
 
 def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
-    ranks = plan.settings.devices * plan.settings.nodes
+    unit = _unit_of(plan.settings)
     if is_auto(plan.settings.batch_size):
         eighth = min(PUBLISHED["batch"], max(SMALLEST_BATCH, images // 8 // 8 * 8))
-        batch = max(min_images_of(plan.settings), eighth // ranks) * ranks
+        batch = max(min_images_of(plan.settings), eighth // unit) * unit
         plan.settle({"batch_size": f"an eighth of {images:,} images, from 8 to 512"}, batch_size=batch)
     batch = plan.settings.batch_size
     if batch > images:
-        _allow_repeats(plan, batch, images, ranks)
-    if batch < ranks:
-        raise UserError(f"--batch-size {batch} is too small for {ranks} processes; give at least {ranks}")
+        _allow_repeats(plan, batch, images, unit)
+    check_batch(plan.settings)
     _check_min_images(plan.settings)
 
 
@@ -145,9 +170,9 @@ def _check_min_images(settings: Pretrain) -> None:
     )
 
 
-def _allow_repeats(plan: Plan[Pretrain], batch: int, images: int, ranks: int) -> None:
+def _allow_repeats(plan: Plan[Pretrain], batch: int, images: int, unit: int) -> None:
     """Notes that a step repeats images. Raises UserError where it would repeat each more than twice."""
-    largest = max(1, images // ranks) * ranks
+    largest = max(1, images // unit) * unit
     if batch > max(2 * images, SMALLEST_BATCH) and steps_done(plan.settings) is None:
         raise UserError(
             f"--batch-size {batch}: there are {images:,} images to train on, and every step would repeat each of them "

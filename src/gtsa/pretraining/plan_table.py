@@ -12,6 +12,7 @@ from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan
 from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
+from gtsa.data.sources import ALL
 from gtsa.pretraining.cost import LONG, Cost, cheaper
 from gtsa.pretraining.plan import steps_done
 from gtsa.pretraining.settings import Pretrain
@@ -19,7 +20,7 @@ from gtsa.training import threads
 
 
 def show(
-    plan: Plan[Pretrain], cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path
+    plan: Plan[Pretrain], cost: Cost, method: Method, train: int, held_out: int, loaded: str, disk: Path, deep: bool
 ) -> list[tuple[str, Any, str]]:
     """Prints the plan and returns its rows: name, value, reason.
 
@@ -29,6 +30,7 @@ def show(
         train, held_out: numbers of images.
         loaded: how many initial weights were loaded; empty without --init.
         disk: a folder on the disk of the run.
+        deep: whether there are images of 16 bits.
     """
     settings = plan.settings
     size = sum(p.nbytes for p in method.parameters())
@@ -42,7 +44,7 @@ def show(
     per_device = settings.batch_size // (settings.devices * settings.nodes)
     used = gib(cost.bytes_fixed + cost.bytes_image * per_device // settings.accumulate)
     rows = [
-        *_rows(plan, done, train, held_out, weights, loaded),
+        *_rows(plan, done, train, held_out, weights, loaded, deep),
         ("time", f"about {lasting(seconds)}", _time_remark(settings, cost, done)),
         ("memory", used, "weights and one micro-batch"),
         ("disk", gib(needed), f"{settings.keep_checkpoints} checkpoints and one being written; {gib(free)} free"),
@@ -56,7 +58,7 @@ def show(
 
 
 def _rows(
-    plan: Plan[Pretrain], done: int | None, train: int, held_out: int, weights: int, loaded: str
+    plan: Plan[Pretrain], done: int | None, train: int, held_out: int, weights: int, loaded: str, deep: bool
 ) -> list[tuple[str, Any, str]]:
     """Rows of settings: (name, value, reason)."""
     settings, views = plan.settings, plan.settings.views
@@ -72,6 +74,7 @@ def _rows(
     weights_from = "weights as above" if loaded else "random weights"
     return [
         ("images", f"{train:,}", held),
+        *(_range16(settings, why("range16")) if deep or settings.range16 != ALL.range16 else []),
         ("model", f"{settings.model}, {weights / 1e6:.1f} M parameters", weights_from),
         *(_adaptation(settings, why("adaptation")) if loaded else []),
         ("method", settings.method, why("method")),
@@ -96,6 +99,12 @@ def _time_remark(settings: Pretrain, cost: Cost, done: int | None) -> str:
 def brief(seconds: float) -> str:
     """Seconds with two digits, or in words."""
     return f"{seconds:.2g} s" if seconds < 10 else lasting(seconds)
+
+
+def _range16(settings: Pretrain, reason: str) -> list[tuple[str, str, str]]:
+    """Row: how values of 16-bit images are read."""
+    black, white = settings.range16
+    return [("16-bit values", f"{black:g} to {white:g}, black to white", reason)]
 
 
 def _adaptation(settings: Pretrain, reason: str) -> list[tuple[str, str, str]]:

@@ -25,6 +25,7 @@ from gtsa.core.types import Method, Views
 from gtsa.data import augment, run_images
 from gtsa.data.loader import StepSampler, ViewSet, loader
 from gtsa.data.run_images import ImageSettings, RunImages
+from gtsa.data.scan import count_deep
 from gtsa.models.backbone import Backbone
 from gtsa.models.card import Origin
 from gtsa.models.export import write as write_export
@@ -80,9 +81,10 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
 
     # Device and initial weights, and the part of the plan that needs no image: mistakes show before a file is read.
     resolved = resolve_device(requested)
+    plan.check_batch(resolved.settings)
     initial = read_weights(requested.init) if requested.init else None
     given_model = None if requested.model == "auto" else requested.model
-    plan.resolve_initial(resolved, model_of(initial, given_model)[0] if initial else None)
+    plan.resolve_initial(resolved, *((model_of(initial, given_model)[0], initial.range16) if initial else (None,)))
     plan.resolve_sizes(resolved)
     fabric = launch_fabric(resolved.settings)
     if requested.deterministic and fabric.device.type == "cuda":
@@ -206,7 +208,8 @@ def _measure_and_show(
         if loaded:
             say(loaded)
         disk = _existing(Path(requested.out or ".").absolute())
-        rows = plan_table.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk)
+        deep = bool(count_deep(files.read_json(Path(settings.out, "scan.json")) or {}))
+        rows = plan_table.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk, deep)
         if run and not (run.folder / PLAN).exists():  # a resumed run keeps the reasons with which it began
             run.write(PLAN, plan_text(rows))
         settings = resolved.settings

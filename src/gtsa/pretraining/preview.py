@@ -9,12 +9,13 @@ import torch
 
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.seeds import Stream, generator
-from gtsa.core.settings import Plan, validated, with_keywords
+from gtsa.core.settings import Plan, is_auto, validated, with_keywords
 from gtsa.core.terminal import say
 from gtsa.data import augment
-from gtsa.data.pixels import BadImage
-from gtsa.data.sources import open_source
+from gtsa.data.pixels import BadImage, Range
+from gtsa.data.scan import open_images
 from gtsa.models.backbone import IMAGENET
+from gtsa.models.transform import FULL_RANGE
 from gtsa.models.weight_sources import read_weights
 from gtsa.models.weights import model_of
 from gtsa.pretraining import plan, preview_picture
@@ -41,14 +42,12 @@ def preview(
         UserError: there is no such image, or it cannot be read (3).
     """
     resolved = Plan(validated(Pretrain, settings), {})
-    plan.resolve_initial(resolved, _model_of_init(resolved.settings))
+    plan.resolve_initial(resolved, *_facts_of_init(resolved.settings))
     plan.resolve_sizes(resolved)
     multicrop = resolved.settings.multicrop
-    source = open_source(data, resolved.settings.selection)
     if epoch < 0:
         raise UserError(f"--epoch {epoch}: epochs are numbered from 0")
-    if not len(source):
-        raise UserError(f"{data}: no images; give a folder with some", 3)
+    source = open_images(data, resolved.settings.selection)
     if not 0 <= image < len(source):
         raise UserError(f"--image {image}: {data} has {len(source)} images, numbered from 0", 3)
     try:
@@ -66,8 +65,9 @@ def preview(
     return path
 
 
-def _model_of_init(settings: Pretrain) -> str | None:
-    """The model of the initial weights, if it decides the patch size."""
-    if not settings.init or settings.model != "auto":
-        return None
-    return model_of(read_weights(settings.init))[0]
+def _facts_of_init(settings: Pretrain) -> tuple[str | None, Range]:
+    """The model of the initial weights, if it decides the patch size, and the range of 16 bits in their training."""
+    if not settings.init or not (is_auto(settings.model) or is_auto(settings.range16)):
+        return None, FULL_RANGE
+    weights = read_weights(settings.init)
+    return model_of(weights)[0] if is_auto(settings.model) else None, weights.range16

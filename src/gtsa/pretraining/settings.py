@@ -27,6 +27,7 @@ from gtsa.core.settings import (
     settings_of,
     with_sections,
 )
+from gtsa.data.sources import range16_problems
 from gtsa.evaluation.settings import EvaluatorSettings
 
 _found = declared(Path(__file__).parents[1] / "data" / "multicrop.py", "MultiCrop")
@@ -142,8 +143,8 @@ class PretrainSettings(Documented):
     """Images held out from training for the verdict. auto: a tenth, at most 64; none below 20 images."""
     max_bad: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images that is accepted; one always is."""
-    range16: tuple[float, float] = (0, 65535)
-    """Values of 16-bit images that are mapped to black and white."""
+    range16: tuple[float, float] | Auto = AUTO
+    """Values of 16-bit images that are mapped to black and white. auto: those of --init, or 0 65535."""
     data_root: str | None = None
     """List files: the folder that paths are relative to and must lie in. Default: the folder of the list file."""
     include: tuple[str, ...] = ()
@@ -181,8 +182,8 @@ class PretrainSettings(Documented):
             problems.append("steps and epochs: give one of the two")
         if self.resume and self.overwrite:
             problems.append("resume and overwrite: give one of the two")
-        if self.range16[0] >= self.range16[1]:
-            problems.append(f"range16: black {self.range16[0]} must be below white {self.range16[1]}")
+        if not is_auto(self.range16):
+            problems += range16_problems(self.range16)
         if self.init is None and not is_auto(self.gram_weight) and self.gram_weight > 0:
             problems.append("gram_weight: compares with the initial weights; give --init")
         if self.eval and not (self.eval_val or self.eval_folds or self.eval_config):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gtsa.data.frozen import Frozen
 from gtsa.data.pixels import Range
-from gtsa.data.sources import Source
+from gtsa.data.sources import ALL, Source
 
 Kind = Literal["none", "classes", "multilabel", "masks", "boxes"]
 Target: TypeAlias = Any  # by kind, see Targets
@@ -74,10 +74,13 @@ class Labelled:
         """Some of the images, in this order."""
         return replace(self, indices=[self.indices[i] for i in indices])
 
-    def with_range16(self, range16: Range) -> Labelled:
-        """The same images, of which those of 16 bits are read with this range. The images of a run have the run's."""
+    def with_range16(self, range16: Range, of_runs: bool = False) -> Labelled:
+        """The same images, of which those of 16 bits are read with this range.
+
+        The images of a run keep the run's, unless ``of_runs``.
+        """
         if isinstance(self.source, Frozen):
-            return self
+            return replace(self, source=self.source.with_range16(range16)) if of_runs else self
         source = copy(self.source)
         source.range16 = range16
         return replace(self, source=source)
@@ -94,8 +97,10 @@ class Labelled:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of labels and chosen images. It does not depend on where the files lie."""
-        return hashlib.sha256(f"{self.digest} {list(self.indices)}".encode()).hexdigest()[:16]
+        """Hash of labels, chosen images and the range of 16 bits. It does not depend on where the files lie."""
+        black, white = self.source.range16
+        values = "" if (black, white) == ALL.range16 else f" {black:g} {white:g}"
+        return hashlib.sha256(f"{self.digest} {list(self.indices)}{values}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,18 @@ def open_source(
     raise missing_data(data)
 
 
-def check_range16(range16: tuple[float, float]) -> None:
-    """Raises UserError (2) unless black is below white, and both are finite."""
-    if not -math.inf < range16[0] < range16[1] < math.inf:
-        raise UserError(f"--range16 {range16[0]:g} {range16[1]:g}: black must be below white, e.g. 0 4095 for 12 bits")
+def range16_problems(range16: tuple[float, float] | None) -> list[str]:
+    """A line unless black is below white, and both are finite; None: it is not given."""
+    if range16 is None or -math.inf < range16[0] < range16[1] < math.inf:
+        return []
+    black, white = range16
+    return [f"--range16 {black:g} {white:g}: black must be below white; for images of 12 bits give --range16 0 4095"]
+
+
+def check_range16(range16: tuple[float, float] | None) -> None:
+    """Raises UserError (2) unless black is below white, and both are finite; None: it is not given."""
+    if problems := range16_problems(range16):
+        raise UserError(problems[0])
 
 
 def missing_data(data: object) -> UserError:

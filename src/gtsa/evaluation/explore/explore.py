@@ -26,6 +26,7 @@ from gtsa.evaluation.explore.gallery import Images, Network
 from gtsa.evaluation.explore.requirements import PORT, check_arguments
 from gtsa.evaluation.feature_cache import FeatureCache, FileDigests
 from gtsa.models.backbone import Backbone
+from gtsa.models.formats import weights_path
 from gtsa.models.weights import load_backbone
 from gtsa.training import threads
 from gtsa.training.digest import digest_of
@@ -36,10 +37,10 @@ FORMAT = 1  # of cached features; raised when they are computed in another way
 
 @threads.considerate()
 def explore(
-    weights: str,
+    weights: str | os.PathLike[str],
     data: object,
     *,
-    against: str | None = None,
+    against: str | os.PathLike[str] | None = None,
     size: int = 224,
     cache: str | os.PathLike[str] | None = None,
     port: int | None = None,
@@ -79,15 +80,14 @@ def explore(
     Raises:
         UserError: no images (3); weights (4); a missing library, a busy port, a folder that cannot be written (6).
     """
+    specs = [weights_path(weights), *([] if against is None else [weights_path(against, "against")])]
     check_arguments(size, port)
-    if range16 is not None:
-        check_range16(range16)
+    check_range16(range16)
     target = _device(device)
     folder = Path(cache) if cache is not None else cache_folder() / "features"
     digests = FileDigests(folder / f"files-{digest_of(os.path.abspath(str(data)))[:16]}.json")
     with _listening(port) as listener:
-        opened = [_load(weights, network, model)]
-        opened += [_load(against, network, against_model)] if against is not None else []
+        opened = [_load(spec, network, name) for spec, name in zip(specs, (model, against_model), strict=False)]
         black, white = opened[0][1].range16 if range16 is None else range16
         if any((black, white) != backbone.range16 for _, backbone in opened):
             say(f"16-bit images are read with --range16 {black:g} {white:g} for all weights")
@@ -183,6 +183,8 @@ def _serve(listener: socket.socket, extraction: Extraction, data: str, browser: 
     finally:
         with doing("keeping the features that were computed", log=False):
             extraction.stop()
+    # Elsewhere uvicorn has raised the signal again. Here it was ignored, as a shell does for a job in the background.
+    say("explore: stopped; the same command continues with the features that were computed")
 
 
 def _has_display() -> bool:

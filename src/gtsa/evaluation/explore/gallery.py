@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,6 +22,7 @@ from gtsa.data.decoding import read_header
 from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Source
 from gtsa.data.threaded import PixelBudget
+from gtsa.evaluation.explore.similarity import exact_ranks
 from gtsa.evaluation.feature_cache import FeatureCache, FileDigests
 from gtsa.evaluation.loading import normalised, resized
 from gtsa.models.backbone import Backbone
@@ -199,12 +199,17 @@ class Network:
 
     def warm_up(self) -> None:
         """Searches once, so that the first search of the user does not wait for features from the disk."""
-        self.nearest(torch.zeros(self.backbone.embed_dim), self.ready)
+        self.cache.maxima(torch.zeros(self.backbone.embed_dim), [self.images.digest(index) for index in self.ready])
 
-    def nearest(self, query: Tensor, among: Sequence[int]) -> list[tuple[int, float]]:
-        """Numbers of images by the largest cosine similarity of one of their patches with ``query`` [D]."""
+    def nearest(self, query: Tensor, among: Sequence[int], first: int, end: int) -> list[int]:
+        """Numbers of images by the largest cosine similarity of one of their patches with ``query`` [D].
+
+        Those of the ranks from ``first`` to below ``end``, which are exact in single precision.
+        """
         if not among:
             return []
-        best = self.cache.maxima(query, [self.images.digest(index) for index in among])
-        order = np.argsort(-best, kind="stable")
-        return [(among[rank], float(best[rank])) for rank in order.tolist()]
+        digests = [self.images.digest(index) for index in among]
+        ranks = exact_ranks(
+            *self.cache.maxima(query, digests), lambda place: self.cache.maximum(query, digests[place]), first, end
+        )
+        return [among[place] for place in ranks]

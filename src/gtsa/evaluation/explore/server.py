@@ -81,9 +81,7 @@ class Explorer:
             }
             for network in self.networks
         ]
-        return _json(
-            {"data": self.data, "images": len(self.images), "size": self.networks[0].size, "networks": networks}
-        )
+        return _json({"data": self.data, "size": self.networks[0].size, "networks": networks})
 
     def progress(self, request: Request) -> Response:
         """How many images have features, and which were left out."""
@@ -166,10 +164,13 @@ class Explorer:
         choice, pca = self._choice(request), _one_of(request, "show", ("similarity", "pca")) == "pca"
         word, page = request.query_params.get("filter", "").lower(), max(0, _number(request, "page"))
         ready = [index for index in sorted(choice.network.ready) if word in self.images.names[index].lower()]
+        ranks = page * PAGE, (page + 1) * PAGE
         if nearest := _one_of(request, "order", ("nearest", "name")) == "nearest":
-            others = [index for index in ready if index != choice.image]
-            ready = [index for index, _ in choice.network.nearest(choice.query, others)]
-        shown = [(index, choice.network.patches(index)) for index in ready[page * PAGE : (page + 1) * PAGE]]
+            ready = [index for index in ready if index != choice.image]
+            numbers = choice.network.nearest(choice.query, ready, *ranks)
+        else:
+            numbers = ready[slice(*ranks)]
+        shown = [(index, choice.network.patches(index)) for index in numbers]
         tiles = [self._tile(index, patches, choice, with_map=not pca) for index, patches in shown]
         answer: dict[str, object] = {"tiles": tiles, "images": len(ready), "page": page, "nearest": nearest}
         answer["pages"] = -(-len(ready) // PAGE)

@@ -6,8 +6,10 @@ quarter-turns counter-clockwise, as in ``torch.rot90``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +76,34 @@ def equivariance(upright: Tensor, rotated: Tensor, rotation: int, patch: Patch) 
         found_again=float((all_pairs.argmax(1) == torch.arange(n)).float().mean()),
         agreement=None if agreement != agreement else agreement,
     )
+
+
+def exact_ranks(
+    approximate: np.ndarray, error: np.ndarray, exact: Callable[[int], float], first: int, end: int
+) -> list[int]:
+    """Places of the values of the ranks from ``first`` to below ``end``, largest first; equal ones by their place.
+
+    Few exact values are computed: of those that may have these ranks.
+
+    Args:
+        approximate: [n] values.
+        error: [n] how far each may be from its exact value.
+        exact: the exact value at a place.
+    """
+    end = min(end, len(approximate))
+    if first >= end:
+        return []
+    low, high = approximate - error, approximate + error
+    at_first, at_end = np.sort(high)[::-1][first], np.sort(low)[::-1][end - 1]
+    before = low > at_first  # fewer than ``first`` values can be larger than such a one
+    places = np.flatnonzero(~before & (high >= at_end))
+    values = np.array([exact(place) for place in places.tolist()])
+    if (np.abs(values - approximate[places]) > error[places]).any():  # this machine computes less exactly than expected
+        places, before = np.arange(len(approximate)), np.zeros(len(approximate), bool)
+        values = np.array([exact(place) for place in places.tolist()])
+    skipped, order = int(before.sum()), np.argsort(-values, kind="stable")
+    ranked: list[int] = places[order].tolist()
+    return ranked[first - skipped : end - skipped]
 
 
 def principal_colours(patches: Tensor) -> tuple[Tensor, float]:

@@ -12,9 +12,11 @@ from gtsa.core.errors import escaped
 from gtsa.core.html import Markup
 from gtsa.core.settings import flat
 from gtsa.core.terminal import lasting
+from gtsa.data.scan import count_deep
+from gtsa.data.sources import ALL
 from gtsa.pretraining.report.curves import curves, durations, throughput
 from gtsa.pretraining.run_record import RunRecord
-from gtsa.pretraining.settings import METHODS, Pretrain
+from gtsa.pretraining.settings import METHODS
 from gtsa.pretraining.verdict import advice
 
 KINDS = {"learning": "good", "too short to tell": "warn", "stalled": "warn", "collapsing": "bad"}  # of verdicts
@@ -154,8 +156,7 @@ def _scan_facts(scan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _range_fact(record: RunRecord) -> Iterator[tuple[str, str]]:
     """--range16, where it has an effect or was given."""
     black, white = record.settings.range16
-    modes = [str(kind).split()[-1] for kind in record.scan.get("formats", {})]
-    if (black, white) != Pretrain.model_fields["range16"].default or any(mode.startswith("I") for mode in modes):
+    if (black, white) != ALL.range16 or count_deep(record.scan):
         yield "16-bit values, black to white", f"{black:g} to {white:g}"
 
 
