@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -13,6 +14,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
+
+from forking import use_small_samples
 
 TINY = {
     "model": "test_vit",
@@ -97,17 +100,25 @@ def tiny_yaml(tmp_path_factory):
     return path
 
 
+@functools.cache
+def arithmetic_inputs():
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2, 64, 19, 48), (32, 64, 3, 3), (96, 48)
+    return [torch.randn(shape, generator=draw) for shape in shapes]
+
+
 def arithmetic():
     """A digest of what this process computes, to the last digit, and of the settings that decide it."""
     import torch
     import torch.nn.functional as F
     from timm.layers import use_fused_attn
 
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 64, 19, 48, generator=draw)
+    x, kernel, weight = arithmetic_inputs()
     results = [
-        F.conv2d(x, torch.randn(32, 64, 3, 3, generator=draw), padding=1),
-        F.linear(x, torch.randn(96, 48, generator=draw)),
+        F.conv2d(x, kernel, padding=1),
+        F.linear(x, weight),
         F.scaled_dot_product_attention(x, x, x),
         F.layer_norm(x, (48,)).softmax(-1).exp(),
     ]
@@ -115,12 +126,39 @@ def arithmetic():
     return digest, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), use_fused_attn()
 
 
+@pytest.fixture(scope="session")
+def _arithmetic_at_start():
+    return arithmetic()
+
+
 @pytest.fixture(autouse=True)
-def _arithmetic_stays():
+def _arithmetic_stays(_arithmetic_at_start):
     """Runs are compared bit for bit: a test must not change what all others compute after it."""
-    before = arithmetic()
     yield
-    assert arithmetic() == before
+    assert arithmetic() == _arithmetic_at_start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_samples():
+    use_small_samples()
+
+
+@contextlib.contextmanager
+def many_samples():
+    """As many views and draws as a user has: to compare with a process of ``start``, or for a sure verdict."""
+    from gtsa.evaluation import intervals
+    from gtsa.pretraining import verdict
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "VIEWS", 64)
+        patch.setattr(intervals, "DRAWS", 400)
+        yield
+
+
+@pytest.fixture
+def users_samples():
+    with many_samples():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,6 +6,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+
+def use_small_samples():
+    """Fewer views of an evaluation, and fewer draws of an interval, than a user has: most of a small run's time."""
+    from gtsa.evaluation import intervals
+    from gtsa.pretraining import verdict
+
+    verdict.VIEWS, intervals.DRAWS = 12, 40
+
+
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(
     [
@@ -66,6 +75,7 @@ def _child(output, method, environment, work, arguments):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(environment)
+    use_small_samples()
     sys.exit(work(*arguments))
 
 

@@ -105,7 +105,7 @@ def test_a_comparison_resumes_after_its_folders_were_moved(data, tmp_path, monke
         compare.compare(**settings(data, "out", **more) | {"data": "images"})
 
 
-def test_a_killed_comparison_resumes_to_the_same_results(data, tmp_path, monkeypatch):
+def test_a_killed_comparison_resumes_to_the_same_results(data, tmp_path, monkeypatch, users_samples):
     """tests/long has one that is stopped several times."""
     more = {"controls": (), "seeds": 1, "methods": ("gtsa", "dino"), "pictures": 0, "steps": 10}
     more["pretrain"] = SMALL["pretrain"] | {"log_every": 1, "checkpoint_every": 2}

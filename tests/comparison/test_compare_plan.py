@@ -6,7 +6,8 @@ import pytest
 from comparing import SMALL, data, run_jobs_here, settings, whole
 
 from conftest import run
-from gtsa.comparison import compare, queue
+from gtsa.comparison import compare, queue, report
+from gtsa.comparison.results import commit, folder_of
 from gtsa.core.errors import UserError
 from gtsa.core.settings_file import plain_yaml
 
@@ -29,6 +30,21 @@ def plan(tmp_path):
     return read
 
 
+def commit_at_once(monkeypatch):
+    """Stores results of jobs without training. MAE has fewer operations than others; controls have none."""
+
+    def commit_job(job, config, devices):
+        trained = {"steps": 2, "flops_per_image": 10.0 if job.row.name == "mae" else 25.0}
+        entry = {"task": "in_context", "feature": "patches", "metrics": {"mIoU": 1.0}, "images": 10}
+        result = {"status": "done", "reason": "", "results": [entry | {"without": 3 * [{"mIoU": 1.0}]}]}
+        folder_of(job, config).mkdir(parents=True)
+        commit(job, config, result | (trained if job.row.source is None else {}))
+        return job.name
+
+    monkeypatch.setattr(queue, "run_in_process", commit_job)
+    monkeypatch.setattr(report, "write_report", lambda *_: None)
+
+
 def count_results(out):
     return len(list(out.glob("cells/*/*/result.json")))
 
@@ -49,7 +65,7 @@ def test_the_plan_lists_the_networks_that_a_comparison_runs(data, tmp_path, monk
     assert lines["untrained"] == "2 networks, 0 done without training"
     assert lines["colour"] == "1 network, 0 done without training"
     assert lines["in all"].endswith("16 training steps to do, and those of equal operations")
-    run_jobs_here(monkeypatch)
+    commit_at_once(monkeypatch)
     compare.compare(**settings(data, out, **more))
     networks = count_results(out)
     assert lines["in all"].startswith(f"{networks} networks, 0 done")

@@ -22,16 +22,18 @@ __all__ = ["data"]  # fixtures
 
 
 def test_jobs_run_at_the_same_time(data, tmp_path, monkeypatch):
+    """One as a process, the other here, which saves its imports."""
     both = threading.Barrier(2, timeout=60)  # fails if one job waits for the other
-    monkeypatch.setattr(
-        queue,
-        "run_in_process",
-        lambda job, config, devices, run_here=queue.run_in_process: (
-            both.wait(),
-            run_here(job, config, devices),
-        )[1],
-    )
-    compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=("colour", "position"), jobs=2))
+    run_apart = queue.run_in_process
+    run_jobs_here(monkeypatch)
+    run_here = queue.run_in_process
+
+    def run_job(job, config, devices):
+        both.wait()
+        return (run_here if job.number else run_apart)(job, config, devices)
+
+    monkeypatch.setattr(queue, "run_in_process", run_job)
+    compare.compare(**settings(data, tmp_path, methods=("mae",), seeds=2, controls=(), jobs=2))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ class TestMethod:
         if method.encoders["teacher"] is not student:
             assert all(p.grad is None for p in method.encoders["teacher"].parameters())
 
+    def test_the_legend_explains_every_part_of_the_progress_line(self, name):
+        method = small(METHODS[name]).train()
+        parts = [part for part in method(views(), 0.5) if not part.endswith("_accuracy")]
+        shown = [part for part in parts if part != "loss"] or ["loss"]
+        named = {
+            word for entry in method.legend.split(";") for word in entry.partition("=")[0].replace(",", " ").split()
+        }
+        assert set(shown) <= named, "one entry for each: NAME = WHAT; ..."
+
     def test_the_loss_is_a_mean_over_the_batch(self, name, monkeypatch):
         monkeypatch.setattr(torch, "rand", lambda *shape: torch.full(shape, 0.3))  # all images draw alike
         method = small(METHODS[name]).eval()

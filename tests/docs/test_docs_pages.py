@@ -107,7 +107,7 @@ def test_pages_begin_with_their_title():
 
 
 def test_what_is_not_run_says_why():
-    for page in pages():
+    for page in EVERY:
         for block in blocks(page):
             assert block.not_run is None or len(block.not_run) > 8, f"{name_of(page)}:{block.line}"
 

@@ -1,4 +1,4 @@
-"""Every command and snippet of the documentation is run, page by page and in order, as on a reader's own folder.
+"""Every command and snippet of the documentation and the README is run, page by page, as on a reader's own folder.
 
 Commands of gtsa run in this process, others in a shell. Sizes are those of docs/small.yaml, except on pages that say
 `run: as written`. A comment `<!-- not run: REASON -->` above a block leaves it out.
@@ -27,7 +27,11 @@ from pages import DOCS, ROOT, SHELL, as_written, blocks, gtsa_words, lines, name
 pytestmark = pytest.mark.long
 SAMPLE = ROOT / "src/gtsa/data/sample"
 SMALL = YAML(typ="safe").load(DOCS / "small.yaml")
-RUN = [page for page in pages() if any(b.language in (*SHELL, "python") and not b.not_run for b in blocks(page))]
+RUN = [
+    page
+    for page in (*pages(), ROOT / "README.md")
+    if any(b.language in (*SHELL, "python") and not b.not_run for b in blocks(page))
+]
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,8 @@ def make_reader(folder):
         write_labels(chosen, boxes, folder, part)
     with contextlib.chdir(folder):
         gtsa.pretrain("scenes", out="runs/mine", **SMALL["pretrain"])
+    for name, given in (("photos", "scenes"), ("unlabelled", "scenes"), ("labelled", "train"), ("RUN", "runs/mine")):
+        shutil.copytree(folder / given, folder / name)  # names in the README
 
 
 def boxes_of(file):

@@ -80,23 +80,23 @@ def test_the_verdict_says_what_the_metrics_support(now, step, label):
     [
         (
             0.1,
-            "prediction of shared regions, against those of other images (cosine): better than at step 0, +0.100",
+            "region prediction (cosine with the true region minus cosine with other images; higher is better): better than at step 0, +0.100",
         ),
         (
             0.012,
-            "prediction of shared regions, against those of other images (cosine): hardly better than at step 0, +0.012",
+            "region prediction (cosine with the true region minus cosine with other images; higher is better): hardly better than at step 0, +0.012",
         ),
         (
             -0.069,
-            "prediction of shared regions, against those of other images (cosine): worse than at step 0, -0.069 (95 % interval -0.0",
+            "region prediction (cosine with the true region minus cosine with other images; higher is better): worse than at step 0, -0.069 (95 % interval -0.0",
         ),
         (
             0.001,
-            "prediction of shared regions, against those of other images (cosine): not significantly better than at step 0",
+            "region prediction (cosine with the true region minus cosine with other images; higher is better): not significantly better than at step 0",
         ),
         (
             -0.001,
-            "prediction of shared regions, against those of other images (cosine): not significantly better than at step 0",
+            "region prediction (cosine with the true region minus cosine with other images; higher is better): not significantly better than at step 0",
         ),
     ],
 )
@@ -191,7 +191,9 @@ def spread_out(values):
 def test_a_short_run_needs_stronger_evidence(gains, step, label, early):
     found = verdict(spread_out(gains), spread_out([0.0] * len(gains)), step)
     assert found.label == label
-    assert found.reasons[0].startswith("prediction of shared regions, against those of other images (cosine): better")
+    assert found.reasons[0].startswith(
+        "region prediction (cosine with the true region minus cosine with other images; higher is better): better"
+    )
     reasons = [reason for reason in found.reasons if reason.startswith("too early for a verdict")]
     assert len(reasons) == bool(early) and all(early in reason for reason in reasons)
     assert ("--hold-out" in " ".join(reasons)) == ("images give" in early)

@@ -14,7 +14,7 @@ from test_exact import ended_after, lines_of
 from conftest import SMALL_HEADS, final_weights, run, start
 from gtsa.core.settings_file import plain_yaml
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("users_samples")]  # processes are a user's
 __all__ = ["data"]  # a fixture
 
 

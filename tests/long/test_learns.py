@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 import gtsa
+from conftest import many_samples
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("users_samples")]
 
 SETTINGS = {
     "model": "test_vit",
@@ -42,7 +43,8 @@ def trained(tmp_path_factory):
     data = tmp_path_factory.mktemp("oriented")
     for i in range(160):
         oriented_scene(i).save(data / f"{i:03d}.png")
-    return gtsa.pretrain(str(data), out=str(tmp_path_factory.mktemp("runs") / "run"), **SETTINGS)
+    with many_samples():
+        return gtsa.pretrain(str(data), out=str(tmp_path_factory.mktemp("runs") / "run"), **SETTINGS)
 
 
 def test_orientation_is_learnt(trained):

@@ -169,26 +169,13 @@ def test_an_eps_that_timm_cannot_say(tmp_path):
     assert weights.eps_of(load_backbone(str(again))[0]) == 1e-12
 
 
-def test_how_to_open_is_true(tmp_path):
-    path = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
-    for to, how in OPENS.items():
-        written = export(str(path), str(tmp_path / f"to {to}"), to)
-        assert (
-            eval(
-                how.format(written),
-                {"timm": timm, "torch": torch, "transformers": transformers, "onnxruntime": onnxruntime},
-            )
-            is not None
-        )
-
-
-def test_the_command_line(tmp_path, capsys):
-    path = write(encoder("vit_tiny_patch16_224"), tmp_path / "timm")
-    for to, how in OPENS.items():
-        out = tmp_path / to / "x"
-        assert command(["export", str(path), "--out", str(out), "--to", to]) == 0
-        assert how.split("(")[0] in capsys.readouterr().out
-        assert out.exists()
+@pytest.mark.parametrize("to", OPENS)
+def test_the_command_line_prints_how_to_open_an_export_and_it_is_true(tmp_path, capsys, to):
+    path, out = write(encoder("vit_tiny_patch16_224", depth=1), tmp_path / "timm"), tmp_path / f"to {to}" / "x"
+    assert command(["export", str(path), "--out", str(out), "--to", to]) == 0
+    assert OPENS[to].split("(")[0] in capsys.readouterr().out
+    libraries = {"timm": timm, "torch": torch, "transformers": transformers, "onnxruntime": onnxruntime}
+    assert eval(OPENS[to].format(out), libraries) is not None
 
 
 # Checksums, permissions and drafts

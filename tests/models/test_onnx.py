@@ -72,9 +72,17 @@ def test_onnxruntime_alone_gives_the_same_features(tmp_path, model):
     assert {path.name for path in file.parent.iterdir()} == {"x.onnx", "x.onnx.md", "x.onnx.sha256"}
 
 
-def test_the_file_says_how_images_are_prepared(tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An encoder that is pooled by its CLS token, and its ONNX file."""
+    place = tmp_path_factory.mktemp("exported")
     backbone = encoder("vit_tiny_patch16_224", normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), depth=1)
-    file = export(str(write(backbone, tmp_path / "timm")), str(tmp_path / "x.onnx"), "onnx")
+    backbone.pooling = "cls"
+    return backbone, export(str(write(backbone, place / "timm")), str(place / "x.onnx"), "onnx")
+
+
+def test_the_file_says_how_images_are_prepared(exported):
+    backbone, file = exported
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
     facts = {entry.key: entry.value for entry in model.metadata_props}
@@ -86,17 +94,14 @@ def test_the_file_says_how_images_are_prepared(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(112, 100), (33, 32), (15, 16)])
-def test_a_part_of_a_patch_is_refused(tmp_path, size):
-    backbone = encoder("vit_tiny_patch16_224", depth=1)
-    session = onnxruntime.InferenceSession(ours.convert(backbone, {})[0], providers=["CPUExecutionProvider"])
+def test_a_part_of_a_patch_is_refused(exported, size):
+    session = onnxruntime.InferenceSession(exported[1], providers=["CPUExecutionProvider"])
     with pytest.raises(Exception, match="height_and_width_must_be_multiples_of_16"):
         session.run(None, {"images": np.zeros((2, 3, *size), np.float32)})
 
 
-def test_pooled_is_the_vector_that_was_trained():
-    backbone = encoder("vit_tiny_patch16_224", depth=1)
-    backbone.pooling = "cls"
-    session = onnxruntime.InferenceSession(ours.convert(backbone, {})[0], providers=["CPUExecutionProvider"])
+def test_pooled_is_the_vector_that_was_trained(exported):
+    session = onnxruntime.InferenceSession(exported[1], providers=["CPUExecutionProvider"])
     _, pooled, prefix = session.run(None, {"images": np.zeros((2, 3, 112, 112), np.float32)})
     np.testing.assert_array_equal(pooled, prefix[:, 0])
 

@@ -55,7 +55,7 @@ def test_loading_can_be_what_takes_longest():
     assert Cost(0.9, 0.1, 0.5, 1, 1).step(s) == pytest.approx(9)
 
 
-def test_a_run_is_its_steps_and_its_evaluations():
+def test_a_run_is_its_steps_and_its_evaluations(users_samples):
     s = resolved(batch_size=10, steps=120, evaluate_every=50).settings
     each = 64 * (0.02 + cost.EVALUATION * 0.1)  # an evaluation of 32 images, twice
     assert COST.evaluation(s, 32) == pytest.approx(each)

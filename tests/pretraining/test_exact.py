@@ -13,7 +13,7 @@ import time
 import pytest
 
 import gtsa
-from conftest import SMALL_HEADS, TINY, final_weights, run, start
+from conftest import SMALL_HEADS, TINY, final_weights, run
 from forking import fork
 from gtsa.core.errors import UserError
 from gtsa.training.run_folder import RunFolder
@@ -65,7 +65,7 @@ def test_workers_change_nothing(tmp_path, scenes, tiny_yaml, finished, workers):
 
 def test_killed_twice_and_resumed(tmp_path, scenes, tiny_yaml, finished):
     out = tmp_path / "run"
-    process = start("pretrain", "--out", out, "--config", tiny_yaml, "--data", scenes, "--workers", 1)
+    process = fork("pretrain", "--out", out, "--config", tiny_yaml, "--data", scenes, "--workers", 1)
     assert ended_after(process, out, 4)[0] == -signal.SIGKILL
     process = fork("pretrain", "--out", out, "--resume", "--workers", 0)
     assert ended_after(process, out, 8)[0] in (-signal.SIGKILL, 0)

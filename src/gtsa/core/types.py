@@ -118,6 +118,8 @@ class Tokens(NamedTuple):
 class Objective(nn.Module, ABC):
     """A module that the loop can train. ``time`` runs from 0 to 1 over the whole run."""
 
+    legend: str = ""  # what the parts of the loss are, with their best value or chance; shown once, above the progress
+
     @abstractmethod
     def forward(self, views: Any, time: float) -> dict[str, Tensor]:
         """Returns {"loss": scalar, and scalar parts for the log}; every part is a mean over the batch.

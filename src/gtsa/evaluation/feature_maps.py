@@ -104,7 +104,7 @@ def paint(components: Tensor) -> Tensor:
 def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 224) -> Image.Image:
     """Images [n, 3, s, s] on top, then their patch maps [n, h, w, D] as colours, at step 0 and at ``step``."""
     at_start, at_step = feature_colours([start, now], images, size)
-    rows = [("image", _resized(images, size)), ("step 0", at_start), (f"step {step}", at_step)]
+    rows = [("image", resized(images, size)), ("step 0", at_start), (f"step {step}", at_step)]
     left = 80
     sheet = new_sheet(left + len(images) * (size + GAP), len(rows) * (size + GAP) + GAP)
     for r, (title, pictures) in enumerate(rows):
@@ -116,7 +116,7 @@ def strip(images: Tensor, start: Tensor, now: Tensor, step: int, size: int = 224
 
 def maps_strip(images: Tensor, maps: Tensor, size: int = 160) -> Image.Image:
     """Images [n, 3, s, s] on top, their patch maps [n, h, w, D] as colours below."""
-    rows = [_resized(images, size), *feature_colours([maps], images, size)]
+    rows = [resized(images, size), *feature_colours([maps], images, size)]
     sheet = new_sheet(len(images) * (size + 4), 2 * (size + 4))
     for r, pictures in enumerate(rows):
         for c, picture in enumerate(pictures):
@@ -133,6 +133,6 @@ def centred_directions(maps: Tensor) -> Tensor:
     return F.normalize(directions - directions.mean((0, 1, 2)), dim=-1)
 
 
-def _resized(images: Tensor, side: int) -> Tensor:
-    """Images [n, 3, s, s] as [n, side, side, 3]."""
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images [n, 3, s, s] in [0, 1] as pictures [n, side, side, 3] in [0, 1]."""
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True).permute(0, 2, 3, 1).clamp(0, 1)

@@ -44,9 +44,13 @@ class Bootstrap:
         return Bootstrap(self.values[:, metric, None], self.drawn[..., metric, None], self.images)
 
 
-def bootstrap(metrics: Metrics, seeds: int, images: int, draws: int = DRAWS, seed: int = 0) -> Bootstrap:
-    """Computes the metrics of every seed's network; the choices of images depend on ``seed`` and ``images`` alone."""
-    choices = np.random.default_rng(seed).integers(images, size=(draws, images))
+def bootstrap(metrics: Metrics, seeds: int, images: int, draws: int | None = None, seed: int = 0) -> Bootstrap:
+    """Computes the metrics of every seed's network; the choices of images depend on ``seed`` and ``images`` alone.
+
+    Args:
+        draws: number of choices of images; None: ``DRAWS``.
+    """
+    choices = np.random.default_rng(seed).integers(images, size=(draws or DRAWS, images))
     values = np.array([metrics(s, np.arange(images)) for s in range(seeds)])
     return Bootstrap(values, np.array([[metrics(s, chosen) for s in range(seeds)] for chosen in choices]), images)
 

@@ -58,6 +58,7 @@ class DINO(Method):
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 
+    legend = "loss = cross-entropy with the teacher; teacher_entropy = share of log K (0: one prototype, 1: uniform)"
     published_settings: ClassVar = {"views": VIEWS}
     auto_settings: ClassVar = {"num_prototypes": prototypes_for, "teacher_temp": temperatures_for}
     search_space: ClassVar = {

@@ -56,6 +56,7 @@ class IBOT(Method):
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
     """
 
+    legend = "view, patch = cross-entropy with the teacher (at first near log K), of CLS tokens and of masked patches"
     published_settings: ClassVar = {"views": VIEWS}
     auto_settings: ClassVar = {
         "num_prototypes": lambda images: min(8192, prototypes_for(images)),

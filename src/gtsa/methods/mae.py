@@ -35,6 +35,7 @@ class MAE(Method):
         normalise: reconstruct each patch normalised by its own mean and standard deviation.
     """
 
+    legend = "loss = mean squared error of the masked patches"
     published_settings: ClassVar = {
         "views": VIEWS, "weight_decay": 0.05, "final_weight_decay": 0.05, "beta2": 0.95, "warmup": 0.05,
         "clip_grad": 0.0, "drop_path": 0.0, "final_learning_rate": 0.0,

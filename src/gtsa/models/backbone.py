@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -270,6 +271,7 @@ def _create(model: str, **arguments: Any) -> Any:
     return vit
 
 
+@functools.cache
 def patch_of(model: str) -> int:
     """Side of a model's patch in px; its weights are not made."""
     with torch.device("meta"):

@@ -35,6 +35,8 @@ class Adaptation(Method):
     def __init__(self, method: Method, initial_encoder: Backbone, gram_weight: float) -> None:
         super().__init__()
         self.method, self.initial_encoder, self.gram_weight = method, initial_encoder, gram_weight
+        change = "change = of the Gram matrix of patches since the start (0: none)"
+        self.legend = "; ".join(filter(None, [method.legend, change if gram_weight else ""]))
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = self.method(views, time)

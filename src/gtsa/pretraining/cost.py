@@ -18,6 +18,7 @@ from gtsa.data.loader import ViewSet, collate
 from gtsa.data.multicrop import MultiCrop
 from gtsa.models.backbone import patch_of
 from gtsa.pretraining.settings import Pretrain, ViewSettings
+from gtsa.pretraining.verdict import draws_of
 from gtsa.training.optim import ScheduledAdamW, clip_each
 from gtsa.training.schedules import Constant
 
@@ -47,8 +48,7 @@ class Cost:
 
     def evaluation(self, settings: Pretrain, images: int) -> float:
         """Seconds of an evaluation on ``images`` images, with as many views as HealthMonitor draws."""
-        views = images * max(1, 64 // max(1, images))
-        return views * (self.loading + EVALUATION * self.passing)
+        return images * draws_of(images) * (self.loading + EVALUATION * self.passing)
 
     def run(self, settings: Pretrain, images: int, done: int = 0) -> float:
         """Seconds of all steps after ``done``, and of the evaluations."""

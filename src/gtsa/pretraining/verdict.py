@@ -23,10 +23,10 @@ CHANCE = 0.25  # of four rotations
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 
 SCORES = {  # sentences about metrics of Method.diagnose; the gain over step 0 counts of all that end in _score
-    "region_score": "prediction of shared regions, against those of other images (cosine)",
-    "image_score": "match of two views of an image, against views of other images (cosine)",
-    "patch_score": "localisation of patches in another view (share of the random distance)",
-    "pixel_score": "reconstruction of masked patches, against those of other images (share of the error)",
+    "region_score": "region prediction (cosine with the true region minus cosine with other images; higher is better)",
+    "image_score": "view matching (cosine with another view minus cosine with other images; higher is better)",
+    "patch_score": "patch localisation in another view (1: at the true position, 0: as far off as a random patch)",
+    "pixel_score": "reconstruction of masked patches (1: exact, 0: no closer to the image than to others)",
 }
 
 MUTE = 0.01  # of teacher_information: less is none. Measured: 0.0003 where the loss stays at log K, 0.14 where it falls
@@ -36,6 +36,8 @@ LONG = 1_000  # steps from which a run without progress counts as stalled; befor
 # Similarity of patch tokens with those of step 0. Above, only the heads have learnt. Measured: 0.998 in a run whose
 # export was as good as a random network, 0.79 after the demo.
 UNCHANGED = 0.99
+
+VIEWS = 64  # samples of an evaluation: fewer held-out images are drawn several times each
 
 FEW = 20  # images: with fewer, the reason for a missing verdict is also their number
 
@@ -61,12 +63,11 @@ class HealthMonitor:
     Args:
         views: the held-out images.
         prepare: brings views to the device, as for training.
-        draws: views of each image; None: at least 64 views in all.
     """
 
-    def __init__(self, views: ViewSet, prepare: Callable[[Views], Views], draws: int | None = None) -> None:
+    def __init__(self, views: ViewSet, prepare: Callable[[Views], Views]) -> None:
         self.views, self.prepare = views, prepare
-        self.draws = draws or max(1, 64 // max(1, len(views)))
+        self.draws = draws_of(len(views))
 
     @torch.no_grad()
     def __call__(self, method: Method) -> HealthSnapshot:
@@ -100,6 +101,11 @@ class HealthMonitor:
         for draw in range(self.draws):
             for indices in np.array_split(np.arange(count), -(-count // 16)):  # evenly: no image is alone in its batch
                 yield self.prepare(collate([self.views[Draw(draw, int(index))] for index in indices]))
+
+
+def draws_of(images: int) -> int:
+    """How often an evaluation draws views of each of ``images`` images: ``VIEWS`` times in all, at least once each."""
+    return max(1, VIEWS // max(1, images))
 
 
 @dataclass

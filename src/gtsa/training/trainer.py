@@ -203,10 +203,12 @@ class Trainer:
         self.clock.seconds[kind] = time.perf_counter() - began
 
     def _announce(self) -> None:
-        """Shows how long training takes: the first line of progress may come late."""
+        """Shows how long training takes (the first line of progress may come late), and what that line will show."""
         first, steps = self.first_step, self.settings.steps
         if self.run and self.clock.expected is not None and first < steps:
             say(f"training from step {first} to {steps:,}, in all about {lasting(self.clock.left(first))}")
+            if self.objective.legend:
+                say(f"legend: data = share of time spent waiting for images; {self.objective.legend}")
 
     def note(self, text: str) -> None:
         """Tells the user, and the run's log."""

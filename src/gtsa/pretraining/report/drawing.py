@@ -49,11 +49,6 @@ def framed(picture: Image.Image, cell: tuple[int, int], grid: int, chosen: bool)
     return picture
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Images [n, 3, s, s] as [n, SIDE, SIDE, 3]."""
-    return F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True).permute(0, 2, 3, 1).clamp(0, 1)
-
-
 def tile(picture: Tensor | Image.Image, alt: str, caption: html.Text) -> Markup:
     drawn = to_image(picture.cpu()) if isinstance(picture, Tensor) else picture
     return html.figure(tile_image(drawn, alt, SIDE), caption)

@@ -12,14 +12,14 @@ from gtsa.core import html
 from gtsa.core.html import Markup
 from gtsa.core.types import Views
 from gtsa.data import augment
-from gtsa.evaluation.feature_maps import centred_directions, feature_colours
+from gtsa.evaluation.feature_maps import centred_directions, feature_colours, resized
 from gtsa.evaluation.loading import normalised
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.methods.parts import losses
 from gtsa.methods.parts.geometry import pairs_of
 from gtsa.models.attention import attention_maps
 from gtsa.pretraining import preview_picture
-from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, pixels, tile, tile_image
+from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, tile, tile_image
 from gtsa.pretraining.report.network import Network
 
 MOST_HEADS = 8  # of attention that are drawn
@@ -58,7 +58,7 @@ def _attempt(title: str, make: Callable[[Network], Parts], network: Network, pro
 def feature_maps(network: Network) -> Parts:
     at_start, now = feature_colours([network.at_start, network.now], network.gallery, SIDE)
     figures = []
-    for n, image in enumerate(pixels(network.gallery)):
+    for n, image in enumerate(resized(network.gallery, SIDE)):
         parts = (
             (image, f"Image {n + 1}", f"image {n + 1}"),
             (at_start[n], f"Feature map of image {n + 1} at step 0", "step 0"),
@@ -117,7 +117,7 @@ def rotation_prediction(network: Network) -> Parts:
     shares = method.rotation_head(tokens.mean((1, 2))).softmax(-1).cpu().unflatten(0, (-1, 4))  # [n, 4, 4]
     correct = int((shares.argmax(-1) == torch.arange(4)).sum())
     tiles = []
-    for k, picture in enumerate(pixels(rotated[0])):
+    for k, picture in enumerate(resized(rotated[0], SIDE)):
         best = int(shares[0, k].argmax())
         words = f"predicted {90 * best}° ({100 * shares[0, k, best]:.0f} %)"
         caption = Markup("rotated {}°: {}").format(90 * k, html.marked(words, "good" if best == k else "bad"))
