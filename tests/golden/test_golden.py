@@ -131,7 +131,7 @@ def test_every_number(path, device):
         step = first + expected["step"]
         teacher = {p: norm(method, prefix) for p, prefix in PARTS.items() if p.startswith("teacher")}
         norms.clear()
-        parts, accepted, _ = train_step(module, wrapped, [views], 1, fabric, step / steps, (step + 1) / steps)
+        parts, accepted, *_ = train_step(module, wrapped, [views], 1, fabric, step / steps, (step + 1) / steps)
         assert accepted == 1
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(expected["learning_rate"], rel=1e-6)

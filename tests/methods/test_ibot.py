@@ -55,7 +55,7 @@ def hidden():
 
 def test_hidden_patches_are_replaced_before_positions_are_added(hidden):
     ibot, pixels = method(), views(2).global_crops.pixels.flatten(0, 1)
-    actual = ibot.student.encoder.masked(pixels, hidden, ibot.mask_token[0])
+    actual = ibot.student.encoder.side_by_side([pixels], [hidden], ibot.mask_token[0])[0]
     by_hand = tokens_by_hand(ibot.student.encoder, pixels, hidden, ibot.mask_token[0])
     torch.testing.assert_close(actual.patches.flatten(1, 2), by_hand[:, 1:])
     torch.testing.assert_close(actual.prefix, by_hand[:, :1])

@@ -6,7 +6,7 @@ Shapes: B images, V views of one size, G global crops, D width of a token, K pro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -34,10 +34,12 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, crops: Crops, frozen: bool = False) -> Tensor:
-        """Logits [B, V, K]."""
-        logits: Tensor = self.head(self.encoder(crops.pixels.flatten(0, 1)).prefix[:, 0], frozen)
-        return logits.reshape(*crops.rotations.shape, -1)
+    def forward(self, groups: Sequence[Crops], frozen: bool = False) -> list[Tensor]:
+        """Logits [B, V, K] of the crops of each size."""
+        tokens = self.encoder.side_by_side([crops.pixels.flatten(0, 1) for crops in groups])
+        logits: Tensor = self.head(torch.cat([each.prefix[:, 0] for each in tokens]), frozen)
+        parts = torch.split(logits, [crops.rotations.numel() for crops in groups])
+        return [part.reshape(*crops.rotations.shape, -1) for part, crops in zip(parts, groups, strict=True)]
 
 
 class DINO(Method):
@@ -102,15 +104,15 @@ class DINO(Method):
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         teacher = self.teacher_probs(views.global_crops, time)  # [B, G, K]
         cross_entropies = []
-        for size, crops in enumerate(views.groups):
-            logits = self.student(crops, frozen=time < self.freeze_last_layer)  # [B, V, K]
-            pairs = pairs_of(size, crops.count, views.global_crops.count)
+        students = self.student(views.groups, frozen=time < self.freeze_last_layer)
+        for size, logits in enumerate(students):  # [B, V, K]
+            pairs = pairs_of(size, logits.shape[1], views.global_crops.count)
             cross_entropies.append(losses.cross_view(logits / self.student_temp, teacher)[:, *pairs])  # [B, pairs]
         entropy = -(teacher * teacher.clamp(min=1e-12).log()).sum(-1).mean()
         return {"loss": torch.cat(cross_entropies, 1).mean(), "teacher_entropy": entropy / math.log(teacher.shape[-1])}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
-        self.centre.update(accepted)
+        prototypes.update_centres([self.centre], accepted)
         follow(self.teacher, self.student, self.momentum(time), accepted)
 
     def train(self, mode: bool = True) -> DINO:
@@ -123,7 +125,7 @@ class DINO(Method):
     @torch.no_grad()
     def teacher_probs(self, crops: Crops, time: float) -> Tensor:
         """Probabilities [B, G, K] of the teacher; the centre accumulates its logits."""
-        logits = self.teacher(crops)
+        (logits,) = self.teacher([crops])
         probs = self.centre.sharpened(logits, self.teacher_temp(time))
         self.centre.accumulate(logits)
         return probs
@@ -137,5 +139,5 @@ class DINO(Method):
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """``image_score`` and ``teacher_information`` of each image, at the teacher's last temperature."""
-        students, teacher = [self.student(crops) for crops in views.groups], self.teacher(views.global_crops)
+        students, (teacher,) = self.student(views.groups), self.teacher([views.global_crops])
         return prototypes.diagnose(students, teacher, self.centre, self.teacher_temp(1.0))

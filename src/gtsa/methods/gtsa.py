@@ -5,7 +5,7 @@ Shapes: B images, V views of one size, G global crops, h x w tokens, C channels,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -93,8 +93,8 @@ class GTSA(Method):
         teacher = self.teacher_maps(views.global_crops)  # [B, G, h, w, C]
         patch_weight = self.patch_weight(time)
         region, patch, rotation, correct = [], [], [], []
-        for size, crops in enumerate(views.groups):
-            maps, logits = self.student_maps(crops)  # [B, V, h, w, C], [B, V, 4]
+        for size, (maps, logits) in enumerate(self.predictions(views.groups)):  # [B, V, h, w, C], [B, V, 4]
+            crops = views.groups[size]
             student_cells, target_cells = self.pooled(maps, teacher, crops, views.global_crops, size)
             pairs = pairs_of(size, crops.count, views.global_crops.count)
             region.append(losses.region(student_cells, target_cells)[:, *pairs])  # [B, pairs]
@@ -133,11 +133,21 @@ class GTSA(Method):
 
     def student_maps(self, crops: Crops) -> tuple[Tensor, Tensor | None]:
         """Predicted maps [B, V, h, w, C], and rotation logits [B, V, 4] where rotation is predicted."""
-        patches = self.student.encoder(crops.pixels.flatten(0, 1)).patches
-        maps = self.predictor(self.student.projector(patches)).unflatten(0, crops.rotations.shape)
+        return self.predictions([crops])[0]
+
+    def predictions(self, groups: Sequence[Crops]) -> list[tuple[Tensor, Tensor | None]]:
+        """``student_maps`` of the crops of each size, in one pass of the encoder and of the rotation head."""
+        tokens = self.student.encoder.side_by_side([crops.pixels.flatten(0, 1) for crops in groups])
+        shapes = [crops.rotations.shape for crops in groups]
+        maps = [
+            self.predictor(self.student.projector(each.patches)).unflatten(0, shape)
+            for each, shape in zip(tokens, shapes, strict=True)
+        ]
         if self.rotation_head is None:
-            return maps, None
-        return maps, self.rotation_head(patches.mean((1, 2))).unflatten(0, crops.rotations.shape)
+            return [(each, None) for each in maps]
+        logits = self.rotation_head(torch.cat([each.patches.mean((1, 2)) for each in tokens]))
+        parts = torch.split(logits, [shape.numel() for shape in shapes])
+        return [(each, part.reshape(*shape, 4)) for each, part, shape in zip(maps, parts, shapes, strict=True)]
 
     # The target follows the crop and its rotation (sections 3.2 and 3.3)
 

@@ -5,7 +5,7 @@ Shapes: B images, V views of one size, G global crops, h x w patches, D width, K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -113,27 +113,26 @@ class IBOT(Method):
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         frozen, seen = time < self.freeze_last_layer, views.global_crops
-        target = self._tokens(self.teacher, seen)
-        logits = self._cls(self.teacher, target, seen)
+        with torch.no_grad():
+            (target,) = self._tokens(self.teacher, [seen])
+            (logits,) = self._cls(self.teacher, [target], [seen])
         probs = self.centre.sharpened(logits, self.teacher_temp(time))  # [B, G, K]
         self.centre.accumulate(logits)
         masked = self.mask(seen, target.patches.shape[1]).to(target.patches.device)  # [B * G, h, w]
 
-        cross_entropies, global_tokens = [], target
-        for size, crops in enumerate(views.groups):
-            tokens = self._tokens(self.student, crops, masked if size == 0 else None)
-            global_tokens = tokens if size == 0 else global_tokens
-            logits = self._cls(self.student, tokens, crops, frozen) / self.student_temp  # [B, V, K]
-            cross_entropies.append(losses.cross_view(logits, probs)[:, *pairs_of(size, crops.count, seen.count)])
+        tokens = self._tokens(self.student, views.groups, masked)
+        cross_entropies = []
+        for size, logits in enumerate(self._cls(self.student, tokens, views.groups, frozen)):  # [B, V, K]
+            pairs = pairs_of(size, logits.shape[1], seen.count)
+            cross_entropies.append(losses.cross_view(logits / self.student_temp, probs)[:, *pairs])
         parts = {
             "view": torch.cat(cross_entropies, 1).mean(),
-            "patch": self._patch_loss(global_tokens, target, masked, time, frozen),
+            "patch": self._patch_loss(tokens[0], target, masked, time, frozen),
         }
         return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
-        self.centre.update(accepted)
-        self.patch_centre.update(accepted)
+        prototypes.update_centres([self.centre, self.patch_centre], accepted)
         follow(self.teacher, self.student, self.momentum(time), accepted)
 
     def train(self, mode: bool = True) -> IBOT:
@@ -158,26 +157,26 @@ class IBOT(Method):
             logits = self.teacher.head.compare(directions[masked])
             target = self.patch_centre.sharpened(logits, self.teacher_temp(time))  # [M, K]
             self.patch_centre.accumulate(self.teacher.head.compare(mean), rows=masked.numel())
-        logits = self.student.head(student.patches[masked], frozen) / self.student_temp
-        cross_entropy = losses.cross_view(logits[:, None], target[:, None])[:, 0, 0]  # [M]
+        head = self.student.head
+        logits = head.compare(head.directions(student.patches[masked]), frozen) / self.student_temp
+        cross_entropy = losses.cross_entropy(logits, target)  # [M]
         counts = masked.sum((1, 2)).clamp(min=1)[:, None, None].expand(masked.shape)[masked]
         return (cross_entropy / counts).sum() / len(masked) + 0 * self.mask_token.sum()  # DDP waits for its gradient
 
     # Student and teacher (sections 3.1 and 3.2)
 
-    def _tokens(self, branch: Branch, crops: Crops, masked: Tensor | None = None) -> Tokens:
-        pixels = crops.pixels.flatten(0, 1)
-        if masked is not None:
-            return branch.encoder.masked(pixels, masked, self.mask_token[0])
-        with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
-            tokens: Tokens = branch.encoder(pixels)
-        return tokens
+    def _tokens(self, branch: Branch, groups: Sequence[Crops], masked: Tensor | None = None) -> list[Tokens]:
+        """Tokens of the crops of each size; patches of global crops are replaced where ``masked``."""
+        hidden = [masked, *[None] * (len(groups) - 1)]
+        return branch.encoder.side_by_side([c.pixels.flatten(0, 1) for c in groups], hidden, self.mask_token[0])
 
-    def _cls(self, branch: Branch, tokens: Tokens, crops: Crops, frozen: bool = False) -> Tensor:
-        """Logits [B, V, K] of the CLS tokens."""
-        with torch.set_grad_enabled(branch is self.student and torch.is_grad_enabled()):
-            logits: Tensor = branch.head(tokens.prefix[:, 0], frozen)
-        return logits.reshape(*crops.rotations.shape, -1)
+    def _cls(
+        self, branch: Branch, tokens: Sequence[Tokens], groups: Sequence[Crops], frozen: bool = False
+    ) -> list[Tensor]:
+        """Logits [B, V, K] of the CLS tokens of each size."""
+        logits: Tensor = branch.head(torch.cat([each.prefix[:, 0] for each in tokens]), frozen)
+        parts = torch.split(logits, [crops.rotations.numel() for crops in groups])
+        return [part.reshape(*crops.rotations.shape, -1) for part, crops in zip(parts, groups, strict=True)]
 
     # For evaluation
 
@@ -188,6 +187,7 @@ class IBOT(Method):
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """``image_score`` and ``teacher_information`` of each image, both of the CLS token, as for DINO."""
-        teacher = self._cls(self.teacher, self._tokens(self.teacher, views.global_crops), views.global_crops)
-        students = [self._cls(self.student, self._tokens(self.student, crops), crops) for crops in views.groups]
+        seen = [views.global_crops]
+        (teacher,) = self._cls(self.teacher, self._tokens(self.teacher, seen), seen)
+        students = self._cls(self.student, self._tokens(self.student, views.groups), views.groups)
         return prototypes.diagnose(students, teacher, self.centre, self.teacher_temp(1.0))

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gtsa.core.compilation import compilable
 from gtsa.core.errors import UserError
 from gtsa.core.types import Method, Views
 from gtsa.methods.parts import masking
@@ -93,6 +94,7 @@ class MAE(Method):
         return (cells - cells.mean(-1, keepdim=True)) / (cells.var(-1, keepdim=True) + 1e-6).sqrt()
 
     @staticmethod
+    @compilable
     def errors(predicted: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
         """Mean squared error over the masked patches of each image, [N]."""
         each = (predicted.to(targets.dtype) - targets).square().mean(-1) * masked
@@ -158,6 +160,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.token, std=0.02)
 
+    @compilable
     def forward(self, visible: Tensor, order: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, k, D] tokens of the first k patches of ``order`` [N, P] -> [N, P, out], row by row."""
         tokens = self.embed(visible)

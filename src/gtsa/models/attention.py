@@ -24,7 +24,7 @@ def attention_maps(backbone: Backbone, images: Tensor) -> Tensor | None:
     handle = attend.attn_drop.register_forward_hook(lambda _, __, output: weights.append(output))
     fused, attend.fused_attn = attend.fused_attn, False  # fused kernels do not give the weights
     try:
-        backbone.blocks(images)
+        backbone.blocks(images, [-1])
     finally:
         attend.fused_attn = fused
         handle.remove()

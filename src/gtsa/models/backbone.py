@@ -20,6 +20,7 @@ from torch.func import functional_call
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
 from gtsa.data.pixels import Range
+from gtsa.models import vit as packed
 from gtsa.models.transform import FULL_RANGE, Picture, as_image, eval_transform, input_size
 
 GRIDS = 16  # grids whose matrix of resampled positions is cached
@@ -87,6 +88,8 @@ class Backbone(Encoder):
         self.normalisation = normalisation
         self.pooling: Literal["mean", "cls"] = "mean"  # how tokens become one vector an image, as trained
         self.vit = _create(model, drop_path_rate=drop_path, **self.arguments)
+        self.plain = packed.is_plain(self.vit)  # sharding changes the classes of blocks later
+        self.recompute = False  # keep only the input of each block for the backward pass (activation checkpointing)
         self._resamplers: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     @property
@@ -110,7 +113,26 @@ class Backbone(Encoder):
         return digest.hexdigest()[:16]
 
     def forward(self, images: Tensor) -> Tokens:
-        return self.blocks(images)[-1]
+        return self.side_by_side([images])[0]
+
+    def side_by_side(
+        self, groups: Sequence[Tensor], hidden: Sequence[Tensor | None] = (), token: Tensor | None = None
+    ) -> list[Tokens]:
+        """Tokens of images of several sizes, in one pass: norms and matrix products take the rows of all sizes.
+
+        Args:
+            groups: images [N, C, H, W] of each size.
+            hidden: for each size, bool [N, h, w] of patches that ``token`` [D] replaces before positions are added.
+        """
+        hidden = hidden or [None] * len(groups)
+        grids = [self._grid(images) for images in groups]
+        if self.plain:
+            embedded = [self._embed(*each, token) for each in zip(groups, hidden, strict=True)]
+            outputs = packed.forward(self.vit, embedded, self.recompute)
+        else:
+            self.vit.set_grad_checkpointing(self.recompute)
+            outputs = [self._whole(*each, token) for each in zip(groups, hidden, strict=True)]
+        return [self._tokens(x, grid) for x, grid in zip(outputs, grids, strict=True)]
 
     def pooled(self, tokens: Tokens) -> Tensor:
         """One vector an image [N, D], as trained: the mean of the patch tokens, or the CLS token."""
@@ -130,19 +152,6 @@ class Backbone(Encoder):
         sides = input_size((size,) if isinstance(size, int) else size, self.patch_size)
         return eval_transform(sides, self.normalisation)(as_image(image, self.range16))
 
-    def masked(self, images: Tensor, hidden: Tensor, token: Tensor) -> Tokens:
-        """Tokens of masked images: ``token`` [D] replaces patches in ``hidden`` [N, h, w] before adding positions."""
-
-        def replace(_: object, __: object, embedded: Tensor) -> Tensor:
-            where = hidden.reshape(*embedded.shape[:-1], 1)  # [N, h, w, 1] or [N, h * w, 1]
-            return torch.where(where, token.to(embedded.dtype), embedded)
-
-        handle = self.vit.patch_embed.register_forward_hook(replace)
-        try:
-            return self.blocks(images)[-1]
-        finally:
-            handle.remove()
-
     def visible(self, images: Tensor, chosen: Tensor) -> Tensor:
         """The last block's tokens of some patches alone; the network does not see the others: [N, prefix + k, D].
 
@@ -152,19 +161,12 @@ class Backbone(Encoder):
         Raises:
             UserError: the model cannot leave patches out.
         """
-        if not isinstance(getattr(self.vit, "patch_drop", None), nn.Identity):
+        if not self.plain:
             raise UserError(f"{self.model} cannot leave patches out; choose a plain ViT, e.g. vit_small_patch16_224")
-
-        def choose(_: object, __: object, tokens: Tensor) -> Tensor:
-            patches = tokens[:, self.num_prefix_tokens :].gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
-            return torch.cat([tokens[:, : self.num_prefix_tokens], patches], dim=1)
-
-        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
-        handle = self.vit.patch_drop.register_forward_hook(choose)
-        try:
-            return self._whole(images, grid)
-        finally:
-            handle.remove()
+        tokens = self._embed(images)
+        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        patches = patches.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+        return packed.forward(self.vit, [torch.cat([prefix, patches], dim=1)], self.recompute)[0]
 
     def layers(self, decay: float) -> list[tuple[float, dict[str, Any]]]:
         """Parameter groups by layer, each with its scale of the learning rate (1 for the last block).
@@ -183,25 +185,51 @@ class Backbone(Encoder):
             which: blocks; none: the network's own output, i.e. the last block's after the final norm.
             norm: apply the final norm to every block's tokens.
         """
-        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         if not which:
-            outputs = [self._whole(images, grid)]
-        else:
-            chosen = [index % len(self.vit.blocks) for index in which]
-            with self._positions_for(grid) as positions:
-                replaced = {f"vit.{name}": value for name, value in positions.items()}
-                distinct = sorted(set(chosen))
-                tokens = functional_call(_Blocks(self.vit, distinct, norm), replaced, (images,))
-            outputs = [tokens[distinct.index(index)] for index in chosen]
-        return [
-            Tokens(x[:, self.num_prefix_tokens :].reshape(len(x), *grid, -1), x[:, : self.num_prefix_tokens])
-            for x in outputs
-        ]
-
-    def _whole(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The network's own output, prefix first."""
+            return [self(images)]
+        grid = self._grid(images)
+        chosen = [index % len(self.vit.blocks) for index in which]
         with self._positions_for(grid) as positions:
-            return functional_call(self.vit, positions, (images,))  # type: ignore[no-any-return]
+            replaced = {f"vit.{name}": value for name, value in positions.items()}
+            distinct = sorted(set(chosen))
+            tokens = functional_call(packed.Intermediates(self.vit, distinct, norm), replaced, (images,))
+        return [self._tokens(tokens[distinct.index(index)], grid) for index in chosen]
+
+    def shard_units(self) -> tuple[list[nn.Module], str]:
+        """What --shard gathers one at a time: the blocks, and the method of theirs that runs them ("": forward)."""
+        return (packed.shard_units(self.vit), packed.SHARDED) if self.plain else (list(self.vit.blocks), "")
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
+    def _tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
+        """From tokens [N, prefix + h * w, D]."""
+        prefix = self.num_prefix_tokens
+        return Tokens(tokens[:, prefix:].reshape(len(tokens), *grid, -1), tokens[:, :prefix])
+
+    def _embed(self, images: Tensor, hidden: Tensor | None = None, token: Tensor | None = None) -> Tensor:
+        """The input of the first block [N, prefix + h * w, D]."""
+        patches = packed.embed(self.vit, images)
+        if hidden is not None and token is not None:
+            patches = torch.where(hidden.flatten(1)[..., None], token.to(patches.dtype), patches)
+        resampled = self._resample_positions(self.vit.patch_embed.grid_size, self._grid(images))
+        return packed.with_positions(self.vit, patches, resampled.get("pos_embed", self.vit.pos_embed))
+
+    def _whole(self, images: Tensor, hidden: Tensor | None = None, token: Tensor | None = None) -> Tensor:
+        """timm's own forward pass, prefix first: [N, prefix + h * w, D]."""
+
+        def replace(_: object, __: object, embedded: Tensor) -> Tensor | None:
+            if hidden is None or token is None:
+                return None
+            where = hidden.reshape(*embedded.shape[:-1], 1)  # [N, h, w, 1] or [N, h * w, 1]
+            return torch.where(where, token.to(embedded.dtype), embedded)
+
+        handle = self.vit.patch_embed.register_forward_hook(replace)
+        try:
+            with self._positions_for(self._grid(images)) as positions:
+                return functional_call(self.vit, positions, (images,))  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
 
     @contextmanager
     def _positions_for(self, grid: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
@@ -231,20 +259,6 @@ class Backbone(Encoder):
             matrix = resample_abs_pos_embed(unit, list(new), list(old), num_prefix_tokens=prefix)
             self._resamplers[key] = matrix[0].to(embedding.dtype)
         return {"pos_embed": (self._resamplers[key] @ embedding[0])[None]}
-
-
-class _Blocks(nn.Module):
-    """Tokens after some blocks of a timm ViT, prefix first: images -> [N, prefix + h * w, D] for each block."""
-
-    def __init__(self, vit: Any, which: list[int], norm: bool) -> None:
-        super().__init__()
-        self.vit, self.which, self.norm = vit, which, norm
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        outputs = self.vit.forward_intermediates(
-            images, self.which, return_prefix_tokens=True, norm=self.norm, output_fmt="NLC", intermediates_only=True
-        )
-        return [torch.cat([entry[1], entry[0]], dim=1) if isinstance(entry, tuple) else entry for entry in outputs]
 
 
 def _create(model: str, **arguments: Any) -> Any:

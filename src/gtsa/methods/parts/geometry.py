@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from gtsa.core.compilation import compilable
+
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
     """Intersection of boxes ``a`` and ``b`` [..., 4] (broadcast), both in one frame.
@@ -60,6 +62,7 @@ def patch_centres(crops: Tensor, rotations: Tensor, side: float, grid: int) -> T
     return corner + upright * ((opposite - corner) / side)
 
 
+@compilable
 def rotate_maps(maps: Tensor, rotations: Tensor) -> Tensor:
     """Square maps [..., s, s, C] rotated by ``rotations`` [...] quarter-turns: exact, no interpolation."""
     side = maps.shape[-2]
@@ -69,6 +72,7 @@ def rotate_maps(maps: Tensor, rotations: Tensor) -> Tensor:
     return maps.flatten(-3, -2).gather(-2, index).reshape(maps.shape)
 
 
+@compilable
 def pool(maps: Tensor, boxes: Tensor, cells: int) -> Tensor:
     """RoIAlign (half-pixel aligned, adaptive sampling): every box of every map, as two matrix products.
 

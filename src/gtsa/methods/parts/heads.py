@@ -1,23 +1,25 @@
-"""GTSA's heads on top of an encoder. Inputs and outputs are [N, h, w, C]; inside they are channels-first."""
+"""GTSA's heads on top of an encoder. Maps are [N, h, w, C] throughout, so that a norm needs no copy of them."""
 
 from __future__ import annotations
 
-from typing import cast
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gtsa.core.compilation import compilable
+
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, LayerNorm over channels without affine, GELU: [N, C, h, w] -> [N, D, h, w]."""
+    """3x3 convolution, LayerNorm over channels without affine, GELU: [N, h, w, C] -> [N, h, w, D]."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width_in, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).permute(0, 2, 3, 1)
-        return F.gelu(F.layer_norm(x, x.shape[-1:], eps=1e-5)).permute(0, 3, 1, 2)
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 stays so; statistics are in float32
+            return F.gelu(F.layer_norm(x, x.shape[-1:], eps=1e-5))
 
 
 class GridProjector(nn.Module):
@@ -29,13 +31,14 @@ class GridProjector(nn.Module):
         self.proj = nn.Conv2d(hidden, out, 1)
         self.apply(_initialise)
 
+    @compilable
     def forward(self, maps: Tensor) -> Tensor:
         """[N, h, w, D] -> [N, h, w, out]"""
-        x = maps.permute(0, 3, 1, 2)
+        x = maps
         for block in self.blocks:
             y = block(x)
             x = x + y if y.shape == x.shape else y
-        return cast(Tensor, self.proj(x).permute(0, 2, 3, 1))
+        return _pointwise(self.proj, x)
 
 
 class GridPredictor(nn.Module):
@@ -47,9 +50,10 @@ class GridPredictor(nn.Module):
         self.proj = nn.Conv2d(hidden, width, 1)
         self.apply(_initialise)
 
+    @compilable
     def forward(self, maps: Tensor) -> Tensor:
         """[N, h, w, C] -> [N, h, w, C]"""
-        return cast(Tensor, self.proj(self.block(maps.permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
+        return _pointwise(self.proj, self.block(maps))
 
 
 class RotationHead(nn.Sequential):
@@ -67,6 +71,11 @@ class RotationHead(nn.Sequential):
             nn.LayerNorm(bottleneck),
             nn.Linear(bottleneck, 4),
         )
+
+
+def _pointwise(conv: nn.Conv2d, maps: Tensor) -> Tensor:
+    """A 1x1 convolution as a matrix product: [N, h, w, C] -> [N, h, w, D]."""
+    return F.linear(maps, conv.weight.flatten(1), conv.bias)
 
 
 def _initialise(module: nn.Module) -> None:

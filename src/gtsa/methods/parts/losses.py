@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtsa.core.compilation import compilable
 from gtsa.methods.parts.geometry import pairs_of
 
 
+@compilable
 def region(student: Tensor, target: Tensor) -> Tensor:
     """Negative channel-wise cosine, mean over cells (GTSA, section 3.2).
 
@@ -25,6 +27,7 @@ def region(student: Tensor, target: Tensor) -> Tensor:
     return -(_unit(student) * _unit(target)).sum(-1).mean((-2, -1))
 
 
+@compilable
 def patch_correspondence(student: Tensor, teacher: Tensor, matches: int) -> Tensor:
     """Similar patches are pulled together, wherever they are (GTSA, section 3.4).
 
@@ -54,6 +57,7 @@ def rotation(logits: Tensor, rotations: Tensor) -> Tensor:
     return loss.reshape(rotations.shape)
 
 
+@compilable
 def cross_view(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy of the student's prototype assignments against the teacher's (DINO, section 3.1).
 
@@ -70,6 +74,16 @@ def cross_view(student: Tensor, teacher: Tensor) -> Tensor:
         return -_lifted(student).log_softmax(-1) @ _lifted(teacher).transpose(-2, -1)
 
 
+def cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of logits [M, K], divided by the temperature, against probabilities [M, K]: [M].
+
+    It is not compiled: M differs from step to step.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return -(_lifted(student).log_softmax(-1) * _lifted(teacher)).sum(-1)
+
+
+@compilable
 def gram(now: Tensor, start: Tensor) -> Tensor:
     """Mean squared change of the Gram matrix of an image's patches (DINOv3, Siméoni et al. 2025, section 4.2).
 

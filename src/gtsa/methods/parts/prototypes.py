@@ -10,6 +10,7 @@ import torch.distributed as processes
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gtsa.core.compilation import compilable
 from gtsa.core.errors import UserError
 from gtsa.methods.parts import losses
 
@@ -40,6 +41,7 @@ class PrototypeHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
 
+    @compilable
     def forward(self, tokens: Tensor, frozen: bool = False) -> Tensor:
         """``frozen``: no gradient reaches the prototypes."""
         return self.compare(self.directions(tokens), frozen)
@@ -91,13 +93,23 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self, accepted: Tensor | float = 1.0) -> None:
-        """Moves towards the mean of the logits of all processes, where ``accepted`` (0/1, on the device) is 1."""
-        if processes.is_available() and processes.is_initialized():  # not in ``accumulate``: one alone measures a step
-            processes.all_reduce(self.accumulated)
+        """Moves towards the mean of the accumulated logits, where ``accepted`` (0/1, on the device) is 1."""
         mean = self.accumulated[:-1] / self.accumulated[-1].clamp(min=1)
         change = (1 - self.momentum) * (mean - self.value)
         self.value += torch.where(torch.as_tensor(accepted, device=change.device) > 0, change, 0)
         self.accumulated.zero_()
+
+
+def update_centres(centres: Sequence[Centre], accepted: Tensor | float = 1.0) -> None:
+    """``Centre.update`` of each, with the logits of all processes: one all-reduce for all centres."""
+    if processes.is_available() and processes.is_initialized():  # not in ``accumulate``: one alone measures a step
+        sums = torch.cat([centre.accumulated for centre in centres])
+        processes.all_reduce(sums)
+        parts = torch.split(sums, [len(centre.accumulated) for centre in centres])
+        for centre, total in zip(centres, parts, strict=True):
+            centre.accumulated.copy_(total)
+    for centre in centres:
+        centre.update(accepted)
 
 
 # Presets from the number of images

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from gtsa.core.shards import own
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -19,7 +21,7 @@ def copy_of(student: M) -> M:
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float, accepted: Tensor | float = 1.0) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, where ``accepted`` (0/1, on the device) is 1."""
-    averages, weights = ([p.detach() for p in network.parameters()] for network in (teacher, student))
+    averages, weights = ([own(p.detach()) for p in network.parameters()] for network in (teacher, student))
     assert len(averages) == len(weights)
     change = list(torch._foreach_sub(weights, averages))
     factor = torch.as_tensor((1 - momentum) * accepted, dtype=averages[0].dtype, device=averages[0].device)
