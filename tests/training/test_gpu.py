@@ -14,7 +14,7 @@ from contract.test_methods import views
 from gtsa import methods
 from gtsa.core.types import Colour, Crops, Views
 from gtsa.data import augment
-from gtsa.data.augment import ORDERS
+from gtsa.data.recipe import ORDERS
 from gtsa.evaluation import evaluators
 from gtsa.evaluation.context import EvalContext
 from gtsa.models.backbone import Backbone
@@ -47,7 +47,7 @@ def stepped(name, device, precision="32"):
     actual = []
     for step in range(2):
         torch.manual_seed(step)  # of masks, which are drawn on the host
-        parts, accepted, _ = train_step(module, wrapped, [seen], 1, fabric, 0.5 + step / 10, 0.6 + step / 10)
+        parts, accepted, *_ = train_step(module, wrapped, [seen], 1, fabric, 0.5 + step / 10, 0.6 + step / 10)
         assert accepted == 1
         actual.append({name: float(value) for name, value in parts.items()})
     weights = torch.cat([p.detach().cpu().flatten() for p in method.encoders["student"].parameters()])

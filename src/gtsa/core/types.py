@@ -44,7 +44,7 @@ class Colour(IntEnum):
 class Crops:
     """``n`` square crops of ``S`` px a side for each of ``B`` images."""
 
-    pixels: Tensor  # [B, n, 3, S, S]; uint8 as cut by the workers, normalised floats after augment.apply
+    pixels: Tensor  # [B, n, 3, S, S]; uint8 as cut, normalised floats after augmentation
     boxes: Tensor  # [B, n, 4] float64: x1, y1, x2, y2 in the image, px
     rotations: Tensor  # [B, n] int64: quarter-turns counter-clockwise, 0 to 3
     colours: Tensor  # [B, n, len(Colour)] float32: colour recipe, applied by augment.apply
@@ -62,6 +62,13 @@ class Crops:
         return self.pixels.shape[-1]
 
 
+class Uncut(NamedTuple):
+    """Images whose crops are still to be cut, on the training device."""
+
+    pixels: Tensor  # [B, H, W, 3] uint8, smaller images padded at the right and below
+    mirrored: list[Tensor]  # by size of the crops: [B, n] bool
+
+
 class Views:
     """All views of a batch: global crops (seen by student and teacher) and local crops (student only).
 
@@ -74,23 +81,34 @@ class Views:
         local_crops: Crops | None = None,
         images: Tensor | None = None,
         replaced: Sequence[Replaced] = (),
+        uncut: Uncut | None = None,
     ) -> None:
+        self.uncut = uncut  # then the crops' pixels have no channels yet: [B, n, 0, S, S]
         self.global_crops, self.local_crops = global_crops, local_crops
         self.images = torch.empty(0, dtype=torch.int64) if images is None else images  # [B]: image of each row
         self.replaced = list(replaced)
 
     @classmethod
-    def of(cls, groups: Sequence[Crops], images: Tensor | None = None, replaced: Sequence[Replaced] = ()) -> Views:
+    def of(
+        cls,
+        groups: Sequence[Crops],
+        images: Tensor | None = None,
+        replaced: Sequence[Replaced] = (),
+        uncut: Uncut | None = None,
+    ) -> Views:
         """From crops by size: global crops, then local crops if any."""
-        return cls(groups[0], groups[1] if len(groups) > 1 else None, images, replaced)
+        return cls(groups[0], groups[1] if len(groups) > 1 else None, images, replaced, uncut)
 
     def each(self, change: Callable[[Crops], Crops]) -> Views:
         """The same views with ``change`` applied to the crops of every size."""
-        return Views.of([change(crops) for crops in self.groups], self.images, self.replaced)
+        return Views.of([change(crops) for crops in self.groups], self.images, self.replaced, self.uncut)
 
     def pin_memory(self) -> Views:
         """Called by torch's DataLoader."""
-        return self.each(lambda crops: crops.each(lambda tensor: tensor.pin_memory()))
+        pinned = self.each(lambda crops: crops.each(lambda tensor: tensor.pin_memory()))
+        if self.uncut is not None:
+            pinned.uncut = Uncut(self.uncut.pixels.pin_memory(), [part.pin_memory() for part in self.uncut.mirrored])
+        return pinned
 
     @property
     def groups(self) -> tuple[Crops, ...]:
@@ -171,3 +189,4 @@ class StepResult:
     waited: float  # seconds of these spent waiting for data
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)  # images of the previous step if it was skipped
+    shared: Tensor | None = None  # of several processes: how many have a request to stop, and how many a replaced image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 import warnings
@@ -11,6 +12,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning_fabric.strategies.strategy import Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from gtsa.core.errors import UserError
 from gtsa.core.settings import HasModelCopy, Plan, is_auto
@@ -65,8 +70,19 @@ def resolve_device(settings: D) -> Plan[D]:
     return plan
 
 
-def launch_fabric(settings: DeviceSettings) -> Fabric:
-    """The engine for these settings, launched."""
+def check_shard(settings: DeviceSettings) -> None:
+    """Raises UserError where --shard cannot be used (2)."""
+    if settings.devices * settings.nodes == 1:
+        raise UserError(
+            "--shard spreads the weights over several processes, and this run has one: give --devices N, start it with "
+            "torchrun --nproc-per-node=N -m gtsa pretrain ..., or leave --shard out"
+        )
+    if settings.precision == "fp16":
+        raise UserError("--shard: the scaler of fp16 does not see all shards; choose --precision bf16 or 32")
+
+
+def launch_fabric(settings: DeviceSettings, shard: bool = False) -> Fabric:
+    """The engine for these settings, launched. With ``shard`` it expects modules that ``sharding.shard`` has spread."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would repeat the plan
     world = settings.devices * settings.nodes
     if world > 1:
@@ -75,12 +91,23 @@ def launch_fabric(settings: DeviceSettings) -> Fabric:
         accelerator="cuda" if settings.device == "cuda" else "cpu",
         devices=settings.devices,
         num_nodes=settings.nodes,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=_strategy(world, shard) if world > 1 else "auto",
         precision=PRECISIONS[settings.precision],
     )
     if world > 1:
         fabric.launch()
     return fabric
+
+
+def _strategy(world: int, shard: bool) -> Strategy:
+    """How gradients are averaged over ``world`` processes."""
+    if shard:
+        return ModelParallelStrategy(lambda module, _: module, data_parallel_size=world, tensor_parallel_size=1)
+    # Gradients lie in the buckets that are sent. Buffers are equal already: methods compute them from what all know.
+    known = inspect.signature(DistributedDataParallel).parameters  # PyTorch 2.14 has renamed it
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+    return DDPStrategy(**options)
 
 
 def resolve_workers(plan: Plan[D]) -> None:

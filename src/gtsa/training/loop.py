@@ -5,6 +5,7 @@ from __future__ import annotations
 import time as clock
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,9 +14,10 @@ from lightning_fabric import Fabric
 from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch import Tensor
 
+from gtsa.core.compilation import compiling
 from gtsa.core.errors import UserError, from_worker
 from gtsa.core.types import Examples, Objective, StepResult, Views
-from gtsa.training.optim import ScheduledAdamW, clip_each
+from gtsa.training.optim import ScheduledAdamW, clip_each, gradient_norms
 
 Batch = Views | Examples
 PATIENCE = 3  # skipped steps among the last hundred that end the run
@@ -33,6 +35,9 @@ def fit(
     accumulate: int = 1,
     seed: int = 0,
     skips: deque[int] | None = None,
+    compiled: bool = False,
+    report: Callable[[str], object] = print,
+    stopping: Callable[[], bool] = bool,
 ) -> Iterator[StepResult]:
     """Trains from step ``start`` to ``steps``, and yields after every step: the caller logs, saves and evaluates there.
 
@@ -42,6 +47,8 @@ def fit(
         prepare: brings a batch to the device, ready for the objective.
         seed: stochastic depth of step s depends on (seed, s, rank) alone.
         skips: the steps that were skipped lately, updated in place for the checkpoint.
+        compiled: compile the functions that are marked for it; ``report`` is called with a line for each that fails.
+        stopping: whether this process has a request to stop; of several processes every result says what all have.
 
     Raises:
         UserError: three of a hundred steps had non-finite numbers (5), memory ran out or a worker failed (6).
@@ -55,15 +62,17 @@ def fit(
         views = [_next(stream) for _ in range(accumulate)]
         waited = clock.perf_counter() - began
         torch.manual_seed(int(np.random.SeedSequence([seed, step, fabric.global_rank]).generate_state(1, np.uint64)[0]))
-        parts, _, lost = train_step(
-            objective, optimizer, map(prepare, views), accumulate, fabric, step / steps, (step + 1) / steps
-        )
+        replaced = [r for v in views for r in v.replaced]
+        with compiling(compiled, report):
+            parts, _, lost, shared = train_step(
+                objective, optimizer, map(prepare, views), accumulate, fabric, step / steps, (step + 1) / steps,
+                partial(_flags, stopping, bool(replaced)),
+            )  # fmt: skip
         skipped = _check(pending, step - 1, skips)  # one step late, so that the host never waits for the device
         pending = lost, [int(i) for v in views for i in v.images]
         if step == steps - 1:
             skipped += _check(pending, step, skips)
-        replaced = [r for v in views for r in v.replaced]
-        yield StepResult(step + 1, parts, clock.perf_counter() - began, waited, replaced, skipped)
+        yield StepResult(step + 1, parts, clock.perf_counter() - began, waited, replaced, skipped, shared)
 
 
 def train_step(
@@ -74,12 +83,17 @@ def train_step(
     fabric: Fabric,
     time: float,
     next_time: float,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    flags: Callable[[], tuple[bool, ...]] = tuple,
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
     """One optimiser step at ``time``.
+
+    Args:
+        flags: what else all processes are to know of one another; called after the backward pass.
 
     Returns:
         The mean parts, detached; whether the step was accepted; whether it was lost to a non-finite number (0/1, on the
-        device). It is neither if only the scaler of fp16 skipped it, to lower its scale.
+        device); of several processes, how many have each flag. A step is neither accepted nor lost if only the scaler
+        of fp16 skipped it, to lower its scale.
     """
     adamw, inner = cast(ScheduledAdamW, optimizer.optimizer), cast(Objective, objective.module)
     adamw.set_time(time)
@@ -94,9 +108,9 @@ def train_step(
         scaler = getattr(fabric.strategy.precision, "scaler", None)
         if scaler is not None:
             scaler.unscale_(adamw)
-        norms = clip_each(adamw.gradients, adamw.clip)
-        wrong = torch.stack([~torch.isfinite(norms).all(), ~torch.isfinite(total["loss"])]).float()
-        in_gradients, in_loss = cast(Tensor, fabric.all_reduce(wrong, reduce_op="sum")).clamp(max=1)
+        total, norms, shared = _agree(total, gradient_norms(adamw.gradients), flags(), adamw.sharded, fabric)
+        clip_each(adamw.gradients, adamw.clip, norms)
+        in_gradients, in_loss = (~torch.isfinite(norms).all()).float(), (~torch.isfinite(total["loss"])).float()
         rejected = torch.maximum(in_gradients, in_loss)
         adamw.found_inf = rejected  # where it is 1 the fused kernel changes no parameter and no moment
         if scaler is None:
@@ -116,7 +130,34 @@ def train_step(
         ) from None
     inner.after_step(time, next_time, 1 - rejected)
     total["gradient"] = norms.norm()
-    return total, 1 - rejected, rejected if scaler is None else in_loss
+    return total, 1 - rejected, rejected if scaler is None else in_loss, shared
+
+
+def _flags(stopping: Callable[[], bool], replaced: bool) -> tuple[bool, ...]:
+    return stopping(), replaced
+
+
+def _agree(
+    parts: dict[str, Tensor], norms: Tensor, flags: tuple[bool, ...], sharded: bool, fabric: Fabric
+) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """What all processes must know alike before the optimiser's step, in one all-reduce.
+
+    Args:
+        parts: means over this process's part of the batch.
+        norms: [P] of the gradients. They are means over the processes, equal everywhere, unless they are ``sharded``.
+
+    Returns:
+        The parts as means over the whole batch; the norms over all shards; of several processes, how many have each
+        flag.
+    """
+    if fabric.world_size == 1:
+        return parts, norms, None
+    means = torch.stack([part.float() for part in parts.values()]) / fabric.world_size
+    squares = norms.double().square() if sharded else norms[:0]  # float64: they must not overflow
+    sums = torch.cat([means, *(means.new_full((1,), float(flag)) for flag in flags), squares])
+    torch.distributed.all_reduce(sums)
+    means, shared, squares = torch.split(sums, [len(means), len(flags), len(squares)])
+    return dict(zip(parts, means.float(), strict=True)), squares.sqrt().to(norms.dtype) if sharded else norms, shared
 
 
 def _next(stream: Iterator[Batch]) -> Batch:

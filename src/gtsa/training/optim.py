@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gtsa.core.shards import own
 from gtsa.training.schedules import Constant, Schedule
 
 
@@ -49,6 +50,12 @@ class ScheduledAdamW(torch.optim.AdamW):
     def gradients(self) -> list[Tensor]:
         return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of every parameter (--shard)."""
+        first: Tensor = self.param_groups[0]["params"][0]
+        return own(first) is not first
+
 
 def split_by_decay(
     named: Iterable[tuple[str, nn.Parameter]], exempt: Callable[[str], bool] = lambda name: False
@@ -72,17 +79,24 @@ def schedule_layers(
 
 
 @torch.no_grad()
-def clip_each(gradients: Iterable[Tensor], largest: float) -> Tensor:
+def gradient_norms(gradients: Iterable[Tensor]) -> Tensor:
+    """The L2 norm of every gradient tensor, [P]; of sharded ones that of this process's part."""
+    return torch.stack(list(torch._foreach_norm([own(each) for each in gradients])))
+
+
+@torch.no_grad()
+def clip_each(gradients: Iterable[Tensor], largest: float, norms: Tensor | None = None) -> Tensor:
     """Scales every gradient tensor down to an L2 norm of at most ``largest`` (0: no clipping), in place.
 
-    Returns the norms before clipping, one per tensor.
+    Args:
+        norms: [P], where they are known already, e.g. over all shards.
+
+    Returns:
+        The norms before clipping, [P].
     """
-    gradients = list(gradients)
-    norms = torch._foreach_norm(gradients)
+    gradients = [own(each) for each in gradients]
+    norms = gradient_norms(gradients) if norms is None else norms
     if largest > 0:
-        scales = torch._foreach_add(norms, 1e-6)
-        torch._foreach_reciprocal_(scales)
-        torch._foreach_mul_(scales, largest)
-        torch._foreach_clamp_max_(scales, 1.0)
-        torch._foreach_mul_(gradients, scales)
-    return torch.stack(list(norms))
+        scales = ((norms + 1e-6).reciprocal() * largest).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+    return norms

@@ -65,7 +65,9 @@ def train(
         return
     digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
     run = RunFolder(folder, resume=True)
-    settings = TrainerSettings(steps, batch_size, accumulate, seed, log_every, steps, checkpoint_every, 1, str(folder))
+    settings = TrainerSettings(
+        steps, batch_size, accumulate, "off", seed, log_every, steps, checkpoint_every, 1, str(folder)
+    )
     try:
         training = Trainer(objective, optimizer, settings, fabric, run, "the same command")
         other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"

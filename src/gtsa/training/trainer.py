@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -16,12 +16,15 @@ from torch import Tensor
 from gtsa.core import stops
 from gtsa.core.errors import UserError
 from gtsa.core.terminal import Clock, Progress, doing, lasting, say
-from gtsa.core.types import Objective, Replaced, StepResult
-from gtsa.training import checkpoint
+from gtsa.core.types import Objective, StepResult
+from gtsa.training import checkpoint, sharding
+from gtsa.training.devices import on_rank_zero
+from gtsa.training.exchange import Exchange
 from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
 from gtsa.training.run_folder import RunFolder, note
 
+CHECKPOINTS = ("checkpoints",)
 Kept = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]  # tensors and plain values of a checkpoint
 
 
@@ -32,6 +35,7 @@ class TrainerSettings:
     steps: int
     batch_size: int
     accumulate: int
+    compile: str
     seed: int
     log_every: int
     evaluate_every: int
@@ -67,6 +71,7 @@ class Trainer:
         self.first_step = 0  # numbered from 0, so it is also the number of steps done before
         self.skips: deque[int] = deque()
         self.recent: list[StepResult] = []  # steps since the last line of the log
+        self.exchange = Exchange(fabric)
         self.missed = False  # the evaluation at this step was interrupted and must be repeated
         self.clock = Clock(settings.steps, settings.evaluate_every, settings.checkpoint_every, *expected)
 
@@ -103,9 +108,11 @@ class Trainer:
         return tensors, state
 
     def _restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        self.objective.load_state_dict(tensors["objective"])
+        self.objective.load_state_dict(sharding.spread(tensors["objective"], self.objective.state_dict()))
         saved = self.optimizer.state_dict()
-        for moment, tensor in tensors["optimizer"].items():
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        like = {moment: trained[int(moment.split(".")[0])] for moment, t in tensors["optimizer"].items() if t.ndim}
+        for moment, tensor in sharding.spread(tensors["optimizer"], like).items():
             index, name = moment.split(".")
             saved["state"].setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict(saved)
@@ -143,10 +150,6 @@ class Trainer:
         """
         settings, (module, optimizer) = self.settings, self.wrapped
         self._check_foreign_files()
-        steps = fit(
-            module, optimizer, batches, prepare, fabric=self.fabric, steps=settings.steps, start=self.first_step,
-            accumulate=settings.accumulate, seed=settings.seed, skips=self.skips,
-        )  # fmt: skip
         if self.run:
             self.run.start_logs(self.first_step, done=self.first_step == settings.steps or self.missed)
         if self.first_step == 0 or self.missed:
@@ -156,11 +159,16 @@ class Trainer:
         shown = settings.steps, self.first_step, settings.batch_size
         progress = Progress(*shown, clock=self.clock) if self.run else None
         with stops.requests() as requests:
+            steps = fit(
+                module, optimizer, batches, prepare, fabric=self.fabric, steps=settings.steps, start=self.first_step,
+                accumulate=settings.accumulate, seed=settings.seed, skips=self.skips, compiled=settings.compile == "on",
+                report=self.note, stopping=lambda: bool(requests),
+            )  # fmt: skip
             try:
                 for done in steps:
                     self.recent.append(done)
                     self.clock.step(done.seconds)
-                    stopping = self._share(done, bool(requests))
+                    stopping = self.exchange.share(done, bool(requests), now=any(self._due(done.step)))
                     account(done)
                     if done.step % settings.log_every == 0 or done.step == settings.steps:
                         self._log(progress)
@@ -180,15 +188,13 @@ class Trainer:
         state: Callable[[], Kept],
     ) -> None:
         """Evaluates, saves, and stops on request; a request that came meanwhile does not wait for another step."""
-        settings = self.settings
-        evaluates = step % settings.evaluate_every == 0 and step < settings.steps
-        saves = step % settings.checkpoint_every == 0 or step == settings.steps
+        settings, (evaluates, saves) = self.settings, self._due(step)
         if evaluates:
             self._timed("evaluation", evaluate, step)
         if saves:
             self._timed("save", self.save, step, *state())
         if (evaluates or saves) and not stopping:
-            stopping = self._any_process(bool(requests))
+            stopping = self.exchange.any_process(bool(requests))
         if not stopping:
             return
         if not saves:
@@ -196,6 +202,11 @@ class Trainer:
         rest = "" if step < settings.steps else "; verdict and export are still to do"
         saved = f"stopped on request at step {step} of {settings.steps}, checkpoint saved"
         raise UserError(f"{saved}{rest}; resume with: {self.resume}", 75)
+
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether an evaluation follows a step, and a checkpoint."""
+        every, last = self.settings, step == self.settings.steps
+        return step % every.evaluate_every == 0 and not last, step % every.checkpoint_every == 0 or last
 
     def _timed(self, kind: str, work: Callable[..., object], *arguments: object) -> None:
         began = time.perf_counter()
@@ -207,6 +218,8 @@ class Trainer:
         first, steps = self.first_step, self.settings.steps
         if self.run and self.clock.expected is not None and first < steps:
             say(f"training from step {first} to {steps:,}, in all about {lasting(self.clock.left(first))}")
+            if self.settings.compile == "on":
+                say("the first steps take longer: their operations are compiled")
             if self.objective.legend:
                 say(f"legend: data = share of time spent waiting for images; {self.objective.legend}")
 
@@ -221,17 +234,24 @@ class Trainer:
     @doing("saving a checkpoint", log=False)
     @stops.saving()
     def save(
-        self, step: int, more: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any], folder: Path | None = None
+        self,
+        step: int,
+        more: Mapping[str, Mapping[str, Tensor]],
+        values: Mapping[str, Any],
+        folder: tuple[str, ...] = CHECKPOINTS,
     ) -> None:
-        """Writes a checkpoint with all that the next step needs, into the run's ``checkpoints`` or into ``folder``."""
-        if self.run:
-            if not all(torch.isfinite(p).all() for p in self.objective.parameters()):
+        """Writes a checkpoint with all that the next step needs. All processes must call it; the first one writes."""
+        moments = {
+            f"{index}.{name}": value
+            for index, entry in self.optimizer.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+        tensors = {"objective": self.weights(), "optimizer": sharding.gathered(moments, self.run is not None)}
+
+        def write() -> None:
+            assert self.run is not None
+            if not all(torch.isfinite(t).all() for t in tensors["objective"].values()):
                 raise UserError("training diverged: weights are not finite; start anew with a lower --learning-rate", 5)
-            moments = {
-                f"{index}.{name}": value
-                for index, entry in self.optimizer.state_dict()["state"].items()
-                for name, value in entry.items()
-            }
             state = {
                 "skips": list(self.skips),
                 "missed": self.missed,
@@ -241,12 +261,14 @@ class Trainer:
                 "recent": [(done.step, done.seconds, done.waited) for done in self.recent],
                 **values,
             }
-            tensors = {"objective": self.objective.state_dict(), "optimizer": moments, **self._window(), **more}
-            checkpoint.write(
-                folder or self.run.checkpoints, step, tensors, state, 1 if folder else self.settings.keep_checkpoints
-            )
-        if not folder:
-            self.fabric.barrier()
+            keep = self.settings.keep_checkpoints if folder == CHECKPOINTS else 1
+            checkpoint.write(self.run.path(*folder), step, {**tensors, **self._window(), **more}, state, keep)
+
+        on_rank_zero(self.fabric, write)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The objective's state, whole, in the first process; all must call it."""
+        return sharding.gathered(self.objective.state_dict(), self.run is not None)
 
     def _window(self) -> dict[str, dict[str, Tensor]]:
         """The steps since the last line of the log: a resumed run then writes the same line."""
@@ -268,27 +290,6 @@ class Trainer:
         values = means(recent)
         self.run.log(recent[-1].step, values)
         progress.show(recent[-1].step, values)
-
-    def _any_process(self, here: bool) -> bool:
-        """Whether any process has a request to stop."""
-        if self.fabric.world_size == 1:
-            return here
-        flag = torch.tensor(here, dtype=torch.float32, device=self.fabric.device)
-        return bool(cast(Tensor, self.fabric.all_reduce(flag, reduce_op="sum")))
-
-    def _share(self, done: StepResult, requested: bool) -> bool:
-        """Shares replaced and skipped images between all processes; returns whether any has a request to stop."""
-        if self.fabric.world_size == 1:
-            return requested
-        flags = [requested, bool(done.replaced or done.skipped)]
-        here = torch.tensor(flags, dtype=torch.float32, device=self.fabric.device)
-        stopping, changed = cast(Tensor, self.fabric.all_reduce(here, reduce_op="sum")).tolist()
-        if changed:
-            gathered: list[tuple[list[Replaced], list[int]]] = [([], [])] * self.fabric.world_size
-            torch.distributed.all_gather_object(gathered, (done.replaced, done.skipped))
-            done.replaced = [entry for replaced, _ in gathered for entry in replaced]
-            done.skipped = [image for _, skipped in gathered for image in skipped]
-        return bool(stopping)
 
 
 def means(recent: list[StepResult]) -> dict[str, float]:
