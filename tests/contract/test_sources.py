@@ -1,6 +1,7 @@
 """The contract of every source in gtsa.data.sources: a new one needs only an example here that it claims."""
 
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -38,7 +39,12 @@ def examples(tmp_path):
         (tmp_path / f"bad {i}.jpg").write_text("nothing")
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(f.name for f in tmp_path.iterdir()))
-    return [str(tmp_path), str(listed), Dataset()]
+    shards = tmp_path / ".shards" / "0.tar"
+    shards.parent.mkdir()
+    with tarfile.open(shards, "w") as archive:
+        for file in tmp_path.glob("*.*g"):
+            archive.add(file, file.name)
+    return [str(tmp_path), str(listed), Dataset(), str(shards)]
 
 
 @pytest.fixture(params=kinds(), ids=lambda kind: kind.__name__)
@@ -83,6 +89,7 @@ def test_it_has_the_protocol(kind, example):
         assert isinstance(source.size(i), int)
         assert source.size(i) >= 0
         assert source.path(i) is None or open(source.path(i), "rb").close() is None
+        assert source.path(i) is None or source.file(i) == source.path(i)
 
 
 def test_names_are_unique_and_come_in_the_same_order_again(kind, example):

@@ -683,3 +683,38 @@ def test_large_images_are_converted_by_parts(tmp_path, monkeypatch):
         monkeypatch.setattr("gtsa.data.pixels.BAND", 7 * 60)
         assert np.array_equal(pixels(path), whole)
         monkeypatch.undo()
+
+
+# simplejpeg, where it is chosen
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.25, 0.2])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_simplejpeg_gives_the_image_of_pillow_to_a_few_grey_levels(tmp_path, scale, mode, orientation):
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(201, 303)).convert(mode).save(path, quality=95, exif=exif)
+    pillow, other = (decode(path, lambda w, h: scale, decoder=name) for name in ("pillow", "simplejpeg"))
+    assert pillow.shape == other.shape and pillow.stride() == other.stride()
+    assert (pillow.int() - other.int()).abs().float().mean() < 2
+
+
+def test_simplejpeg_leaves_to_pillow_what_it_cannot_read(tmp_path):
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    Image.fromarray(photo()).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for path in tmp_path.iterdir():
+        assert torch.equal(decode(path, decoder="simplejpeg"), decode(path))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("part", [0.3, 0.7, 0.95])
+def test_simplejpeg_refuses_cut_jpegs_as_pillow_does(tmp_path, progressive, part):
+    path = tmp_path / "a.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path, progressive=progressive)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(part * len(raw))])
+    for decoder in ("pillow", "simplejpeg"):
+        with pytest.raises(BadImage, match="damaged: image file is truncated"):
+            decode(path, decoder=decoder)

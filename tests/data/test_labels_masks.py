@@ -137,6 +137,16 @@ def test_a_value_far_above_all_others_is_reported_with_its_file(root, value):
     assert opened(root, ignore=value).classes[-1] == "class 3"
 
 
+def test_the_same_fault_of_many_masks_is_one_line(root):
+    put(root / "images", *(f"c{n}.jpg" for n in range(18)), size=(WIDTH, HEIGHT))
+    for name in ("a", "sub/b", *(f"c{n}" for n in range(18))):
+        png(root / "masks" / f"{name}.png", np.where(IDS == 3, 255, IDS))
+    message = fault(root)
+    assert "20 x value 255 far above all others" in message
+    (line,) = message.partition("in detail:")[2].strip().splitlines()
+    assert line.startswith("a.png, c0.png and 18 more: no other is above 2: give --ignore 255")
+
+
 def test_reduce_zero_label(root):
     """ADE20K: 0 counts for nothing, the first name belongs to 1."""
     data = opened(root, reduce_zero_label=True)
@@ -324,12 +334,26 @@ def test_no_masks(root):
         ([{"id": 2**40, "name": "a"}], "wrong type"),
         ([{"name": "a"}], "wrong type"),
         ({"classes": ["a", "b", "c", "d"], "ignore_index": "255"}, "ignore_index: a whole number"),
+        (
+            {"classes": ["a", "b", "c", "d"], "ignore": 3},
+            "\n  ignore: it is not read; name the value to ignore with ignore_index",
+        ),
     ],
 )
 def test_faults_of_the_names(root, content, messages):
     file = write(root / "classes.json", content)
     message = fault(root)
     assert messages in message and str(file) in message
+
+
+def test_other_keys_beside_the_names_are_reported(root, capsys):
+    file = write(root / "classes.json", {"classes": ["a", "b", "c", "d"], "palette": [], "licence": "none"})
+    assert opened(root).classes == ("a", "b", "c", "d")
+    line = f"{file}: keys that are not read: palette, licence; known keys are classes and ignore_index"
+    assert line in capsys.readouterr().out
+    write(file, {"classes": ["a", "b", "c", "d"], "ignore_index": 3})
+    opened(root)
+    assert "not read" not in capsys.readouterr().out
 
 
 # Sizes, upright

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from gtsa.data.blobs import File, open_file
+
 try:
     import simplejpeg
 except ImportError:  # then libjpeg's warnings are hidden
@@ -29,12 +31,12 @@ def sees_warnings() -> bool:
     return simplejpeg is not None
 
 
-def find_damage(path: str, form: str, width: int, height: int) -> str | None:
+def find_damage(file: File, form: str, width: int, height: int) -> str | None:
     """Why an image that decodes is damaged; None if there is no sign. ``form``: Pillow's name of the format."""
     if form not in ("JPEG", "MPO", "WEBP"):
         return None
-    with open(path, "rb") as file:
-        data = file.read()
+    with open_file(file) as opened:
+        data = opened.read()
     if form == "WEBP":
         return _find_webp_hole(data, width * height)
     return _find_jpeg_hole(data) or _libjpeg_warning(data)

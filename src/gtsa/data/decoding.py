@@ -11,7 +11,6 @@ import stat
 import struct
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from gtsa.data import tiff
-from gtsa.data.pixels import LARGEST, BadImage, Range, as_rgb, check_size
+from gtsa.data.blobs import File, open_file
+from gtsa.data.pixels import LARGEST, BadImage, Range, as_rgb, check_size, upright
 from gtsa.data.quiet import quiet
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, camera files with a second picture
@@ -38,7 +38,7 @@ class Header(NamedTuple):
     depth: int = 8  # bits a sample
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: File) -> Header:
     """Reads the header of an image without decoding it. Raises BadImage."""
     with open_image(path) as image:
         width, height = check_size(image.width, image.height)
@@ -58,9 +58,10 @@ def _depth(image: ImageFile) -> int:
 
 
 def decode(
-    path: str | Path,
+    path: File,
     detail: Callable[[int, int], float] | None = None,
     range16: Range = (0, 65535),
+    decoder: str = "pillow",
 ) -> Tensor:
     """The image in ``path`` as uint8 RGB [3, H, W], upright by its EXIF orientation. Raises BadImage.
 
@@ -68,6 +69,7 @@ def decode(
         detail: smallest useful scale of a width x height image; large JPEGs are decoded at 1/2, 1/4 or 1/8 if that
             is not below it.
         range16: values of 16-bit images that become 0 and 255; values between are scaled linearly and rounded.
+        decoder: "pillow", or "simplejpeg" for the JPEGs that it reads without a warning.
 
     Palettes and CMYK are converted. Transparent pixels become a neutral grey. Floating-point values must lie in [0, 1].
     Of an animated file the first frame is read. Colour profiles are ignored.
@@ -75,14 +77,16 @@ def decode(
     with open_image(path) as image:
         check_size(image.width, image.height)
         tiff.refuse_bands(image)
+        full = image.size
         if detail is not None and image.format == "JPEG":
             scale = detail(image.width, image.height)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         try:
             if image.format == "PNG":
                 _check_png(path)
-            deep = tiff.is_deep(image)
-            array = tiff.read(path, range16) if deep else _from_pillow(image, path, range16)
+            array = _from_simplejpeg(image, path, full) if decoder == "simplejpeg" else None
+            if array is None:
+                array = tiff.read(path, range16) if tiff.is_deep(image) else _from_pillow(image, path, range16)
         except BadImage:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
@@ -93,7 +97,7 @@ def decode(
 class open_image:
     """Opens a file with Pillow for a with-block. Errors become BadImage; libraries print nothing."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: File) -> None:
         self.path = path
 
     def __enter__(self) -> ImageFile:
@@ -106,10 +110,9 @@ class open_image:
 
     def _open(self) -> ImageFile:
         try:
-            mode = os.stat(self.path).st_mode
-            if not stat.S_ISREG(mode):
+            if isinstance(self.path, str | os.PathLike) and not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise BadImage("not a regular file")
-            self.file = open(self.path, "rb")  # noqa: SIM115, closed by __exit__
+            self.file = open_file(self.path)
         except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
         try:
@@ -118,7 +121,8 @@ class open_image:
             self.file.close()
             raise BadImage(f"more than {LARGEST:,} pixels: cut it into tiles") from None
         except Exception as error:
-            head = os.pread(self.file.fileno(), 64, 0)
+            self.file.seek(0)
+            head = self.file.read(64)
             self.file.close()
             raise BadImage(_reason_no_image(head, self.path, error)) from None
 
@@ -127,7 +131,7 @@ class open_image:
         quiet.__exit__()
 
 
-def _reason_no_image(head: bytes, path: str | Path, error: Exception) -> str:
+def _reason_no_image(head: bytes, path: File, error: Exception) -> str:
     """Why a file is not an image in a known format, from its first bytes."""
     if not head:
         return "empty file"
@@ -144,9 +148,9 @@ def _reason_no_image(head: bytes, path: str | Path, error: Exception) -> str:
     return _reason(error)
 
 
-def _check_png(path: str | Path) -> None:
+def _check_png(path: File) -> None:
     """Checks the checksum of every chunk. Pillow ignores those of pixel data."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
@@ -159,24 +163,44 @@ def _check_png(path: str | Path) -> None:
                 return
 
 
-def _from_pillow(image: Image.Image, path: str | Path, range16: Range) -> np.ndarray:
+def _from_pillow(image: Image.Image, path: File, range16: Range) -> np.ndarray:
     if image.format == "PNG" and range16 != (0, 65535) and image.mode in ("RGB", "RGBA"):
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if file.read(25)[24] == 16:
                 raise BadImage("a 16-bit colour PNG cannot be read at a declared range: convert it to TIFF")
     image = ImageOps.exif_transpose(image) if _has_orientation(image) else image
     return as_rgb(image, range16)
 
 
-def _has_orientation(image: Image.Image) -> bool:
+def _from_simplejpeg(image: ImageFile, file: File, full: tuple[int, int]) -> np.ndarray | None:
+    """A JPEG at the scale that Pillow's draft has; None where it is no plain JPEG, or libjpeg warns of anything."""
+    import simplejpeg
+
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    with open_file(file) as opened:
+        data = opened.read()
     try:
-        orientation: int = image.getexif().get(0x0112, 1)
-        return bool(2 <= orientation <= 8)
+        array: np.ndarray = simplejpeg.decode_jpeg(
+            data, colorspace="RGB", min_factor=round(full[0] / image.width), strict=True
+        )
+    except ValueError:
+        return None
+    return upright(array, _orientation(image)) if array.shape[:2] == (image.height, image.width) else None
+
+
+def _has_orientation(image: Image.Image) -> bool:
+    return 2 <= _orientation(image) <= 8
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF: the pixels are still good
-        return False
+        return 1
 
 
-def read_values(path: str | Path) -> np.ndarray:
+def read_values(path: File) -> np.ndarray:
     """The stored numbers of an image, of palettes the indices: any type, [H, W] or [H, W, bands]. Raises BadImage.
 
     Pillow keeps the upper eight bits of 16-bit colour PNGs.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -68,14 +69,49 @@ class MultiCrop:
     sigma: tuple[float, float] = (0.1, 2.0)
     solarize: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def __call__(self, image: Tensor, rng: Generator) -> Views:
-        """Views (B = 1) of ``image`` [3, H, W] uint8; every draw comes from ``rng``."""
-        height, width = image.shape[-2:]
-        global_boxes, local_boxes = self.boxes(width, height, rng)
-        groups = [self._cut(image, global_boxes, self.global_crops_size, [0] + [1] * (len(global_boxes) - 1), rng)]
-        if local_boxes:
-            groups.append(self._cut(image, local_boxes, self.local_crops_size, [2] * len(local_boxes), rng))
+    def __call__(self, image: Tensor, rng: Generator, out: Sequence[Tensor] | None = None) -> Views:
+        """Views (B = 1) of ``image`` [3, H, W] uint8; every draw comes from ``rng``.
+
+        Args:
+            out: memory for the pixels of each size; None: new memory.
+        """
+        drawn = self.draw(image.shape[-1], image.shape[-2], rng)
+        groups = []
+        for crops, mirrored, pixels in zip(*drawn, self.memory(1) if out is None else out, strict=True):
+            for box, target in zip(crops.boxes[0].long().tolist(), pixels[0], strict=True):
+                target.copy_(resized(image, box, *target.shape[-2:]))
+            if self.hflip > 0:
+                pixels[mirrored] = pixels[mirrored].flip(-1)
+            groups.append(replace(crops, pixels=pixels))
         return Views.of(groups)
+
+    def draw(self, width: int, height: int, rng: Generator) -> tuple[list[Crops], list[Tensor]]:
+        """Crops of an image by size, still without pixels [1, n, 0, S, S], and which are mirrored: [1, n] each."""
+        boxes = self.boxes(width, height, rng)
+        kinds = [0] + [1] * (len(boxes[0]) - 1), [2] * len(boxes[1])  # the first global crop, other ones, local ones
+        crops, mirrored = [], []
+        for places, kind, (n, side) in zip(boxes, kinds, self.shapes, strict=False):
+            rotations = (rng.random(n) * 4).astype(np.int64) * self.rotations
+            recipes = torch.from_numpy(self._draw_recipes(kind, rng))
+            flips = rng.random(n) < self.hflip if self.hflip > 0 else np.zeros(n, bool)
+            pixels = torch.empty(1, n, 0, side, side, dtype=torch.uint8)
+            place = torch.tensor(places, dtype=torch.float64)
+            crops.append(Crops(pixels, place[None], torch.from_numpy(rotations)[None], recipes[None]))
+            mirrored.append(torch.from_numpy(flips)[None])
+        return crops, mirrored
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Number and side of an image's crops: of the global ones, and of the local ones if any."""
+        shapes = [
+            (self.global_crops_number, self.global_crops_size),
+            (self.local_crops_number, self.local_crops_size),
+        ]
+        return shapes[: 2 if self.local_crops_number else 1]
+
+    def memory(self, images: int) -> list[Tensor]:
+        """Memory for uint8 crops, by size: [images, n, 3, S, S]."""
+        return [torch.empty(images, n, 3, side, side, dtype=torch.uint8) for n, side in self.shapes]
 
     def boxes(self, width: int, height: int, rng: Generator) -> tuple[list[Box], list[Box]]:
         """Boxes of the global and of the local crops in an image of ``width`` x ``height`` px."""
@@ -93,12 +129,12 @@ class MultiCrop:
     def detail(self, width: int, height: int) -> float:
         """The smallest scale of an image at which no crop has to be enlarged; at most 1."""
         narrowest = min(self.aspect[0], 1 / self.aspect[1])
-        groups = [(self.global_crops_size, self.global_crops_scale), (self.local_crops_size, self.local_crops_scale)]
+        shares = self.global_crops_scale, self.local_crops_scale
         return min(
             1.0,
             max(
                 side / min(width, height, math.sqrt(width * height * share[0] * narrowest))
-                for side, share in groups[: 2 if self.local_crops_number else 1]
+                for (_, side), share in zip(self.shapes, shares, strict=False)
             ),
         )
 
@@ -123,21 +159,6 @@ class MultiCrop:
                 if least <= 0 or all(_shared_area(box, other) > least * area for other in earlier):
                     return box
         return _construct_box(width, height, _uniform(rng, *share), least, earlier, rng)
-
-    def _cut(self, image: Tensor, boxes: list[Box], side: int, kinds: list[int], rng: Generator) -> Crops:
-        """Crops of one size. ``kinds``: the first global crop is 0, other global ones are 1, local ones 2."""
-        pixels = torch.stack([_resized(image, box, side) for box in boxes])
-        rotations = (rng.random(len(boxes)) * 4).astype(np.int64) * self.rotations
-        recipes = self._draw_recipes(kinds, rng)
-        if self.hflip > 0:
-            mirrored = torch.from_numpy(rng.random(len(boxes)) < self.hflip)
-            pixels[mirrored] = pixels[mirrored].flip(-1)
-        return Crops(
-            pixels[None],
-            torch.tensor(boxes, dtype=torch.float64)[None],
-            torch.from_numpy(rotations)[None],
-            torch.from_numpy(recipes)[None],
-        )
 
     def _draw_recipes(self, kinds: list[int], rng: Generator) -> np.ndarray:
         """Colour recipes of crops of these kinds: [crops, len(Colour)] float32."""
@@ -200,8 +221,8 @@ def _draw_start(low: int, high: int, side: int, length: int, rng: Generator) -> 
     return first + int(rng.random() * (max(0, last - first) + 1))
 
 
-def _resized(image: Tensor, box: Box, side: int) -> Tensor:
-    """The box of ``image`` [3, H, W] as uint8 [3, side, side]: bilinear with antialiasing."""
+def resized(image: Tensor, box: Box, height: int, width: int) -> Tensor:
+    """The box of ``image`` [3, H, W] as uint8 [3, height, width]: bilinear with antialiasing."""
     x1, y1, x2, y2 = box
     cut = image[None, :, y1:y2, x1:x2]
-    return F.interpolate(cut, (side, side), mode="bilinear", antialias=True, align_corners=False)[0]
+    return F.interpolate(cut, (height, width), mode="bilinear", antialias=True, align_corners=False)[0]

@@ -10,6 +10,7 @@ import numpy as np
 
 from gtsa.core.errors import escaped
 from gtsa.data import decoding
+from gtsa.data.blobs import loaded
 from gtsa.data.pixels import BadImage, Range
 from gtsa.data.sources import Source
 
@@ -94,10 +95,9 @@ class RemarkCollector:
         spread = np.linspace(0, len(indices) - 1, min(SAMPLE, len(indices))).round().astype(int)
         arrays = []
         for position in spread:
-            path = self.source.path(indices[position])
             try:
-                if path is not None:
-                    arrays.append(decoding.read_values(path))
+                if (file := self.source.file(indices[position])) is not None:
+                    arrays.append(decoding.read_values(loaded(file)))
             except BadImage:  # possible where the scan reads headers only
                 continue
         return arrays

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gtsa.core.drawing import squares
@@ -16,13 +18,13 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import IMAGES
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings_file import read_yaml
-from gtsa.core.terminal import say
+from gtsa.core.terminal import Count, say
 from gtsa.core.types import Replaced, StepResult
-from gtsa.data.frozen import Frozen, list_entry
+from gtsa.data.frozen import Frozen, ImageList, list_line, parse_list
 from gtsa.data.loader import NoImageLeft
 from gtsa.data.pixels import BadImage
-from gtsa.data.scan import check_scan, describe_links, group_by_reason, list_images, scan
-from gtsa.data.sources import Selection, open_source
+from gtsa.data.scan import Scan, check_scan, describe_links, group_by_reason, list_images, scan
+from gtsa.data.sources import EVERY, Selection, Source, open_source
 
 ADVICE = "bring it back, or start another run"
 
@@ -37,6 +39,7 @@ class ImageSettings:
     max_bad: float
     range16: tuple[float, float]
     data_root: str | None
+    decoder: str = "pillow"
 
 
 def scan_images(data: object, name: str, selection: Selection, max_bad: float) -> dict[str, str]:
@@ -53,32 +56,42 @@ def scan_images(data: object, name: str, selection: Selection, max_bad: float) -
     source = list_images(data, selection)
     result = scan(source, range16=selection.range16)
     check_scan(result, data, max_bad, selection)
-    for line in group_by_reason(result.bad):
+    for line in group_by_reason([*result.bad, *result.unreadable]):
         say(f"left out: {line}")
     for line in [*([f"left out: {describe_links(result)}"] if result.outside else []), *result.remarks]:
         say(line)
-    lines = [json.dumps(list_entry(source, i, result.sides.get(i))) for i in result.used]
-    return {"scan.json": json.dumps(result.report(), indent=1) + "\n", IMAGES: "\n".join(lines) + "\n"}
+    return {"scan.json": json.dumps(result.report(), indent=1) + "\n", IMAGES: _write_list(source, result)}
+
+
+def _write_list(source: Source, result: Scan) -> str:
+    """A line for each usable image. Reading the sizes of a million files can take minutes on network storage."""
+    text = io.StringIO()
+    with Count("sizes read:", len(result.used)) as count:
+        for done, index in enumerate(result.used):
+            text.write(list_line(source, index, result.sides.get(index)))
+            if done % EVERY == 0:
+                count(done)
+    return text.getvalue()
 
 
 def count_images(files: dict[str, str], out: str) -> int:
     """The number of images in a run, from its new files or from the list in ``out``. Raises as ``read_list``."""
-    return files[IMAGES].count("\n") if files else len(read_list(out)[1])
+    return files[IMAGES].count("\n") if files else len(read_list(out)[1].names)
 
 
-def read_list(out: str) -> tuple[bytes, list[str]]:
-    """Reads images.jsonl of a run: its bytes, and the names in it. Raises UserError where it is damaged (4)."""
+def read_list(out: str) -> tuple[str, ImageList]:
+    """Reads images.jsonl of a run: its SHA-256, and what it lists. Raises UserError where it is damaged (4)."""
     raw = Path(out, IMAGES).read_bytes()
     try:
-        names = [str(json.loads(line)["name"]) for line in raw.splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = parse_list(raw)
+    except ValueError as error:
         raise UserError(f"{out}/{IMAGES} is damaged ({error}); {ADVICE}", 4) from None
-    used = len(names)
+    used = count = len(listed.names)
     with suppress(OSError, ValueError, KeyError, TypeError):  # nothing else depends on this report
         used = int(json.loads(Path(out, "scan.json").read_bytes())["used"])
-    if used != len(names) or not raw.endswith(b"\n"):
-        raise UserError(f"{out}/{IMAGES} was changed or cut short: it lists {len(names)} of {used} images; {ADVICE}", 4)
-    return raw, names
+    if used != count or not raw.endswith(b"\n"):
+        raise UserError(f"{out}/{IMAGES} was changed or cut short: it lists {count} of {used} images; {ADVICE}", 4)
+    return hashlib.sha256(raw).hexdigest(), listed
 
 
 class RunImages:
@@ -96,13 +109,13 @@ class RunImages:
     """
 
     def __init__(self, data: object, settings: ImageSettings, note: Callable[[str], None]) -> None:
-        raw, names = read_list(settings.out)
-        order = generator(settings.seed, Stream.HELD_OUT).random(len(names)).argsort(kind="stable").tolist()
-        selection = Selection(settings.range16, settings.data_root)
-        self.source = Frozen(open_source(data, selection, files=names), raw)
+        self.digest, listed = read_list(settings.out)
+        order = generator(settings.seed, Stream.HELD_OUT).random(len(listed.names)).argsort(kind="stable").tolist()
+        selection = Selection(settings.range16, settings.data_root, decoder=settings.decoder)
+        with Count("opened") as count:
+            self.source = Frozen(open_source(data, selection, listed.names, count), listed.sizes)
         self.train, self.held_out = sorted(order[settings.hold_out :]), sorted(order[: settings.hold_out])
         self.looked_at = self.held_out or self.train[:64]
-        self.digest = hashlib.sha256(raw).hexdigest()
         self.bad: dict[int, str] = {}
         self.allowed, self.note = max(1, settings.max_bad * len(self.train)), note
 
@@ -130,18 +143,30 @@ class RunImages:
                 3,
             )
 
-    def gallery(self, side: int) -> Tensor:
-        """Up to four of the user's images as squares, [n, 3, side, side] in [0, 1], in steps of 1 / 255."""
+    def sides(self) -> Iterator[tuple[str, int, int]]:
+        """Name, width and height of each training image; 0 x 0 where the list does not have them."""
+        for index in self.train:
+            width, height = self.source.sizes[index, 1:].tolist()
+            yield self.source.name(index), width, height
+
+    def gallery(self, side: int) -> tuple[Tensor, Tensor]:
+        """Up to four of the user's images as squares, and their indices.
+
+        Returns:
+            images [n, 3, side, side] in [0, 1], in steps of 1 / 255; indices [n].
+        """
         images: list[Tensor] = []
+        indices: list[int] = []
         for index in self.looked_at:
             if len(images) < 4:
                 try:
                     images.append(self.source.read(index))
                 except BadImage:
                     continue
+                indices.append(index)
         if not images:
             raise NoImageLeft
-        return (255 * squares(images, side)).round() / 255
+        return (255 * squares(images, side)).round() / 255, torch.tensor(indices)
 
 
 def open_images_of(folder: Path, note: Callable[[str], None]) -> RunImages:
@@ -150,7 +175,7 @@ def open_images_of(folder: Path, note: Callable[[str], None]) -> RunImages:
     try:
         settings = ImageSettings(
             str(folder), config["seed"], config["hold_out"], config["max_bad"], tuple(config["range16"]),
-            config["data_root"],
+            config["data_root"], config.get("decoder", "pillow"),
         )  # fmt: skip
         return RunImages(config["data"], settings, note)
     except (KeyError, TypeError) as error:

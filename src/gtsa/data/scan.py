@@ -17,9 +17,10 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import cache_folder
 from gtsa.core.terminal import Count, say
 from gtsa.data import damage, decoding, remarks
+from gtsa.data.blobs import Bytes, File, loaded
 from gtsa.data.pixels import BadImage, Range
-from gtsa.data.sources import ALL, Selection, Source, open_source
-from gtsa.data.threaded import PixelBudget, map_in_order
+from gtsa.data.sources import ALL, SHARDS, Selection, Source, open_source
+from gtsa.data.threaded import PixelBudget, map_in_order, map_short
 
 HEADERS = 100_000  # files whose headers are read; of larger data sets an even sample of this size
 DECODED = 1_000  # up to this number all files are decoded: it takes seconds
@@ -106,13 +107,13 @@ def scan(source: Source, decode: bool = False, range16: Range = (0, 65535)) -> S
         chosen = np.linspace(0, len(source) - 1, HEADERS).astype(int).tolist()
     result = Scan(looked_at=len(chosen), ignored=dict(source.ignored), unreadable=list(source.unreadable))
     result.outside = list(getattr(source, "outside", ()))
-    cache = _DecodedCache(source, range16) if decode else None
-    check = _CheckImage(source, cache)
+    cache = DecodedCache(source, range16) if decode else None
+    check, work = CheckImage(source, cache), map_in_order if decode else map_short
     bad: dict[int, str] = {}
     collector = remarks.RemarkCollector(source, range16)
     try:
-        with Count("checked" if decode else "read", len(chosen)) as count:
-            for done, (index, header, reason) in enumerate(map_in_order(check, chosen), 1):
+        with Count("decoded" if decode else "headers read:", len(chosen)) as count:
+            for done, (index, header, reason) in enumerate(work(check, chosen), 1):
                 count(done, f"{len(bad):,} cannot be used" if bad else "")
                 if reason is not None:
                     bad[index] = reason
@@ -132,32 +133,42 @@ def scan(source: Source, decode: bool = False, range16: Range = (0, 65535)) -> S
     return result
 
 
-class _CheckImage:
+class CheckImage:
     """Index -> header of an image, or why it cannot be used. With a cache, images are decoded."""
 
-    def __init__(self, source: Source, cache: _DecodedCache | None) -> None:
+    def __init__(self, source: Source, cache: DecodedCache | None) -> None:
         self.source, self.cache, self.budget = source, cache, PixelBudget(AT_ONCE)
 
     def __call__(self, index: int) -> tuple[int, decoding.Header | None, str | None]:
         path = self.source.path(index)
         try:
-            header = None if path is None else decoding.read_header(path)
+            file = self.source.file(index)
+            if file is not None and self.cache:
+                file = loaded(file)
+            header = None if file is None else decoding.read_header(file)
             if self.cache and not (path and self.cache.has(path)):
                 with self.budget.reserve(header.width * header.height if header else 0):
-                    pixels = self.source.read(index, _draft)
-                    header = header or decoding.Header("item", "RGB", pixels.shape[-1], pixels.shape[-2])
-                    del pixels
+                    header = self._decode(index, file, header)
+                if file is not None:
+                    _check_whole(file, header)
                 if path:
-                    _check_whole(path, header)
                     self.cache.add(path)
             return index, header, None
         except BadImage as reason:
             return index, None, str(reason)
 
+    def _decode(self, index: int, file: File | None, header: decoding.Header | None) -> decoding.Header:
+        """The header, made from the pixels where there is no file. What is in memory is not read again."""
+        if header is not None and isinstance(file, Bytes):
+            decoding.decode(file, _draft, self.source.range16)
+            return header
+        height, width = self.source.read(index, _draft).shape[-2:]
+        return header or decoding.Header("item", "RGB", width, height)
 
-def _check_whole(path: str, header: decoding.Header) -> None:
+
+def _check_whole(file: File, header: decoding.Header) -> None:
     try:
-        reason = damage.find_damage(path, header.format, header.width, header.height)
+        reason = damage.find_damage(file, header.format, header.width, header.height)
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
@@ -184,10 +195,10 @@ def no_images(result: Scan, data: object, selection: Selection) -> UserError:
     others = ", ".join(f"{count} {kind}" for kind, count in Counter(result.ignored).most_common(5))
     content = f"it holds {others}" if others else "it is empty"
     content = describe_links(result) if result.outside else content
-    return UserError(
-        f"--data {data}: no images ({content}); put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not",
-        3,
-    )
+    action = f"put {', '.join(sorted(decoding.SUFFIXES))} files there, nested or not"
+    if SHARDS in result.ignored:
+        action = "nested tar shards are given as a pattern, e.g. --data 'DIR/**/*.tar'"
+    return UserError(f"--data {data}: no images ({content}); {action}", 3)
 
 
 def check_scan(result: Scan, data: object, max_bad: float, selection: Selection = ALL) -> None:
@@ -234,7 +245,7 @@ def least_max_bad(result: Scan) -> float:
     return math.ceil(100 * len(result.bad) / max(1, result.looked_at)) / 100
 
 
-class _DecodedCache:
+class DecodedCache:
     """Files that decoded well, by path, size and time. It lies in the user's cache folder, never in the data."""
 
     def __init__(self, source: Source, range16: Range) -> None:

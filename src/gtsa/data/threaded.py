@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+BLOCK, TIMED = 1_024, 16  # items of ``map_short``
+WAITING = 4  # times the time that is computed: the rest is waiting for storage
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,6 +41,20 @@ class _Reservation:
         with self.budget.changed:
             self.budget.free += self.pixels
             self.budget.changed.notify_all()
+
+
+def map_short(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """``work`` on every item, in order: by threads where it waits for storage, and otherwise without.
+
+    Threads that take turns at short work take three times as long as one. Of every BLOCK items the first few are timed.
+    """
+    for start in range(0, len(items), BLOCK):
+        first, rest = items[start : start + TIMED], items[start + TIMED : start + BLOCK]
+        began, worked = time.perf_counter(), time.thread_time()
+        results = [work(item) for item in first]
+        waits = time.perf_counter() - began > WAITING * (time.thread_time() - worked)
+        yield from results
+        yield from map_in_order(work, rest) if waits else map(work, rest)
 
 
 def map_in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

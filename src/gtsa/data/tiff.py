@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from gtsa.data.blobs import File, open_file
 from gtsa.data.pixels import BadImage, Range, check_size, to_8_bits, upright
 
 
-def describe(path: str | Path) -> str | None:
+def describe(path: File) -> str | None:
     """The content of a TIFF that Pillow cannot read; None if tifffile cannot read it either."""
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with open_file(path) as file, tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
             bands, kind = int(page.samplesperpixel), str(page.dtype)
     except Exception:
@@ -43,16 +43,16 @@ def is_deep(image: Image.Image) -> bool:
     return bool(isinstance(image, TiffImageFile) and max(image.tag_v2.get(258, (1,))) > 8)
 
 
-def read(path: str | Path, range16: Range) -> np.ndarray:
+def read(path: File, range16: Range) -> np.ndarray:
     array, orientation = read_values(path)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         raise BadImage(f"{array.shape[-1]} bands: 1, 3 or 4 (with alpha) are read")
     return upright(to_8_bits(array, range16), orientation)
 
 
-def read_values(path: str | Path) -> tuple[np.ndarray, int]:
+def read_values(path: File) -> tuple[np.ndarray, int]:
     """The values of a deep TIFF, [H, W] or [H, W, bands] with black at zero, and its orientation."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         data = io.BytesIO(file.read())
     with tifffile.TiffFile(data) as tiff:
         page = tiff.pages.first

@@ -14,6 +14,7 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.data.labels.label_format import LabelFormat, LabelOptions
 from gtsa.data.labels.labelled import IGNORE, Boxes, Kind, Labelled, Target, Targets
 from gtsa.data.labels.problems import SHOWN, Problems
+from gtsa.data.sources import may_exist
 
 __all__ = [
     "IGNORE",
@@ -57,7 +58,7 @@ def open_labelled(
     """Opens images with their labels.
 
     Args:
-        images: folder, or list file.
+        images: folder, list file, or (without labels) tar shards.
         labels: file or folder of labels; FILE:PART names a part of a JSON file (several classes an image); None: the
             images' own folder holds them (class folders).
         kind: the kind of labels that the evaluation needs.
@@ -68,7 +69,7 @@ def open_labelled(
         UserError: the labels are wrong (3).
     """
     for path in (images, split_part(labels)[0] if labels else None):
-        if path is not None and not os.path.exists(path):
+        if path is not None and not may_exist(path):
             raise UserError(f"{escaped(path)}: there is no such file or folder", 3)
     if labels and os.path.isfile(images) and os.path.isdir(labels) and not images.endswith(".txt"):
         message = f"{escaped(images)} is a file, {escaped(labels)} a folder: give IMAGES first, then LABELS"

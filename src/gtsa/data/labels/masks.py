@@ -28,6 +28,7 @@ from gtsa.data.labels._mask_files import Mask, black_values, read_mask, read_val
 from gtsa.data.sources import Source, open_source
 from gtsa.data.sources.folder import Folder
 
+KEYS = ("classes", "ignore_index")  # of classes.json
 VALUES = 2**16  # number of values of 16 bits
 LISTED = 30  # classes whose share of pixels is printed
 VOID = re.compile(
@@ -145,6 +146,8 @@ def _read_json_names(file: str, first: int) -> tuple[dict[int, str], int | None]
     content = parse_json(file, problems, kinds=(dict, list))
     entries = content.get("classes") if isinstance(content, dict) else content
     ignore = content.get("ignore_index") if isinstance(content, dict) else None
+    if isinstance(content, dict):
+        _check_keys(file, content, problems)
     class_of: dict[int, str] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [], first):
         value, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (number, entry)
@@ -163,6 +166,16 @@ def _read_json_names(file: str, first: int) -> tuple[dict[int, str], int | None]
     return dict(sorted(class_of.items())), ignore
 
 
+def _check_keys(file: str, content: Mapping[str, object], problems: Problems) -> None:
+    """Reports keys that are not read. One that seems to name the ignored value is a fault: results depend on it."""
+    known = f"known keys are {' and '.join(KEYS)}"
+    unread = [key for key in content if key not in KEYS]
+    for key in (key for key in unread if "ignor" in key.lower()):
+        problems.add("unknown key", key, f"it is not read; name the value to ignore with ignore_index ({known})")
+    if others := [key for key in unread if "ignor" not in key.lower()]:
+        say(f"{escaped(file)}: keys that are not read: {escaped(', '.join(others))}; {known}")
+
+
 def _number_classes(
     masks: Sequence[Mask | str], names: Sequence[str], ignored: set[int], problems: Problems
 ) -> dict[int, str]:
@@ -171,9 +184,8 @@ def _number_classes(
     if len(values) > 1 and (values[-1] - values[-2] > FAR or (values[-1] == 255 and values[-2] != 254)):
         value, below = values[-1], values[-2]
         advice = f"give --ignore {value} if it stands for no class, or name all classes with --classes FILE"
-        for name, mask in zip(names, masks, strict=True):
-            if isinstance(mask, Mask) and value in mask.values:
-                problems.add(f"value {value} far above all others", name, f"no other is above {below}: {advice}")
+        owners = [n for n, mask in zip(names, masks, strict=True) if isinstance(mask, Mask) and value in mask.values]
+        problems.add_shared(f"value {value} far above all others", owners, f"no other is above {below}: {advice}")
     return {value: f"class {value}" for value in range(values[-1] + 1)} if values else {}
 
 

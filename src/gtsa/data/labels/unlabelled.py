@@ -9,19 +9,17 @@ from typing import ClassVar
 from gtsa.data.labels import Kind, LabelFormat, Labelled, LabelOptions, Problems
 from gtsa.data.labels._classes import digest
 from gtsa.data.labels._files import report_ignored
-from gtsa.data.sources import Source, open_source
-from gtsa.data.sources.folder import Folder
-from gtsa.data.sources.list_file import Listing
+from gtsa.data.sources import Source, kinds, open_source
 
 
 class Unlabelled(LabelFormat):
-    """A folder of images, or a .txt file that lists them. LABELS are ignored."""
+    """A folder of images, a .txt file that lists them, or tar shards. LABELS are ignored."""
 
     needs: ClassVar[dict[Kind, str]] = {"none": "a folder of images"}
 
     @staticmethod
     def claims(images: str, labels: str | None, kind: Kind) -> bool:
-        return kind == "none" and (Folder.claims(images) or Listing.claims(images))
+        return kind == "none" and any(source.claims(images) for source in kinds())
 
     @staticmethod
     def read(images: str, labels: str, kind: Kind, options: LabelOptions) -> Labelled:
@@ -30,7 +28,7 @@ class Unlabelled(LabelFormat):
             problems.add("folder that cannot be listed", folder, reason)
         names = [source.name(index) for index in range(len(source))]
         for index, name in enumerate(names):
-            if not os.path.isfile(source.path(index) or ""):
+            if (path := source.path(index)) is not None and not os.path.isfile(path):
                 problems.add("image missing on disk", name, "there is no such file")
         report_ignored(source)
         if not names:

@@ -17,14 +17,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from gtsa.core.errors import UserError
+from gtsa.data import storage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gtsa.data.blobs import File
+
 Detail = Callable[[int, int], float]  # width, height -> the smallest scale that is useful
 Progress = Callable[[int], None]  # number of images listed so far
+EVERY = 1_000  # images between two calls of ``progress``
+SHARDS = ".tar"  # a folder of these and no images is a set of shards
 OUTSIDE = "a link out of the folder, to"
-PACKED = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Selection:
         data_root: for list files, the folder that paths are relative to.
         include, exclude: patterns of paths below the folder (see ``matcher``).
         follow_links: follow links that lead out of the folder.
+        decoder: of JPEG files, "pillow" or "simplejpeg".
     """
 
     range16: tuple[float, float] = (0, 65535)
@@ -43,6 +49,7 @@ class Selection:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     follow_links: bool = True
+    decoder: str = "pillow"
 
 
 ALL = Selection()
@@ -65,7 +72,10 @@ class Source(Protocol):
         """Bytes of the file; 0 without a file."""
 
     def path(self, index: int) -> str | None:
-        """The file, if the image has one."""
+        """The path of the file, if the image has one of its own."""
+
+    def file(self, index: int) -> File | None:
+        """The image file: its path, or its bytes in a larger file; None without a file. Raises BadImage."""
 
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
         """uint8 RGB [3, H, W]. Raises BadImage with the reason."""
@@ -90,7 +100,7 @@ class SourceClass(Protocol):
 def open_source(
     data: object, selection: Selection = ALL, files: Sequence[str] | None = None, progress: Progress | None = None
 ) -> Source:
-    """Opens the images that ``data`` names or wraps: a folder, a list file, a torch Dataset.
+    """Opens the images that ``data`` names or wraps: a folder, a list file, tar shards, a torch Dataset.
 
     Args:
         data: path, or any object that a source class claims.
@@ -105,7 +115,7 @@ def open_source(
             return kind(data, selection, files, progress)
     if isinstance(data, str | os.PathLike) and os.path.isfile(data):
         if str(data).lower().endswith(PACKED):
-            raise UserError(f"--data {data} is an archive: extract it and give the folder with its images", 3)
+            raise packed_data(str(data))
         raise UserError(
             f"--data {data} is a file: give the folder that it is in, or a .txt file with one path a line", 3
         )
@@ -126,8 +136,27 @@ def check_range16(range16: tuple[float, float] | None) -> None:
         raise UserError(problems[0])
 
 
+def check_exists(data: str) -> None:
+    """Raises UserError where a path does not exist (3), or the library for a URL is missing (2)."""
+    storage.check_url(data)
+    if not may_exist(data):
+        raise missing_data(data)
+
+
+def may_exist(data: str) -> bool:
+    """Whether a path exists, or is a pattern or URL, which only its source can resolve."""
+    return os.path.exists(data) or storage.is_url(data) or storage.is_pattern(data)
+
+
 def missing_data(data: object) -> UserError:
-    return UserError(f"--data {data}: there is no such folder; give a folder of images, or a .txt file with paths", 3)
+    return UserError(
+        f"--data {data}: there is no such folder; give a folder of images, a .txt file with paths, or tar shards", 3
+    )
+
+
+def packed_data(data: str) -> UserError:
+    tar = "" if data.lower().endswith(PACKED[-3:]) else ", or decompress it to a .tar file and give that"
+    return UserError(f"--data {data} is a compressed archive: extract it and give the folder with its images{tar}", 3)
 
 
 def kinds() -> Iterator[SourceClass]:

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from gtsa.data import decoding
-from gtsa.data.sources import ALL, OUTSIDE, Detail, Progress, Selection, matcher
-
-EVERY = 1_000  # images between two calls of ``progress``
+from gtsa.data import decoding, storage
+from gtsa.data.sources import ALL, EVERY, OUTSIDE, SHARDS, Detail, Progress, Selection, matcher
 
 
 class Folder:
@@ -30,7 +28,7 @@ class Folder:
         progress: Progress | None = None,
     ) -> None:
         self.root = os.fspath(root)
-        self.range16 = selection.range16
+        self.range16, self.decoder = selection.range16, selection.decoder
         self.ignored: dict[str, int] = Counter()
         self.unreadable: list[tuple[str, str]] = []
         self.outside: list[tuple[str, str]] = []
@@ -52,7 +50,11 @@ class Folder:
 
     @staticmethod
     def claims(data: object) -> bool:
-        return isinstance(data, str | os.PathLike) and os.path.isdir(data)
+        return (
+            isinstance(data, str | os.PathLike)
+            and os.path.isdir(data)
+            and not storage.holds_only(os.fspath(data), SHARDS, decoding.SUFFIXES)
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -66,8 +68,11 @@ class Folder:
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
 
+    def file(self, index: int) -> str:
+        return self.path(index)
+
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
-        return decoding.decode(self.path(index), detail, self.range16)
+        return decoding.decode(self.path(index), detail, self.range16, self.decoder)
 
     def _walk(self) -> Iterator[tuple[str, int]]:
         """Path below the root and bytes of every image file."""

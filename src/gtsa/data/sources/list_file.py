@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import codecs
 import os
+import stat
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from gtsa.core.errors import UserError
 from gtsa.data import decoding
-from gtsa.data.sources import ALL, Detail, Progress, Selection, matcher
+from gtsa.data.sources import ALL, EVERY, Detail, Progress, Selection, matcher
 
 
 class Listing:
@@ -28,45 +30,62 @@ class Listing:
         progress: Progress | None = None,
     ) -> None:
         self.root = os.path.realpath(selection.data_root or os.path.dirname(os.path.abspath(file)))
-        self.range16 = selection.range16
-        self.ignored: dict[str, int] = {}
+        self.range16, self.decoder = selection.range16, selection.decoder
+        self.ignored: dict[str, int] = Counter()
         self.unreadable: list[tuple[str, str]] = []
         self.outside: list[tuple[str, str]] = []
         if files is not None:
-            self.files = list(files)
+            self.files, self.sizes = list(files), [0] * len(files)
             return
-        paths = self._read_paths(file)
-        names = set(paths)
-        if len(names) < len(paths):
-            self.ignored["repeated"] = len(paths) - len(names)
+        size_of = self._read_paths(file, progress)
         is_selected = matcher(selection.include, selection.exclude)
-        self.files = sorted(filter(is_selected, names), key=os.fsencode)
-        if len(self.files) < len(names):
-            self.ignored["not chosen"] = len(names) - len(self.files)
+        self.files = sorted(filter(is_selected, size_of), key=os.fsencode)
+        self.sizes = [size_of[name] for name in self.files]
+        if len(self.files) < len(size_of):
+            self.ignored["not chosen"] = len(size_of) - len(self.files)
 
     @staticmethod
     def claims(data: object) -> bool:
         return isinstance(data, str | os.PathLike) and os.path.isfile(data) and str(data).lower().endswith(".txt")
 
-    def _read_paths(self, file: str) -> list[str]:
-        """Paths below the root, in the order of the lines."""
+    def _read_paths(self, file: str, progress: Progress | None) -> dict[str, int]:
+        """Path below the root and bytes of every image."""
+        size_of, folders, top = dict[str, int](), dict[str, str](), os.path.join(self.root, "")
         with open(file, "rb") as lines:
-            entries = [line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n") for line in lines]
-        paths = []
-        for number, entry in enumerate(entries, 1):
-            if not entry.strip() or entry.startswith(b"#"):
-                continue
-            if b"\0" in entry:
-                raise UserError(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
-            path = os.path.realpath(os.path.join(self.root, os.fsdecode(entry)))
-            if os.path.commonpath([path, self.root]) != self.root:
-                raise UserError(
-                    f"{file}, line {number}: {os.fsdecode(entry)!r} lies outside {self.root}; "
-                    "name a folder above all images with --data-root",
-                    8,
-                )
-            paths.append(os.path.relpath(path, self.root))
-        return paths
+            for number, line in enumerate(lines, 1):
+                entry = line.removeprefix(codecs.BOM_UTF8).strip(b"\r\n")
+                if not entry.strip() or entry.startswith(b"#"):
+                    continue
+                if b"\0" in entry:
+                    raise UserError(f"{file}, line {number}: a null byte; give a text file with one path a line", 3)
+                path, size = self._resolve(os.fsdecode(entry), folders)
+                if not path.startswith(top):
+                    raise UserError(
+                        f"{file}, line {number}: {os.fsdecode(entry)!r} lies outside {self.root}; "
+                        "name a folder above all images with --data-root",
+                        8,
+                    )
+                if (name := path[len(top) :]) in size_of:
+                    self.ignored["repeated"] += 1
+                size_of[name] = size
+                if progress and number % EVERY == 0:
+                    progress(len(size_of))
+        return size_of
+
+    def _resolve(self, entry: str, folders: dict[str, str]) -> tuple[str, int]:
+        """The real path and the bytes of an entry. ``folders``: those resolved so far; resolving every path is slow."""
+        folder, name = os.path.split(entry)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(os.path.join(self.root, folder))
+        path = os.path.join(folders[folder], name)
+        try:
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):  # a link, or no file
+                path = os.path.realpath(path)
+                status = os.stat(path)
+        except OSError:  # reported when the image is opened
+            return path, 0
+        return path, status.st_size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -75,13 +94,13 @@ class Listing:
         return self.files[index]
 
     def size(self, index: int) -> int:
-        try:
-            return os.path.getsize(self.path(index))
-        except OSError:
-            return 0
+        return self.sizes[index]
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
 
+    def file(self, index: int) -> str:
+        return self.path(index)
+
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
-        return decoding.decode(self.path(index), detail, self.range16)
+        return decoding.decode(self.path(index), detail, self.range16, self.decoder)

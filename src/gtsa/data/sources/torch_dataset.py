@@ -57,6 +57,9 @@ class Items:
     def path(self, index: int) -> None:
         return None
 
+    def file(self, index: int) -> None:
+        return None
+
     def read(self, index: int, detail: Detail | None = None) -> Tensor:
         try:
             item = self.dataset[self.items[index]]
