@@ -1,7 +1,8 @@
 """gtsa: learn dense visual features from your own scenes.
 
 The verbs of the command line are functions here: ``pretrain``, ``evaluate``, ``explore``, ``compare``, ``check``,
-``preview``, ``report``, ``export``, ``embed``; ``load`` opens a backbone. Each is imported when it is first used.
+``preview``, ``profile``, ``report``, ``export``, ``embed``, ``shard``; ``load`` opens a backbone. Each is imported when
+it is first used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from gtsa.core.errors import UserError
 
 if TYPE_CHECKING:
     from gtsa.comparison.compare import compare
+    from gtsa.data.shard import shard
     from gtsa.evaluation.embed import embed
     from gtsa.evaluation.evaluate import evaluate
     from gtsa.evaluation.explore.explore import explore
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from gtsa.pretraining.check import check
     from gtsa.pretraining.pretrain import pretrain
     from gtsa.pretraining.preview import preview
+    from gtsa.pretraining.profile import profile
     from gtsa.pretraining.report.report import report
 
     __version__: str
@@ -35,7 +38,9 @@ VERBS = {
     "load": "models",
     "pretrain": "pretraining",
     "preview": "pretraining",
+    "profile": "pretraining",
     "report": "pretraining.report",
+    "shard": "data",
 }
 __all__ = [
     "UserError",
@@ -48,7 +53,9 @@ __all__ = [
     "load",
     "pretrain",
     "preview",
+    "profile",
     "report",
+    "shard",
 ]
 
 

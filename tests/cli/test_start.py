@@ -59,6 +59,10 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("embed", "nowhere", "--data", ".", "--out", "o.csv"): (2, "--out o.csv: the name has to end with"),
     ("embed", "nowhere", "--data", ".", "--out", "o.npy", "--batch-size", "0"): (2, "--batch-size 0"),
     ("embed", "nowhere", "--data", ".", "--out", "o.npy", "--range16", "5", "5"): (2, "--range16 5 5"),
+    ("shard", "--help"): (0, "--images-per-shard"),
+    ("shard", "nowhere", "--out", "o"): (3, "--data nowhere"),
+    ("shard", ".", "--out", "o", "--shard-size", "5"): (2, "500MB or 1GiB"),
+    ("check", "ipx.tar.gz"): (3, "--data ipx.tar.gz"),
     ("pretrain", "--loggers", "wandb", "wandb", "--out", "run"): (2, "loggers: wandb wandb: give each once"),
     ("pretrain", "--loggers", "tensorboard", "--out", "run"): (2, "tensorboard"),
 }  # fmt: skip

@@ -115,7 +115,7 @@ def test_a_checkpoint_is_the_methods_own():
 def test_rates_of_a_run(start, scenes, tmp_path, monkeypatch, rests, times):
     """Blocks at 0.3, 0.15, ... of the heads' rate, the last one first; what rested has a warm-up of its own."""
     seen = []
-    module = sys.modules["gtsa.pretraining.pretrain"]  # the package has the function under this name
+    module = sys.modules["gtsa.pretraining.parts_of_run"]
 
     class Seen(module.ScheduledAdamW):
         def __init__(self, groups, *rest):

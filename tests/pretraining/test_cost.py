@@ -1,6 +1,7 @@
 """What a run costs: typical times, counted for all that a run does, and what would cost less."""
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gtsa.models.backbone import Backbone
 from gtsa.pretraining import cost, plan
 from gtsa.pretraining.cost import Cost
 from gtsa.pretraining.settings import Pretrain
+from gtsa.pretraining.verdict import choose_images, usual_images
 from gtsa.training.devices import resolve_device
 
 COST = Cost(loading=0.02, passing=0.1, updating=0.5, bytes_image=10**6, bytes_fixed=10**7)
@@ -55,12 +57,52 @@ def test_loading_can_be_what_takes_longest():
     assert Cost(0.9, 0.1, 0.5, 1, 1).step(s) == pytest.approx(9)
 
 
-def test_a_run_is_its_steps_and_its_evaluations(users_samples):
-    s = resolved(batch_size=10, steps=120, evaluate_every=50).settings
-    each = 64 * (0.02 + cost.EVALUATION * 0.1)  # an evaluation of 32 images, twice
-    assert COST.evaluation(s, 32) == pytest.approx(each)
-    assert COST.run(s, 32) == pytest.approx(120 * 1.7 + 4 * each)  # at steps 0, 50, 100 and 120
-    assert COST.run(s, 32, done=60) == pytest.approx(60 * 1.7 + 2 * each)
+def test_a_run_is_its_steps_and_its_evaluations():
+    s = resolved(batch_size=10, steps=120, evaluate_every=50, evaluate_images=64).settings
+    each = 64 * (0.02 + cost.EVALUATION * 0.1) + cost.PICTURES * 0.1
+    assert COST.evaluation(s) == pytest.approx(each)
+    assert COST.run(s) == pytest.approx(120 * 1.7 + 4 * each)  # at steps 0, 50, 100 and 120
+    assert COST.run(s, done=60) == pytest.approx(60 * 1.7 + 2 * each)
+
+
+@pytest.mark.parametrize(
+    ("images", "passing", "steps", "expected"),
+    [
+        (50, 0.001, 3, 50),  # fast: all
+        (20, 0.001, 3, 60),  # fast: all, three times
+        (50, 0.4, 3, 38),  # (10 s - 4 passes) / (0.02 s + half a pass) = 38.2
+        (20, 0.4, 3, 20),  # each once instead of three times
+        (50, 50.0, 3, 8),  # never fewer
+        (5, 50.0, 3, 5),
+        (50, 0.4, 1000, 50),  # a tenth of 1,000 steps, over 11 evaluations, is enough for all
+    ],
+)
+def test_evaluations_take_no_more_than_a_tenth_of_the_run_or_ten_seconds(
+    images, passing, steps, expected, users_samples
+):
+    ready = resolved(batch_size=16, steps=steps)
+    measured = Cost(0.02, passing, 0.0, 1, 1)
+    plan.resolve_evaluation(ready, measured, images)
+    assert ready.settings.evaluate_images == expected
+    chosen, draws = choose_images(range(images), expected)
+    assert len(chosen) * draws == min(expected, images) or (len(chosen), draws) == (images, expected // images)
+    if len(chosen) * draws < usual_images(images):
+        assert "the verdict's intervals are wider" in ready.reasons["evaluate_images"]
+
+
+def test_a_given_number_of_images_is_kept():
+    ready = resolved(batch_size=16, steps=3, evaluate_images=500)
+    plan.resolve_evaluation(ready, Cost(0.02, 50.0, 0.0, 1, 1), 600)
+    assert ready.settings.evaluate_images == 500
+
+
+@pytest.mark.parametrize(("images", "count"), [(50, 8), (50, 49), (50, 50), (20, 64), (1, 64), (3, 1)])
+def test_chosen_images_are_spread_over_all(images, count):
+    chosen, draws = choose_images(range(images), count)
+    assert len(set(chosen)) == len(chosen) == min(images, count)
+    assert draws == max(1, count // images)
+    gaps = [b - a for a, b in pairwise(chosen)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 class Slow:
@@ -90,9 +132,16 @@ def test_what_is_measured_leaves_the_network_as_it_was():
     assert actual.bytes_image > 0
 
 
+@pytest.fixture
+def _evaluations_are_free(monkeypatch):
+    monkeypatch.setattr(cost, "EVALUATION", 0.0)
+    monkeypatch.setattr(cost, "PICTURES", 0.0)
+
+
+@pytest.mark.usefixtures("_evaluations_are_free")
 def test_faster_settings_are_listed_until_the_run_is_short_enough():
-    s = resolved(batch_size=40, steps=10_000).settings
-    rows = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 22e6, 0)  # 111 hours
+    s = resolved(batch_size=40, steps=10_000, evaluate_images=64).settings
+    rows = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 22e6)  # 111 hours
     assert [flags for flags, _ in rows] == [
         "--views.global-crops-size 112 --views.local-crops-size 48",
         "--views.local-crops-number 4",
@@ -103,21 +152,23 @@ def test_faster_settings_are_listed_until_the_run_is_short_enough():
     assert [takes for _, takes in rows] == [f"about {lasting(3600 * h)}" for h in hours]
 
 
+@pytest.mark.usefixtures("_evaluations_are_free")
 def test_fewer_steps_are_proposed_if_nothing_else_is_enough():
     s = resolved(
         model="test_vit",
         batch_size=40,
         steps=10_000,
+        evaluate_images=64,
         views={"global_crops_size": 32, "local_crops_size": 32, "local_crops_number": 2},
     ).settings
-    ((flags, takes),) = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 3e5, 0)
+    ((flags, takes),) = cost.cheaper(s, Cost(0.0, 1.0, 0.0, 1, 1), 3e5)
     assert flags == f"--steps {12 * 3600 // 40}"
     assert takes == "about 12 h 00 min"
 
 
 def test_flags_that_take_less_are_flags():
-    s = resolved(batch_size=40, steps=10_000).settings
-    for flags, _ in cost.cheaper(s, Cost(0.0, 100.0, 0.0, 1, 1), 22e6, 0):
+    s = resolved(batch_size=40, steps=10_000, evaluate_images=64).settings
+    for flags, _ in cost.cheaper(s, Cost(0.0, 100.0, 0.0, 1, 1), 22e6):
         for flag in flags.split("--")[1:]:
             name, value = flag.split()
             section, _, key = name.replace("-", "_").rpartition(".")

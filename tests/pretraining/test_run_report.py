@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image, ImageOps
 
 from conftest import SMALL_HEADS, TINY, make_scenes, run
 from gtsa import pretrain, report
@@ -19,6 +20,7 @@ from gtsa.core import stops
 from gtsa.pretraining.report import page, pictures
 from gtsa.pretraining.report.network import open_network
 from gtsa.pretraining.run_record import read_run
+from gtsa.training import checkpoint
 
 OLD = Path(__file__).parents[1] / "golden" / "run_of_schema_1.tar.xz"
 NASTY = "<script>window.hacked=1<\u2044script>\u202egnp.png"  # "/" cannot be in a file name
@@ -88,6 +90,40 @@ def test_headings_are_in_order_and_pictures_have_alternative_texts(finished):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page.raw)
 
 
+def test_pictures_name_their_files_and_captions_do_not_break(finished):
+    """The names are those of the images that are drawn: the first held-out ones."""
+    page = Page(finished / "report.html")
+    tensors, _ = checkpoint.read(checkpoint.newest(finished / "checkpoints")[0])
+    shown = tensors["start"]["shown"].tolist()
+    record = read_run(finished)
+    names = [record.images[index] for index in shown]
+    for number, (name, kept) in enumerate(zip(names, tensors["start"]["gallery"], strict=True), start=1):
+        assert f"Image {number}: {name}" in page.text
+        with Image.open(Path(record.settings.data) / name) as image:
+            central = ImageOps.fit(image.convert("RGB"), tuple(kept.shape[1:]))
+        assert np.abs(np.asarray(central, float).transpose(2, 0, 1) - kept.numpy()).mean() < 8
+    captions = re.findall(r"predicted \d+° \(\d+(.)%\)", page.raw)
+    assert set(captions) == {"\N{NO-BREAK SPACE}"}
+
+
+def test_names_below_pictures_are_text(tmp_path):
+    scenes = make_scenes(tmp_path / "scenes")
+    for path in scenes.iterdir():
+        path.rename(path.with_name(f"{path.stem}{NASTY}"))
+    pretrain(str(scenes), out=str(tmp_path / "run"), **{**TINY, "steps": 1, "evaluate_every": 1})
+    page = write(tmp_path / "run")
+    assert "<script>window.hacked" not in page.raw and "Image 1: scene_" in page.text
+    page = write(tmp_path / "run", "--no-images")
+    assert "scene_" not in page.raw
+
+
+def test_charts_have_the_names_of_the_verdict(finished):
+    page = Page(finished / "report.html")
+    titles = set(data_of_charts(page))
+    assert {"Region prediction, gain over step 0", "Patch localisation in another view, gain over step 0"} <= titles
+    assert "Region prediction (cosine" in page.text and "Patch localisation in another view (1: at" in page.text
+
+
 def test_its_numbers_are_those_of_the_logs(finished):
     page = Page(finished / "report.html")
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -126,8 +162,6 @@ def test_an_image_that_became_unreadable_is_named(copied):
     manifest = json.loads((state.parent / "manifest.json").read_text())
     values = json.loads(state.read_text())
     values["unreadable"] = {"3": "cut short"}
-    from gtsa.training import checkpoint
-
     manifest["files"]["state.json"] = checkpoint._store(state, checkpoint._json(values))
     checkpoint._store(state.parent / "manifest.json", checkpoint._json(manifest))
     page = write(copied, "--no-images")

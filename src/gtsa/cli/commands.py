@@ -12,21 +12,26 @@ from cyclopts import Parameter
 
 import gtsa
 from gtsa.cli import early, flags
+from gtsa.cli.data_commands import check as check
+from gtsa.cli.data_commands import shard as shard
 from gtsa.cli.selection import ALL, Data, Selection
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.core.settings_file import read_yaml
+from gtsa.core.terminal import doing
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import OPENS, Format
-from gtsa.pretraining.settings import METHODS, Pretrain
+from gtsa.pretraining.settings import METHODS, NOT_PROFILED, Pretrain
 
 
 def pretrain(**flat: object) -> None:
     given = flags.settings(flat, Pretrain)
     if given is not None:
         early.pretrain(given)
-        gtsa.pretrain(**given)
+        with doing("loading PyTorch", log=False):
+            verb = gtsa.pretrain
+        verb(**given)
 
 
 pretrain.__signature__ = flags.signature(Pretrain)  # type: ignore[attr-defined]
@@ -43,6 +48,24 @@ evaluate.__signature__ = flags.signature(  # type: ignore[attr-defined]
     Evaluate,
     inspect.Parameter("weights", inspect.Parameter.POSITIONAL_ONLY, annotation=str),
     skip=("weights", "devices", "nodes"),
+)
+
+
+def profile(json: str | None = None, measured_steps: int = 5, **flat: object) -> None:
+    given = flags.settings(flat, Pretrain)
+    if given is not None:
+        given = {name: value for name, value in given.items() if name not in NOT_PROFILED}  # of a --config of pretrain
+        early.pretrain({**given, "plan": True})
+        with doing("loading PyTorch", log=False):
+            verb = gtsa.profile
+        verb(json_file=json, measured_steps=measured_steps, **given)
+
+
+profile.__signature__ = flags.signature(  # type: ignore[attr-defined]
+    Pretrain,
+    flags.keyword("json", Annotated[str | None, Parameter(help="File to write the report to.")]),
+    flags.keyword("measured_steps", Annotated[int, Parameter(help="Steps that are measured, of each kind.")], 5),
+    skip=NOT_PROFILED,
 )
 
 
@@ -69,17 +92,6 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"], Parameter(help="Where features are computed; auto: the GPU if there is one.")
 ]
 Kind = Literal["mean", "cls", "patches"]
-
-
-def check(data: Data, /, *, json: str | None = None, selection: Selection = ALL) -> None:
-    """
-    Parameters
-    ----------
-    json
-        File to write the whole report to.
-    """
-    early.data(data)
-    gtsa.check(data, json, **selection.given)
 
 
 def preview(

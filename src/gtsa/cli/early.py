@@ -12,7 +12,8 @@ from gtsa.cli.examples import EXAMPLES
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import validated
-from gtsa.data.sources import missing_data
+from gtsa.data import shard_plan
+from gtsa.data.sources import check_exists, may_exist
 from gtsa.evaluation import embed_requirements
 from gtsa.evaluation.explore import requirements
 from gtsa.evaluation.settings import Evaluate
@@ -72,10 +73,15 @@ def explore(given: Mapping[str, Any]) -> None:
     data(given["data"])
 
 
+def shard(images: str, out: str, shard_size: str, images_per_shard: int | None) -> None:
+    shard_plan.limits_of(shard_size, images_per_shard)
+    shard_plan.check_folder(Path(out))
+    data(images)
+
+
 def data(path: str) -> None:
-    """Raises UserError (3) where the data do not exist."""
-    if not os.path.exists(path):
-        raise missing_data(path)
+    """Raises UserError where the data do not exist (3), or a library for them is missing (2)."""
+    check_exists(path)
 
 
 def weights(spec: str) -> None:
@@ -92,5 +98,5 @@ def run(path: str) -> None:
 def labelled(*sets: Sequence[str]) -> None:
     """Raises UserError (3) where one of IMAGES [LABELS] does not exist."""
     for path in (path for paths in sets for path in paths):
-        if not os.path.exists(path):
+        if not may_exist(path):
             raise UserError(f"{escaped(path)}: there is no such file or folder", 3)

@@ -17,8 +17,8 @@ PRINT = Parameter(negative=(), help="Print the settings as YAML and stop.")
 def signature(model: type[Strict], *first: inspect.Parameter, skip: tuple[str, ...] = ()) -> inspect.Signature:
     """The signature of a verb whose keywords are the settings of ``model``, ``--config`` and ``--print-config``."""
     yaml = [
-        _keyword("config_file", Annotated[str | None, CONFIG]),
-        _keyword("print_config", Annotated[bool, PRINT], False),
+        keyword("config_file", Annotated[str | None, CONFIG]),
+        keyword("print_config", Annotated[bool, PRINT], False),
     ]
     return inspect.Signature([*first, *_flags(model, Group("Settings", sort_key=1), skip=skip), *yaml])
 
@@ -51,11 +51,12 @@ def _flags(model: type[Strict], group: Group, prefix: str = "", skip: tuple[str,
         many = get_origin(bare) is tuple and get_args(bare)[-1] is Ellipsis  # --task knn linear
         text = description[:1].upper() + description[1:]
         parameter = Parameter(name=flag, group=group, help=text, negative=off, consume_multiple=many)
-        flags.append(_keyword(f"{prefix}{name}".replace(".", "__"), Annotated[bare, parameter], field.default))
+        flags.append(keyword(f"{prefix}{name}".replace(".", "__"), Annotated[bare, parameter], field.default))
     return flags + sections
 
 
-def _keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
+def keyword(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
+    """A keyword of a verb's signature."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

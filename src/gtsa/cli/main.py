@@ -47,6 +47,10 @@ VERBS = {
     """,
     "check": "Decode every image once. Report the kinds of images, damaged files, and what pretraining would use.",
     "preview": "Draw the views of one image as the model sees them: boxes, rotations, colours, and the pooled targets.",
+    "profile": """Measure where the time of a training step goes on this machine, what bounds it, and what to change.
+
+    The settings are those of 'gtsa pretrain' that change a step. One process is measured; nothing is written.
+    """,
     "report": """Write one self-contained HTML page about a run: verdict, pictures, curves, data, plan.
 
     The run may be finished, in progress, stopped or dead. 'gtsa pretrain' writes the page at the end of every run.
@@ -55,6 +59,11 @@ VERBS = {
     "embed": """Write the vectors of images to a Parquet or .npy file, with the names and sizes of the images.
 
     WEIGHTS as for evaluate. The same command resumes after an interruption. See docs/embed.md.
+    """,
+    "shard": """Pack images into tar shards (WebDataset layout) for large data and object storage.
+
+    The files are packed as they are. Damaged images are left out and named. The same command resumes after an
+    interruption. Other verbs read the shards with --data. See docs/large_data.md.
     """,
     "methods": "List the training methods.",
     "models": "List timm's plain vision transformers: all, or those whose name contains a word.",
@@ -124,7 +133,7 @@ def _next_step(arguments: list[str] | None) -> str:
         return "the same command resumes the trainings in --work"
     if verb == "evaluate":
         return "the unfinished task is lost; with --work FOLDER the same command resumes long trainings"
-    if verb in ("compare", "embed"):
+    if verb in ("compare", "embed", "shard"):
         return "the same command resumes"
     if verb == "explore":
         return "the same command continues with the features that were computed"

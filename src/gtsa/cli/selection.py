@@ -11,7 +11,7 @@ from cyclopts import Parameter
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Selection:
-    """Flags of check, preview, explore and embed: which images of the data are used, and how they are read."""
+    """Flags of check, preview, explore, embed and shard: which images of the data are used, and how they are read."""
 
     range16: Annotated[
         tuple[float, float] | None,
@@ -49,5 +49,10 @@ class Selection:
         return {name: value for name, value in vars(self).items() if value not in (None, (), False)}
 
 
-Data = Annotated[str, Parameter(help="Folder of images (nested), or a .txt file with one path a line.")]
+Data = Annotated[
+    str,
+    Parameter(
+        help="Folder of images (nested), a .txt file with one path a line, or tar shards (folder, pattern, URL)."
+    ),
+]
 ALL = Selection()

@@ -37,6 +37,7 @@ class Adaptation(Method):
         self.method, self.initial_encoder, self.gram_weight = method, initial_encoder, gram_weight
         change = "change = of the Gram matrix of patches since the start (0: none)"
         self.legend = "; ".join(filter(None, [method.legend, change if gram_weight else ""]))
+        self.origin = initial_encoder.fingerprint  # before its weights are sharded
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = self.method(views, time)
@@ -85,11 +86,12 @@ def build_method(settings: Pretrain, initial: Weights | None) -> tuple[Method, s
     size = settings.multicrop.global_crops_size
     if initial is None:
         encoder = Backbone(settings.model, size, settings.drop_path)
-        encoder.range16 = settings.range16
+        encoder.range16, encoder.recompute = settings.range16, settings.activation_checkpointing
         return kind(encoder, **settings.options), ""
     encoder, loaded = build_backbone(initial, settings.model, size, settings.drop_path)
     encoder.range16 = settings.range16
     initial_encoder = copy_of(encoder)
+    encoder.recompute = settings.activation_checkpointing
     return Adaptation(kind(encoder, **settings.options), initial_encoder, settings.gram_weight), loaded
 
 

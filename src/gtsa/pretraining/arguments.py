@@ -33,15 +33,22 @@ class RunArguments(TypedDict, total=False):
     beta2: float
     drop_path: float
     precision: Literal["auto", "32", "bf16", "fp16"]
+    compile: Literal["auto", "on", "off"]
+    activation_checkpointing: bool
     device: Literal["auto", "cpu", "cuda"]
     devices: int | Auto
     nodes: int
+    shard: bool
     deterministic: bool
     workers: int | Auto
+    cut: Literal["host", "device"]
+    cache: Path | None
+    decoder: Literal["pillow", "simplejpeg"]
     seed: int
     checkpoint_every: int | Auto
     keep_checkpoints: int
     evaluate_every: int | Auto
+    evaluate_images: int | Auto
     log_every: int
     loggers: str | Sequence[str]
     eval: str | Sequence[str]

@@ -29,7 +29,7 @@ def check(
     """Decodes every image once and reports on every file. ``gtsa pretrain`` does not check sound images again.
 
     Args:
-        data: folder, list file, or in Python any torch Dataset of images.
+        data: folder, list file, tar shards, or in Python any torch Dataset of images.
         json_file: file to write the whole report to.
         range16: values of 16-bit images that become black and white.
         data_root: for list files: the folder that paths are relative to.
@@ -55,7 +55,7 @@ def check(
         raise no_images(result, data, selection)
     if result.bad or result.unreadable:
         images = f"{len(result.bad)} of {result.total} images cannot be used"
-        folders = f"; {len(result.unreadable)} folders cannot be listed" if result.unreadable else ""
+        folders = f"; {len(result.unreadable)} folders or shards cannot be read whole" if result.unreadable else ""
         raise UserError(f"{data}: {images}{folders}; repair or remove them{_in_pretraining(result)}", 3)
     return result
 

@@ -18,14 +18,15 @@ from gtsa.data.loader import ViewSet, collate
 from gtsa.data.multicrop import MultiCrop
 from gtsa.models.backbone import patch_of
 from gtsa.pretraining.settings import Pretrain, ViewSettings
-from gtsa.pretraining.verdict import draws_of
 from gtsa.training.optim import ScheduledAdamW, clip_each
 from gtsa.training.schedules import Constant
 
 QUICK = 0.5  # seconds that a measured pass may take
 MANY = 16  # images of a measured pass, at most
 LARGE = 4_000_000  # parameters whose update is measured; for more it is extrapolated
-EVALUATION = 0.5  # cost of evaluating a view, as a share of passes forward and backward
+SLOW = 1.0  # seconds of a pass that is not repeated
+EVALUATION = 0.5  # cost of evaluating an image, as a share of its passes forward and backward
+PICTURES = 4.0  # cost of the feature maps of an evaluation, in passes of an image
 LONG = 12 * 3600  # seconds; for a longer run on a CPU the plan shows faster settings
 TINY = ("vit_tiny_patch16_224", 5.5e6)  # a smaller model, and its parameters
 
@@ -38,7 +39,7 @@ class Cost:
     passing: float  # seconds to augment an image's views, and of the passes forward and backward
     updating: float  # seconds of the optimiser and the teacher, for a step
     bytes_image: int  # kept for the backward pass, for one image
-    bytes_fixed: int  # weights, gradients, moments
+    bytes_fixed: int  # weights, gradients, moments of the whole networks
 
     def step(self, settings: Pretrain) -> float:
         """Seconds of a step: workers load while others compute."""
@@ -46,15 +47,29 @@ class Cost:
         computing, loading = self.passing * images + self.updating, self.loading * images
         return max(computing, loading / int(settings.workers)) if settings.workers else computing + loading
 
-    def evaluation(self, settings: Pretrain, images: int) -> float:
-        """Seconds of an evaluation on ``images`` images, with as many views as HealthMonitor draws."""
-        return images * draws_of(images) * (self.loading + EVALUATION * self.passing)
+    def fixed(self, settings: Pretrain) -> int:
+        """Bytes of weights, gradients and moments on a device."""
+        return self.bytes_fixed // (settings.devices * settings.nodes if settings.shard else 1)
 
-    def run(self, settings: Pretrain, images: int, done: int = 0) -> float:
+    @property
+    def evaluated(self) -> float:
+        """Seconds to evaluate an image."""
+        return self.loading + EVALUATION * self.passing
+
+    @property
+    def pictures(self) -> float:
+        """Seconds of an evaluation's feature maps."""
+        return PICTURES * self.passing
+
+    def evaluation(self, settings: Pretrain) -> float:
+        """Seconds of an evaluation of health and its feature maps."""
+        return settings.evaluate_images * self.evaluated + self.pictures
+
+    def run(self, settings: Pretrain, done: int = 0) -> float:
         """Seconds of all steps after ``done``, and of the evaluations."""
         steps: int = settings.steps - done
         evaluations = times(done, settings.steps, settings.evaluate_every) + (done == 0)
-        return self.step(settings) * steps + evaluations * self.evaluation(settings, images)
+        return self.step(settings) * steps + evaluations * self.evaluation(settings)
 
 
 def probe(
@@ -67,6 +82,8 @@ def probe(
     fewest: int = 1,
 ) -> Cost:
     """Measures the cost of an image: the median of several passes, so that a busy moment does not count.
+
+    A pass that takes more than ``SLOW`` seconds is not repeated: the user waits for the first step.
 
     Args:
         batch: images per step on this device.
@@ -87,7 +104,7 @@ def probe(
         _finish(fabric.device)
         return time.perf_counter() - began
 
-    few = min(max(2, fewest), batch)
+    few, least = min(max(2, fewest), batch), min(fewest, batch)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -95,11 +112,12 @@ def probe(
         return tensor
 
     counting = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    once(few, counting)  # not timed: hooks cost time; it also warms up
+    once(least, counting)  # not timed: hooks cost time; it also warms up
     own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    activations = sum(size for address, size in kept.items() if address not in own) // few
-    count = max(few, min(batch, MANY, int(QUICK * few / once(few, nullcontext())), free // 2 // max(1, activations)))
-    passing = typical(lambda: once(count, nullcontext())) / count
+    activations = sum(size for address, size in kept.items() if address not in own) // least
+    taken = once(few, nullcontext())
+    count = max(few, min(batch, MANY, int(QUICK * few / taken), free // 2 // max(1, activations)))
+    passing = taken / few if taken > SLOW else typical(lambda: once(count, nullcontext())) / count
     method.zero_grad(set_to_none=True)
     for buffer, value in zip(method.buffers(), before, strict=True):
         buffer.copy_(value)
@@ -172,25 +190,24 @@ def noise(multicrop: MultiCrop, size: int, count: int, device: torch.device) -> 
 # Faster settings
 
 
-def cheaper(settings: Pretrain, cost: Cost, weights: float, images: int) -> list[tuple[str, str]]:
+def cheaper(settings: Pretrain, cost: Cost, weights: float) -> list[tuple[str, str]]:
     """Flags, each added to those before it, and the time of the run with them, until it is short enough.
 
     Args:
         settings: resolved settings.
         weights: number of the encoder's parameters.
-        images: number of images that are evaluated.
     """
     faster, work = [], _work(settings.views, patch_of(settings.model), weights)
     for flags, views, model in _smaller(settings, weights):
         part = _work(views, patch_of(settings.model), model) / work
         less = replace(cost, passing=cost.passing * part, updating=cost.updating * model / weights)
-        seconds = less.run(settings, images)
+        seconds = less.run(settings)
         faster.append((flags, f"about {lasting(seconds)}"))
         if seconds <= LONG:
             return faster
     last = less if faster else cost
-    steps = max(1, int((LONG - 2 * last.evaluation(settings, images)) / last.step(settings)))
-    seconds = last.run(settings.model_copy(update={"steps": steps}), images)
+    steps = max(1, int((LONG - 2 * last.evaluation(settings)) / last.step(settings)))
+    seconds = last.run(settings.model_copy(update={"steps": steps}))
     return [*faster, (f"--steps {steps}", f"about {lasting(seconds)}")]
 
 

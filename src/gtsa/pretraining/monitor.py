@@ -27,7 +27,7 @@ from gtsa.pretraining.adaptation import Adaptation
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.requested import plain_values
 from gtsa.pretraining.settings import Pretrain
-from gtsa.pretraining.verdict import HealthMonitor, HealthSnapshot, Verdict, verdict
+from gtsa.pretraining.verdict import HealthMonitor, HealthSnapshot, Verdict, choose_images, usual_images, verdict
 from gtsa.training import checkpoint
 from gtsa.training.devices import on_rank_zero
 from gtsa.training.run_folder import RunFolder
@@ -40,6 +40,7 @@ class StepZero:
 
     health: HealthSnapshot
     gallery: Tensor  # [n, 3, side, side] in [0, 1]: images whose feature maps are drawn
+    shown: Tensor  # [n]: which images these are; empty in runs of early versions
     maps: Tensor  # [n, h, w, D] float16: their patch tokens; of early versions float32, and one for each patch
 
 
@@ -63,16 +64,34 @@ class Monitor:
         self.trainer, self.method, self.settings = trainer, method, settings
         self.images, self.online = images, online
         self.step_zero: StepZero | None = None  # in the first process
-        views = ViewSet(images.source, images.looked_at, settings.multicrop, settings.seed, Stream.HELD_OUT)
-        self.health = HealthMonitor(views, prepare)
-        self.origin = method.initial_encoder.fingerprint if isinstance(method, Adaptation) else ""
+        self.better = False  # in the first process: the last evaluation was the best of --eval
+        evaluated, draws = choose_images(images.looked_at, settings.evaluate_images)
+        views = ViewSet(images.source, evaluated, settings.multicrop, settings.seed, Stream.HELD_OUT)
+        self.health = HealthMonitor(views, prepare, draws)
+        self.shifts = SHIFTS if settings.evaluate_images >= usual_images(len(images.looked_at)) else 1
+        self.origin = method.origin if isinstance(method, Adaptation) else ""
 
     def __call__(self, step: int) -> Verdict | None:
         """Evaluates the network after ``step`` steps; the verdict, in the first process. At step 0 there is none.
 
         A request to stop breaks an evaluation off; the trainer then repeats it when the run is resumed.
         """
-        return on_rank_zero(self.trainer.fabric, lambda: self._evaluate_unless_stopped(step))
+        if self.settings.shard:
+            self._update_method()
+        self.better = False
+        result = on_rank_zero(self.trainer.fabric, lambda: self._evaluate_unless_stopped(step))
+        if self.trainer.fabric.broadcast(self.better):
+            self.trainer.save(step, *self.state(), folder=("best", "checkpoints"))
+        if self.settings.shard and self.trainer.run and step < self.settings.steps:
+            self.method.cpu()  # its memory on the device is for training
+        return result
+
+    def _update_method(self) -> None:
+        """Of a sharded training: brings the whole method up to date, which the first process keeps for evaluations."""
+        weights = self.trainer.weights()
+        if self.trainer.run:
+            self.method.load_state_dict(weights)
+            self.method.to(self.trainer.fabric.device)
 
     def _evaluate_unless_stopped(self, step: int) -> Verdict | None:
         before = (self.online.best, self.online.per_image) if self.online else None
@@ -82,26 +101,29 @@ class Monitor:
                     return self._evaluate(step)
                 self._evaluate_step_zero()
         except stops.EvaluationStopped:
-            self.trainer.missed = True
+            self.trainer.missed, self.better = True, False
             if self.online and before:  # it will run again: this step's best checkpoint was not saved
                 self.online.best, self.online.per_image = before
         return None
 
     def _evaluate_step_zero(self) -> None:
-        with doing(f"step 0: evaluating on {len(self.images.looked_at)} images"):
+        with doing(f"step 0: evaluating on {len(self.health.views)} images"):
             health = self.health(self.method)
-            gallery = self.images.gallery(2 * self.settings.multicrop.global_crops_size)
-            self.step_zero = StepZero(health, gallery, patch_maps(self.teacher, gallery, SHIFTS).half())
+        with doing("step 0: computing feature maps", log=False):
+            gallery, shown = self.images.gallery(2 * self.settings.multicrop.global_crops_size)
+            maps = patch_maps(self.teacher, gallery, self.shifts).half()
+            self.step_zero = StepZero(health, gallery, shown, maps)
         self._evaluate_online(0)
 
     def _evaluate(self, step: int) -> Verdict:
         run, step_zero = self._run, self.step_zero
         assert step_zero is not None
-        with doing(f"step {step}: evaluating on {len(self.images.looked_at)} images"):
+        with doing(f"step {step}: evaluating on {len(self.health.views)} images"):
             health = self.health(self.method)
         self.images.unreadable(health.replaced, f"evaluation at step {step}: ")
         shifts = step_zero.maps.shape[1] * self.teacher.patch_size // step_zero.gallery.shape[-1]
-        maps = patch_maps(self.teacher, step_zero.gallery, shifts)
+        with doing(f"step {step}: computing feature maps", log=False):
+            maps = patch_maps(self.teacher, step_zero.gallery, shifts)
         similarity = float(F.cosine_similarity(maps, step_zero.maps.float(), dim=-1).mean())
         result = verdict(health, step_zero.health, step, bool(self.images.held_out), similarity)
         run.log(step, result.metrics, "health.jsonl", verdict=result.label, reasons=result.reasons)
@@ -112,15 +134,14 @@ class Monitor:
         return result
 
     def _evaluate_online(self, step: int) -> None:
-        """Evaluates the teacher with --eval, and saves this step's checkpoint if it is the best yet."""
+        """Evaluates the teacher with --eval; ``better`` then says whether it is the best yet."""
         if self.online is None:
             return
         with doing(f"step {step}: evaluating with {', '.join(self.settings.eval)}"):
             metrics, better = self.online(step, self.teacher)
         self._run.log(step, metrics, "evaluations.jsonl")
         say(f"step {step}  " + "  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-        if better:
-            self.trainer.save(step, *self.state(), folder=self._run.path("best", "checkpoints"))
+        self.better = better
 
     def choose_network(self) -> tuple[Backbone, str]:
         """The network to export, and why; without --eval the last teacher, with no reason."""
@@ -169,6 +190,7 @@ class Monitor:
             "images": health.images,
             "maps": self.step_zero.maps,
             "gallery": (255 * self.step_zero.gallery).round().to(torch.uint8),
+            "shown": self.step_zero.shown,
         }
         return {"start": tensors}, values
 
@@ -196,4 +218,5 @@ class Monitor:
             self.online.best = tuple(values["best"])
         scores = {k.removeprefix("score."): v for k, v in tensors.items() if k.startswith("score.")}
         health = HealthSnapshot(scores, float(tensors["rank"]), float(tensors["spread"]), tensors["images"])
-        self.step_zero = StepZero(health, tensors["gallery"].float() / 255, tensors["maps"])
+        shown = tensors.get("shown", torch.zeros(0, dtype=torch.int64))
+        self.step_zero = StepZero(health, tensors["gallery"].float() / 255, shown, tensors["maps"])

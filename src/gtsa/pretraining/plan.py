@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto
-from gtsa.core.terminal import gib
+from gtsa.core.terminal import gib, lasting, times
 from gtsa.data.pixels import Range
 from gtsa.models.backbone import patch_of
 from gtsa.models.transform import FULL_RANGE
 from gtsa.pretraining.cost import Cost
 from gtsa.pretraining.settings import METHODS, Pretrain
+from gtsa.pretraining.verdict import usual_images
 from gtsa.training import checkpoint
-from gtsa.training.devices import resolve_workers
+from gtsa.training.devices import cores, resolve_workers
 
 FEWEST_STEPS = 1_000  # of a run whose length is auto
+WORTH_COMPILING = 2_000  # steps
+SPARE = 1.25  # workers' speed over that of the step
+EVALUATION_SHARE = 0.1  # of the training steps' time, for all evaluations of a run
+EVALUATION_SECONDS = 10.0  # that an evaluation may take in any case
+FEWEST_EVALUATED = 8  # images: fewer give no interval worth its name
 SMALLEST_BATCH = 8  # of a run whose batch size is auto
 MODEL = "vit_small_patch16_224"
 GENTLE = {"freeze_encoder": 0.1, "encoder_lr_scale": 0.1, "layer_decay": 0.75, "gram_weight": 1.0}  # for --init: LOG.md
@@ -195,6 +202,16 @@ def _resolve_steps(plan: Plan[Pretrain], images: int) -> None:
     plan.settle({}, epochs="auto")
 
 
+def resolve_compile(plan: Plan[Pretrain]) -> None:
+    """Resolves whether operations are compiled: that takes about a minute, and saves a part of every step."""
+    settings = plan.settings
+    if settings.compile != "auto":
+        return
+    long, gpu = settings.steps >= WORTH_COMPILING, settings.device == "cuda"
+    reason = f"pays from {WORTH_COMPILING:,} steps on" if gpu else "pays on a GPU"
+    plan.settle({"compile": reason}, compile="on" if gpu and long else "off")
+
+
 def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
     if not is_auto(plan.settings.learning_rate):
         return
@@ -211,7 +228,7 @@ def resolve_accumulate(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
     settings = plan.settings
     if not is_auto(settings.accumulate):
         return
-    fitting = max(1, int((0.7 * free - cost.bytes_fixed) / max(1, cost.bytes_image)))
+    fitting = max(1, int((0.7 * free - cost.fixed(settings)) / max(1, cost.bytes_image)))
     each = settings.batch_size // (settings.devices * settings.nodes)
     fewest = min_images_of(settings)
     allowed = [n for n in range(1, each + 1) if each % n == 0 and each // n >= fewest]
@@ -220,6 +237,42 @@ def resolve_accumulate(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
     if each // parts > fitting and fewest > 1:
         reason = f"{gib(free)} of memory free, and {settings.method} needs {fewest} images at a time"
     plan.settle({"accumulate": reason}, accumulate=parts)
+
+
+def resolve_measured_workers(plan: Plan[Pretrain], cost: Cost) -> None:
+    """On a CPU with cores to spare: as many workers as keep up with the step, and a quarter of the cores at most.
+
+    A GPU is measured with small batches, which it is slow with: there the number stays as it is.
+    """
+    settings = plan.settings
+    if "workers" not in plan.reasons or settings.device != "cpu" or not settings.workers:
+        return
+    needed = max(1, math.ceil(SPARE * cost.loading / cost.passing))
+    reason = f"an image takes {1e3 * cost.loading:.0f} ms to read, {1e3 * cost.passing:.0f} ms to train on"
+    plan.settle({"workers": reason}, workers=min(needed, max(2, cores() // 4)))
+
+
+def resolve_evaluation(plan: Plan[Pretrain], cost: Cost, images: int) -> None:
+    """Resolves the images of an evaluation of health, so that the user does not wait for it longer than for training.
+
+    Args:
+        images: number of different images that may be evaluated.
+    """
+    settings = plan.settings
+    if not is_auto(settings.evaluate_images):
+        return
+    usual = usual_images(images)
+    count = times(0, settings.steps, settings.evaluate_every) + 1
+    allowed = max(EVALUATION_SECONDS, EVALUATION_SHARE * settings.steps * cost.step(settings) / count)
+    fitting = max(FEWEST_EVALUATED, int((allowed - cost.pictures) / cost.evaluated))
+    if usual <= fitting or steps_done(settings) is not None:  # a run of an earlier version evaluated them all
+        each = f", each {usual // images} times" if usual > images else ""
+        plan.settle({"evaluate_images": f"all {images} images{each}"}, evaluate_images=usual)
+        return
+    chosen = fitting if fitting < images else fitting // images * images
+    takes, whole = lasting(allowed), lasting(usual * cost.evaluated + cost.pictures)
+    reason = f"{usual} would take {whole} each time, {takes} are allowed; the verdict's intervals are wider"
+    plan.settle({"evaluate_images": reason}, evaluate_images=chosen)
 
 
 def steps_done(settings: Pretrain) -> int | None:

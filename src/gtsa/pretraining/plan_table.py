@@ -38,11 +38,11 @@ def show(
     needed, free = (settings.keep_checkpoints + 1) * (size + 2 * trained), shutil.disk_usage(disk).free
     if needed > free:
         raise UserError(f"--out {settings.out}: {gib(needed)} are needed for checkpoints, {gib(free)} are free", 6)
-    done, evaluated = steps_done(settings), held_out or min(64, train)
+    done = steps_done(settings)
     weights = sum(p.numel() for p in method.encoders["student"].parameters())
-    seconds = cost.run(settings, evaluated, done or 0)
+    seconds = cost.run(settings, done or 0)
     per_device = settings.batch_size // (settings.devices * settings.nodes)
-    used = gib(cost.bytes_fixed + cost.bytes_image * per_device // settings.accumulate)
+    used = gib(cost.fixed(settings) + cost.bytes_image * per_device // settings.accumulate)
     rows = [
         *_rows(plan, done, train, held_out, weights, loaded, deep),
         ("time", f"about {lasting(seconds)}", _time_remark(settings, cost, done)),
@@ -52,7 +52,7 @@ def show(
     table("plan", rows)
     if seconds > LONG and settings.device == "cpu" and done is None:
         say(f"this is long for a CPU. Faster settings, each added to those before it, until at most {LONG // 3600} h:")
-        for flags, takes in cheaper(settings, cost, weights, evaluated):
+        for flags, takes in cheaper(settings, cost, weights):
             say(f"  {flags}: {takes}")
     return rows
 
@@ -71,6 +71,8 @@ def _rows(
     locals_ = f"{views.local_crops_number} x {views.local_crops_size}"
     epochs = settings.steps * settings.batch_size / train
     device = f"{settings.devices * settings.nodes} x {settings.device}, precision {settings.precision}"
+    device += ", sharded" if settings.shard else ""
+    evaluations = f"{settings.evaluate_images} images, every {settings.evaluate_every:,} steps"
     weights_from = "weights as above" if loaded else "random weights"
     return [
         ("images", f"{train:,}", held),
@@ -83,7 +85,9 @@ def _rows(
         ("micro-batches", settings.accumulate, why("accumulate")),
         ("steps", f"{settings.steps:,} ({epochs:,.1f} epochs)", why("steps")),
         ("learning rate", f"{settings.learning_rate:g}", why("learning_rate")),
+        ("evaluations", evaluations, why("evaluate_images")),
         ("device", device, why("device")),
+        ("compile", settings.compile, why("compile")),
         ("threads", torch.get_num_threads(), threads.wait_policy()),
         ("workers", settings.workers, why("workers")),
     ]

@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 import psutil
 import torch
 from lightning_fabric import Fabric
-from torch.utils.data import DataLoader
 
-from gtsa import methods
 from gtsa.core import files, stops
 from gtsa.core.errors import UserError
+from gtsa.core.extras import require
 from gtsa.core.settings import Plan, with_keywords
 from gtsa.core.settings_file import to_yaml
 from gtsa.core.terminal import command, doing, say
-from gtsa.core.types import Method, Views
-from gtsa.data import augment, run_images
-from gtsa.data.loader import StepSampler, ViewSet, loader
+from gtsa.core.types import Method
+from gtsa.data import run_images
 from gtsa.data.run_images import ImageSettings, RunImages
 from gtsa.data.scan import count_deep
 from gtsa.models.backbone import Backbone
 from gtsa.models.card import Origin
 from gtsa.models.export import write as write_export
-from gtsa.models.weight_sources import read_weights
-from gtsa.models.weights import model_of
 from gtsa.pretraining import cost, plan, plan_table
-from gtsa.pretraining.adaptation import build_method, parameter_groups
+from gtsa.pretraining.adaptation import build_method
 from gtsa.pretraining.arguments import PretrainArguments
+from gtsa.pretraining.batches import Batches
 from gtsa.pretraining.monitor import Monitor
 from gtsa.pretraining.online_eval import OnlineEvaluation
 from gtsa.pretraining.open_run import open_run
+from gtsa.pretraining.parts_of_run import begin_plan, continue_plan, optimizer_of, select
 from gtsa.pretraining.report.report import write_at_end
 from gtsa.pretraining.requested import describe, plain_values, requested_settings
 from gtsa.pretraining.run_record import PLAN, plan_text
 from gtsa.pretraining.settings import Pretrain
 from gtsa.pretraining.verdict import Verdict, advice
-from gtsa.training import loggers, threads
-from gtsa.training.devices import launch_fabric, on_rank_zero, resolve_device
-from gtsa.training.optim import ScheduledAdamW
+from gtsa.training import loggers, sharding, threads
+from gtsa.training.devices import launch_fabric, on_rank_zero
 from gtsa.training.run_folder import RunFolder, note
-from gtsa.training.schedules import Cosine, warmup_then
 from gtsa.training.trainer import Trainer, TrainerSettings
 
-T = TypeVar("T", ImageSettings, TrainerSettings)
+NOT_WRITTEN = {"resume": False, "overwrite": False, "plan": False, "shard": False}  # they are of one start of a run
 
 
 @dataclass
@@ -68,7 +64,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
     """Trains a vision transformer on images without labels.
 
     Args:
-        data: folder, list file, or any torch Dataset of images; None: the sample that comes with gtsa.
+        data: folder, list file, tar shards, or any torch Dataset of images; None: the sample that comes with gtsa.
         settings: as in ``gtsa pretrain --help``; sections are dictionaries, e.g. ``views={"local_crops_number": 4}``.
 
     Raises:
@@ -78,15 +74,12 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
     requested = requested_settings({**settings} if data is None else {"data": describe(data), **settings})
     data = requested.data if data is None else data
     loggers.check_installed(requested.loggers)
+    if requested.decoder == "simplejpeg":
+        require("--decoder simplejpeg", "jpeg", "simplejpeg")
 
     # Device and initial weights, and the part of the plan that needs no image: mistakes show before a file is read.
-    resolved = resolve_device(requested)
-    plan.check_batch(resolved.settings)
-    initial = read_weights(requested.init) if requested.init else None
-    given_model = None if requested.model == "auto" else requested.model
-    plan.resolve_initial(resolved, *((model_of(initial, given_model)[0], initial.range16) if initial else (None,)))
-    plan.resolve_sizes(resolved)
-    fabric = launch_fabric(resolved.settings)
+    resolved, initial = begin_plan(requested)
+    fabric = launch_fabric(resolved.settings, requested.shard)
     if requested.deterministic and fabric.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -97,10 +90,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         listed = on_rank_zero(fabric, partial(_list_images, data, resolved.settings, run)) or {}
         counted = on_rank_zero(fabric, lambda: run_images.count_images(listed, resolved.settings.out)) or 0
         count: int = fabric.broadcast(counted)
-        kind = methods.load_all()[requested.method]
-        plan.resolve_method(resolved, kind.auto_settings, count)
-        plan.resolve_hold_out(resolved, count)
-        plan.resolve_budget(resolved, count - resolved.settings.hold_out, kind.base_lr)
+        continue_plan(resolved, count)
 
         # Networks, and the data of the evaluations during training. These are the last that can be refused.
         method, loaded = build_method(resolved.settings, initial)
@@ -111,27 +101,27 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         fabric.barrier()
 
         # The cost of a step, measured on these images: micro-batches that fit, and the plan as the user sees it.
-        images = RunImages(data, _select(ImageSettings, resolved.settings), partial(note, run))
+        images = RunImages(data, select(ImageSettings, resolved.settings), partial(note, run))
         _write_config(run, resolved.settings)
-        prepare = partial(_prepare, method, fabric.device)
-        expected = _measure_and_show(resolved, method, loaded, images, prepare, fabric, requested, run)
+        expected = _measure_and_show(resolved, method, loaded, images, fabric, requested, run)
         if requested.plan:
             return _result(Path(requested.out or "."), Verdict("planned", [], {}))
         final = resolved.settings
         _write_config(run, final)
 
         # Training, from step 0 or from the newest checkpoint. The monitor evaluates between steps.
-        resume = f"{command()} pretrain --out {shlex.quote(final.out)} --resume"
+        resume = f"{command()} pretrain --out {shlex.quote(final.out)} --resume{' --shard' if final.shard else ''}"
+        trained = _shard(method, final, fabric) if final.shard else method
         trainer = Trainer(
-            method, _optimizer(method, final), _select(TrainerSettings, final), fabric, run, resume, expected
+            trained, optimizer_of(trained, final), select(TrainerSettings, final), fabric, run, resume, expected
         )
-        monitor = Monitor(trainer, method, final, images, online, prepare)
+        batches = Batches(final, images, method, fabric.device)
+        monitor = Monitor(trainer, method, final, images, online, batches.prepare)
         if run:
             run.open_loggers(final.loggers, plain_values(final))
         if final.resume:
             monitor.resume()
-        batches = _batches(final, images, trainer.first_step, fabric)
-        trainer(batches, prepare, images.account, monitor, monitor.state)
+        trainer(batches.from_step(trainer.first_step, fabric), batches.prepare, images.account, monitor, monitor.state)
 
         # Verdict and export.
         verdict, choice = monitor(final.steps), ""
@@ -170,7 +160,7 @@ def _online_evaluation(settings: Pretrain) -> OnlineEvaluation | None:
 
 def _config(settings: Pretrain) -> str:
     """The text of config.yaml, for --resume and --config."""
-    return files.sealed(to_yaml(settings.model_copy(update={"resume": False, "overwrite": False, "plan": False})))
+    return files.sealed(to_yaml(settings.model_copy(update=NOT_WRITTEN)))
 
 
 def _write_config(run: RunFolder | None, settings: Pretrain) -> None:
@@ -178,33 +168,27 @@ def _write_config(run: RunFolder | None, settings: Pretrain) -> None:
         run.write("config.yaml", _config(settings))
 
 
-def _prepare(method: Method, device: torch.device, views: Views) -> Views:
-    """Brings views to the device, augmented."""
-    student = method.encoders["student"]
-    assert isinstance(student, Backbone)
-    return augment.apply(views, device, *student.normalisation)
-
-
 def _measure_and_show(
     resolved: Plan[Pretrain],
     method: Method,
     loaded: str,
     images: RunImages,
-    prepare: Callable[[Views], Views],
     fabric: Fabric,
     requested: Pretrain,
     run: RunFolder | None,
 ) -> tuple[float, float]:
     """Measures a step, resolves micro-batches and shows the plan; expected seconds of a step and of an evaluation."""
 
-    def work() -> tuple[int, float, float]:
+    def work() -> tuple[int, int, int, float, float]:
         settings, device = resolved.settings, fabric.device
         per_device = max(1, settings.batch_size // (settings.devices * settings.nodes))
         with doing(f"measuring a step of {settings.model} on {device}"):
-            views, free = ViewSet(images.source, images.train, settings.multicrop, settings.seed), _free_memory(device)
+            batches, free = Batches(settings, images, method, device), _free_memory(device)
             fewest = plan.min_images_of(settings)
-            measured = cost.probe(method.to(device), views, prepare, fabric, per_device, free, fewest)
+            measured = cost.probe(method.to(device), batches.views(), batches.prepare, fabric, per_device, free, fewest)
         plan.resolve_accumulate(resolved, measured, _free_memory(device))
+        plan.resolve_measured_workers(resolved, measured)
+        plan.resolve_evaluation(resolved, measured, len(images.looked_at))
         if loaded:
             say(loaded)
         disk = _existing(Path(requested.out or ".").absolute())
@@ -213,10 +197,12 @@ def _measure_and_show(
         if run and not (run.folder / PLAN).exists():  # a resumed run keeps the reasons with which it began
             run.write(PLAN, plan_text(rows))
         settings = resolved.settings
-        return settings.accumulate, measured.step(settings), measured.evaluation(settings, len(images.looked_at))
+        times = measured.step(settings), measured.evaluation(settings)
+        return settings.accumulate, settings.workers, settings.evaluate_images, *times
 
-    accumulate, step, evaluation = fabric.broadcast(on_rank_zero(fabric, work) or (0, 0.0, 0.0))
-    resolved.settle({}, accumulate=accumulate)
+    nothing = 0, 0, 0, 0.0, 0.0
+    accumulate, workers, evaluated, step, evaluation = fabric.broadcast(on_rank_zero(fabric, work) or nothing)
+    resolved.settle({}, accumulate=accumulate, workers=workers, evaluate_images=evaluated)
     return step, evaluation
 
 
@@ -229,29 +215,10 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
 
 
-def _optimizer(method: Method, settings: Pretrain) -> ScheduledAdamW:
-    return ScheduledAdamW(
-        parameter_groups(method, settings),
-        warmup_then(Cosine(settings.learning_rate, settings.final_learning_rate), settings.warmup, settings.steps),
-        Cosine(settings.weight_decay, settings.final_weight_decay),
-        settings.clip_grad,
-        (0.9, settings.beta2),
-    )
-
-
-def _select(kind: type[T], settings: Pretrain) -> T:
-    """The settings that a part of the run needs: the fields of the dataclass ``kind``."""
-    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
-
-
-def _batches(settings: Pretrain, images: RunImages, start: int, fabric: Fabric) -> DataLoader[Views]:
-    """Micro-batches of this process, from step ``start`` on."""
-    views = ViewSet(images.source, images.train, settings.multicrop, settings.seed)
-    rank, ranks = fabric.global_rank, fabric.world_size
-    sampler = StepSampler(
-        len(images.train), settings.batch_size, settings.steps, start, rank, ranks, settings.accumulate
-    )
-    return loader(views, sampler, settings.workers, pin=fabric.device.type == "cuda")
+def _shard(method: Method, settings: Pretrain, fabric: Fabric) -> Method:
+    """The method, spread over the processes. In the first one ``method`` itself stays whole, for the monitor."""
+    method = copy.deepcopy(method.cpu()) if fabric.global_rank == 0 else method
+    return sharding.shard(method, fabric.device, settings.precision == "bf16")
 
 
 def _model_name(data: str) -> str:

@@ -32,7 +32,7 @@ def preview(
     The views are those that pretraining with the same settings draws.
 
     Args:
-        data: folder, list file, or in Python any torch Dataset of images.
+        data: folder, list file, tar shards, or in Python any torch Dataset of images.
         out: PNG file to write.
         image: number of the image, in the order of the files.
         epoch: views differ from epoch to epoch.

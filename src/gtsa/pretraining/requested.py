@@ -14,13 +14,14 @@ from gtsa.core.files import IMAGES
 from gtsa.core.settings import differences, merged, validated
 from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import say
+from gtsa.data import storage
 from gtsa.pretraining.settings import MethodSettings, Pretrain
 from gtsa.training import checkpoint
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 FREE_TO_CHANGE = {  # on --resume; all others decide what is learnt
-    "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "device", "workers", "log_every", "loggers",
-    "checkpoint_every", "evaluate_every", "keep_checkpoints", "eval", "eval_train", "eval_val", "eval_folds",
+    "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "shard", "device", "workers", "log_every",
+    "loggers", "checkpoint_every", "evaluate_every", "keep_checkpoints", "eval", "eval_train", "eval_val", "eval_folds",
     "eval_config", "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic", "report", "plan",
 }  # fmt: skip
 
@@ -28,7 +29,8 @@ FREE_TO_CHANGE = {  # on --resume; all others decide what is learnt
 def describe(data: object) -> str:
     """``data`` as config.yaml names it: an absolute path, or a description of what is no path."""
     if isinstance(data, str | os.PathLike):
-        return os.path.abspath(data) if os.path.exists(data) else os.fspath(data)
+        path = os.fspath(data)
+        return os.path.abspath(path) if os.path.exists(path) or storage.is_pattern(path) else path
     if not hasattr(data, "__len__"):
         raise UserError(f"data: a folder, a list file or a map-style dataset, not a {type(data).__name__}")
     return f"<{type(data).__name__} of {len(data)} items>"
@@ -76,7 +78,7 @@ def _resume_settings(saved: Mapping[str, Any], given: Mapping[str, object], show
             + "\nleave them out, or start another run with --init and another --out"
         )
     for line in changes:
-        if show and line.split(":")[0] not in ("out", "resume", "plan"):
+        if show and line.split(":")[0] not in ("out", "resume", "plan", "shard"):
             say(f"changed: {line}")
     return settings
 
@@ -105,7 +107,7 @@ def _check_overwrite(settings: Pretrain) -> None:
 
 def plain_values(settings: Pretrain) -> dict[str, Any]:
     """Settings as a checkpoint holds them: plain values for JSON."""
-    values: dict[str, Any] = json.loads(settings.model_dump_json(exclude={"resume", "overwrite", "plan"}))
+    values: dict[str, Any] = json.loads(settings.model_dump_json(exclude={"resume", "overwrite", "plan", "shard"}))
     return values
 
 
@@ -140,6 +142,7 @@ def settings_of(out: Path, show: bool = True) -> dict[str, Any] | None:
     if seal:
         lines = [line for line in lines if line.split(":")[0] not in FREE_TO_CHANGE]
     lines = [line for line in lines if line.split(":")[0] not in ("out", "resume", "overwrite")]
+    lines = [line for line in lines if ": auto, now " not in line]  # the checkpoint's version lacked the setting
     if lines or (seal is False and kept is None):
         raise _damaged_config_error(path, lines, kept)
     return saved

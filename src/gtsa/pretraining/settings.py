@@ -52,6 +52,11 @@ MethodSettings: dict[str, type[Strict]] = {
 }
 
 LOGGERS = ("wandb", "mlflow")
+NOT_PROFILED = (  # settings that do not change a step; gtsa profile has none of them
+    "out", "resume", "overwrite", "plan", "report", "devices", "nodes", "steps", "epochs", "loggers", "hold_out",
+    "checkpoint_every", "keep_checkpoints", "evaluate_every", "evaluate_images", "log_every", "keep_best", "eval",
+    "eval_train", "eval_val", "eval_folds", "eval_config",
+)  # fmt: skip
 VIEW_RANGES = (  # (setting, above, at most): two values, the first not above the second
     ("global_crops_scale", 0, 1), ("local_crops_scale", 0, 1), ("aspect", 0, math.inf), ("sigma", 0, math.inf),
 )  # fmt: skip
@@ -61,7 +66,7 @@ VIEW_JITTER = (("brightness", math.inf), ("contrast", math.inf), ("saturation", 
 
 class PretrainSettings(Documented):
     data: str | Missing = MISSING
-    """Folder of images (nested), or a .txt file with one path a line. Without it: the sample that comes with gtsa."""
+    """Folder of images (nested), .txt file with one path a line, or tar shards. Default: the sample of gtsa."""
     out: str | Missing = MISSING
     """Folder to write the run to."""
     method: str = "gtsa"
@@ -104,16 +109,29 @@ class PretrainSettings(Documented):
     """Drop path rate (stochastic depth) of the student's last block; linear from 0 at the first."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """Numeric precision. auto: bf16 on a GPU that supports it, else 32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse operations of the step with torch.compile. auto: on a GPU, in a run of at least 2,000 steps."""
+    activation_checkpointing: bool = False
+    """Keep the input of each block alone and recompute the rest in the backward pass: less memory, more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Kind of device. auto: all GPUs, or the CPU."""
     devices: Count | Auto = AUTO
     """Processes on this machine, one per GPU. auto: all GPUs; one on CPU. Under torchrun: those that it started."""
     nodes: int = Field(1, ge=1)
     """Number of machines; start each with torchrun."""
+    shard: bool = False
+    """Spread weights, gradients and moments over all processes (FSDP2), for models that do not fit on one device.
+    Give it again with --resume, or leave it out: checkpoints are the same."""
     deterministic: bool = False
     """Use deterministic kernels on GPUs (slower). On a CPU they always are."""
     workers: Natural | Auto = AUTO
     """Processes that read images, per device. auto: by the number of CPU cores."""
+    cut: Literal["host", "device"] = "host"
+    """Where crops are cut. device: workers only decode, and the GPU cuts; its crops may differ by one grey level."""
+    cache: str | None = None
+    """Folder for downscaled JPEGs, made once and used by later runs. It pays for PNGs, TIFFs and large photographs."""
+    decoder: Literal["pillow", "simplejpeg"] = "pillow"
+    """Decoder of JPEGs. simplejpeg is faster (extra jpeg); its pixels differ a little."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of views, order and initial weights."""
     checkpoint_every: Count | Auto = AUTO
@@ -122,6 +140,10 @@ class PretrainSettings(Documented):
     """Number of checkpoints to keep."""
     evaluate_every: Count | Auto = AUTO
     """Steps between evaluations (health, pictures, --eval). auto: ten in a run, at least 50 steps apart."""
+    evaluate_images: Count | Auto = AUTO
+    """Images of an evaluation of health; if fewer are held out, each is drawn several times. auto: 64, or all held-out
+    images if there are more; fewer where an evaluation would take more than 10 s and all together more than a tenth of
+    the run. Fewer images widen the intervals of the verdict."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
     loggers: tuple[str, ...] = ()
@@ -246,7 +268,9 @@ class PretrainSettings(Documented):
         """Which images of the data are used."""
         from gtsa.data.sources import Selection
 
-        return Selection(self.range16, self.data_root, self.include, self.exclude, self.follow_links)
+        return Selection(
+            self.range16, self.data_root, self.include, self.exclude, self.follow_links, decoder=self.decoder
+        )
 
     @property
     def options(self) -> dict[str, Any]:

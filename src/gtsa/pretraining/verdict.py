@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gtsa.core.errors import UserError
+from gtsa.core.terminal import Count
 from gtsa.core.types import Draw, Method, Replaced, Views
 from gtsa.data.loader import ViewSet, collate
 from gtsa.evaluation import intervals
@@ -22,12 +23,16 @@ CHANCE = 0.25  # of four rotations
 
 MARGIN = 0.02  # of cosine over step 0, and of accuracy over chance: less counts for nothing
 
-SCORES = {  # sentences about metrics of Method.diagnose; the gain over step 0 counts of all that end in _score
-    "region_score": "region prediction (cosine with the true region minus cosine with other images; higher is better)",
-    "image_score": "view matching (cosine with another view minus cosine with other images; higher is better)",
-    "patch_score": "patch localisation in another view (1: at the true position, 0: as far off as a random patch)",
-    "pixel_score": "reconstruction of masked patches (1: exact, 0: no closer to the image than to others)",
-}
+SCORES = {  # names and meanings of metrics of Method.diagnose; the gain over step 0 counts of all that end in _score
+    "region_score": (
+        "region prediction", "cosine with the true region minus cosine with other images; higher is better",
+    ),
+    "image_score": ("view matching", "cosine with another view minus cosine with other images; higher is better"),
+    "patch_score": (
+        "patch localisation in another view", "1: at the true position, 0: as far off as a random patch",
+    ),
+    "pixel_score": ("reconstruction of masked patches", "1: exact, 0: no closer to the image than to others"),
+}  # fmt: skip
 
 MUTE = 0.01  # of teacher_information: less is none. Measured: 0.0003 where the loss stays at log K, 0.14 where it falls
 
@@ -37,9 +42,21 @@ LONG = 1_000  # steps from which a run without progress counts as stalled; befor
 # export was as good as a random network, 0.79 after the demo.
 UNCHANGED = 0.99
 
-VIEWS = 64  # samples of an evaluation: fewer held-out images are drawn several times each
+VIEWS = 64  # samples of an evaluation, at least: fewer held-out images are drawn several times each
 
 FEW = 20  # images: with fewer, the reason for a missing verdict is also their number
+
+
+def usual_images(images: int) -> int:
+    """Images of an evaluation that time does not limit: each of ``images`` as often as fits into ``VIEWS``."""
+    return images * max(1, VIEWS // max(1, images))
+
+
+def choose_images(images: Sequence[int], count: int) -> tuple[list[int], int]:
+    """``count`` of the images, evenly spaced in their order; or all of them, and how often each is drawn."""
+    if count < len(images):
+        return [images[index * len(images) // count] for index in range(count)], 1
+    return list(images), count // len(images)
 
 
 @dataclass
@@ -63,11 +80,11 @@ class HealthMonitor:
     Args:
         views: the held-out images.
         prepare: brings views to the device, as for training.
+        draws: how often the views of each image are drawn.
     """
 
-    def __init__(self, views: ViewSet, prepare: Callable[[Views], Views]) -> None:
-        self.views, self.prepare = views, prepare
-        self.draws = draws_of(len(views))
+    def __init__(self, views: ViewSet, prepare: Callable[[Views], Views], draws: int) -> None:
+        self.views, self.prepare, self.draws = views, prepare, draws
 
     @torch.no_grad()
     def __call__(self, method: Method) -> HealthSnapshot:
@@ -77,13 +94,16 @@ class HealthMonitor:
         images: list[Tensor] = []
         tokens: list[Tensor] = []
         replaced: dict[int, Replaced] = {}
-        for batch in self._batches():
-            replaced |= {entry[0]: entry for entry in batch.replaced}
-            for name, values in method.diagnose(batch).items():
-                scores.setdefault(name, []).append(values.double().cpu())
-            images.append(batch.images)
-            patches = method.encoders["teacher"](batch.global_crops.pixels.flatten(0, 1)).patches
-            tokens.append(patches.flatten(0, 2).float().cpu())
+        total = self.draws * len(self.views)
+        with Count("evaluated", total) as progress:
+            for batch in self._batches():
+                progress(sum(map(len, images)))
+                replaced |= {entry[0]: entry for entry in batch.replaced}
+                for name, values in method.diagnose(batch).items():
+                    scores.setdefault(name, []).append(values.double().cpu())
+                images.append(batch.images)
+                patches = method.encoders["teacher"](batch.global_crops.pixels.flatten(0, 1)).patches
+                tokens.append(patches.flatten(0, 2).float().cpu())
         method.train(training)
         seen, row = torch.unique(torch.cat(images), return_inverse=True)
         count = torch.bincount(row).double()
@@ -103,11 +123,6 @@ class HealthMonitor:
                 yield self.prepare(collate([self.views[Draw(draw, int(index))] for index in indices]))
 
 
-def draws_of(images: int) -> int:
-    """How often an evaluation draws views of each of ``images`` images: ``VIEWS`` times in all, at least once each."""
-    return max(1, VIEWS // max(1, images))
-
-
 @dataclass
 class Verdict:
     """What the metrics support: a label, and the sentences behind it."""
@@ -122,10 +137,11 @@ def verdict(
 ) -> Verdict:
     """Compares a network with itself at step 0, image by image.
 
-    A metric counts as learnt when its interval lies above chance (or step 0), and its mean exceeds it by a margin: a
-    network that has hardly changed differs from itself by little, but significantly. Before step ``LONG`` the whole
-    interval must exceed it by the margin. A network whose features have hardly changed is not learning, however well
-    its heads predict. An adaptation is meant to change little: this rule does not apply to it.
+    Two metrics decide: the first of the method, and rotation accuracy where it has one; one of them is enough. Such a
+    metric counts as learnt when its interval lies above step 0 (accuracy: above chance, too), and its mean exceeds it
+    by a margin: a network that has hardly changed differs from itself by little, but significantly. Before step
+    ``LONG`` the whole interval must exceed it by the margin. A network whose features have hardly changed is not
+    learning, however well its heads predict. An adaptation is meant to change little: this rule does not apply to it.
 
     Args:
         similarity: mean cosine similarity of the teacher's patch tokens with those of step 0.
@@ -170,17 +186,18 @@ def verdict(
     metrics["similarity_to_start"] = similarity
     change = "hardly changed" if similarity > UNCHANGED else "changed"
     reasons.append(
-        f"the exported encoder has {change}: cosine similarity of patch tokens with those of step 0 {similarity:.3f}"
+        f"the exported encoder has {change}: cosine similarity of patch tokens with those of step 0: {similarity:.3f}"
     )
     unchanged = similarity > UNCHANGED and "agreement" not in now.scores
-    decisive = [gains[next(iter(now.scores)).removesuffix("_accuracy")], gains.get("rotation", [])]
+    first = next(iter(now.scores))
+    decisive = [gains[first.removesuffix("_accuracy")], gains.get("rotation", [])]
     if mute or (shrunk and not (_learnt(decisive[0]) and now.spread > start.spread / 10)):
         return Verdict("collapsing", reasons, metrics)
     learnt = any(map(_learnt, decisive)) and not unchanged
     if learnt and (step >= LONG or any(map(_learnt_early, decisive))):
         return Verdict("learning", reasons, metrics)
     if learnt:
-        reasons.append(_too_early(images))
+        reasons.append(_too_early([first, *(["rotation_accuracy"] if decisive[1] else [])], images))
     return Verdict("too short to tell" if step < LONG else "stalled", reasons, metrics)
 
 
@@ -197,8 +214,11 @@ def _learnt_early(gains: Sequence[Interval]) -> bool:
     return bool(gains) and all(low >= MARGIN for _, low, _ in gains)
 
 
-def _too_early(images: int) -> str:
-    reason = f"too early for a verdict: before step {LONG:,} the whole interval of a gain must exceed {MARGIN:+g}"
+def _too_early(decisive: Sequence[str], images: int) -> str:
+    names = " or ".join(dict.fromkeys(map(score_name, decisive)))
+    chance = " (rotation accuracy: above chance, too)" if "rotation_accuracy" in decisive else ""
+    interval_of = f"before step {LONG:,} the whole 95 % interval of {names}"
+    reason = f"too early for a verdict: {interval_of} must lie at least {MARGIN:g} above step 0{chance}"
     return f"{reason}; {images} images give a wide interval, hold out more with --hold-out" if images < FEW else reason
 
 
@@ -208,7 +228,13 @@ def _better(name: str, gain: Interval, images: str) -> str:
     comparison = {"better": clear, "worse": "worse", "not distinguishable": "not significantly better"}
     between = f"95 % interval {low:+.3f} to {high:+.3f}" if isfinite(low) else "no interval"
     change = comparison[intervals.verdict(low, high)]
-    return f"{SCORES.get(name, name.replace('_', ' '))}: {change} than at step 0, {mean:+.3f} ({between}, {images})"
+    meaning = f" ({SCORES[name][1]})" if name in SCORES else ""
+    return f"{score_name(name)}{meaning}: {change} than at step 0, {mean:+.3f} ({between}, {images})"
+
+
+def score_name(name: str) -> str:
+    """The name of a metric of ``Method.diagnose`` in texts, e.g. region prediction for region_score."""
+    return SCORES[name][0] if name in SCORES else name.replace("_", " ")
 
 
 def _rotation(accuracy: Interval, learnt: bool) -> str:
@@ -222,8 +248,14 @@ def _rotation(accuracy: Interval, learnt: bool) -> str:
 def advice(label: str) -> str:
     """What to do about a verdict."""
     return {
-        "learning": "evaluate the export on your task; longer training may improve it",
-        "too short to tell": f"give it more steps (at least {LONG:,}) before you draw conclusions",
+        "learning": (
+            "evaluate the export on your task; LEARNING is about the training's own task, not about the use of the "
+            "features, and longer training may improve both"
+        ),
+        "too short to tell": (
+            "train longer; a few hundred steps can show that the set-up works, but conclusions about the features need "
+            f"more (the default is at least {LONG:,} steps)"
+        ),
         "stalled": "more varied images, a larger batch or a higher --learning-rate may help",
         "collapsing": (
             "start anew with a lower --learning-rate, a higher momentum of the teacher, or (dino, ibot) a lower "

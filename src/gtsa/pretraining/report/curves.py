@@ -10,7 +10,7 @@ from gtsa.core.chart import Line, Point, line_chart
 from gtsa.core.html import Markup
 from gtsa.core.terminal import lasting
 from gtsa.pretraining.run_record import Entry, RunRecord
-from gtsa.pretraining.verdict import CHANCE, SCORES
+from gtsa.pretraining.verdict import CHANCE, SCORES, score_name
 from gtsa.training.schedules import Cosine, warmup_then
 
 TIMES = ("step", "seconds", "waited", "gradient")  # of metrics.jsonl; all others are parts of the loss and accuracies
@@ -61,10 +61,11 @@ def _health(record: RunRecord) -> Iterator[Markup]:
     log = record.health
     names = list(dict.fromkeys(name for entry in log for name in entry))
     for name in (n for n in names if n.endswith("_gain")):
-        title = f"{name.removesuffix('_gain').replace('_', ' ').capitalize()} score, gain over step 0"
-        meaning = SCORES.get(name.replace("gain", "score"), "")
+        score = f"{name.removesuffix('_gain')}_score"
+        title = f"{score_name(score).capitalize()}, gain over step 0"
+        meaning = f"{SCORES[score][1].capitalize()}. " if score in SCORES else ""
         started = [{"step": 0, name: 0.0}, *log]
-        yield line_chart(title, [_line("gain", started, name)], note=f"{meaning}. Band: 95 % interval.", level=0.0)
+        yield line_chart(title, [_line("gain", started, name)], note=f"{meaning}Band: 95 % interval.", level=0.0)
     for name, (title, note, include) in HEALTH.items():
         start = [{"step": 0, name: entry[f"{name}_at_start"]} for entry in log[:1] if f"{name}_at_start" in entry]
         yield line_chart(title, [_line(title.lower(), [*start, *log], name)], note=note, include=include)

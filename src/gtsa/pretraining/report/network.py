@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gtsa import methods
+from gtsa.core.errors import escaped
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Method, Views
 from gtsa.evaluation.feature_maps import patch_maps
@@ -30,10 +31,15 @@ class Network:
     gallery: Tensor  # [n, 3, side, side] in [0, 1]
     at_start: Tensor  # [n, h, w, D]: patch tokens at step 0
     now: Tensor  # the same of the teacher
+    names: Sequence[str]  # of the kept images; empty in runs of early versions
 
     @property
     def device(self) -> torch.device:
         return next(self.method.parameters()).device
+
+    def title(self, image: int) -> str:
+        """How the page names a kept image: by its number, and by its file."""
+        return f"Image {image + 1}" + (f": {escaped(self.names[image])}" if self.names else "")
 
     def draw_views(self) -> Views:
         """Views of the kept images, drawn as in training."""
@@ -64,7 +70,9 @@ def open_network(record: RunRecord) -> Network | None:
     assert isinstance(teacher, Backbone)
     shifts = max(1, start["maps"].shape[1] * teacher.patch_size // gallery.shape[-1])
     now = patch_maps(teacher, gallery, shifts)
-    return Network(record.settings, state["step"], method, teacher, gallery, start["maps"].float(), now)
+    shown = start["shown"].tolist() if "shown" in start else []
+    names = [record.images[index] for index in shown] if max(shown, default=0) < len(record.images) else []
+    return Network(record.settings, state["step"], method, teacher, gallery, start["maps"].float(), now, names)
 
 
 def _build_method(settings: Pretrain, encoder: dict[str, Any]) -> Method:

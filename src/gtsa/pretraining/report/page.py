@@ -114,7 +114,7 @@ def _verdict(record: RunRecord) -> Markup:
 
 
 def _sentence(text: str) -> str:
-    words = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    words = html.unbroken(text)
     return f"{words[:1].upper()}{words[1:].rstrip('.')}."
 
 
@@ -128,7 +128,7 @@ def _data(record: RunRecord, images: bool) -> Markup:
     bad += [
         (names.get(index, f"image {index}"), reason, "during training") for index, reason in record.unreadable.items()
     ]
-    bad += [(str(f["name"]), str(f["reason"]), "folder, not listed") for f in scan.get("folders_not_listed", ())]
+    bad += [(str(f["name"]), str(f["reason"]), "not read whole") for f in scan.get("folders_not_listed", ())]
     parts = [html.facts([*_scan_facts(scan), *_range_fact(record)])] if scan else []
     if bad:
         rows = [(html.code(name), escaped(reason), when) for name, reason, when in bad]

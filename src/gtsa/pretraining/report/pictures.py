@@ -60,7 +60,7 @@ def feature_maps(network: Network) -> Parts:
     figures = []
     for n, image in enumerate(resized(network.gallery, SIDE)):
         parts = (
-            (image, f"Image {n + 1}", f"image {n + 1}"),
+            (image, f"Image {n + 1}", network.title(n)),
             (at_start[n], f"Feature map of image {n + 1} at step 0", "step 0"),
             (now[n], f"Feature map of image {n + 1} at step {network.step}", f"step {network.step:,}"),
         )
@@ -119,11 +119,11 @@ def rotation_prediction(network: Network) -> Parts:
     tiles = []
     for k, picture in enumerate(resized(rotated[0], SIDE)):
         best = int(shares[0, k].argmax())
-        words = f"predicted {90 * best}° ({100 * shares[0, k, best]:.0f} %)"
+        words = html.unbroken(f"predicted {90 * best}° ({100 * shares[0, k, best]:.0f} %)")
         caption = Markup("rotated {}°: {}").format(90 * k, html.marked(words, "good" if best == k else "bad"))
         tiles.append(tile(picture, f"Image 1 rotated by {90 * k} degrees, {words}", caption))
     rows = [
-        [f"image {n + 1}, {90 * k}°", *(f"{100 * share:.0f} %" for share in shares[n, k])]
+        [f"image {n + 1}, {90 * k}°", *(html.unbroken(f"{100 * share:.0f} %") for share in shares[n, k])]
         for n in range(len(images))
         for k in range(4)
     ]
@@ -161,7 +161,9 @@ def targets(network: Network) -> Parts:
         cosines = similarities_of_images(predicted, target)
         for n in range(min(2, len(cosines))):
             pictures = [maps_of_images[n] for maps_of_images in colours]
-            figures.append(_pair(views, size, view, seen, pictures, n, describe_similarity(cosines, n)))
+            row = _pair(views, size, view, seen, pictures, n)
+            words = f"{network.title(n)}. {_named(size, view)} against {_named(0, seen)}; the shared region is framed. "
+            figures.append(html.figure(row, words + describe_similarity(cosines, n)))
     return [
         html.paragraph(
             "The teacher sees a global crop (G), the student another view of the same image (G or L). The region that "
@@ -186,22 +188,29 @@ def describe_similarity(cosines: Tensor, image: int) -> str:
     return f"Cosine similarity {own:.2f}{chance}."
 
 
-def _pair(views: Views, size: int, view: int, seen: int, colours: list[Tensor], image: int, similarity: str) -> Markup:
+def _named(size: int, crop: int) -> str:
+    """The name of a crop, e.g. G1 or L3."""
+    return f"{'GL'[size]}{crop + 1}"
+
+
+def _pair(views: Views, size: int, view: int, seen: int, colours: list[Tensor], image: int) -> Markup:
+    """Four pictures: what the teacher sees, the target, the student's cells, and what the student sees."""
     crops, globals_ = views.groups[size], views.global_crops
     in_view, in_seen = regions(crops, globals_)
     student = preview_picture.rotated(crops)[image, view]
     teacher = preview_picture.rotated(globals_)[image, seen]
-    names = f"G{seen + 1}", f"{'GL'[size]}{view + 1}"
     hue = (255, 200, 0)
     parts = (
-        (preview_picture.boxed(teacher, in_seen[image, seen, view], hue, 1), f"{names[0]}, seen by the teacher"),
+        (preview_picture.boxed(teacher, in_seen[image, seen, view], hue, 1), f"{_named(0, seen)}, seen by the teacher"),
         (colours[0], "target: the teacher's cells"),
         (colours[1], "the student's cells"),
-        (preview_picture.boxed(student, in_view[image, view, seen], hue, 1), f"{names[1]}, seen by the student"),
+        (
+            preview_picture.boxed(student, in_view[image, view, seen], hue, 1),
+            f"{_named(size, view)}, seen by the student",
+        ),
     )
     tiles = [tile(picture, f"Image {image + 1}: {caption}", caption) for picture, caption in parts]
-    words = f"Image {image + 1}: {names[1]} against {names[0]}; the shared region is framed. {similarity}"
-    return html.figure(html.strip(tiles), words)
+    return html.strip(tiles)
 
 
 def attention(network: Network) -> Parts:
@@ -221,7 +230,7 @@ def attention(network: Network) -> Parts:
             for (name, m), peak in zip(chosen, peaks, strict=True)
         ]
         flat = sum(peak < UNIFORM for peak in peaks)
-        caption = f"Image {n + 1}. {flat} of {len(peaks)} maps are nearly uniform."
+        caption = f"{network.title(n)}. {flat} of {len(peaks)} maps are nearly uniform."
         figures.append(html.figure(html.grid(tiles, "tiles small"), caption))
     more = f" Of {len(heads)} heads the first {MOST_HEADS} are shown." if len(heads) > MOST_HEADS else ""
     return [
@@ -260,7 +269,9 @@ def example_views(network: Network) -> Parts:
         ),
         html.grid(
             [
-                html.figure(tile_image(boxes, "The first image with the boxes of its crops", 2 * SIDE), "Image 1."),
+                html.figure(
+                    tile_image(boxes, "The first image with the boxes of its crops", 2 * SIDE), f"{network.title(0)}."
+                ),
                 html.figure(html.grid(tiles, "tiles small"), "Its views."),
             ]
         ),
