@@ -16,7 +16,7 @@ class Pictures:
 
     def __init__(self, images, names=None):
         self.images, self.names = images, names or [f"{i:03d}.png" for i in range(len(images))]
-        self.ignored, self.unreadable = {}, []
+        self.ignored, self.unreadable, self.range16 = {}, [], (0.0, 65535.0)
 
     def __len__(self):
         return len(self.images)

@@ -104,6 +104,31 @@ def test_a_click_shows_the_similarities_with_the_patch(page, server):
     assert page.locator(".tile .value").first.text_content() == f"{_nearest(server, index)['similarity']:.3f}"
 
 
+def test_two_sets_of_weights_have_one_scale(page, server):
+    visit(page, image="scene_03.png", at="0.4,0.6")
+    index = server.ask("find", name="scene_03.png")["image"]
+    maps = [server.ask("look", image=index, y=0.4, x=0.6, network=n)["upright"] for n in (0, 1)]
+    lows = [min(min(row) for row in values) for values in maps]
+    legends = page.locator(".network .legend")
+    for number in (0, 1):
+        assert legends.nth(number).locator(".low").text_content() == f"{min(lows):.2f}"
+        assert legends.nth(number).locator(".high").text_content() == "1.00, one scale for both weights"
+    assert abs(lows[0] - lows[1]) > 0.01
+    least = [min(colours_of(first_frame(page, number)).values()) for number in (0, 1)]
+    assert least.index(min(least)) == lows.index(min(lows)) and min(least) < max(least)
+    visit(page, image="scene_03.png", at="0.4,0.6", weights="0")
+    assert legends.nth(0).locator(".low").text_content() == f"{lows[0]:.2f}"
+    assert legends.nth(0).locator(".high").text_content() == "1.00"
+
+
+def test_the_share_of_variance_stands_at_the_principal_components(page):
+    visit(page, image="scene_03.png", show="pca", weights="0")
+    network = page.locator(".network").first
+    assert network.locator(".others h3").text_content() == "Nearest images by the chosen patch"
+    text = network.locator(".legend .low").text_content()
+    assert text.startswith("3 components: ") and text.endswith(" % of variance")
+
+
 def _nearest(server, index):
     return server.ask("gallery", image=index, y=1.5 / 4, x=4.5 / 6)["tiles"][0]
 

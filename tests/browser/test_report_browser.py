@@ -49,6 +49,15 @@ def visit(browser):
     assert all(url.startswith(("file://", "data:")) for url in requests)
 
 
+def test_pictures_have_a_frame(browser, finished):
+    """A white picture would not be seen on a white page."""
+    page = browser.new_page()
+    page.goto((finished / "report.html").as_uri())
+    widths = page.locator("main img").evaluate_all("all => all.map(img => getComputedStyle(img).borderTopWidth)")
+    assert len(widths) > 20 and set(widths) == {"1px"}
+    page.close()
+
+
 def chart(page, title):
     return page.locator("figure.chart", has=page.locator(".title", has_text=re.compile(f"^{title}$")))
 

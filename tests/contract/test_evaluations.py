@@ -157,6 +157,7 @@ class TestEvaluation:
         assert all(len(values) == VAL for values in per_image.values())
         for which in (list(range(VAL)), [0, 2, 3, 5], [1, 4], [4, 4, 2, 0, 0]):
             metrics = evaluator.metrics(chosen(per_image, which))
+            assert set(evaluator.other_metrics) <= set(metrics)  # none is a name that was mistyped
             assert metrics
             assert all(type(value) is float for value in metrics.values())
 

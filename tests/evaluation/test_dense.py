@@ -36,7 +36,7 @@ class Pictures:
     """A source of images that are there already."""
 
     def __init__(self, pixels):
-        self.pixels = pixels
+        self.pixels, self.range16 = pixels, (0.0, 65535.0)
 
     def name(self, index):
         return f"{index}.png"

@@ -43,7 +43,7 @@ class Pixels:
     """A source of images in memory."""
 
     def __init__(self, images):
-        self.images, self.on_read = images, lambda: None
+        self.images, self.on_read, self.range16 = images, lambda: None, (0.0, 65535.0)
 
     def __len__(self):
         return len(self.images)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
@@ -108,6 +109,7 @@ def test_the_report_has_chance_levels_and_counts(folders, tmp_path, capsys):
     assert report["requested"]["task"] == ["knn", "linear"] and report["requested"]["train"] == [str(folders / "train")]
     shown = capsys.readouterr().out
     assert "95 % intervals over images; most frequent class: 33.33 %" in " ".join(shown.split())
+    assert "top1, k = 3 100.00 % 100.00 to 100.00" in " ".join(shown.split())
     assert "step 10/" in shown or "ETA 0 s" in shown  # a training tells how far it is, with a folder or without
     assert linear["per_class"] == {}
 
@@ -242,7 +244,11 @@ def test_health_of_a_run_needs_nothing(finished, scenes, tmp_path, capsys, part)
     """The run's own held-out images are used: those that follow from its scan and its seed."""
     small = {"resize": 64, "crop": 64}
     (own,) = gtsa.evaluate(str(finished / part), "health", device="cpu", workers=0, health=small)["results"]
-    assert f"evaluated on {TINY['hold_out']} held-out images of {finished}" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"evaluated on {TINY['hold_out']} held-out images of {finished}" in shown
+    assert re.search(
+        r"rank \d+\.\d\d effective number of dimensions .* spread \d\.\d\d of their directions; 1: all", shown
+    )
     assert own["images"] == {"evaluated": TINY["hold_out"]}
     settings = validated(Pretrain, read_yaml(finished / "config.yaml"))
     pool = RunImages(str(scenes), settings, print)

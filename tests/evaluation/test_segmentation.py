@@ -224,6 +224,7 @@ class Failing:
 
     def __init__(self, source, count, act):
         self.source, self.left, self.act = source, count, act
+        self.range16 = source.range16
 
     def name(self, index):
         return self.source.name(index)

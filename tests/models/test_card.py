@@ -1,5 +1,6 @@
 """The card of an export says what the run's files say, and its code opens the export beside it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -61,9 +62,12 @@ def test_its_facts_are_those_of_the_run(folder, finished):
         "| method | `gtsa` |",
         "Exported after step 12. The network is the EMA teacher. The loss does not use the CLS token.",
         "| images for training | 8 |",
+        "`cells automatic`; `matches automatic`",
+        "`rotations yes`",
         "too short to tell",
     ):
         assert fact in text
+    assert not {"None", "True", "False"} & set(re.findall(r"\w+", text.partition("## Training")[2]))
     assert f"`{read_weights_fingerprint(finished)}`" in text
     assert "no sign of collapse: effective rank" in text
     assert str(finished) not in text and str(finished.parent) not in text

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -17,7 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 import gtsa
 from gtsa import UserError
 from gtsa.evaluation.retrieval import nearest, votes_of
-from gtsa.models import state_dict, weights
+from gtsa.models import published, state_dict, weights
 from gtsa.models.backbone import Backbone
 from gtsa.models.weight_sources import Weights, read_weights
 from gtsa.models.weights import load_backbone
@@ -254,6 +257,7 @@ def test_timm_by_name(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(timm, "create_model", fetched)
+    monkeypatch.setattr(published, "check_reachable", lambda spec: None)
     actual = read_weights("timm:vit_tiny_patch16_384")
     monkeypatch.undo()
     assert (actual.model, actual.arguments) == ("vit_tiny_patch16_384", {"img_size": 384})
@@ -262,6 +266,34 @@ def test_timm_by_name(monkeypatch):
     with pytest.raises(UserError, match="timm:no_such_vit could not be fetched") as caught:
         read_weights("timm:no_such_vit")
     assert caught.value.code == 4
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """One clean line at once: the client of the hub would try for a minute."""
+    asked = []
+
+    def refuse(url, **options):
+        asked.append(url)
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(published, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(published, "try_to_load_from_cache", lambda *names, **options: None)
+    with pytest.raises(UserError) as caught:
+        read_weights("timm:vit_small_patch14_dinov2.lvd142m")
+    assert caught.value.code == 4 and len(asked) == 1
+    assert str(caught.value) == (
+        "timm:vit_small_patch14_dinov2.lvd142m could not be fetched: https://huggingface.co cannot be reached "
+        "([Errno -2] Name or service not known); give a file or a folder of weights, or fetch "
+        "these once with network: HF_HUB_OFFLINE=1 then opens them from the cache"
+    )
+
+
+def test_hf_hub_offline_is_named(tmp_path):
+    """In a process of its own: the hub's client reads the variable when it is imported."""
+    code = "from gtsa.models.published import fetch\nfetch('timm:vit_small_patch14_dinov2.lvd142m')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "is not in the cache of the hub, and HF_HUB_OFFLINE forbids to fetch it" in done.stderr.splitlines()[-1]
 
 
 # Bare files

@@ -89,6 +89,11 @@ def plain(text: Text) -> str:
     return escape(text).striptags()
 
 
+def unbroken(text: str) -> str:
+    """The text with a no-break space before every %."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def preformatted(text: str) -> Markup:
     return Markup('<pre tabindex="0">{}</pre>').format(text)
 
@@ -152,5 +157,5 @@ def _kind(kind: str) -> Markup:
 
 __all__ = [
     "EMPTY", "Markup", "Text", "bold", "bullets", "code", "details", "escape", "facts", "figure", "grid", "image",
-    "join", "marked", "page", "paragraph", "plain", "preformatted", "section", "small", "strip", "table",
+    "join", "marked", "page", "paragraph", "plain", "preformatted", "section", "small", "strip", "table", "unbroken",
 ]  # fmt: skip

@@ -176,6 +176,8 @@ class Progress:
         self.clock = clock or Clock(steps, steps, steps)
         self.shown = self.printed = time.perf_counter()
         self.last, self.text = Line(), ""
+        if start < steps:
+            self.last.show(f"step {start + 1}/{steps} ...", at_once=True)
 
     @property
     def due(self) -> bool:

@@ -110,7 +110,7 @@ def evaluate(
     with predictions.mark_unfinished(resolved.predictions, resolved.task, requested):
         for number, current in enumerate(opened, start=1):
             report["results"].append(result := _run_task(current, backbone, fabric, resolved))
-            _show(result)
+            _show(result, current.evaluator.other_metrics)
             if resolved.out:
                 _write(Path(resolved.out), report, unfinished=[later.name for later in opened[number:]])
     if resolved.out:
@@ -248,7 +248,8 @@ def _per_class(task: tasks.Task, per_image: PerImage) -> dict[str, dict[str, flo
     }
 
 
-def _show(result: Result) -> None:
+def _show(result: Result, other_metrics: Mapping[str, str]) -> None:
+    """Prints the metrics of a task: shares with %, others with what they are."""
     images = result["images"]
     title = f"{images['evaluated']:,} images"
     if "folds" in images:
@@ -259,5 +260,9 @@ def _show(result: Result) -> None:
     if ranges:
         title += "; 95 % intervals over images"
     title += "".join(f"; {name}: {value:.2f} %" for name, value in result["chance"].items())
-    rows = [(name, f"{value:.2f}", ranges.get(name, "")) for name, value in result["metrics"].items()]
+    rows = []
+    for name, value in result["metrics"].items():
+        unit = "" if name in other_metrics else " %"
+        notes = [text for text in (ranges.get(name), other_metrics.get(name)) if text]
+        rows.append((name, f"{value:.2f}{unit}", "; ".join(notes)))
     table(f"{result['task']} ({title})", rows)

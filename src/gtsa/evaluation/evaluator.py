@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from gtsa.data.labels import Kind, Labelled
@@ -23,6 +24,7 @@ class Evaluator(ABC):
     uses_train_set: ClassVar[bool] = True
     trains_long: ClassVar[bool] = False  # if so, all images are decoded once before it starts
     bootstrap: ClassVar[bool] = True  # whether metrics of random choices of images are quick and meaningful
+    other_metrics: ClassVar[Mapping[str, str]] = {}  # those that are no shares in per cent: what each of them is
 
     @abstractmethod
     def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
@@ -36,7 +38,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def metrics(self, per_image: PerImage) -> dict[str, float]:
-        """Metrics, shares in per cent; the first one is the primary metric."""
+        """Metrics, shares in per cent but for ``other_metrics``; the first one is the primary metric."""
 
     def per_class(self, per_image: PerImage) -> dict[str, list[float]]:
         """Metrics of each class, in the order of the classes; NaN for a class that no image shows."""

@@ -142,7 +142,7 @@ def _training(origin: Origin, backbone: Backbone) -> str:
         return f"{TRAINING}\n{text} They were read from {_code(source)}.\n\n{_licence(origin)}"
     config = _config(origin.run)
     step = config.get("steps") if origin.step is None else origin.step
-    rows = {name: _code(str(config[name])) for name in SETTINGS if name in config}
+    rows = {name: _code(_value(config[name])) for name in SETTINGS if name in config}
     rows |= _sections(config)
     head = f"{TRAINING}\nExported after step {step}. {_network(origin, backbone)}".rstrip()
     sections = [f"{head}\n", _table(rows), f"## Data\n\n{_data(origin.run, config)}"]
@@ -171,10 +171,17 @@ def _sections(config: Mapping[str, Any]) -> dict[str, str]:
     """Settings of the method and of the views."""
     sections = {name: config.get(name) for name in (str(config.get("method")), "views")}
     return {
-        name: "; ".join(_code(f"{key} {value}") for key, value in values.items())
+        name: "; ".join(_code(f"{key} {_value(value)}") for key, value in values.items())
         for name, values in sections.items()
         if isinstance(values, Mapping)
     }
+
+
+def _value(value: object) -> str:
+    """A setting in words: null is one that the method decides."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "automatic" if value is None else str(value)
 
 
 def _data(run: Path, config: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
-import timm
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -22,7 +21,7 @@ from torch import Tensor
 from gtsa.core import files
 from gtsa.core.errors import UserError
 from gtsa.data.pixels import Range
-from gtsa.models import huggingface, state_dict
+from gtsa.models import huggingface, published, state_dict
 from gtsa.models.backbone import Backbone
 from gtsa.models.formats import no_weights
 from gtsa.models.transform import FULL_RANGE, Normalisation, parse_normalisation, parse_range16
@@ -83,16 +82,10 @@ def read_weights(spec: str, network: str = "teacher") -> Weights:
 
 
 def _from_timm(spec: str) -> Weights:
-    name = spec.removeprefix("timm:")
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # of the hub, the network or the name
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"{spec} could not be fetched: {reason}; check the name and the network, or give a file", 4
-        ) from None
-    config = model.pretrained_cfg
+    model = published.fetch(spec)
+    config: dict[str, Any] = model.pretrained_cfg
     arguments = {"img_size": config["input_size"][-1]}
+    name = spec.removeprefix("timm:")
     return Weights(model.state_dict(), spec, name, parse_normalisation(config["mean"], config["std"]), arguments)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class Clusters(Evaluator):
 
     label_kinds = ("masks",)
     bootstrap = False
+    other_metrics: ClassVar[Mapping[str, str]] = {"clusters": "number of clusters"}
     uses_train_set = False
 
     def __init__(self, k: int = 500, dimensions: int = 50, size: int = 448, repeats: int = 5) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,11 @@ class FeatureHealth(Evaluator):
     label_kinds = ("none",)
     uses_train_set = False
     bootstrap = False
+    other_metrics: ClassVar[Mapping[str, str]] = {
+        "rank": "effective number of dimensions of the patch tokens, at most the width",
+        "spread": "of their directions; 1: all are equally frequent, 0: there is one",
+        "width": "values of a patch token",
+    }
 
     def __init__(self, resize: int = 256, crop: int = 224) -> None:
         self.resize, self.crop = resize, crop

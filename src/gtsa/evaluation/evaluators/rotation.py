@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,12 @@ class Rotation(Evaluator):
     """
 
     label_kinds = ("masks", "classes", "multilabel", "none")
+    other_metrics: ClassVar[Mapping[str, str]] = {
+        "cosine as it lies": "cosine similarity",
+        "cosine turned back": "cosine similarity",
+        "cosine at random": "cosine similarity",
+        "position R2": "share of the variance; 1: all of it",
+    }
 
     def __init__(self, resize: int = 256, crop: int = 224, size: int = 512) -> None:
         self.resize, self.crop, self.size = resize, crop, size

@@ -150,16 +150,17 @@ class View {
     for (const [name, step] of [[".earlier", -1], [".later", 1]]) find(name).addEventListener("click", () => change({ page: String(Number(state.page) + step) }));
   }
 
-  async show(signal) {
+  // `lowest` gives the least similarity on this side's maps, and resolves to the least of all sides: they share one scale
+  async show(signal, lowest) {
     this.element.classList.add("waiting");
     try {
       const { order, filter, page, show, rotation } = state, [y, x] = state.at.split(",");
       const query = { network: this.number, image: image.index, y, x, rotation };
-      const look = await ask("look", query, signal);
-      this.low = Math.min(...look.upright.flat(), ...(look.rotated?.map.flat() ?? []));
+      const look = await ask("look", query, signal).catch((error) => (lowest(Infinity), Promise.reject(error))); // the other side goes on
+      this.low = await lowest(Math.min(...look.upright.flat(), ...(look.rotated?.map.flat() ?? [])));
       if (state.show === "similarity") this.drawChosen(look, look.upright, look.rotated?.map, this.heat());
       const gallery = await ask("gallery", { ...query, order, filter, page, show }, signal);
-      if (state.show === "pca") this.drawChosen(look, gallery.upright, gallery.rotated, (colour) => colour);
+      if (state.show === "pca") this.drawChosen(look, gallery.upright, gallery.rotated, (colour) => colour, gallery.variance);
       this.drawOthers(gallery);
       return gallery;
     } finally {
@@ -169,7 +170,7 @@ class View {
 
   heat = () => (value) => inferno((value - this.low) / Math.max(1e-6, 1 - this.low));
 
-  drawChosen(look, upright, rotated, colourOf) {
+  drawChosen(look, upright, rotated, colourOf, variance) {
     const turns = Number(state.rotation), pca = state.show === "pca", angle = ANGLES[turns];
     const shown = [[upright, look.patch, 0, pca ? "Principal components as colours." : "Cosine similarity with the chosen patch."]];
     if (rotated) shown.push([rotated, look.rotated.patch, turns, pca ? `Rotated by ${angle}, same components.` : `Rotated by ${angle}: similarity with the same patch, rotated.`]);
@@ -184,8 +185,9 @@ class View {
       const share = Math.min(0.7, Math.max(0.3, ratios[i] / (ratios[i] + ratios[i ^ 1]))); // two in a row have one height
       stage.element.style.width = shown.length > 1 ? `calc(${100 * share}% - .4rem)` : "100%";
     });
-    this.legend.querySelector(".low").textContent = pca ? "" : this.low.toFixed(2);
-    this.legend.querySelector(".high").textContent = pca ? "" : "1.00";
+    const shared = byId("networks").classList.contains("two") ? ", one scale for both weights" : "";
+    this.legend.querySelector(".low").textContent = pca ? `3 components: ${(100 * variance).toFixed(0)} % of variance` : this.low.toFixed(2);
+    this.legend.querySelector(".high").textContent = pca ? "" : `1.00${shared}`;
     this.legend.querySelector(".ramp").hidden = pca;
     this.drawNumbers(look.rotated);
   }
@@ -202,10 +204,9 @@ class View {
     this.numbers.replaceChildren(...rows.flatMap((row) => row.map((text, i) => listItem(i ? "dd" : "dt", text))));
   }
 
-  drawOthers({ tiles, images, page, pages, variance, nearest }) {
-    const pca = state.show === "pca";
+  drawOthers({ tiles, images, page, pages, nearest }) {
     const turns = nearest && state.rotation !== "0" ? `, rotated by ${ANGLES[state.rotation]}` : "";
-    this.title.textContent = (nearest ? `Nearest images by the chosen patch${turns}` : "Images by name") + (pca ? ` (3 components: ${(100 * variance).toFixed(0)} % of variance)` : "");
+    this.title.textContent = nearest ? `Nearest images by the chosen patch${turns}` : "Images by name";
     this.none.hidden = tiles.length > 0;
     this.none.textContent = state.filter ? "No image with features has such a name." : "No other image has features yet.";
     this.tiles.replaceChildren(...tiles.map((tile) => this.drawTile(tile)));
@@ -250,9 +251,19 @@ async function show() {
   const wanted = views.filter((view) => String(view.number) === state.weights), visible = wanted.length ? wanted : views;
   views.forEach((view) => (view.element.hidden = !visible.includes(view)));
   byId("networks").classList.toggle("two", visible.length > 1);
-  const [first] = await Promise.all(visible.map((view) => view.show(signal)));
+  const lowest = meeting(visible.length);
+  const [first] = await Promise.all(visible.map((view) => view.show(signal, lowest)));
   const patch = visible[0].stages[0].patch, best = first.tiles[0];
   byId("announcement").textContent = `Patch in row ${patch[0] + 1}, column ${patch[1] + 1}.${best && first.nearest ? ` Nearest: ${best.name}, ${best.similarity.toFixed(2)}.` : ""}`;
+}
+
+// A function that each of `sides` calls with a number, and that resolves to the least of all when the last has called it
+
+function meeting(sides) {
+  const numbers = [];
+  let settle;
+  const all = new Promise((resolve) => (settle = resolve));
+  return (number) => (numbers.push(number) === sides && settle(Math.min(...numbers)), all);
 }
 
 async function locate(name, signal) {

@@ -108,9 +108,9 @@ class Images:
         Raises BadImage.
         """
         detail = None if side is None else lambda width, height: side / max(width, height)
-        path = self.source.path(index)
         try:
-            header = None if path is None else read_header(path)
+            file = self.source.file(index)
+            header = None if file is None else read_header(file)
             with self._budget.reserve(header.width * header.height if header else 0):
                 return self.source.read(index, detail)
         except BadImage as reason:
