@@ -4,7 +4,9 @@
 
 One step is what pretraining does: ViT-S/16, 2 x 224 + 8 x 96 px, forward, backward, clipping, AdamW, moving average.
 ``--profile FILE`` writes what the time of one step goes into, operation by operation, augmentation included, and adds
-to the result the time of each phase and of each kind of kernel. ``--compile PART ...`` compiles them.
+to the result the time of each phase and of each kind of kernel. ``--compile`` compiles what gtsa marks for it.
+``--reference`` measures in turn with it a plain eager implementation of the same step (reference.py), with the same
+loss.
 share_of_matrix_rate = (FLOPs of the step / its time) / (FLOPs of a square matrix product / its time), both measured
 alternately in this process at the same precision, medians.
 """
@@ -31,12 +33,13 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtsa
+import reference
+from gtsa.core.compilation import compiling
 from gtsa.core.types import Crops, Views
 from gtsa.data import augment
 from gtsa.data.loader import collate
 from gtsa.data.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
-from gtsa.methods.parts import losses
 from gtsa.models.backbone import Backbone
 from gtsa.training import loop
 from gtsa.training.devices import PRECISIONS
@@ -133,29 +136,32 @@ def named(owner: object, attribute: str, phase: str) -> None:
     setattr(owner, attribute, outer)
 
 
-def compiled(method: GTSA, parts: list[str]) -> None:
-    """Compiles parts of the method in place."""
-    torch._dynamo.config.recompile_limit = 64  # stochastic depth is a number of its own in every block
-    encoders = [method.student.encoder, method.teacher.encoder]
-    if "blocks" in parts:
-        for block in [block for encoder in encoders for block in encoder.vit.blocks]:
-            block.compile(dynamic=False)
-    if "heads" in parts:
-        for head in (method.student.projector, method.teacher.projector, method.predictor, method.rotation_head):
-            head.compile(dynamic=False)
-    if "losses" in parts:
-        losses.region = torch.compile(losses.region, dynamic=False)
-        losses.patch_correspondence = torch.compile(losses.patch_correspondence, dynamic=False)
+def plain_step(given: argparse.Namespace, views: Views, fabric: Fabric):  # type: ignore[no-untyped-def]
+    """A step of the plain implementation, after it was compared with ours: the same loss on the same crops."""
+    method = GTSA(Backbone(given.model, 224, drop_path=0.0)).to(fabric.device).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in method.parameters() if p.requires_grad], lr=1e-5, foreach=False, fused=False
+    )
+    with torch.no_grad(), fabric.autocast():
+        ours, plain = float(method(views, 1.0)["loss"]), float(reference.loss_of(method, views))
+    if abs(ours - plain) > (1e-4 if given.precision == ["32"] else 2e-2):
+        raise SystemExit(f"the plain implementation has another loss: {plain}, not {ours}")
+
+    def step() -> None:
+        reference.step(method, optimizer, views, fabric)
+
+    step()
+    return step
 
 
 def measure(given: argparse.Namespace, precision: str, batch: int, device: str) -> dict[str, object]:
     torch.manual_seed(0)
     fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
-    method = GTSA(Backbone(given.model, 224, drop_path=given.drop_path))
+    method = GTSA(Backbone(given.model, 224, drop_path=0.0 if given.reference else given.drop_path))
+    method.student.encoder.recompute = given.activation_checkpointing
     if given.channels_last:
         for head in (method.student.projector, method.teacher.projector, method.predictor):
             head.to(memory_format=torch.channels_last)
-    compiled(method, given.compile)
     optimizer = ScheduledAdamW(method, Constant(1e-5), Constant(0.04))
     module, wrapped = fabric.setup(method, optimizer)
     module.train()
@@ -163,8 +169,10 @@ def measure(given: argparse.Namespace, precision: str, batch: int, device: str) 
     views = views_of(cut, fabric.device)
 
     def step() -> None:
-        train_step(module, wrapped, [views], 1, fabric, 0.5, 0.5)
+        with compiling(given.compile, print):
+            train_step(module, wrapped, [views], 1, fabric, 0.5, 0.5)
 
+    plain = plain_step(given, views, fabric) if given.reference else None
     side = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(side, side, device=fabric.device, dtype=KINDS[precision]) for _ in range(2))
     first = seconds(step, fabric.device)
@@ -174,9 +182,10 @@ def measure(given: argparse.Namespace, precision: str, batch: int, device: str) 
     torch.mm(a, b)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, products = [], []
+    times, products, references = [], [], []
     for _ in range(given.repeats):
         times.append(seconds(step, fabric.device))
+        references += [seconds(plain, fabric.device)] if plain else []
         products += [seconds(lambda: torch.mm(a, b), fabric.device) for _ in range(3)]
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
     step_time, product_time = statistics.median(times), statistics.median(products)
@@ -187,8 +196,10 @@ def measure(given: argparse.Namespace, precision: str, batch: int, device: str) 
         "precision": precision,
         "batch": batch,
         "compiled": given.compile,
+        "activation_checkpointing": given.activation_checkpointing,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if given.compile else 0,
         "channels_last": given.channels_last,
-        "drop_path": given.drop_path,
+        "drop_path": 0.0 if given.reference else given.drop_path,
         "first_step_seconds": first,
         "step_seconds": step_time,
         "images_per_second": batch / step_time,
@@ -198,6 +209,10 @@ def measure(given: argparse.Namespace, precision: str, batch: int, device: str) 
         "peak_memory_gib": memory,
         "repeats": given.repeats,
     }
+    if references:
+        row["reference_seconds"] = statistics.median(references)
+        pairs = zip(references, times, strict=True)
+        row["times_as_fast_as_reference"] = statistics.median(plain / ours for plain, ours in pairs)
     if given.profile:
         mean, std = method.encoders["student"].normalisation  # type: ignore[misc]
         named(augment, "apply", "augmentation")
@@ -208,7 +223,8 @@ def measure(given: argparse.Namespace, precision: str, batch: int, device: str) 
         named(method, "after_step", "teacher")
 
         def whole() -> None:
-            augment.apply(cut, fabric.device, mean, std)
+            with compiling(given.compile, print):
+                augment.apply(cut, fabric.device, mean, std)
             step()
 
         seconds(whole, fabric.device)
@@ -226,8 +242,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="images; 0: 4 on CPU, 128 on a GPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="file for a table of operations; the precision joins its name")
-    parser.add_argument("--compile", nargs="*", default=[], choices=["blocks", "heads", "losses"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile of regions, as --compile on of gtsa")
+    parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--channels-last", action="store_true", help="weights of the convolutional heads, too")
+    parser.add_argument("--reference", action="store_true", help="measure a plain eager implementation, too")
     parser.add_argument("--drop-path", type=float, default=0.1)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,6 +264,8 @@ def main() -> None:
     for row in rows:
         share = row["share_of_matrix_rate"]
         told = "" if share is None else f", {100 * share:.0f} % of the matrix rate"  # type: ignore[operator]
+        if given.reference:
+            told += f", {row['times_as_fast_as_reference']:.2f} times as fast as a plain implementation"
         print(f"{row['model']} {row['precision']:>4}: {row['step_seconds']:.4f} s a step of {batch} images{told}")
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
