@@ -11,7 +11,14 @@ from gtsa import __version__
 
 project, author, copyright = "gtsa", "the gtsa authors", "the gtsa authors, Apache-2.0"
 release = version = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "settings_reference"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "settings_reference",
+    "benchmark_plots",
+]
 exclude_patterns = ["_build", "notebooks"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]

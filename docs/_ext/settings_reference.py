@@ -161,7 +161,7 @@ class Functions(SphinxDirective):
         return self.parse_text_to_nodes(f"{text}```\n")
 
     def _signature(self, name: str) -> str:
-        if name not in MODELS and name != "preview":
+        if name not in MODELS and name not in ("preview", "profile"):
             return ""
         known = inspect.unwrap(getattr(gtsa, name))
         first = [
