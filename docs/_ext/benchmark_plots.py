@@ -13,7 +13,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-WIDTH, NAMES, HEIGHT = 720, 270, 26  # of a plot, of its names, of a bar with its gap; px
+WIDTH, NAMES, VALUES, HEIGHT = 800, 330, 150, 26  # of a plot, its names, its values, a bar with its gap; px
 Bars = Iterator[tuple[str, float]]
 Result = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[Result], Bars]]] = {  # name: files, 
 def draw(bars: list[tuple[str, float]], unit: str) -> str:
     """Horizontal bars with their names and values, as SVG in the colours of the page."""
     most = max(value for _, value in bars) or 1
-    room = WIDTH - NAMES - 90
+    room = WIDTH - NAMES - VALUES
     text = "; ".join(f"{name}: {value:.3g} {unit}" for name, value in bars)
     lines = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT * len(bars)}" role="img" style="width:100%;height:auto" '
