@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -53,7 +54,8 @@ class Forked:
 
     def send_signal(self, number):
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it ended this moment, as for subprocess
+                os.kill(self.pid, number)
 
     def printed(self):
         """Its standard output so far."""
