@@ -11,9 +11,12 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import run, run_apart
-from gtsa.core.settings_file import read_yaml
+from gtsa.core import files
+from gtsa.core.settings import validated
+from gtsa.core.settings_file import read_yaml, to_yaml
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining.requested import settings_of
+from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 
 ARCHIVE = Path(__file__).with_name("run_of_schema_1.tar.xz")
@@ -63,6 +66,13 @@ def test_it_resumes_with_its_images_in_another_folder(old, scenes):
     assert "training from step 12 to 13" in out + err
     assert read_yaml(old / "config.yaml")["views"]["hflip"] == 0.0
     assert "schema: 2" in (old / "config.yaml").read_text()
+
+
+def test_settings_that_its_version_lacked_may_be_resolved_since(old):
+    """A resume writes them into config.yaml, and may be killed before the next checkpoint."""
+    settings = validated(Pretrain, {**settings_of(old), "compile": "off", "evaluate_images": 5})
+    (old / "config.yaml").write_text(files.sealed(to_yaml(settings)))
+    assert settings_of(old)["evaluate_images"] == 5
 
 
 def test_as_a_file_of_settings_it_is_refused_with_the_new_names(old, scenes, tmp_path):

@@ -219,5 +219,6 @@ def test_wrong_inputs_are_answered_as_for_pretrain(arguments, code, words):
 def test_a_report_that_cannot_be_written_is_an_error(scenes, tiny_yaml, tmp_path):
     file = tmp_path / "file"
     file.touch()
-    code, _, err = run("profile", "--data", scenes, "--config", tiny_yaml, "--json", file / "profile.json")
+    code, out, err = run("profile", "--data", scenes, "--config", tiny_yaml, "--json", file / "profile.json")
     assert code == 6 and "give another file" in err
+    assert "measuring" not in out

@@ -45,6 +45,12 @@ def test_views_are_those_of_the_folder_and_the_list(shards, scenes, tmp_path):
                     assert torch.equal(getattr(crops, part), getattr(expected, part))
 
 
+def test_a_cache_has_no_effect_on_shards_and_is_refused(shards, tmp_path):
+    with pytest.raises(UserError, match="leave it out with tar shards"):
+        gtsa.pretrain(str(shards), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), **TINY)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_on_shards_behind_http_is_the_run_on_the_folder(shards, finished, tmp_path, workers):

@@ -62,7 +62,7 @@ VERBS = {
     """,
     "shard": """Pack images into tar shards (WebDataset layout) for large data and object storage.
 
-    The files are packed as they are. Damaged images are left out and named. The same command resumes after an
+    The files are packed as they are. Damaged images are left out and listed. The same command resumes after an
     interruption. Other verbs read the shards with --data. See docs/large_data.md.
     """,
     "methods": "List the training methods.",

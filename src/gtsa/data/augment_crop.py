@@ -174,14 +174,14 @@ class _Crop:
     def _convolve(self, weights: list[float], axis: int) -> None:
         """Convolves ``values`` along an axis with a symmetric kernel, given from its centre outwards."""
         radius, side = len(weights) - 1, self.side
-        turned = (0, axis, 3 - axis)
+        swapped = (0, axis, 3 - axis)
         shape = (3, *(side + 2 * radius * (i == axis) for i in (1, 2)))
         padded = self.padded[: math.prod(shape)].reshape(shape)
-        lines, values = padded.transpose(turned), self.values.transpose(turned)  # the axis is the second one
+        lines, values = padded.transpose(swapped), self.values.transpose(swapped)  # the axis is the second one
         lines[:, radius : radius + side] = values
         lines[:, :radius] = values[:, radius:0:-1]
         lines[:, radius + side :] = values[:, -2 : -radius - 2 : -1]
-        pair = self.pair.transpose(turned)
+        pair = self.pair.transpose(swapped)
         np.multiply(values, weights[0], out=values)
         for distance in range(1, radius + 1):
             before, after = (lines[:, radius + d : radius + d + side] for d in (-distance, distance))

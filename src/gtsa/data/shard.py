@@ -41,7 +41,7 @@ def shard(
 ) -> Path:
     """Packs images into tar files. The same images and settings give the same bytes.
 
-    The bytes of the files are not changed. Every image is decoded once; a damaged one is left out and named in
+    The bytes of the files are not changed. Every image is decoded once; a damaged one is left out and listed in
     ``shards.json``. Shards that are complete are kept when the same call is made again. Returns the folder.
 
     Args:

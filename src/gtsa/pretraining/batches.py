@@ -8,6 +8,7 @@ import torch
 from lightning_fabric import Fabric
 from torch.utils.data import DataLoader
 
+from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream
 from gtsa.core.types import Method, Views
 from gtsa.data import augment
@@ -20,7 +21,7 @@ from gtsa.pretraining.settings import Pretrain
 
 
 class Batches:
-    """The training views of a run, as one of its processes sees them.
+    """The training views of a run, as one of its processes sees them. Raises UserError (2) where --cache has no effect.
 
     Where a CPU trains, those who read images finish the views too: they do it beside the step, or as part of the time
     that a step waits for data. A GPU finishes them itself.
@@ -33,6 +34,8 @@ class Batches:
         self.normalisation: Normalisation = student.normalisation
         self.source: Readable = images.source
         if settings.cache:
+            if len(images.source) and images.source.path(0) is None:
+                raise UserError("--cache is for image files; leave it out with tar shards and datasets")
             self.source = JpegCache(images.source, settings.cache, settings.multicrop, settings.decoder)
 
     def prepare(self, views: Views) -> Views:

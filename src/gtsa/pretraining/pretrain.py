@@ -103,7 +103,8 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         # The cost of a step, measured on these images: micro-batches that fit, and the plan as the user sees it.
         images = RunImages(data, select(ImageSettings, resolved.settings), partial(note, run))
         _write_config(run, resolved.settings)
-        expected = _measure_and_show(resolved, method, loaded, images, fabric, requested, run)
+        batches = Batches(resolved.settings, images, method, fabric.device)
+        expected = _measure_and_show(resolved, method, loaded, images, batches, fabric, requested, run)
         if requested.plan:
             return _result(Path(requested.out or "."), Verdict("planned", [], {}))
         final = resolved.settings
@@ -115,7 +116,7 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
         trainer = Trainer(
             trained, optimizer_of(trained, final), select(TrainerSettings, final), fabric, run, resume, expected
         )
-        batches = Batches(final, images, method, fabric.device)
+        batches.settings = final
         monitor = Monitor(trainer, method, final, images, online, batches.prepare)
         if run:
             run.open_loggers(final.loggers, plain_values(final))
@@ -173,6 +174,7 @@ def _measure_and_show(
     method: Method,
     loaded: str,
     images: RunImages,
+    batches: Batches,
     fabric: Fabric,
     requested: Pretrain,
     run: RunFolder | None,
@@ -183,8 +185,7 @@ def _measure_and_show(
         settings, device = resolved.settings, fabric.device
         per_device = max(1, settings.batch_size // (settings.devices * settings.nodes))
         with doing(f"measuring a step of {settings.model} on {device}"):
-            batches, free = Batches(settings, images, method, device), _free_memory(device)
-            fewest = plan.min_images_of(settings)
+            free, fewest = _free_memory(device), plan.min_images_of(settings)
             measured = cost.probe(method.to(device), batches.views(), batches.prepare, fabric, per_device, free, fewest)
         plan.resolve_accumulate(resolved, measured, _free_memory(device))
         plan.resolve_measured_workers(resolved, measured)

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
-from gtsa.core.files import store
 from gtsa.core.settings import Plan, is_auto, with_keywords
 from gtsa.core.terminal import doing, say
 from gtsa.core.types import Draw, Method, StepResult, Views
@@ -63,6 +62,8 @@ def profile(
     """
     if measured_steps < 1:
         raise UserError(f"--measured-steps {measured_steps}: at least 1")
+    if json_file:
+        _refuse_unwritable(Path(json_file))
     if refused := [name for name in NOT_PROFILED if name in settings]:
         raise UserError(f"{', '.join(refused)}: not a setting of gtsa profile")
     given = {**settings, "plan": True, "devices": 1}
@@ -249,9 +250,21 @@ def _flops(parts: _Parts) -> float:
     return float(counter.get_total_flops() * parts.settings.batch_size / few)
 
 
+def _refuse_unwritable(path: Path) -> None:
+    """Raises UserError (6) before anything is measured."""
+    try:
+        files.check_writable(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
 def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        store(path, (json.dumps(result, indent=1) + "\n").encode())
+        files.store(path, (json.dumps(result, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}; give another file", 6) from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"--json {path} cannot be written: {error.strerror}; give another file", 6)

@@ -129,7 +129,8 @@ class PretrainSettings(Documented):
     cut: Literal["host", "device"] = "host"
     """Where crops are cut. device: workers only decode, and the GPU cuts; its crops may differ by one grey level."""
     cache: str | None = None
-    """Folder for downscaled JPEGs, made once and used by later runs. It pays for PNGs, TIFFs and large photographs."""
+    """Folder for downscaled JPEGs (quality 95), made once and used by later runs. For large photographs, PNGs and
+    TIFFs; not for shards."""
     decoder: Literal["pillow", "simplejpeg"] = "pillow"
     """Decoder of JPEGs. simplejpeg is faster (extra jpeg); its pixels differ a little."""
     seed: int = Field(0, ge=0, lt=2**63)
