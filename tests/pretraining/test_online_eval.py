@@ -169,6 +169,7 @@ def test_an_interrupted_evaluation_keeps_no_best_network(question):
         raise stops.EvaluationStopped(signal.SIGTERM)
 
     monitor.online, monitor.trainer, monitor._evaluate = online, SimpleNamespace(missed=False), evaluate_step
+    monitor.step_zero = True
     assert monitor._evaluate_unless_stopped(5) is None
     assert monitor.trainer.missed and online.best == before and 5 not in online.per_image
     assert online(5, right(40))[1]

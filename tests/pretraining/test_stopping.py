@@ -41,8 +41,8 @@ PHASES = {  # what is called in it, and at which call the signal comes
     "last look": (HealthMonitor, "__call__", 3),
     "export": (PRETRAIN, "write_export", 1),
 }
-AT_ONCE = ("import", "scan", "plan", "first look", "last look", "export")
-STEPS = {"step": 2, "save": 3, "look": 4, "last save": 6}  # that are done when it stops
+AT_ONCE = ("import", "scan", "plan", "last look", "export")
+STEPS = {"first look": 1, "step": 2, "save": 3, "look": 4, "last save": 6}  # that are done when it stops
 
 TIMES = ("seconds", "waited")
 
@@ -144,13 +144,26 @@ def test_an_interrupted_evaluation_is_repeated_when_the_run_resumes(command, tmp
     assert [line["step"] for line in lines(out, "health.jsonl")] == [4, 6]
 
 
-@pytest.mark.parametrize("phase", ["import", "plan", "first look"])
+@pytest.mark.parametrize("phase", ["import", "plan"])
 def test_sigusr1_before_the_first_step_waits_for_it(command, tmp_path, monkeypatch, capfd, phase):
     send(monkeypatch, phase, signal.SIGUSR1)
     assert run([*command, str(tmp_path / "run")]) == 75
     err = capfd.readouterr().err
     assert "gtsa: SIGUSR1: saving and stopping after the first step" in err
     assert "stopped on request at step 1 of 6, checkpoint saved" in err
+
+
+def test_a_request_before_an_evaluation_does_not_wait_for_it(command, straight, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        send(patch, "plan", signal.SIGUSR1)
+        patch.setattr(HealthMonitor, "__call__", lambda *_: pytest.fail("an evaluation came first"))
+        assert run([*command, str(out)]) == 75
+    assert run(["report", str(out)]) == 0
+    assert "stopped before step 0 was evaluated" in (out / "report.html").read_text()
+    assert run([*command, str(out), "--resume"]) == 0
+    assert final_weights(out) == final_weights(straight)
+    assert (out / "health.jsonl").read_bytes() == (straight / "health.jsonl").read_bytes()
 
 
 def test_a_request_to_stop_is_reported_once_and_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch, capfd):

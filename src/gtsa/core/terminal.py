@@ -190,7 +190,7 @@ class Progress:
         self.shown = time.perf_counter()
         self.text = self.line(step, values)
         self.last.show(self.text)
-        if not console.is_terminal and (self.due or step in (self.steps, self.start + 10)):
+        if not console.is_terminal and (self.due or step in (self.steps, self.start + 1, self.start + 10)):
             self.printed = self.shown
             say(self.text)
 

@@ -24,7 +24,7 @@ from gtsa.training.schedules import Constant
 QUICK = 0.5  # seconds that a measured pass may take
 MANY = 16  # images of a measured pass, at most
 LARGE = 4_000_000  # parameters whose update is measured; for more it is extrapolated
-SLOW = 1.0  # seconds of a pass that is not repeated
+SLOW = 0.5  # seconds of a pass that is not repeated
 EVALUATION = 0.5  # cost of evaluating an image, as a share of its passes forward and backward
 PICTURES = 4.0  # cost of the feature maps of an evaluation, in passes of an image
 LONG = 12 * 3600  # seconds; for a longer run on a CPU the plan shows faster settings

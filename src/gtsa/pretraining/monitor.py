@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ from gtsa.training.devices import on_rank_zero
 from gtsa.training.run_folder import RunFolder
 from gtsa.training.trainer import Kept, Trainer
 
+T = TypeVar("T")
+
 
 @dataclass
 class StepZero:
@@ -47,7 +50,10 @@ class StepZero:
 class Monitor:
     """Evaluates a run at step 0, every ``evaluate_every`` steps and at the end: health, pictures, --eval.
 
+    Health and pictures of step 0 follow after the first step, from a copy of the network: the user sees training begin.
+
     Args:
+        method: with its initial weights.
         online: the evaluations of --eval, in the first process.
         prepare: brings views to the device, as for training.
     """
@@ -64,6 +70,7 @@ class Monitor:
         self.trainer, self.method, self.settings = trainer, method, settings
         self.images, self.online = images, online
         self.step_zero: StepZero | None = None  # in the first process
+        self.initial = copy.deepcopy(method).cpu() if trainer.run else None  # until step 0 was evaluated
         self.better = False  # in the first process: the last evaluation was the best of --eval
         evaluated, draws = choose_images(images.looked_at, settings.evaluate_images)
         views = ViewSet(images.source, evaluated, settings.multicrop, settings.seed, Stream.HELD_OUT)
@@ -76,10 +83,19 @@ class Monitor:
 
         A request to stop breaks an evaluation off; the trainer then repeats it when the run is resumed.
         """
+        return self._keep_best(step, lambda: self._evaluate_unless_stopped(step))
+
+    def begin(self) -> None:
+        """Before the first step: evaluates with --eval. The network with its initial weights may be the best."""
+        if self.settings.eval:
+            self._keep_best(0, lambda: self._evaluate_online(0))
+
+    def _keep_best(self, step: int, evaluate: Callable[[], T]) -> T | None:
+        """The result of an evaluation in the first process. All save a network that is the best."""
         if self.settings.shard:
             self._update_method()
         self.better = False
-        result = on_rank_zero(self.trainer.fabric, lambda: self._evaluate_unless_stopped(step))
+        result = on_rank_zero(self.trainer.fabric, evaluate)
         if self.trainer.fabric.broadcast(self.better):
             self.trainer.save(step, *self.state(), folder=("best", "checkpoints"))
         if self.settings.shard and self.trainer.run and step < self.settings.steps:
@@ -97,9 +113,10 @@ class Monitor:
         before = (self.online.best, self.online.per_image) if self.online else None
         try:
             with stops.interruptible():
-                if step:
+                if step == 0:
+                    self._evaluate_step_zero()
+                elif self.step_zero:  # else that was broken off just now
                     return self._evaluate(step)
-                self._evaluate_step_zero()
         except stops.EvaluationStopped:
             self.trainer.missed, self.better = True, False
             if self.online and before:  # it will run again: this step's best checkpoint was not saved
@@ -107,13 +124,15 @@ class Monitor:
         return None
 
     def _evaluate_step_zero(self) -> None:
+        if self.initial is None:  # done before the run was stopped
+            return
+        method = self.initial.to(self.trainer.fabric.device)
         with doing(f"step 0: evaluating on {len(self.health.views)} images"):
-            health = self.health(self.method)
+            health = self.health(method)
         with doing("step 0: computing feature maps", log=False):
             gallery, shown = self.images.gallery(2 * self.settings.multicrop.global_crops_size)
-            maps = patch_maps(self.teacher, gallery, self.shifts).half()
-            self.step_zero = StepZero(health, gallery, shown, maps)
-        self._evaluate_online(0)
+            maps = patch_maps(teacher_of(method), gallery, self.shifts).half()
+        self.step_zero, self.initial = StepZero(health, gallery, shown, maps), None
 
     def _evaluate(self, step: int) -> Verdict:
         run, step_zero = self._run, self.step_zero
@@ -154,9 +173,7 @@ class Monitor:
 
     @property
     def teacher(self) -> Backbone:
-        teacher = self.method.encoders["teacher"]
-        assert isinstance(teacher, Backbone)
-        return teacher
+        return teacher_of(self.method)
 
     @property
     def _run(self) -> RunFolder:
@@ -179,8 +196,9 @@ class Monitor:
             "images": self.images.digest,
             "unreadable": {str(number): reason for number, reason in self.images.bad.items()},
             "best": self.online and self.online.best,
+            "step_zero": self.step_zero is not None,
         }
-        if self.step_zero is None:  # not the first process, which writes
+        if self.step_zero is None:  # not the first process, which writes; or stopped before
             return {}, values
         health = self.step_zero.health
         tensors = {
@@ -210,13 +228,24 @@ class Monitor:
                 f"--init {self.settings.init} differs from the initial weights of this run; pass the original ones", 4
             )
         with checkpoint.understood(Path(self.settings.out, "checkpoints", checkpoint.name(values["step"]))):
-            self._restore(tensors["start"], values)
+            self._restore(tensors, values)
 
-    def _restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def _restore(self, saved: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         self.images.bad = {int(number): reason for number, reason in values["unreadable"].items()}
         if self.online and values.get("best"):
             self.online.best = tuple(values["best"])
+        if not values.get("step_zero", True):  # stopped before it was evaluated
+            return
+        tensors = saved["start"]
         scores = {k.removeprefix("score."): v for k, v in tensors.items() if k.startswith("score.")}
         health = HealthSnapshot(scores, float(tensors["rank"]), float(tensors["spread"]), tensors["images"])
         shown = tensors.get("shown", torch.zeros(0, dtype=torch.int64))
         self.step_zero = StepZero(health, tensors["gallery"].float() / 255, shown, tensors["maps"])
+        self.initial = None
+
+
+def teacher_of(method: Method) -> Backbone:
+    """The encoder that is evaluated and exported."""
+    teacher = method.encoders["teacher"]
+    assert isinstance(teacher, Backbone)
+    return teacher

@@ -122,7 +122,8 @@ def pretrain(data: object = None, **settings: Unpack[PretrainArguments]) -> Trai
             run.open_loggers(final.loggers, plain_values(final))
         if final.resume:
             monitor.resume()
-        trainer(batches.from_step(trainer.first_step, fabric), batches.prepare, images.account, monitor, monitor.state)
+        stream = batches.from_step(trainer.first_step, fabric)
+        trainer(stream, batches.prepare, images.account, monitor, monitor.state, monitor.begin)
 
         # Verdict and export.
         verdict, choice = monitor(final.steps), ""

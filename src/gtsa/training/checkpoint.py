@@ -103,9 +103,16 @@ def listing(folder: Path) -> list[Path]:
     return sorted(paths, key=_step, reverse=True)
 
 
-def foreign(folder: Path) -> list[Path]:
-    """Paths in ``folder`` that are named like a checkpoint but are none of ours: they are never removed."""
-    return sorted(path for path in folder.glob("step-*") if not is_ours(path))
+def foreign(folder: Path, first: int = 0, last: int = 0) -> list[Path]:
+    """Paths in ``folder`` that are named like a checkpoint but are none of ours: they are never removed.
+
+    Raises UserError (8) where one has the name of a checkpoint to come, after the steps ``first`` to ``last``.
+    """
+    found = sorted(path for path in folder.glob("step-*") if not is_ours(path))
+    for path in found:
+        if (step := NAME.fullmatch(path.name)) and first < int(step[1]) <= last:
+            raise UserError(obstruction(path), 8)
+    return found
 
 
 def obstruction(path: Path) -> str:

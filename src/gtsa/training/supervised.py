@@ -14,8 +14,9 @@ from gtsa.core.types import Objective
 from gtsa.training.digest import digest_of
 from gtsa.training.loop import Batch, fit
 from gtsa.training.optim import ScheduledAdamW
+from gtsa.training.recent import means
 from gtsa.training.run_folder import RunFolder
-from gtsa.training.trainer import Trainer, TrainerSettings, means
+from gtsa.training.trainer import Trainer, TrainerSettings
 
 
 def train(

@@ -17,7 +17,7 @@ from gtsa.core import stops
 from gtsa.core.errors import UserError
 from gtsa.core.terminal import Clock, Progress, doing, lasting, say
 from gtsa.core.types import Objective, StepResult
-from gtsa.training import checkpoint, sharding
+from gtsa.training import checkpoint, recent, sharding
 from gtsa.training.devices import on_rank_zero
 from gtsa.training.exchange import Exchange
 from gtsa.training.loop import Batch, fit
@@ -121,12 +121,8 @@ class Trainer:
         if state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])  # sums depend on it
         self.first_step, self.skips = state["step"], deque(state["skips"])
-        self.missed = state.get("missed", False) and self.first_step < self.settings.steps
-        window = [StepResult(step, {}, seconds, waited) for step, seconds, waited in state.get("recent", ())]
-        for key, tensor in tensors.get("recent", {}).items():
-            number, name = key.split(".", 1)
-            window[int(number)].parts[name] = tensor.to(self.fabric.device)
-        self.recent = window
+        self.missed = state.get("missed", False)
+        self.recent = recent.restored(tensors, state, self.fabric.device)
 
     def __call__(
         self,
@@ -135,26 +131,30 @@ class Trainer:
         account: Callable[[StepResult], None],
         evaluate: Callable[[int], object],
         state: Callable[[], Kept],
+        begin: Callable[[], object] = tuple,
     ) -> None:
         """Trains to the last step.
 
         Args:
             batches, prepare: as for ``loop.fit``.
             account: called with every step's result.
-            evaluate: called with the number of steps, at 0 and every ``evaluate_every`` but the last; it sets
-                ``missed`` where it was broken off.
+            evaluate: called after every ``evaluate_every`` steps but the last, with their number, and after the first
+                with 0: the user sees training begin before. It sets ``missed`` where it was broken off.
             state: returns what else a checkpoint has to hold.
+            begin: called before the first step of a new training, with the logs open.
 
         Raises:
             UserError: stopped on request, with a checkpoint (75), and all that ``loop.fit`` raises.
         """
         settings, (module, optimizer) = self.settings, self.wrapped
-        self._check_foreign_files()
+        for path in checkpoint.foreign(Path(settings.out) / "checkpoints", self.first_step, settings.steps):
+            self.note(f"{path} is not a checkpoint of gtsa; it stays as it is")
         if self.run:
             self.run.start_logs(self.first_step, done=self.first_step == settings.steps or self.missed)
-        if self.first_step == 0 or self.missed:
-            self.missed = False
-            self._timed("evaluation", evaluate, self.first_step)
+        if self.first_step == 0:
+            begin()
+        if self.missed:
+            self._evaluate(self.first_step, evaluate)
         self._announce()
         shown = settings.steps, self.first_step, settings.batch_size
         progress = Progress(*shown, clock=self.clock) if self.run else None
@@ -172,8 +172,8 @@ class Trainer:
                     account(done)
                     if done.step % settings.log_every == 0 or done.step == settings.steps:
                         self._log(progress)
-                    elif progress and progress.due:
-                        progress.show(done.step, means(self.recent))
+                    elif progress and (progress.due or done.step == 1):
+                        progress.show(done.step, recent.means(self.recent))
                     self._between(done.step, stopping, requests, evaluate, state)
             finally:
                 if progress:
@@ -187,10 +187,15 @@ class Trainer:
         evaluate: Callable[[int], object],
         state: Callable[[], Kept],
     ) -> None:
-        """Evaluates, saves, and stops on request; a request that came meanwhile does not wait for another step."""
-        settings, (evaluates, saves) = self.settings, self._due(step)
-        if evaluates:
-            self._timed("evaluation", evaluate, step)
+        """Evaluates, saves, and stops on request; a request that came meanwhile does not wait for another step.
+
+        Whoever requests to stop does not wait for an evaluation either: it is made when the training resumes.
+        """
+        evaluates, saves = self._due(step)
+        if evaluates and stopping:
+            self.missed = True
+        elif evaluates:
+            self._timed("evaluation", self._evaluate, step, evaluate)
         if saves:
             self._timed("save", self.save, step, *state())
         if (evaluates or saves) and not stopping:
@@ -199,14 +204,25 @@ class Trainer:
             return
         if not saves:
             self.save(step, *state())
-        rest = "" if step < settings.steps else "; verdict and export are still to do"
-        saved = f"stopped on request at step {step} of {settings.steps}, checkpoint saved"
+        rest = "" if step < self.settings.steps else "; verdict and export are still to do"
+        saved = f"stopped on request at step {step} of {self.settings.steps}, checkpoint saved"
         raise UserError(f"{saved}{rest}; resume with: {self.resume}", 75)
+
+    def _evaluate(self, step: int, evaluate: Callable[[int], object]) -> None:
+        """The evaluations that follow a step."""
+        self.missed = False
+        for of in self._evaluated_after(step):
+            evaluate(of)
+
+    def _evaluated_after(self, step: int) -> list[int]:
+        """Of which steps an evaluation follows this one: that of step 0 follows step 1."""
+        ordinary = step % self.settings.evaluate_every == 0 and step < self.settings.steps
+        return [0] * (step == 1) + [step] * ordinary
 
     def _due(self, step: int) -> tuple[bool, bool]:
         """Whether an evaluation follows a step, and a checkpoint."""
-        every, last = self.settings, step == self.settings.steps
-        return step % every.evaluate_every == 0 and not last, step % every.checkpoint_every == 0 or last
+        saves = step % self.settings.checkpoint_every == 0 or step == self.settings.steps
+        return bool(self._evaluated_after(step)), saves
 
     def _timed(self, kind: str, work: Callable[..., object], *arguments: object) -> None:
         began = time.perf_counter()
@@ -217,7 +233,9 @@ class Trainer:
         """Shows how long training takes (the first line of progress may come late), and what that line will show."""
         first, steps = self.first_step, self.settings.steps
         if self.run and self.clock.expected is not None and first < steps:
-            say(f"training from step {first} to {steps:,}, in all about {lasting(self.clock.left(first))}")
+            of_step_zero = 0.0 if first else self.clock.seconds["evaluation"]
+            left = lasting(self.clock.left(first) + of_step_zero)
+            say(f"training from step {first} to {steps:,}, in all about {left}")
             if self.settings.compile == "on":
                 say("the first steps take longer: their operations are compiled")
             if self.objective.legend:
@@ -258,11 +276,12 @@ class Trainer:
                 "scaler": self._scaler.state_dict() if self._scaler else None,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
-                "recent": [(done.step, done.seconds, done.waited) for done in self.recent],
+                "recent": recent.values_of(self.recent),
                 **values,
             }
             keep = self.settings.keep_checkpoints if folder == CHECKPOINTS else 1
-            checkpoint.write(self.run.path(*folder), step, {**tensors, **self._window(), **more}, state, keep)
+            whole = {**tensors, **recent.tensors_of(self.recent), **more}
+            checkpoint.write(self.run.path(*folder), step, whole, state, keep)
 
         on_rank_zero(self.fabric, write)
 
@@ -270,31 +289,10 @@ class Trainer:
         """The objective's state, whole, in the first process; all must call it."""
         return sharding.gathered(self.objective.state_dict(), self.run is not None)
 
-    def _window(self) -> dict[str, dict[str, Tensor]]:
-        """The steps since the last line of the log: a resumed run then writes the same line."""
-        parts = {f"{n}.{name}": part for n, done in enumerate(self.recent) for name, part in done.parts.items()}
-        return {"recent": parts} if parts else {}
-
-    def _check_foreign_files(self) -> None:
-        """Reports foreign files among the checkpoints. Raises UserError where one is in the way of a checkpoint (8)."""
-        for path in checkpoint.foreign(Path(self.settings.out) / "checkpoints"):
-            step = checkpoint.NAME.fullmatch(path.name)
-            if step and self.first_step < int(step[1]) <= self.settings.steps:
-                raise UserError(checkpoint.obstruction(path), 8)
-            self.note(f"{path} is not a checkpoint of gtsa; it stays as it is")
-
     def _log(self, progress: Progress | None) -> None:
-        recent, self.recent = self.recent, []
+        steps, self.recent = self.recent, []
         if not self.run or progress is None:
             return
-        values = means(recent)
-        self.run.log(recent[-1].step, values)
-        progress.show(recent[-1].step, values)
-
-
-def means(recent: list[StepResult]) -> dict[str, float]:
-    """Means over some steps: the parts of the loss and the seconds; and the share of the time that data took."""
-    parts = {name: [done.parts[name] for done in recent if name in done.parts] for name in recent[-1].parts}
-    values = {name: float(sum(each) / len(each)) for name, each in parts.items()}
-    seconds = sum(done.seconds for done in recent)
-    return values | {"seconds": seconds / len(recent), "waited": sum(done.waited for done in recent) / seconds}
+        values = recent.means(steps)
+        self.run.log(steps[-1].step, values)
+        progress.show(steps[-1].step, values)

@@ -54,13 +54,16 @@ class Network:
 
 
 def open_network(record: RunRecord) -> Network | None:
-    """The network of the newest whole checkpoint; None where there is none."""
+    """The network of the newest whole checkpoint; None where there is none, or no images that are drawn."""
     path, problems = checkpoint.newest(record.folder / "checkpoints")
     record.missing += [f"{problem}; the pictures show the checkpoint before it." for problem in problems]
     if path is None:
         return None
     with checkpoint.understood(path):
         tensors, state = checkpoint.read(path)
+        if not state.get("step_zero", True):
+            record.missing.append("The run was stopped before step 0 was evaluated: there are no pictures yet.")
+            return None
         method = _build_method(record.settings, state["encoder"])
         method.load_state_dict(tensors["objective"])
         start = tensors["start"]
