@@ -14,6 +14,7 @@ backward pass is compiled together with its forward pass, so a failure of either
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
@@ -28,6 +29,8 @@ class _Mode(NamedTuple):
     backend: str
     report: Callable[[str], object]
 
+
+WORTHWHILE = 2_000  # steps of a training from which on compilation pays on a GPU
 
 _mode: _Mode | None = None  # set while functions are compiled
 _failed: set[str] = set()  # functions that could not be compiled in this process
@@ -89,6 +92,24 @@ def compiling(on: bool, report: Callable[[str], object], backend: str = "inducto
         _mode = before
 
 
+def resolve(choice: str, gpu: bool, steps: int) -> tuple[bool, str]:
+    """Whether ``choice`` (auto, on or off) compiles a training of so many steps, and why it is so for auto.
+
+    Compilation takes about a minute, and saves a part of every step.
+    """
+    if choice != "auto":
+        return choice == "on", ""
+    return gpu and steps >= WORTHWHILE, f"pays from {WORTHWHILE:,} steps on" if gpu else "pays on a GPU"
+
+
+def forget() -> None:
+    """Forgets what was compiled, before a training of other shapes: torch keeps a few graphs of a function."""
+    import torch
+
+    torch._dynamo.reset()
+    _failed.clear()
+
+
 def _backward_at_once() -> AbstractContextManager[object]:
     """Within it, the backward pass is compiled at the first forward call, not at the first backward call."""
     import torch._functorch.config as config
@@ -106,4 +127,4 @@ def _reason(error: Exception) -> str:
     """What failed, in a line: of an error in a backend, that error and not the wrapper around it."""
     cause = getattr(error, "inner_exception", None) or error
     lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
+    return f"{type(cause).__name__}: {textwrap.shorten(lines[0], 200)}" if lines else type(cause).__name__

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gtsa.core import compilation
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto
 from gtsa.core.terminal import gib, lasting, times
@@ -20,7 +21,6 @@ from gtsa.training import checkpoint
 from gtsa.training.devices import cores, resolve_workers
 
 FEWEST_STEPS = 1_000  # of a run whose length is auto
-WORTH_COMPILING = 2_000  # steps
 SPARE = 1.25  # workers' speed over that of the step
 EVALUATION_SHARE = 0.1  # of the training steps' time, for all evaluations of a run
 EVALUATION_SECONDS = 10.0  # that an evaluation may take in any case
@@ -203,13 +203,11 @@ def _resolve_steps(plan: Plan[Pretrain], images: int) -> None:
 
 
 def resolve_compile(plan: Plan[Pretrain]) -> None:
-    """Resolves whether operations are compiled: that takes about a minute, and saves a part of every step."""
+    """Resolves whether operations of a step are compiled."""
     settings = plan.settings
-    if settings.compile != "auto":
-        return
-    long, gpu = settings.steps >= WORTH_COMPILING, settings.device == "cuda"
-    reason = f"pays from {WORTH_COMPILING:,} steps on" if gpu else "pays on a GPU"
-    plan.settle({"compile": reason}, compile="on" if gpu and long else "off")
+    on, reason = compilation.resolve(settings.compile, settings.device == "cuda", settings.steps)
+    if settings.compile == "auto":
+        plan.settle({"compile": reason}, compile="on" if on else "off")
 
 
 def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gtsa.core.compilation import compilable
 from gtsa.evaluation.heads.feature_pyramid import Pyramid
 from gtsa.models.backbone import Backbone
 
@@ -35,14 +36,20 @@ class SemanticFPN(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         blocks = self.backbone.blocks(pixels, self.which)
-        maps = self.pyramid([tokens.patches.permute(0, 3, 1, 2) for tokens in blocks])
+        total = self.fused([tokens.patches.permute(0, 3, 1, 2) for tokens in blocks])
+        return self.classify(self.drop(total))  # type: ignore[no-any-return]
+
+    @compilable
+    def fused(self, blocks: list[Tensor]) -> Tensor:
+        """Maps of the four blocks [N, D, h, w] -> the sum of the pyramid's levels [N, 128, 4 h, 4 w], or of h x w."""
+        maps = self.pyramid(blocks)
         total = torch.zeros_like(maps[0][:, :1])
         for level, (convolutions, x) in enumerate(zip(self.levels, maps, strict=True)):
             for done, convolution in enumerate(cast(nn.ModuleList, convolutions)):
                 above = maps[max(0, level - 1 - done)].shape[-2:]
                 x = F.interpolate(convolution(x), above, mode="bilinear", align_corners=False)
             total = total + x
-        return self.classify(self.drop(total))  # type: ignore[no-any-return]
+        return total
 
 
 def _convolution(width: int, out: int) -> nn.Module:
