@@ -10,7 +10,7 @@ from typing import Any
 from gtsa.core import compilation
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto
-from gtsa.core.terminal import gib, lasting, times
+from gtsa.core.terminal import lasting, times
 from gtsa.data.pixels import Range
 from gtsa.models.backbone import patch_of
 from gtsa.models.transform import FULL_RANGE
@@ -219,22 +219,6 @@ def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
     if share < 1:
         reason = f"{base:g} x root of batch / 256: in proportion it would be too small"
     plan.settle({"learning_rate": reason}, learning_rate=rate)
-
-
-def resolve_accumulate(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
-    """Resolves the number of micro-batches so that a step fits into ``free`` bytes, as far as the method allows."""
-    settings = plan.settings
-    if not is_auto(settings.accumulate):
-        return
-    fitting = max(1, int((0.7 * free - cost.fixed(settings)) / max(1, cost.bytes_image)))
-    each = settings.batch_size // (settings.devices * settings.nodes)
-    fewest = min_images_of(settings)
-    allowed = [n for n in range(1, each + 1) if each % n == 0 and each // n >= fewest]
-    parts = next((n for n in allowed if each // n <= fitting), allowed[-1])
-    reason = f"{gib(free)} of memory free" if parts > 1 else "a step fits in memory"
-    if each // parts > fitting and fewest > 1:
-        reason = f"{gib(free)} of memory free, and {settings.method} needs {fewest} images at a time"
-    plan.settle({"accumulate": reason}, accumulate=parts)
 
 
 def resolve_measured_workers(plan: Plan[Pretrain], cost: Cost) -> None:
