@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ class SemanticFPN(nn.Module):
     def __init__(self, backbone: Backbone, classes: int, flat: bool) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_()
+        for block in backbone.vit.blocks:
+            block.forward = partial(_run, type(block).forward, block)
         self.which = [math.ceil(len(backbone.vit.blocks) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         self.pyramid = Pyramid(backbone.embed_dim, 256, flat)
         self.levels = nn.ModuleList(
@@ -50,6 +54,12 @@ class SemanticFPN(nn.Module):
                 x = F.interpolate(convolution(x), above, mode="bilinear", align_corners=False)
             total = total + x
         return total
+
+
+@compilable
+def _run(forward: Callable[..., Tensor], block: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+    """timm's own forward pass of a block, which is part of its pass for tokens of several blocks."""
+    return forward(block, *arguments, **options)
 
 
 def _convolution(width: int, out: int) -> nn.Module:
