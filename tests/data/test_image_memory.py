@@ -110,6 +110,8 @@ def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("3000\n")
     assert image_memory.free_memory() == 2000
+    (tmp_path / "memory.stat").write_text("anon 1200\ninactive_file 800\nactive_file 1000\n")
+    assert image_memory.free_memory() == 2800
     (tmp_path / "memory.max").write_text("max\n")
     assert image_memory.free_memory() > 10**6
 

@@ -173,3 +173,13 @@ def test_an_interrupted_evaluation_keeps_no_best_network(question):
     assert monitor._evaluate_unless_stopped(5) is None
     assert monitor.trainer.missed and online.best == before and 5 not in online.per_image
     assert online(5, right(40))[1]
+
+
+def test_evaluations_during_a_run_are_not_compiled_and_say_so(coloured, tmp_path, capsys):
+    config = tmp_path / "eval.yaml"
+    config.write_text("compile: on\n")
+    given = {"data": "x", "out": "x", "eval": ("linear",), "eval_train": (str(coloured),), "eval_folds": 3}
+    for more, said in (({}, False), ({"eval_config": str(config)}, True)):
+        online = OnlineEvaluation(validated(Pretrain, {**given, **more, "workers": 0, "precision": "32"}), False)
+        assert online.settings.compile == "off"
+        assert ("compile has no effect during a run" in capsys.readouterr().out) is said

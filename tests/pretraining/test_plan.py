@@ -10,7 +10,7 @@ from gtsa import UserError, pretrain
 from gtsa.cli.main import run
 from gtsa.core.settings import validated
 from gtsa.methods.gtsa import GTSA
-from gtsa.pretraining import cost, plan, plan_table
+from gtsa.pretraining import cost, micro_batches, plan, plan_table
 from gtsa.pretraining.cost import Cost
 from gtsa.pretraining.settings import METHODS, Pretrain
 from gtsa.training import checkpoint
@@ -159,7 +159,7 @@ def test_a_batch_that_is_large_enough_for_the_method_is_accepted(batch_norm):
 def test_micro_batches_are_not_split_below_what_the_method_needs(monkeypatch, fewest, accumulate, reason):
     monkeypatch.setitem(METHODS["gtsa"].constants, "min_images", fewest)
     ready = budget(batch_size=12)
-    plan.resolve_accumulate(ready, Cost(0.0, 0.0, 0.0, 2**30, 0), 2**20)
+    micro_batches.resolve_accumulate(ready, Cost(0.0, 0.0, 0.0, 2**30, 0), 2**20)
     assert (ready.settings.accumulate, ready.reasons["accumulate"]) == (accumulate, reason)
 
 

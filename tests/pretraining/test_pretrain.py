@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 
 import gtsa
 from conftest import TINY, final_weights, make_scenes, scene
+from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.core.settings_file import read_yaml
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining import plan
+from gtsa.pretraining.requested import requested_settings
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training import checkpoint
 from gtsa.training.devices import resolve_device
@@ -81,6 +83,14 @@ def test_config_yaml_is_a_call_written_down(finished, tmp_path):
     again = gtsa.pretrain(data, **settings)
     assert final_weights(again.folder) == final_weights(finished)
     assert again.verdict.label in ("learning", "too short to tell", "collapsing")
+
+
+def test_what_changes_speed_or_memory_alone_may_change_on_resume(finished):
+    given = {"out": str(finished), "resume": True}
+    changed = requested_settings({**given, "compile": "on", "activation_checkpointing": True, "accumulate": 2})
+    assert (changed.compile, changed.activation_checkpointing, changed.accumulate) == ("on", True, 2)
+    with pytest.raises(UserError, match="these differ:\n  precision: "):
+        requested_settings({**given, "precision": "bf16"})
 
 
 def test_a_run_starts_from_the_weights_of_another_run(finished, tmp_path, scenes, capsys):

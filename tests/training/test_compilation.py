@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import unittest.mock
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from gtsa import methods
 from gtsa.core import compilation
 from gtsa.core.compilation import compilable, compiling
+from gtsa.core.errors import UserError
 from gtsa.core.types import Views
 from gtsa.data import augment, augment_batch
 from gtsa.data.loader import collate
@@ -136,6 +143,55 @@ def test_what_cannot_be_compiled_runs_as_written_and_says_so_once() -> None:
         assert [listed(torch.tensor([-1.0, 3.0])) for _ in range(2)] == [[6.0], [6.0]]
     assert len(lines) == 1
     assert "listed is not compiled: " in lines[0]
+
+
+def refuses_backward(message: str, module: str) -> Any:
+    """A backend that compiles forward passes alone."""
+
+    def fail(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise type("LoweringError", (Exception,), {"__module__": module})(message)
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=fail)
+
+
+def test_where_the_backward_pass_alone_cannot_be_compiled_training_goes_on_and_counts_nothing_twice() -> None:
+    torch.manual_seed(0)
+    method = methods.load_all()["dino"](Backbone("test_vit", 64, arguments={"depth": 2}), **SETTINGS["dino"])
+    fabric = Fabric(accelerator="cpu", devices=1)
+    module, optimizer = fabric.setup(method, ScheduledAdamW(method, Constant(1e-3), Constant(0.0)))
+    module.train()
+    views, states, lines = the_views(), [], list[str]()
+    start = {key: value.clone() for key, value in method.state_dict().items()}
+    moments = copy.deepcopy(optimizer.optimizer.state_dict())
+    for compiled in (False, True):
+        method.load_state_dict(start)
+        optimizer.optimizer.load_state_dict(copy.deepcopy(moments))
+        for step in range(2):
+            torch.manual_seed(step)
+            with compiling(compiled, lines.append, backend=refuses_backward("no such kernel\nfor this", "vendor")):
+                train_step(module, optimizer, [views], 1, fabric, step / 3, (step + 1) / 3)
+        states.append({key: value.clone() for key, value in method.state_dict().items()})
+    assert sorted(lines) == sorted(set(lines))  # each function once, not once a step
+    assert "block is not compiled: LoweringError: no such kernel" in lines
+    for key, value in states[0].items():  # weights, and the centres that the forward pass adds to
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert not torch.equal(states[0]["centre.value"], start["centre.value"])
+
+
+def test_a_compiled_function_that_fails_as_it_runs_says_what_to_do() -> None:
+    """As an older PyTorch does, which compiles the backward pass only once it is called."""
+    doubled = compilable(lambda x: (2 * x).sin())
+    x = torch.ones(2, requires_grad=True)
+    backend = refuses_backward("out of registers", "triton.compiler")
+    with (
+        unittest.mock.patch.object(compilation, "_backward_at_once", contextlib.nullcontext),
+        pytest.raises(
+            UserError, match="a compiled function failed: LoweringError: out of registers; give --compile off"
+        ) as raised,
+        compiling(True, pytest.fail, backend=backend),
+    ):
+        doubled(x).sum().backward()
+    assert raised.value.code == 6
 
 
 def test_errors_of_the_function_stay_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Two processes: what they send in a step, a fault in one of them, and --shard against DDP and a single process."""
+"""Two or three processes: what they send in a step, a fault in one of them, and --shard against DDP and a single process."""
 
 from __future__ import annotations
 
@@ -49,14 +49,13 @@ def build(name: str, model: str = "test_vit", **options: Any) -> Method:
     return method
 
 
-def the_views(step: int, rank: int, ranks: int) -> Views:
-    """This process's part of a batch of four images."""
+def the_views(step: int, rank: int, ranks: int, images: int = 4) -> Views:
+    """This process's part of a batch of images."""
     cut = MultiCrop(global_crops_size=64, local_crops_size=32, local_crops_number=2)
     image = torch.randint(0, 256, (3, 96, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(step))
-    drawn = [cut(image, np.random.default_rng(4 * step + i)) for i in range(4)]
-    return augment.apply(
-        collate(drawn[4 * rank // ranks :][: 4 // ranks]), torch.device("cpu"), (0.5,) * 3, (0.25,) * 3
-    )
+    drawn = [cut(image, np.random.default_rng(images * step + i)) for i in range(images)]
+    each = images // ranks
+    return augment.apply(collate(drawn[rank * each :][:each]), torch.device("cpu"), (0.5,) * 3, (0.25,) * 3)
 
 
 def fabric_of(ranks: int, shard: bool, precision: str = "32") -> Fabric:
@@ -64,12 +63,14 @@ def fabric_of(ranks: int, shard: bool, precision: str = "32") -> Fabric:
 
 
 def train(
-    name: str, rank: int, ranks: int, shard: bool = False, spoil: int = -1, precision: str = "32", compiled: bool = False,
+    name: str, rank: int, ranks: int, shard: bool = False, spoil: int = -1, precision: str = "32", compiled: str = "",
+    images: int = 4,
     **options: Any,
 ) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """Some steps.
 
     Args:
+        compiled: backend of torch.compile; none: the code as written.
         spoil: a step in which the gradients of the last process alone are not finite; its loss is.
     """
     method = build(name, **options)
@@ -84,13 +85,13 @@ def train(
         torch.manual_seed(
             0
         )  # masks are alike in all processes: those of a batch would be drawn in one process otherwise
-        views = the_views(step, rank, ranks)
+        views = the_views(step, rank, ranks, images)
         if step == spoil and rank == ranks - 1:
             assert isinstance(method.rotation_head, torch.nn.Module)
             method.rotation_head.register_forward_hook(to_infinity)
         elif spoil >= 0 and isinstance(method.rotation_head, torch.nn.Module):
             method.rotation_head._forward_hooks.clear()
-        with compiling(compiled, pytest.fail, backend="aot_eager"):
+        with compiling(bool(compiled), pytest.fail, backend=compiled):
             parts, one, *_ = train_step(module, wrapped, [views], 1, fabric, step / STEPS, (step + 1) / STEPS)
         parts_of.append({key: float(value) for key, value in parts.items()})
         accepted.append(float(one))
@@ -102,24 +103,24 @@ def to_infinity(_: object, __: object, output: torch.Tensor) -> None:
     output.register_hook(lambda gradient: gradient * float("inf"))
 
 
-def together(work: Any, folder: Path, *arguments: Any) -> list[Any]:
-    """The results of ``work(rank, *arguments)`` in two processes with the environment of torchrun."""
+def together(work: Any, folder: Path, *arguments: Any, ranks: int = 2) -> list[Any]:
+    """The results of ``work(rank, *arguments)`` in processes with the environment of torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0}
-    shared |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-    both = [
+    shared |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+    processes = [
         Forked(
             one_process, work, folder, rank, arguments,
             environment={key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]  # fmt: skip
-    for process in both:
-        _, err = process.communicate()
+    for process in processes:
+        _, err = process.communicate(timeout=500)  # inductor takes minutes on a busy machine
         assert process.returncode == 0, err
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def one_process(work: Any, folder: Path, rank: int, arguments: tuple[Any, ...]) -> None:
@@ -158,8 +159,10 @@ def test_a_step_reduces_gradients_once_and_all_else_in_one_message(tmp_path: Pat
 # A fault in one process
 
 
-def train_both_ways(rank: int, name: str, spoil: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    return [train(name, rank, 2, shard, spoil, **options)[0] for shard in (False, True)]
+def train_both_ways(rank: int, name: str, spoil: int, options: dict[str, Any], ranks: int = 2) -> list[dict[str, Any]]:
+    """Trained with DDP, then sharded. Only the second is compiled, if ``options`` compile."""
+    written = {**options, "compiled": ""}
+    return [train(name, rank, ranks, shard, spoil, **(options if shard else written))[0] for shard in (False, True)]
 
 
 def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path) -> None:
@@ -181,7 +184,8 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path
         *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "mae")],
         pytest.param("gtsa", {"model": "vit_small_patch16_dinov3"}, marks=pytest.mark.long),  # its own forward pass
         pytest.param("gtsa", {"recompute": True}, marks=pytest.mark.long),
-        pytest.param("gtsa", {"compiled": True}, marks=pytest.mark.long),
+        pytest.param("gtsa", {"compiled": "aot_eager"}, marks=pytest.mark.long),
+        pytest.param("gtsa", {"compiled": "inductor"}, marks=pytest.mark.long),
         pytest.param("gtsa", {"precision": "bf16"}, marks=pytest.mark.long),
     ],
 )
@@ -200,6 +204,29 @@ def test_sharded_training_gives_the_numbers_of_ddp_and_of_one_process(
     for key, value in ddp["weights"].items():
         torch.testing.assert_close(sharded["weights"][key], value, rtol=close, atol=max(close, 2e-3), msg=key)
     assert any(not torch.equal(value, start[key]) for key, value in sharded["weights"].items())
+
+
+def shards_of(rank: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """Trained with DDP, then sharded by three; and the sizes of this process's shards of the tensors it trains."""
+    results = train_both_ways(rank, "gtsa", -1, {"images": 6}, 3)
+    _, (module, _, _) = train("gtsa", rank, 3, shard=True)
+    return results, [p.to_local().numel() for p in module.module.parameters()]
+
+
+@pytest.mark.long
+def test_three_processes_hold_uneven_shards_and_give_the_numbers_of_one(tmp_path: Path) -> None:
+    """64 rows do not divide by three, and of a tensor with one row two processes hold nothing."""
+    processes = together(shards_of, tmp_path, ranks=3)
+    ddp, sharded = processes[0][0]
+    alone, _ = train("gtsa", 0, 1, images=6)
+    for expected, other, actual in zip(alone["parts"], ddp["parts"], sharded["parts"], strict=True):
+        assert other == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for key, value in ddp["weights"].items():
+        torch.testing.assert_close(sharded["weights"][key], value, rtol=1e-4, atol=2e-3, msg=key)
+    sizes = list(zip(*(held for _, held in processes), strict=True))
+    assert any(0 in each for each in sizes)
+    assert any(0 < min(each) < max(each) for each in sizes)
 
 
 # What the processes tell one another

@@ -208,7 +208,9 @@ def _evaluate(
     for feature, evaluate, task in jobs.open_tasks(job, settings):
         folder = work / f"{task.name}-{feature}"
         workers = resolved.settings.workers
-        context = EvalContext(fabric, evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder)
+        context = EvalContext(
+            fabric, evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder, compile=evaluate.compile
+        )
         of_task = per_image[task.name, feature] = task.per_image(backbone, context)
         metrics = task.evaluator.metrics(of_task)
         result = TaskResult(task=task.name, feature=feature, metrics=metrics, images=len(task.val))

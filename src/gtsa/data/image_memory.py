@@ -97,9 +97,12 @@ def decoded_bytes(name: str, width: int, height: int, detail: Callable[[int, int
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process could take."""
+    """Bytes of memory that this process could take; no more than the limit of its container leaves."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no container, or no limit
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        with suppress(OSError):  # files that the kernel keeps in memory as long as nobody else needs it
+            stat = (CGROUP / "memory.stat").read_text()
+            used -= sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
         free = min(free, max(0, limit - used))
     return free

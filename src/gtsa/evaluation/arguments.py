@@ -31,6 +31,7 @@ class EvaluateArguments(TypedDict, total=False):
     batch_size: int
     workers: int | Auto
     precision: Literal["auto", "32", "bf16", "fp16"]
+    compile: Literal["auto", "on", "off"]
     device: Literal["auto", "cpu", "cuda"]
     devices: Literal[1]
     nodes: Literal[1]

@@ -53,6 +53,7 @@ class EvalContext:
         workers: processes that read images.
         folder: where a long training writes its checkpoints; None: it writes none.
         on_prediction: called with (index in ``val``, prediction) for every prediction; for --predictions.
+        compile: auto, on or off: whether the steps of a training are compiled (``core.compilation.resolve``).
         range16: values of 16-bit images that become black and white; None: as in the training of the weights.
     """
 
@@ -64,6 +65,7 @@ class EvalContext:
     folder: Path | None = None
     on_prediction: Callable[[int, Prediction], None] = _ignore
     range16: Range | None = None
+    compile: str = "off"
 
     @property
     def device(self) -> torch.device:

@@ -96,6 +96,10 @@ def evaluate(
 
     # The tasks with their data, opened and checked.
     opened = tasks.open_tasks(resolved)
+    if resolved.compile == "on":
+        for each in opened:
+            if reason := each.evaluator.not_compiled:
+                say(f"{each.name}: --compile has no effect, as {reason}")
 
     # The network.
     backbone, description = load_backbone(resolved.weights, resolved.network, resolved.model)

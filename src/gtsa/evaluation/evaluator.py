@@ -23,6 +23,7 @@ class Evaluator(ABC):
     label_kinds: ClassVar[tuple[Kind, ...]] = ("classes",)  # that it accepts, the usual one first
     uses_train_set: ClassVar[bool] = True
     trains_long: ClassVar[bool] = False  # if so, all images are decoded once before it starts
+    not_compiled: ClassVar[str] = "nothing is trained"  # why --compile has no effect; "": it compiles the training
     bootstrap: ClassVar[bool] = True  # whether metrics of random choices of images are quick and meaningful
     other_metrics: ClassVar[Mapping[str, str]] = {}  # those that are no shares in per cent: what each of them is
 

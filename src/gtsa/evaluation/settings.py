@@ -58,6 +58,9 @@ class EvaluateSettings(Documented):
     """Processes that read images."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
     """Numeric precision. auto: bf16 on a GPU that supports it, else 32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse operations of a training's steps with torch.compile: finetune, linear, segmentation. auto: on a GPU, in a
+    training of at least 2,000 steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Kind of device. auto: the GPU if there is one."""
     devices: Literal[1] = 1

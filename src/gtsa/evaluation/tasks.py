@@ -60,7 +60,7 @@ class Task:
         folder = Path(settings.work) / self.name if settings.work else None
         context = EvalContext(
             fabric, settings.tokens, settings.seed, settings.batch_size, settings.workers, folder, writer,
-            settings.range16,
+            settings.range16, settings.compile,
         )  # fmt: skip
         per_image = self.per_image(backbone, context, writer)
         writer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.core.settings_file import read_yaml
+from gtsa.core.terminal import say
 from gtsa.evaluation import intervals, tasks
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.settings import Evaluate
@@ -31,7 +32,10 @@ class OnlineEvaluation:
         from_file = read_yaml(settings.eval_config) if settings.eval_config else {}
         flags = ("task", settings.eval), ("train", settings.eval_train), ("val", settings.eval_val)
         given = {name: value for name, value in (*flags, ("folds", settings.eval_folds)) if value}
-        self.settings = validated(Evaluate, {**shared, **from_file, **given}, "--eval")
+        requested = validated(Evaluate, {**shared, **from_file, **given}, "--eval")
+        if requested.compile == "on":
+            say(f"--eval-config {settings.eval_config}: compile has no effect during a run, whose own steps it serves")
+        self.settings = requested.model_copy(update={"compile": "off"})
         self.tasks = tasks.open_tasks(self.settings)
         self.keep_best, self.start_counts = settings.keep_best or "", start_counts
         self.best: tuple[int, float] | None = None

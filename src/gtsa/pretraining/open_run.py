@@ -13,7 +13,7 @@ from gtsa.core import stops
 from gtsa.core.errors import ProcessLost, UserError
 from gtsa.core.settings import Plan
 from gtsa.pretraining.settings import Pretrain
-from gtsa.training.devices import disk_error, on_rank_zero
+from gtsa.training.devices import disk_error, is_out_of_memory, on_rank_zero
 from gtsa.training.run_folder import RunFolder
 
 
@@ -64,6 +64,6 @@ def user_error(error: Exception, out: str) -> UserError | None:
             "Start all of them again with --resume",
             6,
         )
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return UserError("memory ran out; choose a smaller --model, or a smaller --batch-size or more --accumulate", 6)
     return None

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gtsa.core import compilation
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto
-from gtsa.core.terminal import gib, lasting, times
+from gtsa.core.terminal import lasting, times
 from gtsa.data.pixels import Range
 from gtsa.models.backbone import patch_of
 from gtsa.models.transform import FULL_RANGE
@@ -20,7 +21,6 @@ from gtsa.training import checkpoint
 from gtsa.training.devices import cores, resolve_workers
 
 FEWEST_STEPS = 1_000  # of a run whose length is auto
-WORTH_COMPILING = 2_000  # steps
 SPARE = 1.25  # workers' speed over that of the step
 EVALUATION_SHARE = 0.1  # of the training steps' time, for all evaluations of a run
 EVALUATION_SECONDS = 10.0  # that an evaluation may take in any case
@@ -203,13 +203,11 @@ def _resolve_steps(plan: Plan[Pretrain], images: int) -> None:
 
 
 def resolve_compile(plan: Plan[Pretrain]) -> None:
-    """Resolves whether operations are compiled: that takes about a minute, and saves a part of every step."""
+    """Resolves whether operations of a step are compiled."""
     settings = plan.settings
-    if settings.compile != "auto":
-        return
-    long, gpu = settings.steps >= WORTH_COMPILING, settings.device == "cuda"
-    reason = f"pays from {WORTH_COMPILING:,} steps on" if gpu else "pays on a GPU"
-    plan.settle({"compile": reason}, compile="on" if gpu and long else "off")
+    on, reason = compilation.resolve(settings.compile, settings.device == "cuda", settings.steps)
+    if settings.compile == "auto":
+        plan.settle({"compile": reason}, compile="on" if on else "off")
 
 
 def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
@@ -221,22 +219,6 @@ def _resolve_rate(plan: Plan[Pretrain], base: float) -> None:
     if share < 1:
         reason = f"{base:g} x root of batch / 256: in proportion it would be too small"
     plan.settle({"learning_rate": reason}, learning_rate=rate)
-
-
-def resolve_accumulate(plan: Plan[Pretrain], cost: Cost, free: int) -> None:
-    """Resolves the number of micro-batches so that a step fits into ``free`` bytes, as far as the method allows."""
-    settings = plan.settings
-    if not is_auto(settings.accumulate):
-        return
-    fitting = max(1, int((0.7 * free - cost.fixed(settings)) / max(1, cost.bytes_image)))
-    each = settings.batch_size // (settings.devices * settings.nodes)
-    fewest = min_images_of(settings)
-    allowed = [n for n in range(1, each + 1) if each % n == 0 and each // n >= fewest]
-    parts = next((n for n in allowed if each // n <= fitting), allowed[-1])
-    reason = f"{gib(free)} of memory free" if parts > 1 else "a step fits in memory"
-    if each // parts > fitting and fewest > 1:
-        reason = f"{gib(free)} of memory free, and {settings.method} needs {fewest} images at a time"
-    plan.settle({"accumulate": reason}, accumulate=parts)
 
 
 def resolve_measured_workers(plan: Plan[Pretrain], cost: Cost) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-import psutil
 import torch
 from lightning_fabric import Fabric
 
@@ -27,7 +26,7 @@ from gtsa.data.scan import count_deep
 from gtsa.models.backbone import Backbone
 from gtsa.models.card import Origin
 from gtsa.models.export import write as write_export
-from gtsa.pretraining import cost, plan, plan_table
+from gtsa.pretraining import cost, micro_batches, plan, plan_table
 from gtsa.pretraining.adaptation import build_method
 from gtsa.pretraining.arguments import PretrainArguments
 from gtsa.pretraining.batches import Batches
@@ -186,9 +185,12 @@ def _measure_and_show(
         settings, device = resolved.settings, fabric.device
         per_device = max(1, settings.batch_size // (settings.devices * settings.nodes))
         with doing(f"measuring a step of {settings.model} on {device}"):
-            free, fewest = _free_memory(device), plan.min_images_of(settings)
+            free, fewest = micro_batches.free_memory(device), plan.min_images_of(settings)
             measured = cost.probe(method.to(device), batches.views(), batches.prepare, fabric, per_device, free, fewest)
-        plan.resolve_accumulate(resolved, measured, _free_memory(device))
+            fits = None  # one process alone could not hold what --shard spreads
+            if not settings.shard:
+                fits = micro_batches.trial(method, batches.views(), batches.prepare, fabric)
+            micro_batches.resolve_accumulate(resolved, measured, micro_batches.free_memory(device), fits)
         plan.resolve_measured_workers(resolved, measured)
         plan.resolve_evaluation(resolved, measured, len(images.looked_at))
         if loaded:
@@ -211,10 +213,6 @@ def _measure_and_show(
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
 
 
 def _shard(method: Method, settings: Pretrain, fabric: Fabric) -> Method:

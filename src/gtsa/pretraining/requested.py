@@ -22,7 +22,8 @@ SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 FREE_TO_CHANGE = {  # on --resume; all others decide what is learnt
     "out", "resume", "overwrite", "data", "data_root", "devices", "nodes", "shard", "device", "workers", "log_every",
     "loggers", "checkpoint_every", "evaluate_every", "keep_checkpoints", "eval", "eval_train", "eval_val", "eval_folds",
-    "eval_config", "keep_best", "max_bad", "steps", "epochs", "accumulate", "deterministic", "report", "plan",
+    "eval_config", "keep_best", "max_bad", "steps", "epochs", "accumulate", "compile",
+    "activation_checkpointing", "deterministic", "report", "plan",
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class PretrainSettings(Documented):
     batch_size: Count | Auto = AUTO
     """Images per step, over all devices. auto: an eighth of the images, from 8 to 512."""
     accumulate: Count | Auto = AUTO
-    """Micro-batches per step, to save memory. auto: as few as fit."""
+    """Micro-batches per step, to save memory. auto: as few as fit, which a GPU tries before training."""
     learning_rate: Positive | Auto = AUTO
     """Peak learning rate. auto: 5e-4 (mae: 1.5e-4) x batch / 256, as published; below 256 the root of batch / 256."""
     final_learning_rate: float = Field(1e-6, ge=0)

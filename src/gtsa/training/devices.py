@@ -152,6 +152,11 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T | None:
     return result
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch lacked memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def disk_error(error: OSError, out: str) -> UserError:
     """The error that tells the user what to do about a file or disk."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -17,6 +17,7 @@ from torch import Tensor
 from gtsa.core.compilation import compiling
 from gtsa.core.errors import UserError, from_worker
 from gtsa.core.types import Examples, Objective, StepResult, Views
+from gtsa.training.devices import is_out_of_memory
 from gtsa.training.optim import ScheduledAdamW, clip_each, gradient_norms
 
 Batch = Views | Examples
@@ -120,11 +121,11 @@ def train_step(
             scaler.update()
         optimizer.zero_grad()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"the device ran out of memory in a step: {str(error).splitlines()[0]}; halve the memory with "
-            f"--accumulate {2 * accumulate} (same results; of an evaluation it is --TASK.accumulate), or choose a "
+            f"--accumulate {2 * accumulate} (the same loss; of an evaluation it is --TASK.accumulate), or choose a "
             "smaller batch size or model",
             6,
         ) from None

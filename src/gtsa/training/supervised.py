@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning_fabric import Fabric
 
+from gtsa.core import compilation
 from gtsa.core.errors import UserError
-from gtsa.core.terminal import Progress
+from gtsa.core.terminal import Progress, say
 from gtsa.core.types import Objective
 from gtsa.training.digest import digest_of
 from gtsa.training.loop import Batch, fit
@@ -29,6 +30,7 @@ def train(
     batch_size: int,
     fabric: Fabric,
     accumulate: int = 1,
+    compile: str = "off",
     seed: int = 0,
     folder: Path | None = None,
     depends: Iterable[object] = (),
@@ -41,6 +43,8 @@ def train(
         batches: given the number of steps done, returns the micro-batches from there on, ``accumulate`` per step. They
             follow from step and seed.
         prepare: brings a batch to the device, ready for the objective.
+        compile: auto, on or off, as ``compilation.resolve`` has it. The batches then have the same shapes at each step:
+            every other shape would be compiled anew.
         folder: folder of checkpoints and logs; the same call resumes from them. None: nothing is written.
         depends: values that decide the result, beside the objective's initial weights and the numbers given here. A
             folder of a training with other values is refused.
@@ -48,11 +52,15 @@ def train(
     Raises:
         UserError: the folder holds another training (4), stopped on request (75), and all that ``loop.fit`` raises.
     """
+    compiled, _ = compilation.resolve(compile, fabric.device.type == "cuda", steps)
+    if compiled:
+        compilation.forget()
     if folder is None:
         module, wrapped = fabric.setup(objective, optimizer)
         results = fit(
-            module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, accumulate=accumulate, seed=seed
-        )
+            module, wrapped, batches(0), prepare, fabric=fabric, steps=steps, accumulate=accumulate, seed=seed,
+            compiled=compiled, report=say,
+        )  # fmt: skip
         progress, recent = Progress(steps, 0, batch_size), []
         try:
             for done in results:
@@ -67,8 +75,9 @@ def train(
     digest = digest_of(objective, steps, batch_size, accumulate, seed, fabric.strategy.precision.precision, *depends)
     run = RunFolder(folder, resume=True)
     settings = TrainerSettings(
-        steps, batch_size, accumulate, "off", seed, log_every, steps, checkpoint_every, 1, str(folder)
-    )
+        steps, batch_size, accumulate, "on" if compiled else "off", seed, log_every, steps, checkpoint_every, 1,
+        str(folder),
+    )  # fmt: skip
     try:
         training = Trainer(objective, optimizer, settings, fabric, run, "the same command")
         other = f"--work: {folder} holds a training with other settings, weights or data; give another folder"

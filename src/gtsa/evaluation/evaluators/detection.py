@@ -52,6 +52,7 @@ class Detection(Evaluator):
     label_kinds = ("boxes",)
     trains_long = True
     bootstrap = False
+    not_compiled = "its images have many sizes, and each would be compiled anew"
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class Finetune(Evaluator):
 
     label_kinds = ("classes",)
     trains_long = True
+    not_compiled = ""
 
     def __init__(
         self,
@@ -135,7 +136,8 @@ class Finetune(Evaluator):
         supervised.train(
             network, optimizer, batches, self._prepare(network, len(train.classes), context), steps=steps,
             batch_size=batch, accumulate=self.accumulate, fabric=context.fabric, seed=context.seed,
-            folder=context.folder, depends=(sorted(vars(self).items()), context.tokens, train.fingerprint),
+            folder=context.folder, compile=context.compile,
+            depends=(sorted(vars(self).items()), context.tokens, train.fingerprint),
         )  # fmt: skip
 
     def _prepare(self, network: Classifier, classes: int, context: EvalContext) -> Callable[[Examples], Examples]:

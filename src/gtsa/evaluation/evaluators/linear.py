@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gtsa.core.compilation import compilable
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.terminal import say
@@ -47,6 +48,7 @@ class Linear(Evaluator):
     """
 
     label_kinds = ("classes", "multilabel")
+    not_compiled = ""
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class Linear(Evaluator):
 
         supervised.train(
             heads, optimizer, batches, prepare, steps=steps, batch_size=batch, fabric=context.fabric, seed=context.seed,
-            folder=context.folder, depends=(self.pairs, features, targets, rows),
+            folder=context.folder, compile=context.compile, depends=(self.pairs, features, targets, rows),
         )  # fmt: skip
         heads.eval()
 
@@ -140,8 +142,13 @@ class Heads(Objective):
         self.biases = nn.ParameterList(torch.zeros(classes) for _ in pairs)
 
     def forward(self, views: Examples, time: float) -> dict[str, Tensor]:
-        losses = self.losses(self.logits(views.pixels), views.targets)
+        losses = self.losses_of(views.pixels, views.targets)
         return {"loss": losses.sum(), "best": losses.detach().min()}
+
+    @compilable
+    def losses_of(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of each pair, [pairs]."""
+        return self.losses(self.logits(features), targets)
 
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, blocks, D] -> [pairs, B, classes], in one product for each number of blocks."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gtsa.core.compilation import compilable
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Examples, Objective
@@ -57,6 +58,7 @@ class Segmentation(Evaluator):
 
     label_kinds = ("masks",)
     trains_long = True
+    not_compiled = ""
 
     def __init__(
         self,
@@ -121,7 +123,8 @@ class Segmentation(Evaluator):
         supervised.train(
             objective, self._optimizer(network), lambda start: self._batches(crops, context, start), prepare,
             steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate, fabric=context.fabric,
-            seed=context.seed, folder=context.folder, depends=(settings, train.classes, train.fingerprint, backbone),
+            seed=context.seed, folder=context.folder, compile=context.compile,
+            depends=(settings, train.classes, train.fingerprint, backbone),
         )  # fmt: skip
         objective.eval()
         stride = self.sliding and whole_patches(self.sliding, backbone)
@@ -190,13 +193,17 @@ class PixelCrossEntropy(Objective):
         self.network = network
 
     def forward(self, views: Examples, time: float) -> dict[str, Tensor]:
-        truth = views.targets
-        scores = self.network(views.pixels).float()
-        scores = F.interpolate(scores, truth.shape[-2:], mode="bilinear", align_corners=False)
-        # one row per pixel: cross-entropy of maps has no deterministic kernel on GPUs
-        rows, truth = scores.permute(0, 2, 3, 1).flatten(0, 2), truth.flatten()
-        total = F.cross_entropy(rows, truth, ignore_index=IGNORE, reduction="sum")
-        return {"loss": total / (truth != IGNORE).sum().clamp(min=1)}
+        return {"loss": pixel_cross_entropy(self.network(views.pixels).float(), views.targets)}
+
+
+@compilable
+def pixel_cross_entropy(scores: Tensor, truth: Tensor) -> Tensor:
+    """Mean over the labelled pixels of truth [N, H, W], to which scores [N, C, h, w] are upsampled."""
+    scores = F.interpolate(scores, truth.shape[-2:], mode="bilinear", align_corners=False)
+    # one row per pixel: cross-entropy of maps has no deterministic kernel on GPUs
+    rows, truth = scores.permute(0, 2, 3, 1).flatten(0, 2), truth.flatten()
+    total = F.cross_entropy(rows, truth, ignore_index=IGNORE, reduction="sum")
+    return total / (truth != IGNORE).sum().clamp(min=1)
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:

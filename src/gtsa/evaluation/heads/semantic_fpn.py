@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gtsa.core.compilation import compilable
 from gtsa.evaluation.heads.feature_pyramid import Pyramid
 from gtsa.models.backbone import Backbone
 
@@ -24,6 +27,8 @@ class SemanticFPN(nn.Module):
     def __init__(self, backbone: Backbone, classes: int, flat: bool) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_()
+        for block in backbone.vit.blocks:
+            block.forward = partial(_run, type(block).forward, block)
         self.which = [math.ceil(len(backbone.vit.blocks) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
         self.pyramid = Pyramid(backbone.embed_dim, 256, flat)
         self.levels = nn.ModuleList(
@@ -35,14 +40,26 @@ class SemanticFPN(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         blocks = self.backbone.blocks(pixels, self.which)
-        maps = self.pyramid([tokens.patches.permute(0, 3, 1, 2) for tokens in blocks])
+        total = self.fused([tokens.patches.permute(0, 3, 1, 2) for tokens in blocks])
+        return self.classify(self.drop(total))  # type: ignore[no-any-return]
+
+    @compilable
+    def fused(self, blocks: list[Tensor]) -> Tensor:
+        """Maps of the four blocks [N, D, h, w] -> the sum of the pyramid's levels [N, 128, 4 h, 4 w], or of h x w."""
+        maps = self.pyramid(blocks)
         total = torch.zeros_like(maps[0][:, :1])
         for level, (convolutions, x) in enumerate(zip(self.levels, maps, strict=True)):
             for done, convolution in enumerate(cast(nn.ModuleList, convolutions)):
                 above = maps[max(0, level - 1 - done)].shape[-2:]
                 x = F.interpolate(convolution(x), above, mode="bilinear", align_corners=False)
             total = total + x
-        return self.classify(self.drop(total))  # type: ignore[no-any-return]
+        return total
+
+
+@compilable
+def _run(forward: Callable[..., Tensor], block: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+    """timm's own forward pass of a block, which is part of its pass for tokens of several blocks."""
+    return forward(block, *arguments, **options)
 
 
 def _convolution(width: int, out: int) -> nn.Module:
