@@ -147,6 +147,25 @@ def test_every_order_is_the_one_it_names(way):
 
 
 @WAYS
+@pytest.mark.parametrize("factor", [0.0, 1e-40, 1e-32, 1e-28, 1e-6])
+def test_a_factor_near_zero_leaves_the_other_operations(way, factor):
+    factors_ = [[factor if name == small else 1.7 for name in range(3)] for small in range(3)]
+    recipes = [(*some, 0.3, order, 0, 1.0, 0) for some in factors_ for order in range(0, 24, 2)]
+    given_, out = finished(way, recipes, [0] * len(recipes), *PLAIN)
+    for i, recipe in enumerate(recipes):
+        close(out[i], slowly(given_.pixels[i, 0], recipe, 0, *PLAIN), 3e-4)
+
+
+@WAYS
+@pytest.mark.parametrize("solarize", [0, 1])
+def test_a_greyscale_crop_is_blurred_and_solarised(way, solarize):
+    given_, out = finished(way, [(1.4, 0.7, 1.6, -0.2, 9, 1, 1.5, solarize)], [3], side=20)
+    grey = slowly(given_.pixels[0, 0], (1.4, 0.7, 1.6, -0.2, 9, 1, 1.5, 0), 3, *PLAIN)
+    grey = torch.where(grey >= 128 / 255, 1 - grey, grey) if solarize else grey
+    close(out[0], vision.normalize(grey, list(MEAN), list(STD)), 1e-3)
+
+
+@WAYS
 def test_solarisation_is_pillows(way):
     given_ = crops([(1, 1, 1, 0, -1, 0, 0, 1)] * 3, [0, 1, 0])
     given_.pixels[0, 0].view(-1)[:256] = torch.arange(256, dtype=torch.uint8)

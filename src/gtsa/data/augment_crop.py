@@ -1,13 +1,13 @@
 """Colour, rotation and normalisation on a CPU: one crop after the other, so that it stays in the processor's cache.
 
 Brightness, contrast, saturation and greyscale are all ``scale * x + grey_scale * grey(x) + offset``. They are composed
-as three numbers, and are computed only before values are clamped or the hue changes. A Gaussian blur commutes with
-them. NumPy computes the same for any number of threads, so the views do not depend on the number of workers.
+as three numbers. Clamping, blur and a change of hue commute with scale and offset, so pixels change only there, and
+where luma is mixed in. Each operation computes the same for any number of threads, so the views do not depend on the
+number of workers.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 
 import numpy as np
@@ -19,8 +19,11 @@ from gtsa.core.types import Colour, Crops
 from gtsa.data.recipe import BRIGHT, LUMA, ORDERS, RADIUS
 
 TAIL = 4  # standard deviations; all taps beyond weigh less than 1e-4
-BAND = 2**14  # pixels of a plane whose hue is computed at a time
-TINY = np.finfo(np.float32).tiny
+BAND = 2**15  # pixels whose hue is computed at a time
+BLURRED = 2**15  # pixels of all planes that are blurred at a time
+TINY = 1e-30  # a smaller scale: all values are the offset
+WHITE = sum(LUMA)  # luma of 1
+SIGN = np.int32(-(2**31))  # the bit of a float's sign
 
 _workspaces = threading.local()
 Plane = NDArray[np.float32]
@@ -32,13 +35,9 @@ def finish(
     """Pixels of crops after colour recipe, rotation and normalisation: [B, n, 3, S, S] float32; in ``out`` if given."""
     out = torch.empty(crops.pixels.shape) if out is None else out
     crop = _workspace(crops.side)
-    inputs = (
-        crops.pixels.flatten(0, 1).numpy(),
-        crops.rotations.flatten().tolist(),
-        crops.colours.flatten(0, 1).tolist(),
-    )
+    inputs = crops.pixels.flatten(0, 1), crops.rotations.flatten().tolist(), crops.colours.flatten(0, 1).tolist()
     for pixels, rotation, recipe, target in zip(*inputs, out.flatten(0, 1).numpy(), strict=True):
-        crop.load(np.rot90(pixels, rotation, (-2, -1)))
+        crop.load(pixels, rotation)
         if colour:
             crop.recolour(recipe)
         crop.store(target, mean, std)
@@ -59,25 +58,30 @@ class _Crop:
 
     def __init__(self, side: int) -> None:
         self.side = side
-        self.values: Plane = np.empty((3, side, side), np.float32)
-        self.planes: Plane = np.empty((4, side, side), np.float32)
-        self.padded: Plane = np.empty(3 * side * (side + 2 * RADIUS), np.float32)
-        self.pair: Plane = np.empty((3, side, side), np.float32)
+        self.colours = torch.empty(3, side, side)
+        self.values: Plane = self.colours.numpy()  # after greyscale: one plane
+        self.greys: Plane = np.empty((2, side, side), np.float32)
+        self.hues: Plane = np.empty((7, min(BAND, side**2)), np.float32)
+        self.at_once = min(3, max(1, BLURRED // side**2))
+        self.lines: Plane = np.empty((3, self.at_once * side * (side + 2 * RADIUS)), np.float32)
 
-    def load(self, pixels: NDArray[np.uint8]) -> None:
-        np.copyto(self.values, pixels)
+    def load(self, pixels: Tensor, rotation: int) -> None:
+        """Starts with ``pixels`` [3, S, S] uint8, rotated by quarter-turns."""
+        self.values = self.colours.numpy()
+        array = (pixels.flip(-2, -1) if rotation == 2 else pixels).numpy()
+        if rotation % 2:
+            array = array.transpose(0, 2, 1)
+            array = array[:, ::-1] if rotation == 1 else array[:, :, ::-1]
+        np.copyto(self.values, array)
         self.scale, self.grey_scale, self.offset = 1 / 255, 0.0, 0.0
         self.luma: float | None = None  # mean of grey(values), once it is known
 
     def store(self, out: Plane, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Writes the crop to ``out``, normalised."""
-        centre, width = (np.array(each, np.float32)[:, None, None] for each in (mean, std))
-        grey = self._grey() if self.grey_scale else None
-        np.multiply(self.values, self.scale / width, out=out)
-        out += (self.offset - centre) / width
-        if grey is not None:
-            for channel in range(3):
-                out[channel] += np.multiply(grey, self.grey_scale / std[channel], out=self.planes[1])
+        self._mix()
+        for channel, plane in enumerate(out):
+            np.multiply(self.values[channel % len(self.values)], self.scale / std[channel], out=plane)
+            plane += (self.offset - mean[channel]) / std[channel]
 
     def recolour(self, recipe: list[float]) -> None:
         """Colour jitter in the crop's own random order, then greyscale, then blur, then solarisation."""
@@ -85,7 +89,7 @@ class _Crop:
             for operation in ORDERS[int(recipe[Colour.ORDER])]:
                 _JITTER[operation](self, recipe[operation])
         if recipe[Colour.GRAYSCALE] > 0:
-            self._compose(0.0, 1.0, 0.0)
+            self.grey()
         if recipe[Colour.SIGMA] > 0:
             self.blur(recipe[Colour.SIGMA])
         if recipe[Colour.SOLARIZE] > 0:
@@ -95,15 +99,14 @@ class _Crop:
         """Blended with black."""
         self._compose(factor, 0.0, 0.0)
         if factor > 1:
-            self._compute()
-            np.minimum(self.values, 1, out=self.values)
+            self._clamp()
 
     def contrast(self, factor: float) -> None:
         """Blended with the mean luma."""
         if self.luma is None:
-            means = self.values.reshape(3, -1).mean(1)
-            self.luma = sum(weight * float(value) for weight, value in zip(LUMA, means, strict=True))
-        mean = (self.scale + sum(LUMA) * self.grey_scale) * self.luma + sum(LUMA) * self.offset
+            sums = np.add.reduce(self.values.reshape(3, -1), 1)
+            self.luma = sum(weight * float(value) for weight, value in zip(LUMA, sums, strict=True)) / self.side**2
+        mean = (self.scale + WHITE * self.grey_scale) * self.luma + WHITE * self.offset
         self._compose(factor, 0.0, (1 - factor) * mean)
         if factor > 1:
             self._clamp()
@@ -116,117 +119,135 @@ class _Crop:
 
     def shift_hue(self, shift: float) -> None:
         """Hue shifted by ``shift`` turns of the colour wheel, in HSV."""
-        self._compute()
-        rows = max(1, BAND // self.side)
-        for first in range(0, self.side, rows):
-            band = slice(first, first + rows)
-            _shift_hue(self.values[:, band], self.planes[:, band], shift)
+        self._mix()
+        values = self.values.reshape(3, -1)
+        for first in range(0, self.side**2, BAND):
+            band = values[:, first : first + BAND]
+            _shift_hue(band, self.hues[:, : band.shape[1]], shift)
+        self.luma = None
+
+    def grey(self) -> None:
+        """Greyscale: one plane is left."""
+        self._compose(0.0, 1.0, 0.0)
+        self.values = self._luma(self.grey_scale)[None]
+        self.scale, self.grey_scale = 1.0, 0.0
 
     def blur(self, sigma: float) -> None:
         """Gaussian blur, reflected at the border; ``sigma`` in px."""
         radius = min(RADIUS, self.side - 1, int(np.ceil(TAIL * sigma)))
         weights = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
         weights /= weights[0] + 2 * weights[1:].sum()
-        for axis in (1, 2):
-            self._convolve(weights.tolist(), axis)
-        self.luma = None
+        for first in range(0, len(self.values), self.at_once):
+            _blur(self.values[first : first + self.at_once], self.lines, weights.tolist())
 
     def solarise(self) -> None:
         """Values from 128 / 255 upwards are inverted."""
-        self._compute()
+        self._mix()
+        self.values *= self.scale
+        self.values += self.offset
+        self.scale, self.offset = 1.0, 0.0
         np.copyto(self.values, 1 - self.values, where=self.values >= np.float32(BRIGHT))
 
     def _compose(self, scale: float, grey_scale: float, offset: float) -> None:
         """Composes ``scale * x + grey_scale * grey(x) + offset`` with what is to be computed."""
-        of_grey = self.scale + sum(LUMA) * self.grey_scale  # grey(x) = of_grey * grey(values) + sum(LUMA) * self.offset
-        self.offset = scale * self.offset + grey_scale * sum(LUMA) * self.offset + offset
+        of_grey = self.scale + WHITE * self.grey_scale  # grey(x) = of_grey * grey(values) + WHITE * self.offset
+        self.offset = scale * self.offset + grey_scale * WHITE * self.offset + offset
         self.scale, self.grey_scale = scale * self.scale, scale * self.grey_scale + grey_scale * of_grey
 
-    def _compute(self) -> None:
-        """Brings ``values`` up to date."""
-        if (self.scale, self.grey_scale, self.offset) == (1.0, 0.0, 0.0):
-            return
+    def _mix(self) -> None:
+        """Mixes luma into ``values``; scale and offset are left."""
         if self.grey_scale:
-            grey = self._grey()
-            grey *= self.grey_scale
-            grey += self.offset
+            grey = self._luma(self.grey_scale)
             self.values *= self.scale
             self.values += grey
-        else:
-            self.values *= self.scale
-            if self.offset:
-                self.values += self.offset
-        self.scale, self.grey_scale, self.offset, self.luma = 1.0, 0.0, 0.0, None
+            self.scale, self.grey_scale, self.luma = 1.0, 0.0, None
 
     def _clamp(self) -> None:
-        self._compute()
-        np.clip(self.values, 0, 1, out=self.values)
+        self._mix()
+        if self.scale > TINY:
+            self.colours.clamp_(-self.offset / self.scale, (1 - self.offset) / self.scale)
+            self.luma = None
+        else:
+            self.offset = min(max(self.offset, 0.0), 1.0)
 
-    def _grey(self) -> Plane:
-        """Luma of ``values``, in the first of ``planes``."""
-        grey: Plane = self.planes[0]
-        other = self.planes[1]
-        np.multiply(self.values[0], LUMA[0], out=grey)
+    def _luma(self, scale: float) -> Plane:
+        """Luma of ``values`` times ``scale``, in the first of ``greys``."""
+        grey: Plane = self.greys[0]
+        other = self.greys[1]
+        np.multiply(self.values[0], scale * LUMA[0], out=grey)
         for channel in (1, 2):
-            grey += np.multiply(self.values[channel], LUMA[channel], out=other)
+            grey += np.multiply(self.values[channel], scale * LUMA[channel], out=other)
         return grey
 
-    def _convolve(self, weights: list[float], axis: int) -> None:
-        """Convolves ``values`` along an axis with a symmetric kernel, given from its centre outwards."""
-        radius, side = len(weights) - 1, self.side
-        swapped = (0, axis, 3 - axis)
-        shape = (3, *(side + 2 * radius * (i == axis) for i in (1, 2)))
-        padded = self.padded[: math.prod(shape)].reshape(shape)
-        lines, values = padded.transpose(swapped), self.values.transpose(swapped)  # the axis is the second one
-        lines[:, radius : radius + side] = values
-        lines[:, :radius] = values[:, radius:0:-1]
-        lines[:, radius + side :] = values[:, -2 : -radius - 2 : -1]
-        pair = self.pair.transpose(swapped)
-        np.multiply(values, weights[0], out=values)
-        for distance in range(1, radius + 1):
-            before, after = (lines[:, radius + d : radius + d + side] for d in (-distance, distance))
-            np.add(before, after, out=pair)
-            pair *= weights[distance]
-            values += pair
+
+def _blur(planes: Plane, lines: Plane, weights: list[float]) -> None:
+    """Convolves ``planes`` [C, S, S] in place with a symmetric kernel along both axes.
+
+    Args:
+        lines: memory for three padded copies.
+        weights: the kernel, from its centre outwards.
+    """
+    (count, side, _), radius = planes.shape, len(weights) - 1
+    wide = side + 2 * radius
+    padded, out, pair = lines[:, : count * side * wide]
+    rows = padded.reshape(count, side, wide)
+    rows[..., radius : radius + side] = planes
+    rows[..., :radius] = planes[..., radius:0:-1]
+    rows[..., radius + side :] = planes[..., -2 : -radius - 2 : -1]
+    _convolve(padded, out, pair, weights, 1)
+    columns = padded.reshape(count, wide, side)
+    columns[:, radius : radius + side] = out.reshape(count, side, wide)[..., :side]
+    columns[:, :radius] = columns[:, 2 * radius : radius : -1]
+    columns[:, radius + side :] = columns[:, radius + side - 2 : side - 2 : -1]
+    _convolve(padded, out, pair, weights, side)
+    planes[:] = out.reshape(count, wide, side)[:, :side]
+
+
+def _convolve(line: Plane, out: Plane, pair: Plane, weights: list[float], step: int) -> None:
+    """Convolves a line with taps that are ``step`` apart; ``out`` begins where the kernel is inside."""
+    centre = (len(weights) - 1) * step
+    length = len(line) - 2 * centre
+    out, pair = out[:length], pair[:length]
+    np.multiply(line[centre : centre + length], weights[0], out=out)
+    for distance, weight in enumerate(weights[1:], 1):
+        before, after = centre - distance * step, centre + distance * step
+        np.add(line[before : before + length], line[after : after + length], out=pair)
+        pair *= weight
+        out += pair
 
 
 def _shift_hue(values: Plane, planes: Plane, shift: float) -> None:
-    """Shifts the hue of ``values`` [3, h, w] in [0, 1] in place.
+    """Shifts the hue of ``values`` [3, n] in place; ``planes`` is memory for seven.
 
-    With chroma = high - low, the size of the angle from red is 1 + (green + blue - red - low) / chroma, in sixths of a
-    turn; its sign is that of green - blue. A channel at a distance ``a`` from the new angle is low + chroma *
-    clamp(2 - a, 0, 1).
+    A third of a turn passes the channels on: red becomes green. The rest is at most a sixth. There a channel of hue
+    angle ``a`` (0 where it is largest, from -3 to 3) is low + chroma * clamp(2 - |a|, 0, 1), where 2 - |a| is
+    (2 * channel - mid - low) / chroma, and a sixth of a turn adds 1 to ``a``. The sign of red's angle is that of
+    green - blue. Where the sum leaves -3 to 3 or its sign changes, the clamped value stays the same.
     """
+    thirds = round(3 * shift)
+    rest = 6 * shift - 2 * thirds
     red, green, blue = values
-    low, chroma, angle, other = planes
-    np.add(green, blue, out=angle)
-    angle -= red
+    low, mid, high, change, *_ = planes
+    new = planes[4:]
     np.minimum(green, blue, out=low)
+    np.maximum(green, blue, out=high)
+    np.maximum(low, red, out=mid)
+    np.minimum(mid, high, out=mid)
     np.minimum(low, red, out=low)
-    np.maximum(green, blue, out=chroma)
-    np.maximum(chroma, red, out=chroma)
-    chroma -= low
-    angle -= low
-    angle += chroma
-    np.subtract(green, blue, out=other)
-    np.copysign(angle, other, out=angle)
-    chroma += TINY
-    angle /= chroma
-    angle += 6 * shift
-    np.multiply(angle, 1 / 6, out=other)
-    np.rint(other, out=other)
-    other *= 6
-    angle -= other  # from -3 to 3
-    np.absolute(angle, out=other)
-    np.subtract(2, other, out=red)
-    np.subtract(-2, angle, out=other)  # at 2 and -2: clamp(2 - a, 0, 1) is clamp(max(angle, -2 - angle), 0, 1)
-    np.maximum(other, angle, out=green)
-    np.subtract(angle, 2, out=other)
-    np.negative(angle, out=angle)
-    np.maximum(other, angle, out=blue)
-    np.clip(values, 0, 1, out=values)
-    values *= chroma
-    values += low
+    np.maximum(high, red, out=high)
+    np.subtract(high, low, out=change)
+    change *= abs(rest)
+    for plane, first, second in zip(new, (green, blue, red), (blue, red, green), strict=True):
+        np.subtract(*((first, second) if rest > 0 else (second, first)), out=plane)
+    signs = new.view(np.int32)
+    signs &= SIGN
+    signs |= change.view(np.int32)  # np.copysign takes eight times as long
+    new += mid
+    np.subtract(values, new, out=new)
+    new += values
+    np.maximum(new, low, out=new)
+    for channel in range(3):
+        np.minimum(new[channel], high, out=values[(channel + thirds) % 3])
 
 
 _JITTER = {

@@ -91,7 +91,8 @@ def decode(
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
             raise BadImage(_reason(error)) from None
-    return torch.from_numpy(array).permute(2, 0, 1)
+        # Pillow's bytes are used without a copy: PyTorch warns of read-only memory, which the block silences
+        return torch.from_numpy(array).permute(2, 0, 1)
 
 
 class open_image:

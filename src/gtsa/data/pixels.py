@@ -28,7 +28,7 @@ def check_size(width: int, height: int) -> tuple[int, int]:
 
 
 def as_rgb(image: Image.Image, range16: Range) -> np.ndarray:
-    """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``.
+    """A Pillow image as uint8 RGB [H, W, 3], with the conversions of ``decode``; it may be read-only.
 
     Rows are converted in bands to save memory: Pillow takes 4 bytes a pixel, and every copy as much again.
     """
@@ -50,7 +50,7 @@ def _as_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*NEUTRAL, 255))
         image = Image.alpha_composite(background, image)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:

@@ -69,7 +69,7 @@ class Items:
             item = item[0]
         if isinstance(item, Image.Image):
             try:
-                return torch.from_numpy(as_rgb(item, self.range16)).permute(2, 0, 1)
+                return torch.from_numpy(as_rgb(item, self.range16).copy()).permute(2, 0, 1)
             except BadImage:
                 raise
             except Exception as error:  # a file that the dataset opened but did not decode
