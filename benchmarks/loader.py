@@ -103,19 +103,28 @@ def parts_of(paths: list[Path]) -> dict[str, Callable[[], object]]:
             for count, transform in plain:
                 torch.stack([transform(image) for _ in range(count)])
 
+    def by_simplejpeg(index: int) -> object:
+        return decode(paths[index], VIEWS.detail, decoder="simplejpeg")
+
     def load(name: str, workers: int = 0) -> None:
         """Batches of 8 images, as a trainer gets them."""
         for _ in loader(sets[name], StepSampler(len(paths), 8, LONG * len(paths) // 8), workers):
             pass
 
-    def by_simplejpeg() -> object:
-        return [decode(path, VIEWS.detail, decoder="simplejpeg") for path in paths]
+    def one_by_one(read: Callable[[int], object]) -> Callable[[], None]:
+        """As a worker does it: an image is gone before the next one is read."""
+
+        def work() -> None:
+            for index in range(len(paths)):
+                read(index)
+
+        return work
 
     return {
-        "Pillow's decoder": lambda: [np.asarray(Image.open(path)) for path in paths],
-        "decoding": lambda: [decode(path, VIEWS.detail) for path in paths],
-        **({"decoding by simplejpeg": by_simplejpeg} if importlib.util.find_spec("simplejpeg") else {}),
-        "decoding from the cache": lambda: [cache.read(index, VIEWS.detail) for index in range(len(paths))],
+        "Pillow's decoder": one_by_one(lambda index: np.asarray(Image.open(paths[index]))),
+        "decoding": one_by_one(lambda index: decode(paths[index], VIEWS.detail)),
+        **({"decoding by simplejpeg": one_by_one(by_simplejpeg)} if importlib.util.find_spec("simplejpeg") else {}),
+        "decoding from the cache": one_by_one(lambda index: cache.read(index, VIEWS.detail)),
         "cutting": lambda: [VIEWS(image, np.random.default_rng(n)) for n, image in enumerate(images)],
         "augmenting by crop": lambda: [augment_crop.finish(crops, MEAN, STD) for v in cut for crops in v.groups],
         "augmenting in batches": lambda: [
