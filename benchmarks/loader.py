@@ -32,13 +32,13 @@ from torch import Tensor
 from torchvision import transforms
 
 import gtsa
-from gtsa.data import augment_batch, augment_crop
-from gtsa.data.decoding import decode
-from gtsa.data.image_memory import ImageMemory
-from gtsa.data.jpeg_cache import JpegCache
-from gtsa.data.loader import StepSampler, ViewSet, loader
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.image_memory import ImageMemory
+from gtsa.data.batches.jpeg_cache import JpegCache
+from gtsa.data.batches.loader import StepSampler, ViewSet, loader
+from gtsa.data.images.decoding import decode
 from gtsa.data.sources import open_source
+from gtsa.data.views import augment_batch, augment_crop
+from gtsa.data.views.multicrop import MultiCrop
 
 SAMPLE = Path(gtsa.__file__).parent / "data" / "sample" / "images"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

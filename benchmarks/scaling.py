@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from gtsa.data.loader import collate
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import collate
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.models.backbone import Backbone
 from gtsa.training.loop import train_step

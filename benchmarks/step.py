@@ -36,9 +36,9 @@ import gtsa
 import reference
 from gtsa.core.compilation import compiling
 from gtsa.core.types import Crops, Views
-from gtsa.data import augment
-from gtsa.data.loader import collate
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import collate
+from gtsa.data.views import augment
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.models.backbone import Backbone
 from gtsa.training import loop

@@ -17,9 +17,9 @@ import gtsa
 from gtsa.core.drawing import GAP, label, new_sheet, to_image, write
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.types import Crops, Views
-from gtsa.data import augment
-from gtsa.data.multicrop import MultiCrop
 from gtsa.data.sources import open_source
+from gtsa.data.views import augment
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.gtsa import regions
 from gtsa.methods.parts.geometry import pool, rotate_maps
 

@@ -6,8 +6,8 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from gtsa.core.types import Tokens
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.labels import Labelled
-from gtsa.data.pixels import BadImage
 from gtsa.evaluation.context import EvalContext
 
 

@@ -15,7 +15,7 @@ from gtsa.cli import main
 from gtsa.cli.examples import EXAMPLES
 from gtsa.core import plugins
 from gtsa.core.plugins import REQUIRED, declared
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.evaluation import evaluators
 from gtsa.pretraining.settings import MULTICROP
 

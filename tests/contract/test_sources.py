@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.sources import Selection, kinds, open_source
 
 GOOD, BAD = 4, 2

@@ -11,7 +11,7 @@ from PIL import ImageOps
 from torchvision.transforms.v2 import functional as vision
 
 from gtsa.core.types import Crops, Views
-from gtsa.data import augment, augment_batch, augment_crop
+from gtsa.data.views import augment, augment_batch, augment_crop
 
 few = settings(deadline=None, max_examples=30)
 CPU = torch.device("cpu")

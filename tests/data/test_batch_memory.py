@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gtsa.core.types import Draw
-from gtsa.data.batch_memory import BatchMemory
-from gtsa.data.loader import StepSampler, ViewSet, loader
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.batch_memory import BatchMemory
+from gtsa.data.batches.loader import StepSampler, ViewSet, loader
+from gtsa.data.views.multicrop import MultiCrop
 
 SMALL = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 STD = ((0.5,) * 3, (0.25,) * 3)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from conftest import scene
-from gtsa.data import damage
+from gtsa.data.images import damage
 from gtsa.data.scan import scan
 from gtsa.data.sources.folder import Folder
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from gtsa.data.decoding import decode, read_header
-from gtsa.data.pixels import LARGEST, NEUTRAL, BadImage
+from gtsa.data.images.decoding import decode, read_header
+from gtsa.data.images.pixels import LARGEST, NEUTRAL, BadImage
 
 EIGHT = range(1, 9)
 LOSSLESS = {"a.png": {}, "a.bmp": {}, "a.tif": {}, "a.tiff": {"compression": "tiff_lzw"}, "a.webp": {"lossless": True}}
@@ -680,7 +680,7 @@ def test_large_images_are_converted_by_parts(tmp_path, monkeypatch):
     for mode in ("RGB", "RGBA", "P", "CMYK", "L"):
         path = saved(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), Image.fromarray(photo()).convert(mode))
         whole = pixels(path)
-        monkeypatch.setattr("gtsa.data.pixels.BAND", 7 * 60)
+        monkeypatch.setattr("gtsa.data.images.pixels.BAND", 7 * 60)
         assert np.array_equal(pixels(path), whole)
         monkeypatch.undo()
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as vision
 
 from gtsa.core.types import Draw
-from gtsa.data import augment, device_cut
-from gtsa.data.loader import StepSampler, ViewSet, loader
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import StepSampler, ViewSet, loader
+from gtsa.data.views import augment, device_cut
+from gtsa.data.views.multicrop import MultiCrop
 
 few = settings(deadline=None, max_examples=30)
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gtsa.data import decoding, frozen, scan, threaded
+from gtsa.data import frozen, scan, threaded
 from gtsa.data.frozen import list_line, parse_list
-from gtsa.data.pixels import BadImage
+from gtsa.data.images import decoding
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.run_images import ImageSettings, RunImages, scan_images
 from gtsa.data.sources import Selection, open_source
 from gtsa.data.threaded import map_short

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gtsa.core.types import Draw
-from gtsa.data import image_memory
-from gtsa.data.decoding import decode
-from gtsa.data.image_memory import ImageMemory, decoded_bytes, memory_for
-from gtsa.data.loader import StepSampler, ViewSet, loader
-from gtsa.data.multicrop import MultiCrop
-from gtsa.data.pixels import BadImage
+from gtsa.data.batches import image_memory
+from gtsa.data.batches.image_memory import ImageMemory, decoded_bytes, memory_for
+from gtsa.data.batches.loader import StepSampler, ViewSet, loader
+from gtsa.data.images.decoding import decode
+from gtsa.data.images.pixels import BadImage
+from gtsa.data.views.multicrop import MultiCrop
 
 few = settings(deadline=None, max_examples=30)
 SMALL = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2)

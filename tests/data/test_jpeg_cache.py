@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from gtsa.data.jpeg_cache import JpegCache
-from gtsa.data.multicrop import MultiCrop
-from gtsa.data.pixels import BadImage
+from gtsa.data.batches.jpeg_cache import JpegCache
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.sources import open_source
+from gtsa.data.views.multicrop import MultiCrop
 
 VIEWS = MultiCrop(global_crops_size=32, local_crops_size=16)
 

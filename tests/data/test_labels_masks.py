@@ -13,7 +13,7 @@ from PIL import Image
 from test_labels import COCO_SMALL, moved, put, refused, write
 
 from gtsa.core.errors import UserError
-from gtsa.data.decoding import decode
+from gtsa.data.images.decoding import decode
 from gtsa.data.labels import IGNORE, open_labelled
 from gtsa.data.labels._files import read_sizes
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw
-from gtsa.data.loader import StepSampler, ViewSet, collate, loader
-from gtsa.data.multicrop import MultiCrop
-from gtsa.data.pixels import BadImage
+from gtsa.data.batches.loader import StepSampler, ViewSet, collate, loader
+from gtsa.data.images.pixels import BadImage
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.training.run_folder import RunFolder
 
 few = settings(deadline=None, max_examples=50)

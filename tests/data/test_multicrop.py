@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as vision
 
 from gtsa.core.types import Colour
-from gtsa.data.multicrop import TRIES, MultiCrop, _construct_box
+from gtsa.data.views.multicrop import TRIES, MultiCrop, _construct_box
 
 few = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32)

@@ -17,10 +17,9 @@ from gtsa.core import terminal
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw
 from gtsa.data import run_images, scan
+from gtsa.data.batches.loader import ViewSet
 from gtsa.data.frozen import Frozen, list_line, parse_list
-from gtsa.data.loader import ViewSet
-from gtsa.data.multicrop import MultiCrop
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.remarks import RemarkCollector
 from gtsa.data.scan import describe_links, group_by_reason
 from gtsa.data.sources import Selection, open_source
@@ -28,6 +27,7 @@ from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.list_file import Listing
 from gtsa.data.sources.torch_dataset import Items
 from gtsa.data.threaded import PixelBudget, map_in_order
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.pretraining.check import check
 from gtsa.pretraining.preview import preview
 from gtsa.pretraining.settings import Pretrain

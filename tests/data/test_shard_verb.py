@@ -17,7 +17,7 @@ import gtsa
 from conftest import run
 from forking import fork
 from gtsa.core.errors import UserError
-from gtsa.data.shard_plan import Limits, limits_of, split
+from gtsa.data.shards.shard_plan import Limits, limits_of, split
 from gtsa.data.sources import open_source
 
 

@@ -17,9 +17,9 @@ from serving import Plain, Ranges, served
 from conftest import run
 from gtsa.core.errors import UserError
 from gtsa.core.files import cache_folder
-from gtsa.data import shard_index, storage
-from gtsa.data.decoding import SUFFIXES
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.decoding import SUFFIXES
+from gtsa.data.images.pixels import BadImage
+from gtsa.data.shards import shard_index, storage
 from gtsa.data.sources import Selection, open_source
 from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.shards import Shards

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gtsa.core.errors import UserError
-from gtsa.data.pixels import NEUTRAL, BadImage
+from gtsa.data.images.pixels import NEUTRAL, BadImage
 from gtsa.data.sources import Selection, open_source
 from gtsa.data.sources.folder import Folder
 from gtsa.data.sources.list_file import Listing

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gtsa.data.tar_index import NotTar, from_json, has_member, read_index, to_json
+from gtsa.data.shards.tar_index import NotTar, from_json, has_member, read_index, to_json
 
 SUFFIXES = {".jpg", ".png"}
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from evaluating import coloured, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Examples
-from gtsa.data.loader import StepSampler
+from gtsa.data.batches.loader import StepSampler
 from gtsa.evaluation.evaluators.finetune import Augmented, Classifier, Finetune, parameter_groups
 from gtsa.evaluation.loading import training_batches
 from gtsa.models.backbone import Backbone

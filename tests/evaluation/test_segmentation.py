@@ -12,8 +12,8 @@ from test_dense import PALETTE, Colours, blocks, labelled, make_context, painted
 from conftest import final_weights
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw, Examples
+from gtsa.data.batches.loader import StepSampler
 from gtsa.data.labels import IGNORE
-from gtsa.data.loader import StepSampler
 from gtsa.evaluation.evaluators.segmentation import PixelCrossEntropy, Segmentation, TrainingCrops, parameter_groups
 from gtsa.evaluation.heads.semantic_fpn import SemanticFPN
 from gtsa.models.backbone import Backbone

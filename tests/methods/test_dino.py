@@ -9,7 +9,7 @@ import torch
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.dino import DINO
 from gtsa.methods.parts.losses import cross_view
 from gtsa.methods.parts.prototypes import Centre, PrototypeHead

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
 from gtsa.core.types import Crops, Views
-from gtsa.data import augment
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.views import augment
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods import load_all
 from gtsa.methods.gtsa import GTSA, regions
 from gtsa.methods.parts.geometry import patch_centres

@@ -9,9 +9,9 @@ from lightning_fabric import Fabric
 
 from gtsa.core.settings import validated
 from gtsa.core.terminal import lasting
-from gtsa.data import augment
-from gtsa.data.loader import ViewSet
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import ViewSet
+from gtsa.data.views import augment
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining import cost, plan

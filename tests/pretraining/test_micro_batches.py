@@ -13,9 +13,9 @@ from gtsa import methods, pretrain
 from gtsa.core.settings import validated
 from gtsa.core.settings_file import read_yaml
 from gtsa.core.types import Draw
-from gtsa.data import augment
-from gtsa.data.loader import ViewSet, collate
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import ViewSet, collate
+from gtsa.data.views import augment
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.gtsa import GTSA
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining import micro_batches

@@ -9,8 +9,8 @@ from lightning_fabric import Fabric
 
 from conftest import SMALL_HEADS, TINY, run
 from gtsa.core.types import Views
-from gtsa.data.loader import StepSampler, ViewSet
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import StepSampler, ViewSet
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods import load_all
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining import machine, profile_table, step_phases

@@ -14,9 +14,9 @@ from conftest import TINY, final_weights, run
 from forking import fork
 from gtsa.core.errors import UserError
 from gtsa.core.types import Draw
-from gtsa.data.loader import ViewSet
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import ViewSet
 from gtsa.data.sources import Selection, open_source
+from gtsa.data.views.multicrop import MultiCrop
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from gtsa.core import compilation
 from gtsa.core.compilation import compilable, compiling
 from gtsa.core.errors import UserError
 from gtsa.core.types import Views
-from gtsa.data import augment, augment_batch
-from gtsa.data.loader import collate
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import collate
+from gtsa.data.views import augment, augment_batch
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.models.backbone import Backbone
 from gtsa.training.loop import train_step
 from gtsa.training.optim import ScheduledAdamW

@@ -13,8 +13,8 @@ from contract.test_evaluations import SMALL, backbone, kinds, sets
 from contract.test_methods import views
 from gtsa import methods
 from gtsa.core.types import Colour, Crops, Views
-from gtsa.data import augment
-from gtsa.data.recipe import ORDERS
+from gtsa.data.views import augment
+from gtsa.data.views.recipe import ORDERS
 from gtsa.evaluation import evaluators
 from gtsa.evaluation.context import EvalContext
 from gtsa.models.backbone import Backbone

@@ -24,9 +24,9 @@ from gtsa.training import checkpoint
 
 def draw_views(data, folder, rank, ranks):
     """What one of several processes does: digests of all views that it draws in five steps."""
-    from gtsa.data.loader import StepSampler, ViewSet, loader
-    from gtsa.data.multicrop import MultiCrop
+    from gtsa.data.batches.loader import StepSampler, ViewSet, loader
     from gtsa.data.sources import open_source
+    from gtsa.data.views.multicrop import MultiCrop
 
     source = open_source(data)
     views = ViewSet(

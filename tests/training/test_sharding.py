@@ -19,9 +19,9 @@ from gtsa import methods
 from gtsa.core.compilation import compiling
 from gtsa.core.errors import UserError
 from gtsa.core.types import Method, Replaced, StepResult, Views
-from gtsa.data import augment
-from gtsa.data.loader import collate
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import collate
+from gtsa.data.views import augment
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.models.backbone import Backbone
 from gtsa.training import sharding
 from gtsa.training.devices import check_shard, launch_fabric

@@ -12,7 +12,7 @@ from gtsa.cli.examples import EXAMPLES
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import validated
-from gtsa.data import shard_plan
+from gtsa.data.shards import shard_plan
 from gtsa.data.sources import check_exists, may_exist
 from gtsa.evaluation import embed_requirements
 from gtsa.evaluation.explore import requirements

@@ -21,7 +21,7 @@ from typing import Any
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare, list_tasks_of
 from gtsa.core.settings import is_auto, merged, validated
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.data.sources import open_source
 from gtsa.evaluation import evaluators, tasks
 from gtsa.evaluation.evaluator import Evaluator

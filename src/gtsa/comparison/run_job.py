@@ -31,9 +31,9 @@ from gtsa.core.settings import Plan, validated
 from gtsa.core.settings_file import plain_yaml, read_yaml
 from gtsa.core.stops import handle_signals
 from gtsa.core.types import Views
-from gtsa.data.multicrop import MultiCrop
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.sources import Selection, open_source
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from gtsa.data.blobs import File
-from gtsa.data.pixels import BadImage, Range
+from gtsa.data.images.blobs import File
+from gtsa.data.images.pixels import BadImage, Range
 from gtsa.data.sources import Detail, Source
 
 SCALES = (1, 2, 4, 8)  # large JPEGs are decoded at 1 / scale

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gtsa.core.errors import escaped
-from gtsa.data import decoding
-from gtsa.data.blobs import loaded
-from gtsa.data.pixels import BadImage, Range
+from gtsa.data.images import decoding
+from gtsa.data.images.blobs import loaded
+from gtsa.data.images.pixels import BadImage, Range
 from gtsa.data.sources import Source
 
 SAMPLE = 16  # images of a kind whose values are read

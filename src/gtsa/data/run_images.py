@@ -20,9 +20,9 @@ from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import Count, say
 from gtsa.core.types import Replaced, StepResult
+from gtsa.data.batches.loader import NoImageLeft
 from gtsa.data.frozen import Frozen, ImageList, list_line, parse_list
-from gtsa.data.loader import NoImageLeft
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.scan import Scan, check_scan, describe_links, group_by_reason, list_images, scan
 from gtsa.data.sources import EVERY, Selection, Source, open_source
 

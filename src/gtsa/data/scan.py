@@ -16,9 +16,10 @@ import numpy as np
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.files import cache_folder
 from gtsa.core.terminal import Count, say
-from gtsa.data import damage, decoding, remarks
-from gtsa.data.blobs import Bytes, File, loaded
-from gtsa.data.pixels import BadImage, Range
+from gtsa.data import remarks
+from gtsa.data.images import damage, decoding
+from gtsa.data.images.blobs import Bytes, File, loaded
+from gtsa.data.images.pixels import BadImage, Range
 from gtsa.data.sources import ALL, SHARDS, Selection, Source, open_source
 from gtsa.data.threaded import PixelBudget, map_in_order, map_short
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from gtsa.core.errors import UserError
 from gtsa.core.files import clear_drafts, drafted
 from gtsa.core.terminal import Count, command, gib, say
-from gtsa.data.blobs import open_file
-from gtsa.data.pixels import BadImage, Range
+from gtsa.data.images.blobs import open_file
+from gtsa.data.images.pixels import BadImage, Range
 from gtsa.data.scan import CheckImage, DecodedCache, group_by_reason, open_images
-from gtsa.data.shard_index import write_index
-from gtsa.data.shard_plan import RECORD, Record, check_folder, limits_of, read_record, shard_name, split
+from gtsa.data.shards.shard_index import write_index
+from gtsa.data.shards.shard_plan import RECORD, Record, check_folder, limits_of, read_record, shard_name, split
 from gtsa.data.sources import Selection, Source, check_range16
 from gtsa.data.threaded import map_in_order
 

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 
 Pooling = Literal["mean", "cls", "both"]
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.settings import AUTO
 from gtsa.core.terminal import say
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.data.scan import group_by_reason, open_images
 from gtsa.data.sources import Selection, Source
 from gtsa.evaluation.context import EvalContext

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from gtsa.core import files
 from gtsa.core.errors import UserError
 from gtsa.core.terminal import Count, say
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.scan import group_by_reason
 from gtsa.data.sources import Source
 from gtsa.evaluation.context import EvalContext

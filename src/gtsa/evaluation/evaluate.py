@@ -21,8 +21,8 @@ from gtsa.core.errors import UserError
 from gtsa.core.files import check_writable, clear_drafts, read_json, store
 from gtsa.core.settings import validated, with_keywords
 from gtsa.core.terminal import say, table
+from gtsa.data.images.pixels import Range
 from gtsa.data.labels import Labelled
-from gtsa.data.pixels import Range
 from gtsa.evaluation import intervals, predictions, tasks
 from gtsa.evaluation.arguments import EvaluateArguments
 from gtsa.evaluation.evaluator import PerImage

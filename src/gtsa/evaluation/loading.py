@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gtsa.core.errors import UserError, escaped, from_worker
+from gtsa.data.batches.loader import StepSampler
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.labels import Labelled
-from gtsa.data.loader import StepSampler
-from gtsa.data.pixels import BadImage
 from gtsa.evaluation.context import EvalContext
 from gtsa.models.backbone import Encoder
 

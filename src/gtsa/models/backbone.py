@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.models import vit as packed
 from gtsa.models.transform import FULL_RANGE, Picture, as_image, eval_transform, input_size
 

@@ -16,8 +16,8 @@ from timm.data import create_transform
 from torch import Tensor
 
 from gtsa.core.errors import UserError, escaped
-from gtsa.data.decoding import decode
-from gtsa.data.pixels import BadImage, Range, as_rgb
+from gtsa.data.images.decoding import decode
+from gtsa.data.images.pixels import BadImage, Range, as_rgb
 
 INTERPOLATION, CROP_PCT, CROP_MODE = "bilinear", 1.0, "center"  # as config.json of an export says
 Picture = str | os.PathLike[str] | Image.Image | Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gtsa.core import files
 from gtsa.core.errors import UserError
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.models import huggingface, published, state_dict
 from gtsa.models.backbone import Backbone
 from gtsa.models.formats import no_weights

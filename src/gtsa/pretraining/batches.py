@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream
 from gtsa.core.types import Method, Views
-from gtsa.data import augment
-from gtsa.data.image_memory import ImageMemory, memory_for
-from gtsa.data.jpeg_cache import JpegCache
-from gtsa.data.loader import Normalisation, Readable, StepSampler, ViewSet, loader
+from gtsa.data.batches.image_memory import ImageMemory, memory_for
+from gtsa.data.batches.jpeg_cache import JpegCache
+from gtsa.data.batches.loader import Normalisation, Readable, StepSampler, ViewSet, loader
 from gtsa.data.run_images import RunImages
+from gtsa.data.views import augment
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import Pretrain
 

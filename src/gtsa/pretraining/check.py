@@ -9,8 +9,8 @@ from pathlib import Path
 
 from gtsa.core.errors import UserError, escaped
 from gtsa.core.terminal import say, table
-from gtsa.data import damage
-from gtsa.data.pixels import Range
+from gtsa.data.images import damage
+from gtsa.data.images.pixels import Range
 from gtsa.data.scan import Scan, describe_links, group_by_reason, least_max_bad, list_images, no_images, scan
 from gtsa.data.sources import Selection, check_range16
 

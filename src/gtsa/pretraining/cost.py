@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gtsa.core.terminal import lasting, times
 from gtsa.core.types import Crops, Draw, Method, Views
-from gtsa.data.loader import ViewSet, collate
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.batches.loader import ViewSet, collate
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.models.backbone import patch_of
 from gtsa.pretraining.settings import Pretrain, ViewSettings
 from gtsa.training.optim import ScheduledAdamW, clip_each

@@ -10,8 +10,8 @@ from lightning_fabric import Fabric
 from gtsa.core.settings import Plan, is_auto
 from gtsa.core.terminal import gib
 from gtsa.core.types import Draw, Method, Views
-from gtsa.data import image_memory
-from gtsa.data.loader import ViewSet, collate
+from gtsa.data.batches import image_memory
+from gtsa.data.batches.loader import ViewSet, collate
 from gtsa.pretraining.cost import Cost
 from gtsa.pretraining.plan import min_images_of
 from gtsa.pretraining.settings import Pretrain

@@ -18,7 +18,7 @@ from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream
 from gtsa.core.terminal import doing, say
 from gtsa.core.types import Method, Views
-from gtsa.data.loader import ViewSet
+from gtsa.data.batches.loader import ViewSet
 from gtsa.data.run_images import RunImages
 from gtsa.evaluation.feature_maps import SHIFTS, patch_maps, strip
 from gtsa.models.backbone import Backbone

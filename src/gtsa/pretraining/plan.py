@@ -11,7 +11,7 @@ from gtsa.core import compilation
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto
 from gtsa.core.terminal import lasting, times
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.models.backbone import patch_of
 from gtsa.models.transform import FULL_RANGE
 from gtsa.pretraining.cost import Cost

@@ -11,9 +11,9 @@ from gtsa.core.errors import UserError, escaped
 from gtsa.core.seeds import Stream, generator
 from gtsa.core.settings import Plan, is_auto, validated, with_keywords
 from gtsa.core.terminal import say
-from gtsa.data import augment
-from gtsa.data.pixels import BadImage, Range
+from gtsa.data.images.pixels import BadImage, Range
 from gtsa.data.scan import open_images
+from gtsa.data.views import augment
 from gtsa.models.backbone import IMAGENET
 from gtsa.models.transform import FULL_RANGE
 from gtsa.models.weight_sources import read_weights

@@ -20,7 +20,7 @@ from gtsa.core.settings import Plan, is_auto, with_keywords
 from gtsa.core.terminal import doing, say
 from gtsa.core.types import Draw, Method, StepResult, Views
 from gtsa.data import run_images
-from gtsa.data.loader import StepSampler, ViewSet
+from gtsa.data.batches.loader import StepSampler, ViewSet
 from gtsa.data.run_images import ImageSettings, RunImages
 from gtsa.pretraining import machine, profile_table, step_phases
 from gtsa.pretraining.adaptation import build_method

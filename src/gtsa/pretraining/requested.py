@@ -14,7 +14,7 @@ from gtsa.core.files import IMAGES
 from gtsa.core.settings import differences, merged, validated
 from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import say
-from gtsa.data import storage
+from gtsa.data.shards import storage
 from gtsa.pretraining.settings import MethodSettings, Pretrain
 from gtsa.training import checkpoint
 

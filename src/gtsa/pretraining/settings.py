@@ -34,8 +34,8 @@ _found = declared(Path(__file__).parents[1] / "data" / "multicrop.py", "MultiCro
 assert _found is not None
 MULTICROP = _found
 if TYPE_CHECKING:
-    from gtsa.data.multicrop import MultiCrop
     from gtsa.data.sources import Selection
+    from gtsa.data.views.multicrop import MultiCrop
 
     class ViewSettings(MultiCrop):
         """MultiCrop's arguments; sizes may be auto."""
@@ -260,7 +260,7 @@ class PretrainSettings(Documented):
     @property
     def multicrop(self) -> MultiCrop:
         """How views are drawn, once sizes are resolved."""
-        from gtsa.data.multicrop import MultiCrop
+        from gtsa.data.views.multicrop import MultiCrop
 
         return MultiCrop(**self.views.model_dump())
 

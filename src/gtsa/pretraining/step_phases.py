@@ -18,7 +18,7 @@ from lightning_fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 
 from gtsa.core.types import Draw, Method, Views
-from gtsa.data.loader import Readable, StepSampler, ViewSet
+from gtsa.data.batches.loader import Readable, StepSampler, ViewSet
 from gtsa.data.sources import Detail
 
 DECODE, CUT, WAIT = "decode", "cut", "wait for workers"

@@ -14,7 +14,7 @@ from torch import Tensor
 from gtsa.core.errors import UserError
 from gtsa.core.terminal import Count
 from gtsa.core.types import Draw, Method, Replaced, Views
-from gtsa.data.loader import ViewSet, collate
+from gtsa.data.batches.loader import ViewSet, collate
 from gtsa.evaluation import intervals
 from gtsa.evaluation.evaluators.health import Interval, evenly, rank_me, spread
 from gtsa.evaluation.intervals import interval

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gtsa.core.terminal import say
-from gtsa.data import decoding
+from gtsa.data.images import decoding
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.labels import Problems
 from gtsa.data.labels._json import quoted
-from gtsa.data.pixels import BadImage
 from gtsa.data.sources import Source
 
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gtsa.data import decoding
-from gtsa.data.pixels import BadImage
+from gtsa.data.images import decoding
+from gtsa.data.images.pixels import BadImage
 
 COLOURS = "colours or transparency, not numbers of classes: convert it to grey values or a palette"
 

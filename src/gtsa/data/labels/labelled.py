@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gtsa.data.frozen import Frozen
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.data.sources import ALL, Source
 
 Kind = Literal["none", "classes", "multilabel", "masks", "boxes"]

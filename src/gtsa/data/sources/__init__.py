@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 from gtsa.core.errors import UserError
-from gtsa.data import storage
+from gtsa.data.shards import storage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gtsa.data.blobs import File
+    from gtsa.data.images.blobs import File
 
 Detail = Callable[[int, int], float]  # width, height -> the smallest scale that is useful
 Progress = Callable[[int], None]  # number of images listed so far

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from gtsa.data import decoding, storage
+from gtsa.data.images import decoding
+from gtsa.data.shards import storage
 from gtsa.data.sources import ALL, EVERY, OUTSIDE, SHARDS, Detail, Progress, Selection, matcher
 
 

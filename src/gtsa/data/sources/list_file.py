@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gtsa.core.errors import UserError
-from gtsa.data import decoding
+from gtsa.data.images import decoding
 from gtsa.data.sources import ALL, EVERY, Detail, Progress, Selection, matcher
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from gtsa.core.errors import UserError
-from gtsa.data import decoding, storage
-from gtsa.data.blobs import Part, loaded
-from gtsa.data.pixels import BadImage
-from gtsa.data.shard_index import Shard, open_shard
+from gtsa.data.images import decoding
+from gtsa.data.images.blobs import Part, loaded
+from gtsa.data.images.pixels import BadImage
+from gtsa.data.shards import storage
+from gtsa.data.shards.shard_index import Shard, open_shard
+from gtsa.data.shards.storage import Stored
 from gtsa.data.sources import ALL, PACKED, SHARDS, Detail, Progress, Selection, matcher, packed_data
-from gtsa.data.storage import Stored
 from gtsa.data.threaded import map_in_order, map_short
 
 SPLIT = re.compile(rf"{re.escape(SHARDS)}/", re.IGNORECASE)  # between the shard and the member

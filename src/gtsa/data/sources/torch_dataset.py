@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gtsa.core.errors import UserError
-from gtsa.data.pixels import BadImage, as_rgb
+from gtsa.data.images.pixels import BadImage, as_rgb
 from gtsa.data.sources import ALL, Detail, Progress, Selection
 
 

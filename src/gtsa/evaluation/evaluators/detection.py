@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Examples, Objective
+from gtsa.data.batches.loader import StepSampler
 from gtsa.data.labels import Boxes, Labelled
-from gtsa.data.loader import StepSampler
 from gtsa.evaluation.average_precision import Annotation, average_precision, pasted, to_run_lengths, to_xywh
 from gtsa.evaluation.context import DetectedObject, EvalContext
 from gtsa.evaluation.detection_crops import apply_view, draw_view, fit_size

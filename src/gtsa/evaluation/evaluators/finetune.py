@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, default_collate
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Examples, Objective
+from gtsa.data.batches.loader import StepSampler
 from gtsa.data.labels import Labelled
-from gtsa.data.loader import StepSampler
 from gtsa.evaluation.context import EvalContext, Pooling
 from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import fine_tunable, pooled, tokens_of, whole_patches

@@ -15,8 +15,8 @@ from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.terminal import say
 from gtsa.core.types import Examples, Objective
+from gtsa.data.batches.loader import StepSampler
 from gtsa.data.labels import Labelled
-from gtsa.data.loader import StepSampler
 from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import image_features

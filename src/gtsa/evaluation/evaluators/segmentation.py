@@ -15,9 +15,9 @@ from gtsa.core.compilation import compilable
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Draw, Examples, Objective
+from gtsa.data.batches.loader import StepSampler
+from gtsa.data.images.pixels import NEUTRAL
 from gtsa.data.labels import IGNORE, Labelled
-from gtsa.data.loader import StepSampler
-from gtsa.data.pixels import NEUTRAL
 from gtsa.evaluation import dense
 from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage

@@ -18,7 +18,7 @@ import torch
 from gtsa.core.errors import UserError
 from gtsa.core.files import cache_folder
 from gtsa.core.terminal import doing, gib, say
-from gtsa.data.pixels import Range
+from gtsa.data.images.pixels import Range
 from gtsa.data.scan import open_images
 from gtsa.data.sources import Selection, check_range16
 from gtsa.evaluation.explore.extraction import Extraction

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtsa.core.terminal import Count, say
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.threaded import map_in_order
 from gtsa.evaluation.explore.gallery import Images, Network
 from gtsa.evaluation.feature_cache import FileDigests

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gtsa.core.errors import escaped
 from gtsa.core.terminal import say
-from gtsa.data.decoding import read_header
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.decoding import read_header
+from gtsa.data.images.pixels import BadImage
 from gtsa.data.sources import Source
 from gtsa.data.threaded import PixelBudget
 from gtsa.evaluation.explore.similarity import exact_ranks

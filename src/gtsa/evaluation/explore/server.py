@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from torch import Tensor
 
-from gtsa.data.pixels import BadImage
+from gtsa.data.images.pixels import BadImage
 from gtsa.evaluation.explore import similarity
 from gtsa.evaluation.explore.extraction import Extraction
 from gtsa.evaluation.explore.gallery import Images, Network

@@ -11,7 +11,7 @@ from torch import Tensor
 from gtsa.core import html
 from gtsa.core.html import Markup
 from gtsa.core.types import Views
-from gtsa.data import augment
+from gtsa.data.views import augment
 from gtsa.evaluation.feature_maps import centred_directions, feature_colours, resized
 from gtsa.evaluation.loading import normalised
 from gtsa.methods.gtsa import GTSA, regions

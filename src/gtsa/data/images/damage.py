@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gtsa.data.blobs import File, open_file
+from gtsa.data.images.blobs import File, open_file
 
 try:
     import simplejpeg

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from gtsa.core.types import Crops, Views
-from gtsa.data import augment_batch, augment_crop, device_cut
+from gtsa.data.views import augment_batch, augment_crop, device_cut
 
 
 def apply(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gtsa.core.compilation import compilable
 from gtsa.core.types import Colour, Crops
-from gtsa.data.recipe import BRIGHT, LUMA, ORDERS, RADIUS
+from gtsa.data.views.recipe import BRIGHT, LUMA, ORDERS, RADIUS
 
 UNCHANGED = torch.tensor([1.0, 0.0, 0.0])
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from gtsa.core.errors import UserError
 from gtsa.core.files import cache_folder, store
-from gtsa.data import decoding, storage
-from gtsa.data.storage import RemoteFile, Stored
-from gtsa.data.tar_index import NotTar, TarIndex, from_json, has_member, read_index, to_json
+from gtsa.data.images import decoding
+from gtsa.data.shards import storage
+from gtsa.data.shards.storage import RemoteFile, Stored
+from gtsa.data.shards.tar_index import NotTar, TarIndex, from_json, has_member, read_index, to_json
 
 INDEX = ".index"  # the index of 000000.tar is 000000.tar.index
 

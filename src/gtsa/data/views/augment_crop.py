@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gtsa.core.types import Colour, Crops
-from gtsa.data.recipe import BRIGHT, LUMA, ORDERS, RADIUS
+from gtsa.data.views.recipe import BRIGHT, LUMA, ORDERS, RADIUS
 
 TAIL = 4  # standard deviations; all taps beyond weigh less than 1e-4
 BAND = 2**15  # pixels whose hue is computed at a time

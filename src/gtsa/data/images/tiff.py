@@ -9,8 +9,8 @@ import tifffile
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from gtsa.data.blobs import File, open_file
-from gtsa.data.pixels import BadImage, Range, check_size, to_8_bits, upright
+from gtsa.data.images.blobs import File, open_file
+from gtsa.data.images.pixels import BadImage, Range, check_size, to_8_bits, upright
 
 
 def describe(path: File) -> str | None:

@@ -20,10 +20,10 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from gtsa.data import tiff
-from gtsa.data.blobs import File, open_file
-from gtsa.data.pixels import LARGEST, BadImage, Range, as_rgb, check_size, upright
-from gtsa.data.quiet import quiet
+from gtsa.data.images import tiff
+from gtsa.data.images.blobs import File, open_file
+from gtsa.data.images.pixels import LARGEST, BadImage, Range, as_rgb, check_size, upright
+from gtsa.data.images.quiet import quiet
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG: also MPO, camera files with a second picture
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}

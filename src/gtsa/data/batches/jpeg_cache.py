@@ -24,8 +24,8 @@ from torch import Tensor
 
 from gtsa.core.files import draft_of
 from gtsa.core.terminal import say
-from gtsa.data.multicrop import MultiCrop, resized
 from gtsa.data.sources import Detail
+from gtsa.data.views.multicrop import MultiCrop, resized
 
 QUALITY = 95
 VERSION = 1  # of how images are reduced and stored

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gtsa.core.errors import UserError
 from gtsa.core.seeds import Stream, epoch_order, generator
 from gtsa.core.types import Crops, Draw, Replaced, Uncut, Views
-from gtsa.data import augment_crop, device_cut
-from gtsa.data.batch_memory import BatchMemory
-from gtsa.data.image_memory import ImageMemory
-from gtsa.data.multicrop import MultiCrop
-from gtsa.data.pixels import SMALLEST, BadImage
+from gtsa.data.batches.batch_memory import BatchMemory
+from gtsa.data.batches.image_memory import ImageMemory
+from gtsa.data.images.pixels import SMALLEST, BadImage
 from gtsa.data.sources import Detail
+from gtsa.data.views import augment_crop, device_cut
+from gtsa.data.views.multicrop import MultiCrop
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, in [0, 1]
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG

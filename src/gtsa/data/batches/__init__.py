@@ -1,0 +1,1 @@
+"""From views to batches: the order of the images, workers, and memory."""

@@ -1,0 +1,1 @@
+"""From a file, wherever it lies, to its pixels."""

@@ -1,0 +1,1 @@
+"""Tar shards and object storage: listing, indexes, reading of byte ranges."""
