@@ -30,7 +30,7 @@ from gtsa.core.settings import (
 from gtsa.data.sources import range16_problems
 from gtsa.evaluation.settings import EvaluatorSettings
 
-_found = declared(Path(__file__).parents[1] / "data" / "multicrop.py", "MultiCrop")
+_found = declared(Path(__file__).parents[1] / "data" / "views" / "multicrop.py", "MultiCrop")
 assert _found is not None
 MULTICROP = _found
 if TYPE_CHECKING:
