@@ -58,7 +58,12 @@ def test_lines_within_lines(shown):
     assert all(words in text() for words in ("evaluating ...", "step 3/3", "step 10/10"))
     assert terminal.Line._live is None and not terminal.Line._open
     if not is_terminal:
-        assert [line.split("  ")[0] for line in text().splitlines()] == ["evaluating ...", "step 3/3", "step 10/10"]
+        assert [line.split("  ")[0] for line in text().splitlines()] == [
+            "step 1/10",
+            "evaluating ...",
+            "step 3/3",
+            "step 10/10",
+        ]
 
 
 def test_a_log_gets_a_line_every_half_minute_however_long_a_step_is(shown, monkeypatch):
