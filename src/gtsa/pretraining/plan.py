@@ -157,7 +157,9 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
 
 def min_images_of(settings: Pretrain) -> int:
     """The fewest images that the method accepts in a micro-batch on a device."""
-    fewest: int = METHODS[settings.method].constants["min_images"]
+    constants, options = METHODS[settings.method].constants, settings.options
+    more = [counts.get(options[name], 0) for name, counts in constants["min_images_with"].items()]
+    fewest: int = max([constants["min_images"], *more])
     return fewest
 
 
