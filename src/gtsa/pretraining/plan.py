@@ -158,8 +158,12 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
 def min_images_of(settings: Pretrain) -> int:
     """The fewest images that the method accepts in a micro-batch on a device."""
     constants, options = METHODS[settings.method].constants, settings.options
-    more = [counts.get(options[name], 0) for name, counts in constants["min_images_with"].items()]
-    fewest: int = max([constants["min_images"], *more])
+    fewest: int = constants["min_images"]
+    for name, needed in constants["min_images_with"].items():
+        if isinstance(needed, Mapping):
+            fewest = max(fewest, needed.get(options[name], 0))
+        elif options[name] > 0:
+            fewest = max(fewest, needed)
     return fewest
 
 
