@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gtsa.core.compilation import compilable
 from gtsa.core.types import Crops
-from gtsa.methods.parts import losses
+from gtsa.methods.parts import losses, processes
 from gtsa.methods.parts.geometry import overlap
 from gtsa.methods.parts.prototypes import Centre
 from gtsa.methods.parts.sinkhorn import sinkhorn
@@ -109,7 +109,8 @@ class Prototypes(RegionLoss):
     trained with the student; the teacher uses the same.
 
     The mean over pairs is weighted by overlap: a pair counts by the share of the view that the teacher's crop shows,
-    and so by the number of patches from which its cells are interpolated.
+    and so by the number of patches from which its cells are interpolated. Balance and weights are those of the batch
+    of all processes, for views of each size.
 
     Args:
         width: C.
@@ -131,7 +132,7 @@ class Prototypes(RegionLoss):
             assigned = sinkhorn(scores.flatten(0, -2), self.teacher_temp).reshape(scores.shape)
         loss = assignment_loss(student[:, *pairs], prototypes, assigned, self.student_temp)
         shares = overlap_shares(view, seen)[:, *pairs].to(loss.dtype)
-        return loss * (shares / shares.mean())
+        return loss * (shares / processes.mean(shares.mean()))
 
 
 @compilable
