@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from gtsa.core.types import Crops, Views
-from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.gtsa import GTSA
+from gtsa.methods.parts.geometry import regions
 
 CLIP, MOMENTUM = 3.0, 0.996
 
@@ -43,7 +44,7 @@ def loss_of(method: GTSA, views: Views) -> Tensor:
     return (
         torch.stack(region).mean()
         + method.patch_weight(1.0) * torch.stack(patch).mean()
-        + method.rotation_weight * torch.cat(rotation).mean()
+        + method.rotation_weight(1.0) * torch.cat(rotation).mean()
     )
 
 

@@ -20,8 +20,7 @@ from gtsa.core.types import Crops, Views
 from gtsa.data.sources import open_source
 from gtsa.data.views import augment
 from gtsa.data.views.multicrop import MultiCrop
-from gtsa.methods.gtsa import regions
-from gtsa.methods.parts.geometry import pool, rotate_maps
+from gtsa.methods.parts.geometry import pool, regions, rotate_maps
 
 OUT = Path(__file__).parent / "pictures"
 SAMPLE = Path(gtsa.__file__).parent / "data/sample/images"

@@ -310,6 +310,10 @@ def test_settings_of_another_method_are_reported(scenes, tmp_path, capsys):
     message = "without effect, as the method is gtsa: mae.mask_ratio"
     assert run("pretrain", *arguments, "--mae.mask-ratio", 0.5)[1].count(message) == 1
     assert "without effect" not in run("pretrain", *arguments, "--gtsa.momentum", 0.5)[1]
+    message = "without effect, as gtsa.region_loss is cosine and gtsa.image_weight is 0.0: gtsa.num_prototypes\n"
+    assert run("pretrain", *arguments, "--gtsa.num-prototypes", 64)[1].count(message) == 1
+    used = ("--gtsa.num-prototypes", 64, "--gtsa.region-loss", "prototypes", "--gtsa.region-temp", 0.2)
+    assert "without effect" not in run("pretrain", *arguments, *used)[1]
 
 
 def test_an_empty_folder_is_reported(tmp_path):

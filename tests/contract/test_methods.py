@@ -44,6 +44,12 @@ class TestMethod:
         for key, field in type(settings).model_fields.items():
             assert field.description, f"{key} has no help in the docstring of {name}"
 
+    def test_rules_about_settings_name_settings(self, name):
+        settings = set(MethodSettings[name].model_fields)
+        rules = METHODS[name].idle_settings
+        assert {*rules, *(other for others in rules.values() for other in others)} <= settings
+        assert set(METHODS[name].min_images_with) <= settings
+
     def test_losses_are_finite_scalars_and_reach_the_student_alone(self, name):
         method = small(METHODS[name]).train()
         parts = method(views(), 0.5)

@@ -16,6 +16,7 @@ import gtsa
 from conftest import SMALL_HEADS, TINY, final_weights, run
 from forking import fork
 from gtsa.core.errors import UserError
+from gtsa.methods.parts import region_losses, regularizers
 from gtsa.training.run_folder import RunFolder
 
 
@@ -115,6 +116,24 @@ def test_every_method_is_stopped_and_resumed_bit_for_bit(tmp_path, scenes, monke
     """See tests/long for kills at any moment."""
     heads = {method: SMALL_HEADS[method]} if method in SMALL_HEADS else {}
     stopped_and_resumed(scenes, tmp_path, monkeypatch, method=method, checkpoint_every=5, **heads)
+
+
+SWITCHES = {
+    "center_targets": True,
+    "regularizer": "sigreg",
+    "image_weight": 0.1,
+    "rotation_decay": (0.2, 0.8),
+    "num_prototypes": 64,
+}
+
+
+@pytest.mark.parametrize("region_loss", ["infonce", "prototypes"])
+def test_gtsa_with_its_switches_is_stopped_and_resumed_bit_for_bit(tmp_path, scenes, monkeypatch, region_loss):
+    """Means, negatives, directions and assignments are the same."""
+    monkeypatch.setattr(region_losses, "NEGATIVES", 16)  # fewer than there are, so that they are drawn
+    monkeypatch.setattr(regularizers, "VECTORS", 16)
+    settings = {**TINY["gtsa"], **SWITCHES, "region_loss": region_loss}
+    stopped_and_resumed(scenes, tmp_path, monkeypatch, gtsa=settings, checkpoint_every=5)
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(copied, finished):

@@ -141,6 +141,15 @@ def test_too_small_a_batch_for_the_method_is_refused(batch_norm, given, words):
     assert budget(**{**given, "method": "dino"}).settings.batch_size == given["batch_size"]  # it needs one
 
 
+def test_contrast_with_other_images_needs_another_image():
+    assert plan.min_images_of(validated(Pretrain, {})) == 1
+    contrast = {"gtsa": {"region_loss": "infonce"}}
+    with pytest.raises(plan.UserError, match="the method gtsa needs at least 2 images at a time on a device, not 1"):
+        budget(batch_size=4, accumulate=4, **contrast)
+    assert budget(batch_size=4, accumulate=2, **contrast).settings.accumulate == 2
+    assert budget(batch_size=1, method="dino", **contrast).settings.batch_size == 1
+
+
 def test_a_batch_that_is_large_enough_for_the_method_is_accepted(batch_norm):
     assert budget(batch_size=4, accumulate=2).settings.accumulate == 2
     assert budget(batch_size=8, devices=4).settings.batch_size == 8

@@ -199,6 +199,14 @@ def shallow(monkeypatch):
         {"gtsa": {**TINY["gtsa"], "patch_weight": 0.0}},
         {"gtsa": {**TINY["gtsa"], "region_weight": 0.0}},
         {"gtsa": {**TINY["gtsa"], "rotation_weight": 0.0}},
+        {
+            "gtsa": {**TINY["gtsa"], "region_loss": "infonce", "regularizer": "vicreg", "rotation_tokens": "cls"},
+            "precision": "bf16",
+        },
+        {
+            "gtsa": {**TINY["gtsa"], "region_loss": "prototypes", "center_targets": True, "image_weight": 0.1},
+            "accumulate": 2,
+        },
         {"precision": "bf16"},
         {"accumulate": 2},
         {"model": "vit_small_patch16_dinov3"},

@@ -46,11 +46,12 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _mode is None or function.__qualname__ in _failed:
+        if _mode is None:
             return function(*args, **kwargs)
         import torch  # the module also serves where torch is not needed
 
-        if torch.compiler.is_compiling():  # part of a larger function that is being compiled
+        # Within a larger function that is being compiled it is a part of that; the compiler cannot read _failed.
+        if torch.compiler.is_compiling() or function.__qualname__ in _failed:
             return function(*args, **kwargs)
         mode = _mode
         if mode.backend not in compiled:

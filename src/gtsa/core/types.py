@@ -163,7 +163,9 @@ class Method(Objective):
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that trials draw settings from
     min_views: ClassVar[int] = 2  # views of an image
     min_images: ClassVar[int] = 1  # images of a micro-batch on a device, e.g. 2 for batch norm
+    min_images_with: ClassVar[Mapping[str, int | Mapping[str, int]]] = {}  # where a setting is above 0, or has a value
     auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # values of auto settings, by the number of images
+    idle_settings: ClassVar[Mapping[str, Mapping[str, Sequence[Any]]]] = {}  # without effect beside such values
     needs_overlap: ClassVar[bool] = False  # crops must overlap and must not be mirrored
 
     @property

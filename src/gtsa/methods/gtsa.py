@@ -1,22 +1,27 @@
 """GTSA: a geometric transformation sensitive architecture (Kim and Lee, arXiv 2304.08014), in the order of the paper.
 
-Shapes: B images, V views of one size, G global crops, h x w tokens, C channels, c x c pooled cells.
+Switches go beyond the paper; with their defaults the method is the published one (docs/methods/gtsa.md).
+
+Shapes: B images, V views of one size, G global crops, h x w tokens, C channels, c x c pooled cells, K prototypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtsa.core.errors import UserError
-from gtsa.core.types import Crops, Method, Views
-from gtsa.methods.parts import losses
-from gtsa.methods.parts.geometry import inside, overlap, pairs_of, patch_centres, pool, rotate_boxes, rotate_maps
+from gtsa.core.types import Crops, Method, Tokens, Views
+from gtsa.methods.parts import gtsa_switches, losses, region_losses, region_metrics
+from gtsa.methods.parts.crops import by_size, by_view
+from gtsa.methods.parts.geometry import pairs_of, pool, regions, rotate_maps
 from gtsa.methods.parts.heads import GridPredictor, GridProjector, RotationHead
+from gtsa.methods.parts.image_loss import ImageLoss
+from gtsa.methods.parts.prototypes import Centre, update_centres
+from gtsa.methods.parts.region_losses import recentred
+from gtsa.methods.parts.regularizers import WEIGHTS, regularize
 from gtsa.methods.parts.teacher import copy_of, follow
 from gtsa.models.backbone import Backbone
 from gtsa.training.schedules import After, Cosine
@@ -30,8 +35,20 @@ class Branch(nn.Module):
         self.encoder, self.projector = encoder, projector
 
 
+class Predictions(NamedTuple):
+    """The student's outputs for the crops of one size."""
+
+    tokens: Tokens  # of B * V crops
+    projected: Tensor  # [B * V, h, w, C], of projector U
+    maps: Tensor  # [B, V, h, w, C], of predictor H
+    rotation: Tensor | None  # logits [B, V, 4], where rotation is predicted
+
+
 class GTSA(Method):
     """Student and EMA teacher, and the three losses.
+
+    With ``region_loss`` infonce or a ``regularizer`` the loss depends on the batch: accumulated micro-batches are not
+    one batch.
 
     Args:
         encoder: the student's encoder; the teacher starts as its copy.
@@ -49,10 +66,32 @@ class GTSA(Method):
         region_target: target of the region loss. overlap: the pooled region that the views of student and teacher
             share; global: the mean of each whole map, which makes the method insensitive to cropping (an ablation).
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
+        center_targets: subtract the running means of the student's and of the teacher's maps before they are compared.
+        region_loss: cosine as published; infonce: contrast with cells of other images; prototypes: the teacher's
+            Sinkhorn assignments of cells.
+        region_temp: temperature of the student's cells, for infonce and prototypes.
+        regularizer: loss against collapse on projected patches: sigreg (LeJEPA) or vicreg (variance and covariance).
+        regularizer_weight: weight of the regularizer. By default 0.05 for sigreg and 1 for vicreg.
+        rotation_tokens: what the rotation head reads: the mean of the patch tokens as published, or the CLS token.
+        rotation_channels: share of the channels that it reads, the first ones; 1 as published.
+        rotation_decay: fractions of the run between which rotation_weight falls to 0 linearly. By default it stays.
+        image_weight: weight of a DINO loss on CLS tokens; 0 leaves it out. The export then pools by the CLS token.
+        num_prototypes: number of prototypes of region_loss prototypes and of the image loss.
+        teacher_temp: temperature of the teacher's assignments for these two; 0.04 to 0.07 for large data.
     """
 
-    legend = "region, patch = negative cosine (best: -1); rotation = cross-entropy (chance: 1.386, accuracy 25 %)"
+    legend = gtsa_switches.legend_of("cosine", "none", False)
     needs_overlap = True
+    min_images_with: ClassVar = {"region_loss": {"infonce": 2}}
+    idle_settings: ClassVar = {
+        "region_temp": {"region_loss": ("cosine",)},
+        "regularizer_weight": {"regularizer": ("none",)},
+        "rotation_tokens": {"rotation_weight": (0.0,)},
+        "rotation_channels": {"rotation_weight": (0.0,)},
+        "rotation_decay": {"rotation_weight": (0.0,)},
+        "num_prototypes": {"region_loss": ("cosine", "infonce"), "image_weight": (0.0,)},
+        "teacher_temp": {"region_loss": ("cosine", "infonce"), "image_weight": (0.0,)},
+    }
     search_space: ClassVar = {"momentum": (0.99, 0.993, 0.996, 0.998)}
 
     def __init__(
@@ -69,40 +108,59 @@ class GTSA(Method):
         patch_start: float = 0.11,
         region_target: Literal["overlap", "global"] = "overlap",
         momentum: float = 0.996,
+        center_targets: bool = False,
+        region_loss: Literal["cosine", "infonce", "prototypes"] = "cosine",
+        region_temp: float = 0.1,
+        regularizer: Literal["none", "sigreg", "vicreg"] = "none",
+        regularizer_weight: float | None = None,
+        rotation_tokens: Literal["mean", "cls"] = "mean",
+        rotation_channels: float = 1.0,
+        rotation_decay: tuple[float, float] | None = None,
+        image_weight: float = 0.0,
+        num_prototypes: int = 1024,
+        teacher_temp: float = 0.02,
     ) -> None:
         super().__init__()
-        if min(projector_dim, out_dim, predictor_dim, *(cells or (1,)), *(matches or (1,))) < 1:
-            raise UserError("gtsa.projector_dim, out_dim, predictor_dim, cells, matches: must be at least 1")
-        if min(region_weight, patch_weight, rotation_weight) < 0:
-            raise UserError(
-                "gtsa.region_weight, patch_weight, rotation_weight: must not be negative; 0 leaves a loss out"
-            )
-        if not 0 <= momentum <= 1:
-            raise UserError(f"gtsa.momentum: from 0 to 1, not {momentum}; published is 0.996")
+        sizes = projector_dim, out_dim, predictor_dim, num_prototypes, *(cells or ()), *(matches or ())
+        weights = region_weight, patch_weight, rotation_weight, image_weight, regularizer_weight or 0.0
+        gtsa_switches.check_settings(sizes, weights, (region_temp, teacher_temp), momentum)
+        gtsa_switches.check_rotation(rotation_channels, rotation_decay)
+        if image_weight > 0 or (rotation_weight > 0 and rotation_tokens == "cls"):
+            gtsa_switches.check_cls_token(encoder.model, encoder.num_prefix_tokens)
+        encoder.pooling = "cls" if image_weight > 0 else encoder.pooling
         self.student = Branch(encoder, GridProjector(encoder.embed_dim, projector_dim, out_dim))
         self.teacher = copy_of(self.student)
         self.predictor = GridPredictor(out_dim, predictor_dim)
-        self.rotation_head = RotationHead(encoder.embed_dim) if rotation_weight > 0 else None
+        self.rotation_width = max(1, round(rotation_channels * encoder.embed_dim))
+        self.rotation_head = RotationHead(self.rotation_width) if rotation_weight > 0 else None
         self.cells, self.matches = cells, matches
-        self.region_weight, self.rotation_weight = region_weight, rotation_weight
+        self.region_weight, self.image_weight = region_weight, image_weight
         self.patch_weight = After(patch_start, patch_weight)
-        self.region_target = region_target
+        self.rotation_weight = gtsa_switches.decaying(rotation_weight, rotation_decay)
+        self.regularizer_weight = WEIGHTS[regularizer] if regularizer_weight is None else regularizer_weight
+        self.region_target, self.rotation_tokens, self.regularizer = region_target, rotation_tokens, regularizer
         self.momentum = Cosine(momentum, 1.0)
+        self.student_centre, self.teacher_centre = (Centre(out_dim) if center_targets else None for _ in range(2))
+        self.region_loss = region_losses.build(region_loss, out_dim, region_temp, num_prototypes, teacher_temp)
+        image = encoder.embed_dim, num_prototypes, predictor_dim, teacher_temp
+        self.image_loss = ImageLoss(*image) if image_weight > 0 else None
+        self.legend = gtsa_switches.legend_of(region_loss, regularizer, image_weight > 0)
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
-        teacher = self.teacher_maps(views.global_crops)  # [B, G, h, w, C]
-        patch_weight = self.patch_weight(time)
+        seen, patch_weight = views.global_crops, self.patch_weight(time)
+        teacher_tokens, teacher = self.targets(seen)  # of B * G crops; [B, G, h, w, C]
+        teacher, student = recentred(teacher, self.teacher_centre), self.predictions(views.groups)
         region, patch, rotation, correct = [], [], [], []
-        for size, (maps, logits) in enumerate(self.predictions(views.groups)):  # [B, V, h, w, C], [B, V, 4]
-            crops = views.groups[size]
-            student_cells, target_cells = self.pooled(maps, teacher, crops, views.global_crops, size)
-            pairs = pairs_of(size, crops.count, views.global_crops.count)
-            region.append(losses.region(student_cells, target_cells)[:, *pairs])  # [B, pairs]
+        for size, (crops, predicted) in enumerate(zip(views.groups, student, strict=True)):
+            maps = recentred(predicted.maps, self.student_centre)
+            pairs = pairs_of(size, crops.count, seen.count)
+            cells = self.pooled(maps, teacher, crops, seen, size)
+            region.append(self.region_loss(*cells, crops, seen, pairs))  # [B, pairs]
             if patch_weight > 0:
                 patch.append(self.patch_loss(maps, teacher, size)[:, *pairs])
-            if logits is not None:
-                rotation.append(losses.rotation(logits, crops.rotations))  # [B, V]
-                correct.append((logits.detach().argmax(-1) == crops.rotations).float())
+            if predicted.rotation is not None:
+                rotation.append(losses.rotation(predicted.rotation, crops.rotations))  # [B, V]
+                correct.append((predicted.rotation.detach().argmax(-1) == crops.rotations).float())
 
         parts = {"region": _mean(region)}
         loss = self.region_weight * parts["region"]
@@ -112,11 +170,21 @@ class GTSA(Method):
         if rotation:
             parts["rotation"] = _mean(rotation)
             parts["rotation_accuracy"] = _mean(correct)
-            loss = loss + self.rotation_weight * parts["rotation"]
+            loss = loss + self.rotation_weight(time) * parts["rotation"]
+        if self.regularizer != "none":
+            parts["regularizer"] = regularize(self.regularizer, [predicted.projected for predicted in student], time)
+            loss = loss + self.regularizer_weight * parts["regularizer"]
+        if self.image_loss is not None:
+            parts["image"] = self.image_loss([predicted.tokens for predicted in student], teacher_tokens, views.groups)
+            loss = loss + self.image_weight * parts["image"]
         return {"loss": loss, **parts}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
+        if centres := [module for module in self.modules() if isinstance(module, Centre)]:
+            update_centres(centres, accepted)
         follow(self.teacher, self.student, self.momentum(next_time), accepted)
+        if self.image_loss is not None:
+            self.image_loss.follow(self.momentum(next_time), accepted)
 
     def train(self, mode: bool = True) -> GTSA:
         super().train(mode)
@@ -125,29 +193,37 @@ class GTSA(Method):
 
     # The networks (section 3.1)
 
-    @torch.no_grad()
     def teacher_maps(self, crops: Crops) -> Tensor:
         """The teacher's projected maps [B, G, h, w, C]."""
-        maps: Tensor = self.teacher.projector(self.teacher.encoder(crops.pixels.flatten(0, 1)).patches)
-        return maps.reshape(*crops.rotations.shape, *maps.shape[1:])
+        return self.targets(crops)[1]
+
+    @torch.no_grad()
+    def targets(self, crops: Crops) -> tuple[Tokens, Tensor]:
+        """The teacher's tokens of B * G crops, and its projected maps [B, G, h, w, C]."""
+        tokens: Tokens = self.teacher.encoder(crops.pixels.flatten(0, 1))
+        return tokens, by_view(self.teacher.projector(tokens.patches), crops)
 
     def student_maps(self, crops: Crops) -> tuple[Tensor, Tensor | None]:
         """Predicted maps [B, V, h, w, C], and rotation logits [B, V, 4] where rotation is predicted."""
-        return self.predictions([crops])[0]
+        predicted = self.predictions([crops])[0]
+        return predicted.maps, predicted.rotation
 
-    def predictions(self, groups: Sequence[Crops]) -> list[tuple[Tensor, Tensor | None]]:
-        """``student_maps`` of the crops of each size, in one pass of the encoder and of the rotation head."""
+    def predictions(self, groups: Sequence[Crops]) -> list[Predictions]:
+        """Of the crops of each size, in one pass of the encoder and of the rotation head."""
         tokens = self.student.encoder.side_by_side([crops.pixels.flatten(0, 1) for crops in groups])
-        shapes = [crops.rotations.shape for crops in groups]
-        maps = [
-            self.predictor(self.student.projector(each.patches)).unflatten(0, shape)
-            for each, shape in zip(tokens, shapes, strict=True)
-        ]
-        if self.rotation_head is None:
-            return [(each, None) for each in maps]
-        logits = self.rotation_head(torch.cat([each.patches.mean((1, 2)) for each in tokens]))
-        parts = torch.split(logits, [shape.numel() for shape in shapes])
-        return [(each, part.reshape(*shape, 4)) for each, part, shape in zip(maps, parts, shapes, strict=True)]
+        projected = [self.student.projector(each.patches) for each in tokens]
+        maps = [by_view(self.predictor(each), crops) for each, crops in zip(projected, groups, strict=True)]
+        nothing = [None] * len(groups)
+        rotation = nothing if self.rotation_head is None else by_size(self.rotation_logits(tokens), groups)
+        return list(map(Predictions, tokens, projected, maps, rotation))
+
+    def rotation_logits(self, tokens: Sequence[Tokens]) -> Tensor:
+        """Head P on one vector of each crop: logits [N, 4] for all crops of all sizes."""
+        assert self.rotation_head is not None
+        of_cls = self.rotation_tokens == "cls"
+        vectors = torch.cat([each.prefix[:, 0] if of_cls else each.patches.mean((1, 2)) for each in tokens])
+        logits: Tensor = self.rotation_head(vectors[:, : self.rotation_width])
+        return logits
 
     # The target follows the crop and its rotation (sections 3.2 and 3.3)
 
@@ -193,73 +269,32 @@ class GTSA(Method):
 
         * ``region_score``: cosine of the student's cells with the region that both views share, minus the cosine with
           the same region of other images.
-        * ``patch_score``: how much nearer to a patch's true position its best match lies than a random patch, as a
-          share of the distance of the latter: 0 by chance, 1 at most.
+        * ``patch_score``: how near to its true position a patch's best match lies (``region_metrics.nearness``).
         * ``rotation_accuracy``: share of rotations that are predicted correctly.
 
         The mean vector over the batch is subtracted first. Predictions learn it before anything else, it carries no
         information about an image, and it hides the rest.
         """
-        teacher = _centred(self.teacher_maps(views.global_crops))
-        own, others, nearness, correct = [], [], [], []
+        teacher = region_metrics.centred(self.teacher_maps(views.global_crops))
+        gains, nearness, correct = [], [], []
         for size, crops in enumerate(views.groups):
             predicted, logits = self.student_maps(crops)
-            maps = _centred(predicted)
+            maps = region_metrics.centred(predicted)
             pairs = pairs_of(size, crops.count, views.global_crops.count)
             scores = [
                 -losses.region(*self.pooled(maps, teacher.roll(shift, 0), crops, views.global_crops, size))[:, *pairs]
                 for shift in range(min(len(teacher), 9))  # 0: the image itself, then up to eight others
             ]
-            own.append(scores[0])
-            others.append(torch.stack(scores[1:]).mean(0) if scores[1:] else torch.zeros_like(scores[0]))
-            nearness.append(_nearness(maps, teacher, crops, views.global_crops)[:, *pairs])
+            gains.append(scores[0] - (torch.stack(scores[1:]).mean(0) if scores[1:] else 0))
+            nearness.append(region_metrics.nearness(maps, teacher, crops, views.global_crops)[:, *pairs])
             if logits is not None:
                 correct.append((logits.argmax(-1) == crops.rotations).float())
-        metrics = {
-            "region_score": (torch.cat(own, 1) - torch.cat(others, 1)).mean(1),
-            "patch_score": torch.cat(nearness, 1).mean(1),
-        }
+        metrics = {"region_score": torch.cat(gains, 1).mean(1), "patch_score": torch.cat(nearness, 1).mean(1)}
         if correct:
             metrics["rotation_accuracy"] = torch.cat(correct, 1).mean(1)
         return metrics
 
 
-def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
-    """The overlap of each view with each teacher's crop, in the pixel frames of both after their rotations.
-
-    Returns:
-        Boxes [B, V, G, 4] in the views and [B, G, V, 4] in the teacher's crops.
-    """
-    common = overlap(view.boxes[:, :, None], seen.boxes[:, None])  # [B, V, G, 4] in the image
-    in_view = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
-    in_seen = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
-    return in_view, in_seen.transpose(1, 2)
-
-
 def _mean(parts: list[Tensor]) -> Tensor:
     """Mean over all pairs (or views) of all sizes and over the batch."""
     return torch.cat([part.flatten() for part in parts]).mean()
-
-
-def _centred(maps: Tensor) -> Tensor:
-    """Maps [B, V, h, w, C] after the mean vector over all of them is subtracted, in float32 at least."""
-    lifted = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    return lifted - lifted.mean((0, 1, 2, 3))
-
-
-def _nearness(student: Tensor, teacher: Tensor, view: Crops, seen: Crops) -> Tensor:
-    """[B, V, G]: 1 - (mean distance from a patch to its best match) / (mean distance to any patch), in the image.
-
-    Only patches of a view whose centre lies in the teacher's crop count.
-    """
-    in_view = patch_centres(view.boxes, view.rotations, view.side, student.shape[2])[:, :, None]  # [B, V, 1, N, 2]
-    in_seen = patch_centres(seen.boxes, seen.rotations, seen.side, teacher.shape[2])[:, None]  # [B, 1, G, M, 2]
-    box = seen.boxes[:, None, :, None]
-    common = ((in_view >= box[..., :2]) & (in_view <= box[..., 2:])).all(-1)  # [B, V, G, N]
-    similarity = F.normalize(student.flatten(2, 3), dim=-1)[:, :, None] @ (
-        F.normalize(teacher.flatten(2, 3), dim=-1)[:, None].transpose(-2, -1)
-    )
-    distance = (in_view[..., :, None, :] - in_seen[..., None, :, :]).norm(dim=-1)  # [B, V, G, N, M]
-    matched = distance.gather(-1, similarity.argmax(-1, keepdim=True)).squeeze(-1)
-    chance = (distance.mean(-1) * common).sum(-1)
-    return torch.where(chance > 0, 1 - (matched * common).sum(-1) / chance, 0.0).float()

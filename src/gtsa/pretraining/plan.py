@@ -157,7 +157,13 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
 
 def min_images_of(settings: Pretrain) -> int:
     """The fewest images that the method accepts in a micro-batch on a device."""
-    fewest: int = METHODS[settings.method].constants["min_images"]
+    constants, options = METHODS[settings.method].constants, settings.options
+    fewest: int = constants["min_images"]
+    for name, needed in constants["min_images_with"].items():
+        if isinstance(needed, Mapping):
+            fewest = max(fewest, needed.get(options[name], 0))
+        elif options[name] > 0:
+            fewest = max(fewest, needed)
     return fewest
 
 

@@ -15,7 +15,7 @@ from gtsa.core.settings import differences, merged, validated
 from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import say
 from gtsa.data.shards import storage
-from gtsa.pretraining.settings import MethodSettings, Pretrain
+from gtsa.pretraining.settings import METHODS, MethodSettings, Pretrain
 from gtsa.training import checkpoint
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -62,6 +62,8 @@ def requested_settings(given: Mapping[str, object], show: bool = True) -> Pretra
     settings = validated(Pretrain, merged(base, given))
     if show and (names := _without_effect(settings)):
         say(f"without effect, as the method is {settings.method}: {', '.join(names)}")
+    for line in _idle(settings) if show else ():
+        say(line)
     if settings.out is None and not settings.plan:
         raise UserError("--out is missing: name a folder for the run")
     _check_overwrite(settings)
@@ -189,3 +191,14 @@ def _without_effect(settings: Pretrain) -> list[str]:
         for name, section in sections.items()
         for line in differences(type(section)(), section, f"{name}.")
     ]
+
+
+def _idle(settings: Pretrain) -> list[str]:
+    """A line for each setting of the method that was changed, but has no effect beside other settings."""
+    lines, options, method = [], settings.options, settings.method
+    changed = {key for key, value in MethodSettings[method]() if value != options[key]}
+    for name, conditions in METHODS[method].constants["idle_settings"].items():
+        if name in changed and all(options[key] in values for key, values in conditions.items()):
+            reasons = " and ".join(f"{method}.{key} is {options[key]}" for key in conditions)
+            lines.append(f"without effect, as {reasons}: {method}.{name}")
+    return lines

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gtsa.core.compilation import compilable
+from gtsa.core.types import Crops
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -126,3 +127,15 @@ def pairs_of(size: int, views: int, seen: int) -> tuple[Tensor, Tensor]:
         apart.fill_diagonal_(False)
     v, g = apart.nonzero(as_tuple=True)
     return v, g
+
+
+def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
+    """The overlap of each view with each teacher's crop, in the pixel frames of both after their rotations.
+
+    Returns:
+        Boxes [B, V, G, 4] in the views and [B, G, V, 4] in the teacher's crops.
+    """
+    common = overlap(view.boxes[:, :, None], seen.boxes[:, None])  # [B, V, G, 4] in the image
+    in_view = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
+    in_seen = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
+    return in_view, in_seen.transpose(1, 2)

@@ -14,9 +14,9 @@ from gtsa.core.types import Views
 from gtsa.data.views import augment
 from gtsa.evaluation.feature_maps import centred_directions, feature_colours, resized
 from gtsa.evaluation.loading import normalised
-from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.gtsa import GTSA
 from gtsa.methods.parts import losses
-from gtsa.methods.parts.geometry import pairs_of
+from gtsa.methods.parts.geometry import pairs_of, regions
 from gtsa.models.attention import attention_maps
 from gtsa.pretraining import preview_picture
 from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, tile, tile_image
@@ -113,8 +113,8 @@ def rotation_prediction(network: Network) -> Parts:
     images = F.interpolate(network.gallery, (side, side), mode="bilinear", antialias=True)
     student, device = method.student.encoder, network.device
     rotated = torch.stack([torch.rot90(images, k, (-2, -1)) for k in range(4)], 1)  # [n, 4, 3, side, side]
-    tokens = student(normalised(rotated.flatten(0, 1), student, device)).patches
-    shares = method.rotation_head(tokens.mean((1, 2))).softmax(-1).cpu().unflatten(0, (-1, 4))  # [n, 4, 4]
+    tokens = student(normalised(rotated.flatten(0, 1), student, device))
+    shares = method.rotation_logits([tokens]).softmax(-1).cpu().reshape(-1, 4, 4)  # [n, 4, 4]
     correct = int((shares.argmax(-1) == torch.arange(4)).sum())
     tiles = []
     for k, picture in enumerate(resized(rotated[0], SIDE)):
