@@ -12,6 +12,7 @@ from scipy.integrate import quad
 
 from forking import Forked
 from gtsa.core.compilation import compiling
+from gtsa.core.processes import alone
 from gtsa.methods.parts import processes
 from gtsa.methods.parts.sigreg import NORMAL, draw_directions, sigreg
 
@@ -148,7 +149,7 @@ def half_of(folder, rank):
     loss = sigreg(vectors, draw_directions(4, 16, 0.5)) + (1 + rank) * processes.mean(vectors.sum())
     loss.backward()
     torch.save((loss.detach(), vectors.grad), folder / f"{rank}.pt")
-    with processes.alone():  # the other one does not do this
+    with alone():  # the other one does not do this
         if rank == 0:
             torch.save(sigreg(vectors.detach(), draw_directions(4, 16, 0.5)), folder / "alone.pt")
     torch.distributed.barrier()

@@ -16,7 +16,6 @@ from gtsa.core.terminal import lasting, times
 from gtsa.core.types import Crops, Draw, Method, Views
 from gtsa.data.loader import ViewSet, collate
 from gtsa.data.multicrop import MultiCrop
-from gtsa.methods.parts import processes
 from gtsa.models.backbone import patch_of
 from gtsa.pretraining.settings import Pretrain, ViewSettings
 from gtsa.training.optim import ScheduledAdamW, clip_each
@@ -99,7 +98,7 @@ def probe(
         cut = collate((drawn * -(-count // len(drawn)))[:count])
         began = time.perf_counter()
         prepared = prepare(cut)
-        with fabric.autocast(), hooks, processes.alone():  # the other processes wait for the plan
+        with fabric.autocast(), hooks:
             loss = method(prepared, 1.0)["loss"]
         loss.backward()
         _finish(fabric.device)
