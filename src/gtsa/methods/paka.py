@@ -49,7 +49,7 @@ class PaKA(Method):
     """
 
     legend = "loss = 1 - CKA of student's and teacher's patches (best: 0)"
-    published_settings: ClassVar = {"views": VIEWS}
+    published_settings: ClassVar = {"views": VIEWS, "freeze_encoder": 0.0}  # there is no new head to train first
     needs_overlap = True
     search_space: ClassVar = {"momentum": (0.99, 0.996, 0.998, 0.999)}
 

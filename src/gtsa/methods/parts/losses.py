@@ -117,7 +117,7 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414): do two maps relate patches alike?
 
         K = H S S^T H,  L = H T T^T H                 # Gram matrices, centred: H = I - 1 1^T / n
-        result = <K, L> / (|K| |L|)                   # Frobenius: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))
+        result = sum(K L) / sqrt(sum(K K) sum(L L))   # HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)); products of entries
 
     It is 1 if one map is a rotation of the other, scaled or shifted, and at least 0. With few patches and many channels
     it is far above 0 for unrelated maps, too. A map whose patches are all alike has alignment 0.
