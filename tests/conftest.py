@@ -32,7 +32,9 @@ TINY = {
 SMALL_HEADS = {  # of the other methods
     "dino": {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16},
     "ibot": {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+    "lejepa": {"num_slices": 16, "hidden_dim": 32, "proj_dim": 16},
     "mae": {"decoder_dim": 64, "decoder_depth": 1},
+    "paka": {},
 }
 
 

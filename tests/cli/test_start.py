@@ -36,7 +36,7 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("completion", "fish"): (0, "complete -c gtsa"),
     ("completion", "tcsh"): (2, "bash"),
     ("pretrain", "--batch-size", "0", "--out", "run"): (2, "batch_size: 0"),
-    ("pretrain", "--method", "simclr", "--out", "run"): (2, "choose from dino, gtsa, ibot, mae"),
+    ("pretrain", "--method", "simclr", "--out", "run"): (2, "choose from dino, "),
     ("pretrain", "--data", "nowhere", "--out", "run"): (3, "--data nowhere: there is no such folder"),
     ("pretrain", "--init", "nowhere", "--data", ".", "--out", "run"): (4, "nowhere: no weights there"),
     ("pretrain", "--print-config", "--method", "mae"): (0, "final_weight_decay: 0.05"),

@@ -164,6 +164,57 @@ def test_pixels_are_the_box_resized_with_antialiasing(width, height, seed):
             assert (pixels - exact).abs().max() < 1.5  # rounded to integers after either axis
 
 
+@few
+@given(lengths, lengths, st.integers(1, 2), seeds)
+@example(3000, 1, 2, 0)
+@example(1, 1, 2, 0)
+def test_local_crops_can_lie_inside_all_global_crops(width, height, globals_, seed):
+    multicrop = MultiCrop(globals_, 6, local_crops_scale=(0.05, 0.4), local_inside=True)
+    globals_, locals_ = legal(multicrop, width, height, seed)
+    for box in locals_:
+        for other in globals_:
+            assert other[0] <= box[0] < box[2] <= other[2]
+            assert other[1] <= box[1] < box[3] <= other[3]
+
+
+@few
+@given(st.integers(400, 2000), st.integers(400, 2000), seeds)
+def test_crops_inside_keep_their_share_where_it_fits(width, height, seed):
+    multicrop = MultiCrop(1, 8, global_crops_scale=(0.8, 1.0), local_crops_scale=(0.1, 0.2), local_inside=True)
+    for x1, y1, x2, y2 in multicrop.boxes(width, height, rng(seed))[1]:
+        assert 0.095 <= (x2 - x1) * (y2 - y1) / (width * height) <= 0.205
+
+
+def test_without_a_common_region_local_crops_lie_anywhere():
+    multicrop = MultiCrop(
+        2, 4, global_crops_scale=(0.05, 0.06), global_overlap=0.0, local_overlap=0.0, local_inside=True
+    )
+    apart = 0
+    for seed in range(20):
+        globals_, locals_ = multicrop.boxes(500, 400, rng(seed))
+        apart += not shared(*globals_)
+        assert all(0 <= x1 < x2 <= 500 and 0 <= y1 < y2 <= 400 for x1, y1, x2, y2 in locals_)
+    assert apart > 5
+
+
+def test_global_crops_can_keep_their_colours():
+    """The draws of all else are the same."""
+    picture = image(64, 64)
+    plain, clean = (
+        MultiCrop(
+            2, 3, 32, 16, color_jitter=1.0, grayscale=1.0, gaussian_blur=(1.0,) * 3, solarize=(1.0,) * 3, clean_global=c
+        )(picture, rng(3))
+        for c in (False, True)
+    )
+    assert (plain.global_crops.colours[..., Colour.ORDER] >= 0).all()
+    assert (clean.global_crops.colours[..., Colour.ORDER] == -1).all()
+    assert not clean.global_crops.colours[..., [Colour.GRAYSCALE, Colour.SIGMA, Colour.SOLARIZE]].any()
+    assert torch.equal(clean.local_crops.colours, plain.local_crops.colours)
+    assert (clean.local_crops.colours[..., Colour.SOLARIZE] == 1).all()
+    for name in ("boxes", "pixels", "rotations"):
+        assert torch.equal(getattr(clean.global_crops, name), getattr(plain.global_crops, name))
+
+
 def recipes(multicrop, count=4000):
     return multicrop._draw_recipes([2] * count, rng(7))
 

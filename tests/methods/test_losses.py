@@ -128,6 +128,75 @@ def test_gradients_are_right():
     assert torch.autograd.gradcheck(lambda x, y: losses.region(x[None], y[None, :4]), (a, b))
 
 
+# Kernel alignment
+
+
+def slow_cka(student, teacher):
+    """HSIC with explicit centring matrices (Kornblith et al. 2019, section 3)."""
+    n = len(student)
+    centring = torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64) / n
+
+    def gram(x):
+        products = [[sum(p * q for p, q in zip(a, b, strict=True)) for b in x.tolist()] for a in x.tolist()]
+        return torch.tensor(products, dtype=torch.float64)
+
+    def hsic(k, m):
+        return torch.trace(k @ centring @ m @ centring).item() / (n - 1) ** 2
+
+    k, m = gram(student), gram(teacher)
+    return hsic(k, m) / math.sqrt(hsic(k, k) * hsic(m, m))
+
+
+@few
+@given(st.integers(2, 7), st.integers(1, 5), st.integers(1, 5), seeds)
+def test_cka_is_the_normalised_hsic(patches, width, other, seed):
+    student, teacher = normal(seed, 2, patches, width), normal(seed + 1, 2, patches, other)
+    alignment = losses.cka(student, teacher)
+    assert alignment.shape == (2,)
+    assert ((alignment >= 0) & (alignment <= 1 + 1e-12)).all()
+    for b in range(2):
+        assert alignment[b].item() == pytest.approx(slow_cka(student[b], teacher[b]), rel=1e-9, abs=1e-12)
+
+
+def test_cka_by_hand():
+    line, corners = torch.tensor([[-1.0], [0], [1]]), torch.tensor([[0.0, 0], [1, 0], [0, 0]])
+    # of one channel it is the squared correlation: (-1, 0, 1) and (-2, 1, 1) / 3 have 1 / (2 * 2 / 3)
+    assert losses.cka(line, torch.tensor([[0.0], [1], [1]])).item() == pytest.approx(0.75)
+    assert losses.cka(line, corners).item() == pytest.approx(0, abs=1e-6)
+
+
+@few
+@given(st.integers(2, 9), st.integers(1, 6), st.floats(0.01, 100), seeds)
+def test_cka_ignores_rotation_scale_and_shift_of_features_but_not_the_order_of_patches(n, width, scale, seed):
+    student, teacher = normal(seed, n, width), normal(seed + 1, n, width)
+    turn = torch.linalg.qr(normal(seed + 2, width, width)).Q
+    moved = scale * student @ turn + normal(seed + 3, width)
+    torch.testing.assert_close(losses.cka(moved, teacher), losses.cka(student, teacher))
+    torch.testing.assert_close(losses.cka(student, moved), torch.ones((), dtype=torch.float64))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(losses.cka(student[order], teacher[order]), losses.cka(student, teacher))
+    torch.testing.assert_close(losses.cka(student, teacher), losses.cka(teacher, student))
+
+
+def test_cka_of_patches_that_are_all_alike_is_0_with_finite_gradients():
+    student = torch.ones(4, 3, requires_grad=True)
+    alignment = losses.cka(student, normal(0, 4, 3, dtype=torch.float32))
+    alignment.backward()
+    assert alignment.item() == pytest.approx(0)
+    assert student.grad.isfinite().all()
+
+
+def test_cka_gradients_and_half_precision():
+    a, b = normal(0, 5, 3).requires_grad_(), normal(1, 5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(losses.cka, (a, b))
+    for dtype in (torch.float16, torch.bfloat16):
+        x, y = normal(2, 6, 8, dtype=dtype) * 300, normal(3, 6, 8, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = losses.cka(x, y)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(losses.cka(x.double(), y.double()).item(), rel=1e-4)
+
+
 # What a teacher tells
 
 

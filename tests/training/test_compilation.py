@@ -35,7 +35,9 @@ SETTINGS: dict[str, dict[str, object]] = {
     "gtsa": {"projector_dim": 16, "out_dim": 16, "predictor_dim": 16, "patch_start": 0.0},
     "dino": {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "freeze_last_layer": 0.0},
     "ibot": {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "freeze_last_layer": 0.0},
+    "lejepa": {"num_slices": 8, "hidden_dim": 16, "proj_dim": 8},
     "mae": {"decoder_dim": 16, "decoder_depth": 1},
+    "paka": {},
 }
 
 

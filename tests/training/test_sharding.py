@@ -35,7 +35,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gtsa": {"projector_dim": 16, "out_dim": 16, "predictor_dim": 16, "patch_start": 0.3},
     "dino": {**HEADS, "freeze_last_layer": 0.3},
     "ibot": {**HEADS, "freeze_last_layer": 0.3, "mask_probability": 1.0},
+    "lejepa": {"num_slices": 8, "hidden_dim": 16, "proj_dim": 8},
     "mae": {"decoder_dim": 16, "decoder_depth": 1},
+    "paka": {},
 }
 STEPS = 3
 
@@ -181,7 +183,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path
     ("name", "options"),
     [
         ("gtsa", {}),
-        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "mae")],
+        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "lejepa", "mae", "paka")],
         pytest.param("gtsa", {"model": "vit_small_patch16_dinov3"}, marks=pytest.mark.long),  # its own forward pass
         pytest.param("gtsa", {"recompute": True}, marks=pytest.mark.long),
         pytest.param("gtsa", {"compiled": "aot_eager"}, marks=pytest.mark.long),
@@ -196,12 +198,14 @@ def test_sharded_training_gives_the_numbers_of_ddp_and_of_one_process(
     close = 1e-4 if options.get("precision", "32") == "32" else 2e-2
     for expected, actual in zip(ddp["parts"], sharded["parts"], strict=True):
         assert actual == pytest.approx(expected, rel=close, abs=close)
-    if name in ("gtsa", "dino") and not options:  # others draw masks in each process
+    if name in ("gtsa", "dino", "lejepa", "paka") and not options:  # others draw masks in each process
         alone, _ = train(name, 0, 1)
         for expected, actual in zip(alone["parts"], sharded["parts"], strict=True):
             assert actual == pytest.approx(expected, rel=close, abs=close)
     start = build(name, **options).state_dict()
     for key, value in ddp["weights"].items():
+        if name in ("lejepa", "paka") and key.endswith("encoder.vit.norm.bias"):
+            continue  # a shift of all tokens does not change the loss: its gradient is rounding alone
         torch.testing.assert_close(sharded["weights"][key], value, rtol=close, atol=max(close, 2e-3), msg=key)
     assert any(not torch.equal(value, start[key]) for key, value in sharded["weights"].items())
 

@@ -72,7 +72,9 @@ class RunArguments(TypedDict, total=False):
     gtsa: Mapping[str, object]
     dino: Mapping[str, object]
     ibot: Mapping[str, object]
+    lejepa: Mapping[str, object]
     mae: Mapping[str, object]
+    paka: Mapping[str, object]
 
 
 class PretrainArguments(RunArguments, total=False):

@@ -31,6 +31,7 @@ SCORES = {  # names and meanings of metrics of Method.diagnose; the gain over st
     "patch_score": (
         "patch localisation in another view", "1: at the true position, 0: as far off as a random patch",
     ),
+    "kernel_score": ("kernel alignment", "CKA with the true region minus CKA with other images; higher is better"),
     "pixel_score": ("reconstruction of masked patches", "1: exact, 0: no closer to the image than to others"),
 }  # fmt: skip
 

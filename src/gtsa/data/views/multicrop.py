@@ -34,6 +34,8 @@ class MultiCrop:
             0: it may lie anywhere.
         local_overlap: a local crop overlaps every global crop by more than this fraction of the image's area; 0: it may
             lie anywhere.
+        local_inside: local crops lie inside the region that all global crops share.
+        clean_global: global crops keep the colours of the image: no jitter, greyscale, blur or solarisation.
         rotations: rotate every crop by a random number of quarter-turns, 0 to 3.
         hflip: probability of a horizontal flip.
         color_jitter: probability of colour jitter.
@@ -57,6 +59,8 @@ class MultiCrop:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     global_overlap: float = 0.02
     local_overlap: float = 0.01
+    local_inside: bool = False
+    clean_global: bool = False
     rotations: bool = True
     hflip: float = 0.0
     color_jitter: float = 0.8
@@ -115,16 +119,16 @@ class MultiCrop:
 
     def boxes(self, width: int, height: int, rng: Generator) -> tuple[list[Box], list[Box]]:
         """Boxes of the global and of the local crops in an image of ``width`` x ``height`` px."""
-        global_boxes: list[Box] = []
+        frame = (0, 0, width, height)
+        boxes: list[Box] = []
         for _ in range(self.global_crops_number):
-            global_boxes.append(
-                self._draw_box(width, height, self.global_crops_scale, self.global_overlap, tuple(global_boxes), rng)
-            )
+            boxes.append(self._draw_box(frame, frame, self.global_crops_scale, self.global_overlap, tuple(boxes), rng))
+        earlier, inner = tuple(boxes), _common(frame, boxes) if self.local_inside else frame
         local_boxes = [
-            self._draw_box(width, height, self.local_crops_scale, self.local_overlap, tuple(global_boxes), rng)
+            self._draw_box(frame, inner, self.local_crops_scale, self.local_overlap, earlier, rng)
             for _ in range(self.local_crops_number)
         ]
-        return global_boxes, local_boxes
+        return boxes, local_boxes
 
     def detail(self, width: int, height: int) -> float:
         """The smallest scale of an image at which no crop has to be enlarged; at most 1."""
@@ -139,26 +143,24 @@ class MultiCrop:
         )
 
     def _draw_box(
-        self,
-        width: int,
-        height: int,
-        share: tuple[float, float],
-        least: float,
-        earlier: tuple[Box, ...],
-        rng: Generator,
+        self, image: Box, inner: Box, share: tuple[float, float], least: float, earlier: tuple[Box, ...], rng: Generator
     ) -> Box:
-        area = width * height
+        """A box in ``inner``, of a share of the image's area, with more than ``least`` of it in each earlier box."""
+        width, height = inner[2] - inner[0], inner[3] - inner[1]
+        area = image[2] * image[3]
         for _ in range(TRIES):
             size = area * _uniform(rng, *share)
             ratio = math.exp(_uniform(rng, math.log(self.aspect[0]), math.log(self.aspect[1])))
             w, h = round(math.sqrt(size * ratio)), round(math.sqrt(size / ratio))
             offset = rng.random(2)
             if 0 < w <= width and 0 < h <= height:
-                x, y = int(offset[0] * (width - w + 1)), int(offset[1] * (height - h + 1))
+                x, y = inner[0] + int(offset[0] * (width - w + 1)), inner[1] + int(offset[1] * (height - h + 1))
                 box = (x, y, x + w, y + h)
                 if least <= 0 or all(_shared_area(box, other) > least * area for other in earlier):
                     return box
-        return _construct_box(width, height, _uniform(rng, *share), least, earlier, rng)
+        if inner != image and all(_shared_area(inner, other) > least * area for other in earlier):
+            return inner
+        return _construct_box(image[2], image[3], _uniform(rng, *share), least, earlier, rng)
 
     def _draw_recipes(self, kinds: list[int], rng: Generator) -> np.ndarray:
         """Colour recipes of crops of these kinds: [crops, len(Colour)] float32."""
@@ -177,11 +179,22 @@ class MultiCrop:
         recipe[:, Colour.SIGMA] = np.where(draws[:, 7] < np.take(self.gaussian_blur, kinds), sigma, 0)
         if any(self.solarize):
             recipe[:, Colour.SOLARIZE] = rng.random(len(kinds)) < np.take(self.solarize, kinds)
+        if self.clean_global:
+            clean = np.array(kinds) < 2
+            recipe[clean, Colour.ORDER] = -1
+            recipe[clean, Colour.GRAYSCALE :] = 0
         return recipe
 
 
 def _uniform(rng: Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
+
+
+def _common(image: Box, boxes: Sequence[Box]) -> Box:
+    """The region that all boxes share, or the image if there is none."""
+    x1, y1 = max(b[0] for b in boxes), max(b[1] for b in boxes)
+    x2, y2 = min(b[2] for b in boxes), min(b[3] for b in boxes)
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else image
 
 
 def _shared_area(a: Box, b: Box) -> int:

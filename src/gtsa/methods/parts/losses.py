@@ -112,6 +112,28 @@ def agreement(now: Tensor, start: Tensor) -> Tensor:
     return F.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)
 
 
+@compilable
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414): do two maps relate patches alike?
+
+        K = H S S^T H,  L = H T T^T H                 # Gram matrices, centred: H = I - 1 1^T / n
+        result = sum(K L) / sqrt(sum(K K) sum(L L))   # HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)); products of entries
+
+    It is 1 if one map is a rotation of the other, scaled or shifted, and at least 0. With few patches and many channels
+    it is far above 0 for unrelated maps, too. A map whose patches are all alike has alignment 0.
+
+    Args:
+        student: [..., n, C] patches; teacher: [..., n, D], the same ones, of any width.
+
+    Returns:
+        [...]
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        centred = [_lifted(patches) - _lifted(patches).mean(-2, keepdim=True) for patches in (student, teacher)]
+        of_student, of_teacher = ((x @ x.transpose(-2, -1)).flatten(-2) for x in centred)
+        return F.cosine_similarity(of_student, of_teacher, dim=-1)
+
+
 def gram_matrix(patches: Tensor) -> Tensor:
     """Cosine similarities [..., h * w, h * w] between all patches of [..., h, w, D]."""
     with torch.autocast(patches.device.type, enabled=False):
