@@ -18,6 +18,7 @@ from lightning_fabric.strategies.strategy import Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from gtsa.core.errors import UserError
+from gtsa.core.processes import alone
 from gtsa.core.settings import HasModelCopy, Plan, is_auto
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -142,7 +143,8 @@ def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T | None:
     result, failure = None, None
     if fabric.global_rank == 0:
         try:
-            result = work()
+            with alone():
+                result = work()
         except (UserError, OSError) as caught:
             error = caught if isinstance(caught, UserError) else disk_error(caught, "the disk")
             failure = str(error), error.code
