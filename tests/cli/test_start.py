@@ -143,7 +143,15 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
             assert (kind, default) == (parameter.annotation, parameter.default)
     assert arguments == {}
     assert one.doc == inspect.getdoc(maker)
-    shared = ("published_settings", "base_lr", "min_views", "min_images", "needs_overlap", "search_space")
+    shared = (
+        "published_settings",
+        "base_lr",
+        "min_views",
+        "min_images",
+        "min_images_with",
+        "needs_overlap",
+        "search_space",
+    )
     for constant in (*shared, "label_kinds", "uses_train_set", "trains_long"):
         assert one.constants.get(constant) == getattr(maker, constant, None)
     assert sorted(one.constants.get("auto_settings", {})) == sorted(getattr(maker, "auto_settings", {}))

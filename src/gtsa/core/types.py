@@ -163,6 +163,7 @@ class Method(Objective):
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = {}  # values that trials draw settings from
     min_views: ClassVar[int] = 2  # views of an image
     min_images: ClassVar[int] = 1  # images of a micro-batch on a device, e.g. 2 for batch norm
+    min_images_with: ClassVar[Mapping[str, int]] = {}  # the same, where a setting of the method is above 0
     auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # values of auto settings, by the number of images
     needs_overlap: ClassVar[bool] = False  # crops must overlap and must not be mirrored
 

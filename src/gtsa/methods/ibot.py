@@ -6,7 +6,7 @@ Shapes: B images, V views of one size, G global crops, h x w patches, D width, K
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,14 @@ class IBOT(Method):
         freeze_last_layer: fraction of the run, from its start, in which the student's prototypes are frozen.
         center_momentum: momentum of each centre, the running mean of the teacher's logits.
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
+        targets: how the teacher's logits become targets. centering: as in iBOT; sinkhorn: as in DINOv2, by three
+            iterations over the global crops, and over the masked patches, of a micro-batch of all processes.
     """
 
-    legend = "view, patch = cross-entropy with the teacher (at first near log K), of CLS tokens and of masked patches"
+    legend = (
+        "view, patch = cross-entropy with the teacher, of CLS tokens and of masked patches; teacher_entropy = of CLS "
+        "tokens, share of log K (0: one prototype, 1: uniform)"
+    )
     published_settings: ClassVar = {"views": VIEWS}
     auto_settings: ClassVar = {
         "num_prototypes": lambda images: min(8192, prototypes_for(images)),
@@ -82,6 +87,7 @@ class IBOT(Method):
         freeze_last_layer: float = 0.01,
         center_momentum: float = 0.9,
         momentum: float = 0.996,
+        targets: Literal["centering", "sinkhorn"] = "centering",
     ) -> None:
         super().__init__()
         sizes = num_prototypes, hidden_dim, bottleneck_dim
@@ -103,8 +109,8 @@ class IBOT(Method):
         self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, *sizes))
         self.teacher = copy_of(self.student)
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
-        self.centre = Centre(num_prototypes, center_momentum)
-        self.patch_centre = Centre(num_prototypes, center_momentum)
+        self.centre = Centre(num_prototypes, center_momentum, targets)
+        self.patch_centre = Centre(num_prototypes, center_momentum, targets)
         self.student_temp = student_temp
         self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
         self.mask_ratio, self.mask_probability, self.patch_weight = mask_ratio, mask_probability, patch_weight
@@ -128,6 +134,7 @@ class IBOT(Method):
         parts = {
             "view": torch.cat(cross_entropies, 1).mean(),
             "patch": self._patch_loss(tokens[0], target, masked, time, frozen),
+            "teacher_entropy": losses.entropy(probs).mean(),
         }
         return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
 

@@ -157,7 +157,9 @@ def _resolve_batch(plan: Plan[Pretrain], images: int) -> None:
 
 def min_images_of(settings: Pretrain) -> int:
     """The fewest images that the method accepts in a micro-batch on a device."""
-    fewest: int = METHODS[settings.method].constants["min_images"]
+    constants, options = METHODS[settings.method].constants, settings.options
+    needed = [images for name, images in constants["min_images_with"].items() if options[name] > 0]
+    fewest: int = max([constants["min_images"], *needed])
     return fewest
 
 
