@@ -33,6 +33,7 @@ SMALL_HEADS = {  # of the other methods
     "dino": {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16},
     "ibot": {"num_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16},
     "mae": {"decoder_dim": 64, "decoder_depth": 1},
+    "distill": {"teacher": "random:test_vit"},
 }
 
 

@@ -120,7 +120,7 @@ def test_a_folder_that_is_not_empty(tmp_path, scenes, capsys):
         (["--precision", "fp16", "--device", "cpu"], 2, "fp16 needs a GPU"),
         (["--model", "resnet50"], 2, "no plain vision transformer"),
         (["--model", "vit_smal_patch16_224"], 2, "vit_small_patch16_224"),
-        (["--method", "simclr"], 2, "'simclr' is unknown; choose from dino, gtsa, ibot, mae"),
+        (["--method", "simclr"], 2, "'simclr' is unknown; choose from dino, distill, gtsa, ibot, mae"),
         (["--views.color-jitter", "2"], 2, "gtsa: views.color_jitter: from 0 to 1, not 2.0"),
         (["--views.hue", "9"], 2, "gtsa: views.hue: from 0 to 0.5, not 9.0"),
         (["--views.contrast", "-1"], 2, "gtsa: views.contrast: from 0 upwards, not -1.0"),

@@ -36,7 +36,7 @@ QUICK = {  # command line: exit code, and words that it answers with
     ("completion", "fish"): (0, "complete -c gtsa"),
     ("completion", "tcsh"): (2, "bash"),
     ("pretrain", "--batch-size", "0", "--out", "run"): (2, "batch_size: 0"),
-    ("pretrain", "--method", "simclr", "--out", "run"): (2, "choose from dino, gtsa, ibot, mae"),
+    ("pretrain", "--method", "simclr", "--out", "run"): (2, "choose from dino, distill, gtsa, ibot, mae"),
     ("pretrain", "--data", "nowhere", "--out", "run"): (3, "--data nowhere: there is no such folder"),
     ("pretrain", "--init", "nowhere", "--data", ".", "--out", "run"): (4, "nowhere: no weights there"),
     ("pretrain", "--print-config", "--method", "mae"): (0, "final_weight_decay: 0.05"),
@@ -146,7 +146,7 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
     shared = (
         "published_settings",
         "base_lr",
-        "min_views",
+        "given_weights", "min_views",
         "min_images",
         "min_images_with",
         "needs_overlap",

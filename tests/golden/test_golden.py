@@ -10,7 +10,8 @@ import torch
 from lightning_fabric import Fabric
 
 from gtsa.core.types import Crops, Views
-from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.gtsa import GTSA
+from gtsa.methods.parts.geometry import regions
 from gtsa.models.backbone import Backbone
 from gtsa.training.loop import train_step
 from gtsa.training.optim import ScheduledAdamW

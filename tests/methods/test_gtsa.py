@@ -14,8 +14,8 @@ from gtsa.core.types import Crops, Views
 from gtsa.data import augment
 from gtsa.data.multicrop import MultiCrop
 from gtsa.methods import load_all
-from gtsa.methods.gtsa import GTSA, regions
-from gtsa.methods.parts.geometry import patch_centres
+from gtsa.methods.gtsa import GTSA
+from gtsa.methods.parts.geometry import patch_centres, regions
 from gtsa.models.backbone import Backbone
 
 SIZES = (48, 24)  # px of global and local crops: 6 x 6 and 3 x 3 tokens

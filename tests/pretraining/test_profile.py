@@ -92,7 +92,7 @@ TEACHERS = [step_phases.TEACHER, step_phases.FOLLOW]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", ["gtsa", "dino", "ibot", "mae"])
+@pytest.mark.parametrize("name", ["gtsa", *SMALL_HEADS])
 def test_every_step_is_split_without_a_gap(name, accumulate):
     torch.manual_seed(0)
     watch = Stopwatch(ticking())

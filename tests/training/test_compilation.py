@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "dino": {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "freeze_last_layer": 0.0},
     "ibot": {"num_prototypes": 16, "hidden_dim": 16, "bottleneck_dim": 8, "freeze_last_layer": 0.0},
     "mae": {"decoder_dim": 16, "decoder_depth": 1},
+    "distill": {"teacher": "random:test_vit"},
 }
 
 

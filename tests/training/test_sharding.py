@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dino": {**HEADS, "freeze_last_layer": 0.3},
     "ibot": {**HEADS, "freeze_last_layer": 0.3, "mask_probability": 1.0},
     "mae": {"decoder_dim": 16, "decoder_depth": 1},
+    "distill": {"teacher": "random:test_vit"},
 }
 STEPS = 3
 
@@ -178,7 +179,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path
     ("name", "options"),
     [
         ("gtsa", {}),
-        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "mae")],
+        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "mae", "distill")],
         pytest.param("gtsa", {"model": "vit_small_patch16_dinov3"}, marks=pytest.mark.long),  # its own forward pass
         pytest.param("gtsa", {"recompute": True}, marks=pytest.mark.long),
         pytest.param("gtsa", {"compiled": True}, marks=pytest.mark.long),
@@ -192,7 +193,7 @@ def test_sharded_training_gives_the_numbers_of_ddp_and_of_one_process(
     close = 1e-4 if options.get("precision", "32") == "32" else 2e-2
     for expected, actual in zip(ddp["parts"], sharded["parts"], strict=True):
         assert actual == pytest.approx(expected, rel=close, abs=close)
-    if name in ("gtsa", "dino") and not options:  # others draw masks in each process
+    if name in ("gtsa", "dino", "distill") and not options:  # others draw masks in each process
         alone, _ = train(name, 0, 1)
         for expected, actual in zip(alone["parts"], sharded["parts"], strict=True):
             assert actual == pytest.approx(expected, rel=close, abs=close)

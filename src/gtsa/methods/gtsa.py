@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Views
 from gtsa.methods.parts import losses
-from gtsa.methods.parts.geometry import inside, overlap, pairs_of, patch_centres, pool, rotate_boxes, rotate_maps
+from gtsa.methods.parts.geometry import align, pairs_of, patch_centres
 from gtsa.methods.parts.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.methods.parts.teacher import copy_of, follow
 from gtsa.models.backbone import Backbone
@@ -165,12 +165,7 @@ class GTSA(Method):
             pooled, target = student.mean((2, 3))[:, :, None], teacher.mean((2, 3))[:, None]
             shape = (*student.shape[:2], teacher.shape[1], 1, 1, student.shape[-1])
             return pooled[..., None, None, :].expand(shape), target[..., None, None, :].expand(shape)
-        boxes, seen_boxes = regions(view, seen)
-        cells = self.cells[size] if self.cells else round(0.7 * student.shape[2])
-        pooled = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
-        target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, c, c, C]
-        rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
-        return pooled, rotate_maps(target, rotations).transpose(1, 2)
+        return align(student, teacher, view, seen, self.cells[size] if self.cells else round(0.7 * student.shape[2]))
 
     # Patch correspondence, wherever similar patches are (section 3.4)
 
@@ -222,18 +217,6 @@ class GTSA(Method):
         if correct:
             metrics["rotation_accuracy"] = torch.cat(correct, 1).mean(1)
         return metrics
-
-
-def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
-    """The overlap of each view with each teacher's crop, in the pixel frames of both after their rotations.
-
-    Returns:
-        Boxes [B, V, G, 4] in the views and [B, G, V, 4] in the teacher's crops.
-    """
-    common = overlap(view.boxes[:, :, None], seen.boxes[:, None])  # [B, V, G, 4] in the image
-    in_view = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
-    in_seen = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
-    return in_view, in_seen.transpose(1, 2)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:

@@ -190,8 +190,8 @@ def _measure_and_show(
         plan.resolve_accumulate(resolved, measured, _free_memory(device))
         plan.resolve_measured_workers(resolved, measured)
         plan.resolve_evaluation(resolved, measured, len(images.looked_at))
-        if loaded:
-            say(loaded)
+        for line in filter(None, (loaded, *(given.loaded for given in method.given.values()))):
+            say(line)
         disk = _existing(Path(requested.out or ".").absolute())
         deep = bool(count_deep(files.read_json(Path(settings.out, "scan.json")) or {}))
         rows = plan_table.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk, deep)

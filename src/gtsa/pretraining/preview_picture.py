@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gtsa.core.drawing import GAP, Hue, label_boxes, new_sheet, to_image, write
 from gtsa.core.types import Crops, Views
-from gtsa.methods.gtsa import regions
-from gtsa.methods.parts.geometry import pool, rotate_maps
+from gtsa.methods.parts.geometry import pool, regions, rotate_maps
 
 EDGE = 3  # width of a box's line, px
 TILE = 168  # side of a tile in the rows of targets, px

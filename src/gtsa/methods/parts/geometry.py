@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gtsa.core.compilation import compilable
+from gtsa.core.types import Crops
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
@@ -126,3 +127,33 @@ def pairs_of(size: int, views: int, seen: int) -> tuple[Tensor, Tensor]:
         apart.fill_diagonal_(False)
     v, g = apart.nonzero(as_tuple=True)
     return v, g
+
+
+def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
+    """The overlap of each view with each teacher's crop, in the pixel frames of both after their rotations.
+
+    Returns:
+        Boxes [B, V, G, 4] in the views and [B, G, V, 4] in the teacher's crops.
+    """
+    common = overlap(view.boxes[:, :, None], seen.boxes[:, None])  # [B, V, G, 4] in the image
+    in_view = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
+    in_seen = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
+    return in_view, in_seen.transpose(1, 2)
+
+
+def align(student: Tensor, teacher: Tensor, view: Crops, seen: Crops, cells: int) -> tuple[Tensor, Tensor]:
+    """Both maps pooled over the region that a view and a teacher's crop share, in the view's orientation.
+
+    Args:
+        student: [B, V, h, w, C] maps of the crops ``view``.
+        teacher: [B, G, h, w, D] maps of the crops ``seen``.
+        cells: the region is pooled to cells x cells.
+
+    Returns:
+        [B, V, G, cells, cells, C] and [B, V, G, cells, cells, D].
+    """
+    boxes, seen_boxes = regions(view, seen)
+    pooled = pool(student, boxes * (student.shape[2] / view.side), cells)
+    target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, ...]
+    rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
+    return pooled, rotate_maps(target, rotations).transpose(1, 2)

@@ -84,6 +84,27 @@ def cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @compilable
+def feature(student: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth L1 distance to a teacher's standardised features (feature distillation, arXiv 2205.14141, section 3).
+
+        d = | student - standardised(teacher) |
+        loss = mean_c (d^2 / 4 where d < 2, else d - 1)
+
+    Args:
+        student, teacher: [..., C].
+
+    Returns:
+        [...]
+    """
+    return F.smooth_l1_loss(_lifted(student), standardised(teacher), reduction="none", beta=2.0).mean(-1)
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Features [..., C] with mean 0 and variance 1 over the channels of each: LayerNorm without affine."""
+    return F.layer_norm(_lifted(features), features.shape[-1:])
+
+
+@compilable
 def koleo(vectors: Tensor) -> Tensor:
     """KoLeo: spreads vectors evenly over the sphere (Sablayrolles et al. 2019, arXiv 1806.03198; DINOv2).
 

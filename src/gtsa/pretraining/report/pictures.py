@@ -14,9 +14,9 @@ from gtsa.core.types import Views
 from gtsa.data import augment
 from gtsa.evaluation.feature_maps import centred_directions, feature_colours, resized
 from gtsa.evaluation.loading import normalised
-from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.gtsa import GTSA
 from gtsa.methods.parts import losses
-from gtsa.methods.parts.geometry import pairs_of
+from gtsa.methods.parts.geometry import pairs_of, regions
 from gtsa.models.attention import attention_maps
 from gtsa.pretraining import preview_picture
 from gtsa.pretraining.report.drawing import SIDE, contrasting, framed, heated, tile, tile_image
