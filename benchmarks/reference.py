@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from gtsa.core.types import Crops, Views
-from gtsa.methods.gtsa import GTSA, regions
+from gtsa.methods.gtsa import GTSA
+from gtsa.methods.parts.geometry import regions
 
 CLIP, MOMENTUM = 3.0, 0.996
 

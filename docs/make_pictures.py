@@ -20,8 +20,7 @@ from gtsa.core.types import Crops, Views
 from gtsa.data import augment
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.sources import open_source
-from gtsa.methods.gtsa import regions
-from gtsa.methods.parts.geometry import pool, rotate_maps
+from gtsa.methods.parts.geometry import pool, regions, rotate_maps
 
 OUT = Path(__file__).parent / "pictures"
 SAMPLE = Path(gtsa.__file__).parent / "data/sample/images"

@@ -146,7 +146,8 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
     shared = (
         "published_settings",
         "base_lr",
-        "given_weights", "min_views",
+        "given_weights",
+        "min_views",
         "min_images",
         "min_images_with",
         "needs_overlap",
