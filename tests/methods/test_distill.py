@@ -86,51 +86,21 @@ def linear(layer, x):
 
 
 def test_the_losses_by_hand(teachers):
-    """Of a teacher of the student's own grid: patches of the same crop, and the CLS tokens."""
+    """Of a teacher of the student's own grid: patches and CLS tokens of the same crop; each size of crops counts alike."""
     distill, seen = method(teachers / "like"), views()
+    teacher, patch, pooled = gtsa.load(teachers / "like").double(), [], []
+    for crops in seen.groups:
+        pixels = crops.pixels.flatten(0, 1)
+        target, tokens = teacher(pixels), distill.encoder(pixels)
+        patch.append(slow_mean(linear(distill.patch_head, tokens.patches.detach()), target.patches))
+        pooled.append(slow_mean(linear(distill.pooled_head, tokens.prefix[:, 0].detach()), target.prefix[:, 0]))
     parts = distill(seen, 0.5)
-    pixels = seen.global_crops.pixels.flatten(0, 1)
-    teacher, student = gtsa.load(teachers / "like").double()(pixels), distill.encoder(pixels)
-    patch = slow_mean(linear(distill.patch_head, student.patches.detach()), teacher.patches)
-    pooled = slow_mean(linear(distill.pooled_head, student.prefix[:, 0].detach()), teacher.prefix[:, 0])
-    assert parts["patch"].item() == pytest.approx(patch, rel=1e-9)
-    assert parts["pooled"].item() == pytest.approx(pooled, rel=1e-9)
-    assert parts["loss"].item() == pytest.approx(patch + pooled + parts["local"].item())
-    weighted = method(teachers / "like", pooled_weight=0.5, local_weight=0.25)(seen, 0.5)
-    assert weighted["loss"].item() == pytest.approx(patch + 0.5 * pooled + 0.25 * parts["local"].item())
-
-
-def test_a_local_crop_learns_its_region_of_each_global_map(teachers):
-    """torchvision's RoIAlign on the overlap of the boxes, pair by pair; boxes and maps are rotated with their crops."""
-    distill, seen = method(teachers / "other"), views()
-    targets, _ = distill.targets(seen.global_crops)  # 5 x 5 patches
-    local = seen.local_crops
-    maps = distill.encoder(local.pixels.flatten(0, 1)).patches.detach().reshape(2, 2, 2, 2, 48)
-    actual = distill.local_loss(maps, targets, local, seen.global_crops)
-    assert actual.shape == (2, 2, 2, 1, 1)
-    for image in range(2):
-        for v in range(2):
-            for g in range(2):
-                a, b = local.boxes[image, v], seen.global_crops.boxes[image, g]
-                common = torch.cat([torch.maximum(a[:2], b[:2]), torch.minimum(a[2:], b[2:])])
-                cells = []
-                for box, crop, feature in (
-                    (a, local.rotations[image, v], maps[image, v]),
-                    (b, seen.global_crops.rotations[image, g], targets[image, g]),
-                ):
-                    upright = torch.rot90(feature, -int(crop), (0, 1)).permute(2, 0, 1)[None]
-                    x = (common[[0, 2]] - box[0]) / (box[2] - box[0]) * feature.shape[1]
-                    y = (common[[1, 3]] - box[1]) / (box[3] - box[1]) * feature.shape[0]
-                    roi = torch.stack([torch.zeros((), dtype=torch.float64), x[0], y[0], x[1], y[1]])[None]
-                    cells.append(roi_align(upright, roi, 1, aligned=True)[0, :, 0, 0])
-                expected = slow_mean(linear(distill.patch_head, cells[0]), cells[1])
-                assert actual[image, v, g].item() == pytest.approx(expected, rel=1e-8)
-
-
-def test_without_local_crops_there_is_no_local_loss(teachers):
-    parts = method(teachers / "like")(views(locals_=0), 0.5)
-    assert set(parts) == {"loss", "patch", "pooled"}
-    assert set(method(teachers / "like", local_weight=0.0, pooled_weight=0.0)(views(), 0.5)) == {"loss", "patch"}
+    assert parts["patch"].item() == pytest.approx(np.mean(patch), rel=1e-9)
+    assert parts["pooled"].item() == pytest.approx(np.mean(pooled), rel=1e-9)
+    assert parts["loss"].item() == pytest.approx(np.mean(patch) + np.mean(pooled))
+    weighted = method(teachers / "like", pooled_weight=0.5)(seen, 0.5)
+    assert weighted["loss"].item() == pytest.approx(np.mean(patch) + 0.5 * np.mean(pooled))
+    assert set(method(teachers / "like", pooled_weight=0.0)(views(locals_=0), 0.5)) == {"loss", "patch"}
 
 
 def test_no_gradient_reaches_the_teacher_and_it_never_trains(teachers):
@@ -146,28 +116,30 @@ def test_no_gradient_reaches_the_teacher_and_it_never_trains(teachers):
 
 
 def test_the_teacher_sees_its_own_normalisation_and_whole_patches(teachers, monkeypatch):
-    """Crops of 64 px become 70 px, five patches of 14."""
-    distill, raw = method(teachers / "other"), torch.rand(1, 1, 3, 64, 64, dtype=torch.float64)
+    """Crops of 64 px become 70 px, five patches of 14; crops of 32 px become 28 px."""
+    distill, seen = method(teachers / "other"), views()
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in IMAGENET)
     own_mean, own_std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in OWN)
-    crops = Crops((raw - mean) / std, torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64), torch.empty(0))
-    inputs = []
-    forward = Backbone.forward
-    monkeypatch.setattr(Backbone, "forward", lambda self, images: inputs.append(images) or forward(self, images))
-    maps, pooled = distill.targets(crops)
-    expected = torch.nn.functional.interpolate((raw[0] - own_mean) / own_std, (70, 70), mode="bilinear", antialias=True)
-    torch.testing.assert_close(inputs[0], expected, rtol=1e-6, atol=1e-6)  # the normalisations are float32
-    assert maps.shape == (1, 1, 5, 5, 36) and pooled.shape == (1, 1, 36)
+    inputs, plain = [], Backbone.side_by_side
+    monkeypatch.setattr(Backbone, "side_by_side", lambda self, groups: inputs.extend(groups) or plain(self, groups))
+    targets = distill.targets(seen.groups)
+    for crops, pixels, side in zip(seen.groups, inputs, (70, 28), strict=True):
+        raw = crops.pixels.flatten(0, 1) * std + mean
+        resized = torch.nn.functional.interpolate((raw - own_mean) / own_std, (side, side), mode="bilinear", antialias=True)
+        torch.testing.assert_close(pixels, resized, rtol=1e-5, atol=1e-5)  # the normalisations are float32
+    assert [(maps.shape, vectors.shape) for maps, vectors in targets] == [((2, 2, 4, 4, 36), (4, 36)), ((2, 2, 2, 2, 36), (4, 36))]
 
 
 def test_maps_of_another_grid_are_brought_to_the_students_by_roi_align(teachers):
-    distill, seen = method(teachers / "other"), views(locals_=0)
-    maps, _ = distill.targets(seen.global_crops)  # 5 x 5 for the student's 4 x 4
-    whole = torch.tensor([[n, 0.0, 0, 5, 5] for n in range(4)], dtype=torch.float64)
-    target = roi_align(maps.flatten(0, 1).permute(0, 3, 1, 2), whole, 4, aligned=True).permute(0, 2, 3, 1)
-    student = distill.encoder(seen.global_crops.pixels.flatten(0, 1)).patches.detach()
-    expected = slow_mean(linear(distill.patch_head, student), target)
-    assert distill(seen, 0.5)["patch"].item() == pytest.approx(expected, rel=1e-8)
+    distill, seen = method(teachers / "other"), views()
+    for crops, grid, side in zip(seen.groups, (4, 2), (5, 2), strict=True):
+        pixels = distill._teachers_pixels(crops, 14)
+        maps = distill.teacher["encoder"](pixels).patches
+        assert maps.shape[1] == side
+        whole = torch.tensor([[n, 0.0, 0, side, side] for n in range(4)], dtype=torch.float64)
+        expected = roi_align(maps.permute(0, 3, 1, 2), whole, grid, aligned=True).permute(0, 2, 3, 1)
+        ((target, _),) = distill.targets([crops])
+        torch.testing.assert_close(target.flatten(0, 1), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -182,22 +154,12 @@ def test_maps_of_another_grid_are_brought_to_the_students_by_roi_align(teachers)
     ],
 )
 def test_the_pooled_feature(teachers, name, wanted, pooling):
-    distill = method(name if ":" in name else teachers / name, pooling=wanted)
-    seen = views(locals_=0)
-    pixels = seen.global_crops.pixels.flatten(0, 1)
+    distill, seen = method(name if ":" in name else teachers / name, pooling=wanted), views(locals_=0)
     teacher = distill.teacher["encoder"]
-    tokens = teacher(distill_pixels(distill, pixels))
+    tokens = teacher(distill._teachers_pixels(seen.global_crops, teacher.patch_size))
     expected = tokens.prefix[:, 0] if pooling == "cls" else tokens.patches.mean((1, 2))
-    torch.testing.assert_close(distill.targets(seen.global_crops)[1].flatten(0, 1), expected)
+    torch.testing.assert_close(distill.targets(seen.groups)[0][1], expected)
     assert distill.encoder.pooling == pooling
-
-
-def distill_pixels(distill, pixels):
-    side = round(pixels.shape[-1] / distill.teacher["encoder"].patch_size) * distill.teacher["encoder"].patch_size
-    resized = torch.nn.functional.interpolate(
-        pixels * distill.scale + distill.shift, (side, side), mode="bilinear", antialias=True
-    )
-    return resized if side != pixels.shape[-1] else pixels * distill.scale + distill.shift
 
 
 def test_a_student_without_a_cls_token_predicts_the_teachers_from_its_mean(teachers):
@@ -221,7 +183,7 @@ def test_the_students_first_weights_do_not_depend_on_the_teacher(teachers):
     ("teacher", "settings", "code", "words"),
     [
         ("no_cls", {"pooling": "cls"}, 2, "distill.pooling cls: .*no_cls has no CLS token; choose mean"),
-        ("like", {"local_weight": -1.0}, 2, "must not be negative"),
+        ("like", {"pooled_weight": -1.0}, 2, "must not be negative"),
         ("missing", {}, 4, "--distill.teacher: .*missing: no weights there"),
     ],
 )
@@ -257,7 +219,7 @@ def test_a_file_that_does_not_name_its_model_is_refused(tmp_path):
     [
         ((), 2, "distill.teacher: is missing; name weights"),
         (("--distill.teacher", "nowhere"), 4, "nowhere: no weights there"),
-        (("--distill.teacher", "random:test_vit", "--views.hflip", "0.5"), 2, "views.hflip: must be 0 for distill"),
+        (("--distill.teacher", "random:test_vit", "--distill.pooling", "max"), 2, "distill.pooling"),
     ],
 )
 def test_mistakes_show_before_an_image_is_read(tmp_path, flags, code, words):
@@ -376,7 +338,7 @@ def test_the_score_by_hand(teachers):
     predicted = linear(
         distill.patch_head, distill.encoder(seen.global_crops.pixels.flatten(0, 1)).patches.detach()
     ).reshape(3, 2, 16, -1)
-    target, _ = distill.targets(seen.global_crops)
+    ((target, _),) = distill.targets(seen.groups)
     target = torch.nn.functional.layer_norm(target, (24,)).reshape(3, 2, 16, -1)
     predicted, target = (each.float() - each.float().mean((0, 1, 2)) for each in (predicted, target))
     for image in range(3):

@@ -1,6 +1,6 @@
-"""Feature distillation (Wei et al. 2022, arXiv 2205.14141) on multi-crop views: a small student of any larger network.
+"""Feature distillation (Wei et al. 2022, arXiv 2205.14141): a small student learns the features of any larger network.
 
-Shapes: B images, G global and V local crops, g x g patches of the student, D its width, C the teacher's width.
+Shapes: B images, V views of one size, g x g patches of the student, D its width, C the teacher's width.
 """
 
 from __future__ import annotations
@@ -13,43 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtsa.core.errors import UserError
-from gtsa.core.types import Crops, GivenWeights, Method, Tokens, Views
+from gtsa.core.types import Crops, GivenWeights, Method, Views
 from gtsa.methods.parts import losses
-from gtsa.methods.parts.geometry import align, pool
+from gtsa.methods.parts.geometry import pool
 from gtsa.models.backbone import Backbone
 from gtsa.models.weight_sources import Weights, read_weights
 from gtsa.models.weights import build_backbone
 
 VIEWS = {
-    "rotations": False, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
+    "rotations": False, "hflip": 0.5, "global_crops_scale": (0.32, 1.0), "local_crops_scale": (0.05, 0.32),
+    "global_overlap": 0.0, "local_overlap": 0.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
 }  # fmt: skip
 
 
 class Distill(Method):
     """A student learns the patch features and the pooled feature of a frozen teacher, of any patch size and width.
 
-    The teacher sees the global crops with its own normalisation of pixels, resized to the nearest multiple of its patch
-    size; its position embeddings are resampled. Its maps are brought to the student's grid by RoIAlign: bilinear, and
-    the mean of several points where they shrink. A local crop learns its region of the teacher's global maps. The
-    teacher is no part of the checkpoint: it is read again, and must be the same.
+    Teacher and student see the same crops, with the same colours: a consistent teacher (Beyer et al. 2022, arXiv
+    2106.05237). The teacher has its own normalisation of pixels. Crops are resized to the nearest multiple of its patch
+    size, and its position embeddings are resampled. Its maps are brought to the student's grid by RoIAlign: bilinear,
+    and the mean of several points where they shrink. The teacher is no part of the checkpoint: it is read again, and
+    must be the same.
 
     Args:
         encoder: the student's encoder; it is what is exported.
         teacher: weights of the teacher: a run, an export, timm:NAME, a timm or Hugging Face ViT folder, a .safetensors
             or .pth file.
-        pooling: the teacher's pooled feature, one vector an image. cls: its CLS token; mean: the mean of its patches;
+        pooling: the teacher's pooled feature, one vector a crop. cls: its CLS token; mean: the mean of its patches;
             own: as a run or an export says, else cls if there is a CLS token.
         pooled_weight: weight of the loss on the pooled feature; 0 leaves it out.
-        local_weight: weight of the loss on the patches of local crops; 0 leaves it out.
     """
 
-    legend = (
-        "patch, local, pooled = smooth L1 distance to the teacher's features (0: equal), of patches of global crops, "
-        "of regions of local crops, and of the pooled vector"
-    )
+    legend = "patch, pooled = smooth L1 distance to the teacher's features (0: equal), of patches and of pooled vectors"
     published_settings: ClassVar = {"views": VIEWS, "drop_path": 0.0}
     min_views = 1
-    needs_overlap = True
     given_weights: ClassVar = ("teacher",)
     scale: Tensor
     shift: Tensor
@@ -60,12 +57,11 @@ class Distill(Method):
         teacher: str | None = None,
         pooling: Literal["own", "cls", "mean"] = "own",
         pooled_weight: float = 1.0,
-        local_weight: float = 1.0,
     ) -> None:
         super().__init__()
         assert teacher is not None  # given_weights
-        if min(pooled_weight, local_weight) < 0:
-            raise UserError("distill.pooled_weight, local_weight: must not be negative; 0 leaves a loss out")
+        if pooled_weight < 0:
+            raise UserError(f"distill.pooled_weight: must not be negative, not {pooled_weight}; 0 leaves the loss out")
         network, loaded = _read_teacher(teacher, encoder, pooling)
         self._given = GivenWeights(network.fingerprint, loaded)  # before its weights are sharded
         encoder.pooling = network.pooling if encoder.num_prefix_tokens else "mean"
@@ -73,7 +69,7 @@ class Distill(Method):
         self.teacher = nn.ModuleDict({"encoder": network}).requires_grad_(False).eval()
         self.patch_head = nn.Linear(encoder.embed_dim, network.embed_dim)
         self.pooled_head = nn.Linear(encoder.embed_dim, network.embed_dim) if pooled_weight > 0 else None
-        self.pooled_weight, self.local_weight = pooled_weight, local_weight
+        self.pooled_weight = pooled_weight
         (mean, std), (own_mean, own_std) = (
             [torch.tensor(values)[:, None, None] for values in each.normalisation] for each in (encoder, network)
         )
@@ -81,51 +77,44 @@ class Distill(Method):
         self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
-        seen = views.global_crops
-        targets, pooled = self.targets(seen)  # [B, G, h, w, C], [B, G, C]
-        of_global, *of_local = self._tokens(views.groups if self.local_weight > 0 else [seen])
-        predicted = self.patch_head(_unflattened(of_global.patches, seen))  # [B, G, g, g, C]
-        parts = {"patch": losses.feature(predicted, _resampled(targets, predicted.shape[2])).mean()}
-        loss = parts["patch"]
-        if of_local and views.local_crops is not None:
-            maps = _unflattened(of_local[0].patches, views.local_crops)
-            parts["local"] = self.local_loss(maps, targets, views.local_crops, seen).mean()
-            loss = loss + self.local_weight * parts["local"]
-        if self.pooled_head is not None:
-            vectors = self.pooled_head(_unflattened(self.encoder.pooled(of_global), seen))
-            parts["pooled"] = losses.feature(vectors, pooled).mean()
-            loss = loss + self.pooled_weight * parts["pooled"]
-        return {"loss": loss, **parts}
+        """Both losses are means over the crops of one size, then over the sizes."""
+        patch, pooled = [], []
+        predictions = zip(self.predictions(views.groups), self.targets(views.groups), strict=True)
+        for (maps, vectors), (target_maps, target_vectors) in predictions:
+            patch.append(losses.feature(maps, target_maps).mean())
+            if vectors is not None:
+                pooled.append(losses.feature(vectors, target_vectors).mean())
+        parts = {"patch": torch.stack(patch).mean()}
+        if not pooled:
+            return {"loss": parts["patch"], **parts}
+        parts["pooled"] = torch.stack(pooled).mean()
+        return {"loss": parts["patch"] + self.pooled_weight * parts["pooled"], **parts}
 
     def train(self, mode: bool = True) -> Distill:
         super().train(mode)
         self.teacher.eval()
         return self
 
-    # The teacher
+    # The teacher: normalisation, patch size and grid are its own
 
     @torch.no_grad()
-    def targets(self, crops: Crops) -> tuple[Tensor, Tensor]:
-        """The teacher's maps [B, G, h, w, C] on its own grid, and its pooled vectors [B, G, C]."""
+    def targets(self, groups: Sequence[Crops]) -> list[tuple[Tensor, Tensor]]:
+        """The teacher's maps [B, V, g, g, C], on the student's grid, and vectors [B * V, C] of the crops of each size."""
         teacher: Backbone = self.teacher["encoder"]  # type: ignore[assignment]
-        pixels = crops.pixels.flatten(0, 1) * self.scale + self.shift  # normalised as the teacher's own training had it
-        side = max(2, round(crops.side / teacher.patch_size)) * teacher.patch_size
-        if side != crops.side:
-            pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        tokens = teacher(pixels)
-        return _unflattened(tokens.patches, crops), _unflattened(teacher.pooled(tokens), crops)
+        outputs = teacher.side_by_side([self._teachers_pixels(crops, teacher.patch_size) for crops in groups])
+        targets = []
+        for tokens, crops in zip(outputs, groups, strict=True):
+            maps = _resampled(tokens.patches, crops.side // self.encoder.patch_size)
+            targets.append((_by_image(maps, crops), teacher.pooled(tokens)))
+        return targets
 
-    # A local crop learns its region of the teacher's maps
-
-    def local_loss(self, student: Tensor, targets: Tensor, view: Crops, seen: Crops) -> Tensor:
-        """The distance [B, V, G, c, c] of local crops and global ones, in the cells of the region that both show.
-
-        Args:
-            student: [B, V, h, w, D] maps of the local crops ``view``.
-            targets: [B, G, h, w, C] maps of the global crops ``seen``.
-        """
-        regions, target = align(student, targets, view, seen, round(0.7 * student.shape[2]))
-        return losses.feature(self.patch_head(regions), target)
+    def _teachers_pixels(self, crops: Crops, patch: int) -> Tensor:
+        """Pixels [B * V, 3, S, S] as in the teacher's own training, in whole patches."""
+        pixels = crops.pixels.flatten(0, 1) * self.scale + self.shift
+        side = max(1, round(crops.side / patch)) * patch
+        if side == crops.side:
+            return pixels
+        return F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
 
     # The student
 
@@ -133,8 +122,14 @@ class Distill(Method):
     def encoder(self) -> Backbone:
         return self.student["encoder"]  # type: ignore[return-value]
 
-    def _tokens(self, groups: Sequence[Crops]) -> list[Tokens]:
-        return self.encoder.side_by_side([crops.pixels.flatten(0, 1) for crops in groups])
+    def predictions(self, groups: Sequence[Crops]) -> list[tuple[Tensor, Tensor | None]]:
+        """Predicted maps [B, V, g, g, C], and vectors [B * V, C] where they are learnt, of the crops of each size."""
+        outputs = self.encoder.side_by_side([crops.pixels.flatten(0, 1) for crops in groups])
+        predicted = []
+        for tokens, crops in zip(outputs, groups, strict=True):
+            vectors = None if self.pooled_head is None else self.pooled_head(self.encoder.pooled(tokens))
+            predicted.append((_by_image(self.patch_head(tokens.patches), crops), vectors))
+        return predicted
 
     # For evaluation, and checkpoints without the teacher
 
@@ -148,11 +143,9 @@ class Distill(Method):
         minus the mean cosine with the same patches of up to eight other images, after the mean vector of each side over
         the batch is subtracted.
         """
-        seen = views.global_crops
-        predicted = self.patch_head(_unflattened(self._tokens([seen])[0].patches, seen))
-        target = _resampled(self.targets(seen)[0], predicted.shape[2])
+        ((maps, _),), ((target_maps, _),) = self.predictions([views.global_crops]), self.targets([views.global_crops])
         predicted, target = (
-            each.float() - each.float().mean((0, 1, 2, 3)) for each in (predicted, losses.standardised(target))
+            each.float() - each.float().mean((0, 1, 2, 3)) for each in (maps, losses.standardised(target_maps))
         )
         own, *others = (-losses.region(predicted, target.roll(shift, 0)) for shift in range(min(len(target), 9)))
         return {"teacher_score": (own - (torch.stack(others).mean(0) if others else 0)).mean(1)}
@@ -218,15 +211,15 @@ def _pooling(teacher: Backbone, weights: Weights, wanted: str, spec: str) -> Lit
     return "cls" if wanted == "cls" else "mean"
 
 
-def _unflattened(values: Tensor, crops: Crops) -> Tensor:
-    """[B * V, ...] -> [B, V, ...]."""
-    return values.reshape(*crops.rotations.shape, *values.shape[1:])
+def _by_image(maps: Tensor, crops: Crops) -> Tensor:
+    """[B * V, h, w, C] -> [B, V, h, w, C]."""
+    return maps.reshape(*crops.rotations.shape, *maps.shape[1:])
 
 
 def _resampled(maps: Tensor, grid: int) -> Tensor:
-    """Maps [B, G, h, w, C] on a grid of grid x grid cells."""
-    height, width = maps.shape[2:4]
+    """Maps [N, h, w, C] on a grid of grid x grid cells."""
+    height, width = maps.shape[1:3]
     if height == width == grid:
         return maps
-    box = maps.new_tensor([0, 0, width, height], dtype=torch.float64).expand(*maps.shape[:2], 1, 4)
-    return pool(maps, box, grid)[:, :, 0]
+    whole = torch.tensor([0, 0, width, height], dtype=torch.float64, device=maps.device)
+    return pool(maps, whole.expand(len(maps), 1, 4), grid)[:, 0]
