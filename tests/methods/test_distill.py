@@ -43,6 +43,8 @@ def teachers(tmp_path_factory):
         write(like, folder / "like")
         write(backbone(patch=14, width=36, size=70, seed=6, normalisation=OWN), folder / "other")
         write(backbone(patch=16, width=24, seed=7, class_token=False), folder / "no_cls")
+        tokens = {"depth": 2, "embed_dim": 48, "num_heads": 2}  # rotary positions, registers, a forward pass of its own
+        write(Backbone("vit_small_patch16_dinov3", 64, arguments=tokens), folder / "dinov3")
 
     return shared(tmp_path_factory, "teachers", make)
 
@@ -125,9 +127,14 @@ def test_the_teacher_sees_its_own_normalisation_and_whole_patches(teachers, monk
     targets = distill.targets(seen.groups)
     for crops, pixels, side in zip(seen.groups, inputs, (70, 28), strict=True):
         raw = crops.pixels.flatten(0, 1) * std + mean
-        resized = torch.nn.functional.interpolate((raw - own_mean) / own_std, (side, side), mode="bilinear", antialias=True)
+        resized = torch.nn.functional.interpolate(
+            (raw - own_mean) / own_std, (side, side), mode="bilinear", antialias=True
+        )
         torch.testing.assert_close(pixels, resized, rtol=1e-5, atol=1e-5)  # the normalisations are float32
-    assert [(maps.shape, vectors.shape) for maps, vectors in targets] == [((2, 2, 4, 4, 36), (4, 36)), ((2, 2, 2, 2, 36), (4, 36))]
+    assert [(maps.shape, vectors.shape) for maps, vectors in targets] == [
+        ((2, 2, 4, 4, 36), (4, 36)),
+        ((2, 2, 2, 2, 36), (4, 36)),
+    ]
 
 
 def test_maps_of_another_grid_are_brought_to_the_students_by_roi_align(teachers):
@@ -150,6 +157,7 @@ def test_maps_of_another_grid_are_brought_to_the_students_by_roi_align(teachers)
         ("other", "own", "mean"),  # a run of gtsa that trained the mean
         ("other", "cls", "cls"),
         ("no_cls", "own", "mean"),
+        ("dinov3", "cls", "cls"),
         ("random:vit_tiny_patch16_224", "own", "cls"),  # weights that do not say it
     ],
 )
@@ -165,6 +173,7 @@ def test_the_pooled_feature(teachers, name, wanted, pooling):
 def test_a_student_without_a_cls_token_predicts_the_teachers_from_its_mean(teachers):
     distill = Distill(backbone(class_token=False), str(teachers / "like")).double().eval()
     assert distill.encoder.pooling == "mean"
+    assert method(teachers / "like", pooled_weight=0.0).encoder.pooling == "mean"  # CLS is not trained
     assert torch.isfinite(distill(views(), 0.5)["pooled"])
 
 

@@ -64,7 +64,7 @@ class Distill(Method):
             raise UserError(f"distill.pooled_weight: must not be negative, not {pooled_weight}; 0 leaves the loss out")
         network, loaded = _read_teacher(teacher, encoder, pooling)
         self._given = GivenWeights(network.fingerprint, loaded)  # before its weights are sharded
-        encoder.pooling = network.pooling if encoder.num_prefix_tokens else "mean"
+        encoder.pooling = network.pooling if encoder.num_prefix_tokens and pooled_weight > 0 else "mean"
         self.student = nn.ModuleDict({"encoder": encoder})
         self.teacher = nn.ModuleDict({"encoder": network}).requires_grad_(False).eval()
         self.patch_head = nn.Linear(encoder.embed_dim, network.embed_dim)
@@ -99,7 +99,7 @@ class Distill(Method):
 
     @torch.no_grad()
     def targets(self, groups: Sequence[Crops]) -> list[tuple[Tensor, Tensor]]:
-        """The teacher's maps [B, V, g, g, C], on the student's grid, and vectors [B * V, C] of the crops of each size."""
+        """The teacher's maps [B, V, g, g, C], on the student's grid, and vectors [B * V, C], by size of the crops."""
         teacher: Backbone = self.teacher["encoder"]  # type: ignore[assignment]
         outputs = teacher.side_by_side([self._teachers_pixels(crops, teacher.patch_size) for crops in groups])
         targets = []
