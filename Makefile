@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist work
 # Tests of functions: seconds in all, and no import that takes long but torch's.
 FAST := $(foreach test,core/drawing core/files data/augment data/decoding data/labels data/labels_masks data/sources data/tar_index evaluation/intervals \
   evaluation/feature_pyramid methods/dino methods/geometry methods/gtsa methods/heads methods/ibot methods/losses methods/mae \
-  methods/masking methods/teacher training/checkpoint training/optim training/schedules,tests/$(dir $(test))test_$(notdir $(test)).py)
+  methods/masking methods/sinkhorn methods/teacher training/checkpoint training/optim training/schedules,tests/$(dir $(test))test_$(notdir $(test)).py)
 
 .PHONY: setup demo check test test-long lint format docs docs-links bench lock clean
 

@@ -35,6 +35,7 @@ SMALL_HEADS = {  # of the other methods
     "lejepa": {"num_slices": 16, "hidden_dim": 32, "proj_dim": 16},
     "mae": {"decoder_dim": 64, "decoder_depth": 1},
     "paka": {},
+    "distill": {"teacher": "random:test_vit"},
 }
 
 

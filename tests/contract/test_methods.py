@@ -17,7 +17,8 @@ METHODS = methods.load_all()
 
 def small(maker):
     torch.manual_seed(0)
-    return maker(Backbone("vit_tiny_patch16_224", 64, drop_path=0.2, arguments={"depth": 2}))
+    given = dict.fromkeys(maker.given_weights, "random:test_vit")
+    return maker(Backbone("vit_tiny_patch16_224", 64, drop_path=0.2, arguments={"depth": 2}), **given)
 
 
 def views(batch=3, globals_=2, locals_=2):

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_losses import slow_koleo
+from test_sinkhorn import by_hand as slow_sinkhorn
 
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, validated
@@ -80,6 +82,37 @@ def test_the_loss_is_the_published_one(globals_, locals_):
     dino.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
     actual = dino(seen, 0.5)["loss"].item()
     assert actual == pytest.approx(loss_by_hand(dino, seen, np.linspace(-0.3, 0.3, 32), 0.07), rel=1e-9)
+
+
+def test_sinkhorn_targets_are_of_all_global_crops_together():
+    """DINOv2's: one Sinkhorn over the crops of all images, at the temperature of the step. No centre is kept."""
+    dino, seen = method(targets="sinkhorn").train(), views()
+    logits = logits_by_hand(dino.teacher, seen.global_crops.pixels.flatten(0, 1))
+    expected = torch.tensor(slow_sinkhorn(logits.tolist(), 0.07, 3), dtype=torch.float64).reshape(3, 2, 32)
+    torch.testing.assert_close(dino.teacher_probs(seen.global_crops, 0.5), expected, rtol=1e-8, atol=1e-12)
+    student = [
+        torch.tensor(logits_by_hand(dino.student, c.pixels.flatten(0, 1)) / 0.1).reshape(3, 2, 32).log_softmax(-1)
+        for c in seen.groups
+    ]
+    terms = [
+        -(expected[:, g] * student[size][:, v]).sum(-1).mean()
+        for size in (0, 1) for v in range(2) for g in range(2) if size or v != g
+    ]  # fmt: skip
+    assert dino(seen, 0.5)["loss"].item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-8)
+    dino.after_step(0.5, 0.6)
+    assert not dino.centre.value.any()
+
+
+def test_koleo_is_of_the_students_cls_tokens_of_each_global_crop():
+    plain, spread, seen = method().eval(), method(koleo_weight=0.1).eval(), views()
+    before, parts = plain(seen, 0.5), spread(seen, 0.5)
+    tokens = [spread.student.encoder(seen.global_crops.pixels[:, g]).prefix[:, 0].detach() for g in range(2)]
+    assert parts["koleo"].item() == pytest.approx(sum(map(slow_koleo, tokens)), rel=1e-6)
+    assert parts["loss"].item() == pytest.approx(before["loss"].item() + 0.1 * parts["koleo"].item())
+    assert {"view", "koleo", "teacher_entropy"} <= set(spread.legend.replace("=", " ").split())
+    parts["koleo"].backward()
+    assert all(p.grad is None for p in spread.teacher.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in spread.student.encoder.parameters())
 
 
 def test_cross_view_by_hand():
@@ -240,6 +273,7 @@ def test_views_are_the_published_ones():
         ({"num_prototypes": 0}, "at least 1"),
         ({"teacher_temp": (0.0, 0.07)}, "above 0"),
         ({"freeze_last_layer": 2.0}, "from 0 to 1"),
+        ({"koleo_weight": -1.0}, "must not be negative"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, message):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_dino import loss_by_hand, softmax, views
+from test_sinkhorn import by_hand as slow_sinkhorn
 
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
@@ -121,6 +122,28 @@ def test_the_centre_of_patches_is_the_mean_over_all_of_them(hidden):
     by_hand = 0.1 * np.concatenate(logits).reshape(-1, 32).mean(0)
     assert np.abs(ibot.patch_centre.value.numpy() - by_hand).max() < 1e-12
     assert not np.allclose(by_hand, ibot.centre.value.numpy(), atol=1e-4)
+
+
+def test_sinkhorn_targets_are_of_all_global_crops_and_of_all_masked_patches(hidden):
+    ibot, seen = method(targets="sinkhorn").train(), views(2)
+    ibot.mask = fixed(hidden)
+    tokens = tokens_by_hand(ibot.teacher.encoder, seen.global_crops.pixels.flatten(0, 1))
+    targets = []
+    record = ibot.centre.sharpened, ibot.patch_centre.sharpened
+    for centre, plain in zip((ibot.centre, ibot.patch_centre), record, strict=True):
+        centre.sharpened = lambda *inputs, plain=plain: targets.append(plain(*inputs)) or targets[-1]
+    ibot(seen, 0.5)
+    views_, patches = (target.reshape(-1, 32) for target in targets)
+    rows = head_by_hand(ibot.teacher.head, tokens[:, 0])
+    torch.testing.assert_close(
+        views_, torch.tensor(slow_sinkhorn(rows.tolist(), 0.07, 3), dtype=torch.float64), rtol=1e-8, atol=1e-12
+    )
+    rows = head_by_hand(ibot.teacher.head, tokens[:, 1:][hidden.flatten(1)])
+    torch.testing.assert_close(
+        patches, torch.tensor(slow_sinkhorn(rows.tolist(), 0.07, 3), dtype=torch.float64), rtol=1e-8, atol=1e-12
+    )
+    ibot.after_step(0.5, 0.6)
+    assert not ibot.centre.value.any() and not ibot.patch_centre.value.any()
 
 
 def test_gradients_reach_the_mask_token_and_no_teacher(hidden):

@@ -224,3 +224,40 @@ def test_mutual_information_is_largest_with_a_prototype_for_each_image():
     assignments = torch.eye(4, 6)[:, None].expand(-1, 2, -1)
     assert losses.mutual_information(assignments).tolist() == pytest.approx([1.0] * 4)
     assert losses.mutual_information(torch.full((4, 2, 6), 1 / 6)).abs().max() < 1e-6
+
+
+# KoLeo
+
+
+def slow_koleo(vectors):
+    unit = [[value / math.sqrt(sum(v * v for v in row)) for value in row] for row in vectors.tolist()]
+    nearest = [min(math.dist(a, b) for m, b in enumerate(unit) if m != n) for n, a in enumerate(unit)]
+    return -sum(map(math.log, nearest)) / len(nearest)
+
+
+@few
+@given(st.integers(2, 7), st.integers(2, 5), seeds)
+def test_koleo_is_the_mean_log_distance_to_the_nearest_other(n, width, seed):
+    vectors = normal(seed, 3, n, width)
+    assert losses.koleo(vectors).tolist() == pytest.approx([slow_koleo(each) for each in vectors], rel=1e-5)
+    torch.testing.assert_close(losses.koleo(vectors * 7), losses.koleo(vectors))
+
+
+def test_koleo_pushes_the_nearest_apart_and_lives_with_equal_vectors():
+    near = normal(0, 4, 3)
+    near[1] = near[0] + 0.01 * normal(1, 3)
+    vectors = near.clone().requires_grad_()
+    losses.koleo(vectors).backward()
+    moved = near - 1e-4 * vectors.grad
+    assert torch.dist(*moved[:2]) > torch.dist(*near[:2])
+    equal = torch.ones(3, 4, requires_grad=True)
+    losses.koleo(equal).backward()
+    assert equal.grad.isfinite().all()
+    alone = normal(2, 1, 4).requires_grad_()
+    losses.koleo(alone).backward()
+    assert losses.koleo(alone) == 0 and not alone.grad.any()
+
+
+def test_entropy_is_a_share_of_the_largest():
+    probs = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    assert losses.entropy(probs).tolist() == pytest.approx([1, 0, 0.5])

@@ -150,6 +150,12 @@ def test_contrast_with_other_images_needs_another_image():
     assert budget(batch_size=1, method="dino", **contrast).settings.batch_size == 1
 
 
+def test_koleo_needs_two_images():
+    with pytest.raises(plan.UserError, match="--batch-size 1: the method dino needs at least 2 images at a time"):
+        budget(method="dino", batch_size=1, dino={"koleo_weight": 0.1})
+    assert budget(method="dino", batch_size=1).settings.batch_size == 1
+
+
 def test_a_batch_that_is_large_enough_for_the_method_is_accepted(batch_norm):
     assert budget(batch_size=4, accumulate=2).settings.accumulate == 2
     assert budget(batch_size=8, devices=4).settings.batch_size == 8

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "lejepa": {"num_slices": 8, "hidden_dim": 16, "proj_dim": 8},
     "mae": {"decoder_dim": 16, "decoder_depth": 1},
     "paka": {},
+    "distill": {"teacher": "random:test_vit"},
 }
 
 

@@ -40,7 +40,9 @@ def stepped(name, device, precision="32"):
     the device's own."""
     fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
     torch.manual_seed(0)
-    method = methods.load_all()[name](Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2}))
+    kind = methods.load_all()[name]
+    given = dict.fromkeys(kind.given_weights, "random:test_vit")
+    method = kind(Backbone("vit_tiny_patch16_224", 64, arguments={"depth": 2}), **given)
     module, wrapped = fabric.setup(method, ScheduledAdamW(method, Constant(RATE), Constant(0.04)))
     module.train()
     seen = views().each(lambda crops: crops.each(lambda tensor: tensor.to(fabric.device)))
@@ -116,7 +118,8 @@ def test_evaluations_give_the_metrics_of_the_cpu(name, kind):
 @pytest.mark.parametrize("method", sorted(methods.load_all()))
 def test_pretraining_takes_bf16_by_itself_and_resumes_bit_for_bit(tmp_path, scenes, method):
     settings = {key: value for key, value in TINY.items() if key not in methods.load_all() or key == method}
-    settings |= {"method": method, "deterministic": True}
+    given = dict.fromkeys(methods.load_all()[method].given_weights, "random:test_vit")
+    settings |= {"method": method, "deterministic": True, **({method: given} if given else {})}
     whole = pretrain(str(scenes), **settings, out=str(tmp_path / "whole"))
     assert "precision: bf16" in (whole.folder / "config.yaml").read_text()
     pretrain(str(scenes), **settings, out=str(tmp_path / "part"))

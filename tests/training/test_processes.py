@@ -115,6 +115,18 @@ def test_two_processes_share_dinos_centre(tmp_path, scenes, tiny_yaml):
     torch.testing.assert_close(actual[1], actual[0], rtol=1e-4, atol=1e-6)
 
 
+def test_two_processes_share_sinkhorns_batch(tmp_path, scenes, tiny_yaml):
+    """Targets are of the rows of all processes. The first process alone measures a step and evaluates."""
+    config = tmp_path / "run.yaml"
+    heads = "dino: {num_prototypes: 64, hidden_dim: 32, bottleneck_dim: 16, targets: sinkhorn}\n"
+    config.write_text(tiny_yaml.read_text().replace("steps: 12", "steps: 4") + f"method: dino\n{heads}{SAME}")
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        codes, outputs = together(processes, "pretrain", "--config", config, "--data", scenes, "--out", out)
+        assert codes == [0] * processes, outputs
+    assert losses_of(tmp_path / "2") == pytest.approx(losses_of(tmp_path / "1"), rel=1e-4)
+
+
 SAME = "drop_path: 0.0\n"  # depth is drawn in each process
 
 

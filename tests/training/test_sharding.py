@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lejepa": {"num_slices": 8, "hidden_dim": 16, "proj_dim": 8},
     "mae": {"decoder_dim": 16, "decoder_depth": 1},
     "paka": {},
+    "distill": {"teacher": "random:test_vit"},
 }
 STEPS = 3
 
@@ -183,7 +184,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path
     ("name", "options"),
     [
         ("gtsa", {}),
-        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "lejepa", "mae", "paka")],
+        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "lejepa", "mae", "paka", "distill")],
         pytest.param("gtsa", {"model": "vit_small_patch16_dinov3"}, marks=pytest.mark.long),  # its own forward pass
         pytest.param("gtsa", {"recompute": True}, marks=pytest.mark.long),
         pytest.param("gtsa", {"compiled": "aot_eager"}, marks=pytest.mark.long),
@@ -198,7 +199,7 @@ def test_sharded_training_gives_the_numbers_of_ddp_and_of_one_process(
     close = 1e-4 if options.get("precision", "32") == "32" else 2e-2
     for expected, actual in zip(ddp["parts"], sharded["parts"], strict=True):
         assert actual == pytest.approx(expected, rel=close, abs=close)
-    if name in ("gtsa", "dino", "lejepa", "paka") and not options:  # others draw masks in each process
+    if name in ("gtsa", "dino", "lejepa", "paka", "distill") and not options:  # others draw masks in each process
         alone, _ = train(name, 0, 1)
         for expected, actual in zip(alone["parts"], sharded["parts"], strict=True):
             assert actual == pytest.approx(expected, rel=close, abs=close)

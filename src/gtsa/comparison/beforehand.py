@@ -89,6 +89,7 @@ def _check_trained_row(row: Row, settings: Compare, images: int) -> Pretrain:
     plan.resolve_budget(resolved, images - resolved.settings.hold_out, method.base_lr)
     with torch.device("meta"):  # the constructor checks the options of the method; no memory is used
         encoder = Backbone(resolved.settings.model, resolved.settings.views.global_crops_size)
+        encoder.range16 = resolved.settings.range16
         method(encoder, **resolved.settings.options)
     if settings.trials and row.tuned_as not in settings.methods:
         raise UserError(f"it takes its settings from the trials of {row.tuned_as}: add {row.tuned_as} to --methods")

@@ -162,6 +162,7 @@ def count_flops_per_image(resolved: Pretrain) -> float:
     """
     multicrop = MultiCrop(**resolved.views.model_dump())
     encoder = Backbone(resolved.model, multicrop.global_crops_size)
+    encoder.range16 = resolved.range16
     method = methods.load_all()[resolved.method](encoder, **resolved.options)
     method.train()
     sizes = 1 + (multicrop.local_crops_number > 0)

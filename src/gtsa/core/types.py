@@ -152,6 +152,13 @@ class Objective(nn.Module, ABC):
         """
 
 
+class GivenWeights(NamedTuple):
+    """Weights that a method reads, and that are no part of a checkpoint: a run that resumes must find the same."""
+
+    fingerprint: str
+    loaded: str  # how many of their tensors were loaded, for the user
+
+
 class Method(Objective):
     """A self-supervised method: an Objective with a student and a teacher encoder.
 
@@ -167,6 +174,12 @@ class Method(Objective):
     auto_settings: ClassVar[Mapping[str, Callable[[int], Any]]] = {}  # values of auto settings, by the number of images
     idle_settings: ClassVar[Mapping[str, Mapping[str, Sequence[Any]]]] = {}  # without effect beside such values
     needs_overlap: ClassVar[bool] = False  # crops must overlap and must not be mirrored
+    given_weights: ClassVar[Sequence[str]] = ()  # settings that name weights which the method reads; they are required
+
+    @property
+    def given(self) -> Mapping[str, GivenWeights]:
+        """The weights that each of ``given_weights`` names."""
+        return {}
 
     @property
     @abstractmethod

@@ -5,13 +5,13 @@ Shapes: B images, V views of one size, G global crops, D width of a token, K pro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gtsa.core.errors import UserError
 from gtsa.core.types import Crops, Method, Views
 from gtsa.methods.parts import losses, prototypes
 from gtsa.methods.parts.geometry import pairs_of
@@ -34,12 +34,19 @@ class Branch(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, groups: Sequence[Crops], frozen: bool = False) -> list[Tensor]:
-        """Logits [B, V, K] of the crops of each size."""
+    def forward(self, groups: Sequence[Crops], frozen: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits [B, V, K] and CLS tokens [B, V, D] of the crops of each size."""
         tokens = self.encoder.side_by_side([crops.pixels.flatten(0, 1) for crops in groups])
-        logits: Tensor = self.head(torch.cat([each.prefix[:, 0] for each in tokens]), frozen)
-        parts = torch.split(logits, [crops.rotations.numel() for crops in groups])
-        return [part.reshape(*crops.rotations.shape, -1) for part, crops in zip(parts, groups, strict=True)]
+        cls = torch.cat([each.prefix[:, 0] for each in tokens])
+        both = (
+            torch.split(values, [crops.rotations.numel() for crops in groups])
+            for values in (self.head(cls, frozen), cls)
+        )
+        logits, features = (
+            [part.reshape(*crops.rotations.shape, -1) for part, crops in zip(parts, groups, strict=True)]
+            for parts in both
+        )
+        return logits, features
 
 
 class DINO(Method):
@@ -58,11 +65,16 @@ class DINO(Method):
         freeze_last_layer: fraction of the run, from its start, in which the student's prototypes are frozen.
         center_momentum: momentum of the centre, the running mean of the teacher's logits.
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
+        targets: how the teacher's logits become targets. centering: as in DINO; sinkhorn: as in DINOv2, by three
+            iterations over the global crops of a micro-batch of all processes, each prototype used alike.
+        koleo_weight: weight of KoLeo (DINOv2: 0.1; 0 leaves it out). It spreads the CLS tokens of the images of a
+            micro-batch in one process, for each global crop on its own; the sum over global crops.
     """
 
     legend = "loss = cross-entropy with the teacher; teacher_entropy = share of log K (0: one prototype, 1: uniform)"
     published_settings: ClassVar = {"views": VIEWS}
     auto_settings: ClassVar = {"num_prototypes": prototypes_for, "teacher_temp": temperatures_for}
+    min_images_with: ClassVar = {"koleo_weight": 2}
     search_space: ClassVar = {
         "momentum": (0.996, 0.997, 0.998, 0.999),  # with 0.99 the teachers of small networks collapse
         "teacher_temp": ((0.02, 0.02), (0.02, 0.04), (0.04, 0.04), (0.04, 0.07)),
@@ -80,8 +92,12 @@ class DINO(Method):
         freeze_last_layer: float = 0.01,
         center_momentum: float = 0.9,
         momentum: float = 0.996,
+        targets: Literal["centering", "sinkhorn"] = "centering",
+        koleo_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        if koleo_weight < 0:
+            raise UserError(f"dino.koleo_weight: must not be negative, not {koleo_weight}; DINOv2 has 0.1, 0 is none")
         sizes = num_prototypes, hidden_dim, bottleneck_dim
         temperatures = student_temp, *teacher_temp
         prototypes.check_head("dino", sizes, temperatures, encoder.model, encoder.num_prefix_tokens)
@@ -95,21 +111,27 @@ class DINO(Method):
         encoder.pooling = "cls"
         self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, *sizes))
         self.teacher = copy_of(self.student)
-        self.centre = Centre(num_prototypes, center_momentum)
+        self.centre = Centre(num_prototypes, center_momentum, targets)
         self.student_temp = student_temp
         self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
         self.freeze_last_layer = freeze_last_layer
         self.momentum = Cosine(momentum, 1.0)
+        self.koleo_weight = koleo_weight
+        if koleo_weight > 0:
+            self.legend = self.legend.replace("loss =", "view =") + "; koleo = lower: images lie further apart"
 
     def forward(self, views: Views, time: float) -> dict[str, Tensor]:
         teacher = self.teacher_probs(views.global_crops, time)  # [B, G, K]
         cross_entropies = []
-        students = self.student(views.groups, frozen=time < self.freeze_last_layer)
+        students, cls = self.student(views.groups, frozen=time < self.freeze_last_layer)
         for size, logits in enumerate(students):  # [B, V, K]
             pairs = pairs_of(size, logits.shape[1], views.global_crops.count)
             cross_entropies.append(losses.cross_view(logits / self.student_temp, teacher)[:, *pairs])  # [B, pairs]
-        entropy = -(teacher * teacher.clamp(min=1e-12).log()).sum(-1).mean()
-        return {"loss": torch.cat(cross_entropies, 1).mean(), "teacher_entropy": entropy / math.log(teacher.shape[-1])}
+        loss, parts = torch.cat(cross_entropies, 1).mean(), {}
+        if self.koleo_weight > 0:
+            parts = {"view": loss, "koleo": losses.koleo(cls[0].transpose(0, 1)).sum()}  # of global crops
+            loss = loss + self.koleo_weight * parts["koleo"]
+        return {"loss": loss, **parts, "teacher_entropy": losses.entropy(teacher).mean()}
 
     def after_step(self, time: float, next_time: float, accepted: Tensor | float = 1.0) -> None:
         prototypes.update_centres([self.centre], accepted)
@@ -125,7 +147,7 @@ class DINO(Method):
     @torch.no_grad()
     def teacher_probs(self, crops: Crops, time: float) -> Tensor:
         """Probabilities [B, G, K] of the teacher; the centre accumulates its logits."""
-        (logits,) = self.teacher([crops])
+        (logits,), _ = self.teacher([crops])
         probs = self.centre.sharpened(logits, self.teacher_temp(time))
         self.centre.accumulate(logits)
         return probs
@@ -139,5 +161,5 @@ class DINO(Method):
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:
         """``image_score`` and ``teacher_information`` of each image, at the teacher's last temperature."""
-        students, (teacher,) = self.student(views.groups), self.teacher([views.global_crops])
+        (students, _), ((teacher,), _) = self.student(views.groups), self.teacher([views.global_crops])
         return prototypes.diagnose(students, teacher, self.centre, self.teacher_temp(1.0))

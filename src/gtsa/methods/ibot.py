@@ -6,7 +6,7 @@ Shapes: B images, V views of one size, G global crops, h x w patches, D width, K
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ class IBOT(Method):
         student_temp: temperature of the student's softmax.
         teacher_temp: temperature of the teacher's softmax at the start, and after its warm-up. auto: 0.04 and 0.07 as
             published; below 20,000 images 0.02, because the logits of small networks differ less between images.
-        teacher_temp_warmup: fraction of the run in which the teacher's temperature rises linearly. Published are 30 of
+        teacher_patch_temp: the same for patches. Default: teacher_temp.
+        teacher_temp_warmup: fraction of the run in which the teacher's temperatures rise linearly. Published are 30 of
             100 epochs, of which the last has the end value already.
         mask_ratio: range of the mask ratio: the fraction of a global crop's patches that the student does not see.
         mask_probability: probability that a global crop is masked.
@@ -54,9 +55,14 @@ class IBOT(Method):
         freeze_last_layer: fraction of the run, from its start, in which the student's prototypes are frozen.
         center_momentum: momentum of each centre, the running mean of the teacher's logits.
         momentum: momentum of the EMA teacher at the start; it rises to 1 along a cosine.
+        targets: how the teacher's logits become targets. centering: as in iBOT; sinkhorn: as in DINOv2, by three
+            iterations over the global crops, and over the masked patches, of a micro-batch of all processes.
     """
 
-    legend = "view, patch = cross-entropy with the teacher (at first near log K), of CLS tokens and of masked patches"
+    legend = (
+        "view, patch = cross-entropy with the teacher, of CLS tokens and of masked patches; teacher_entropy = of CLS "
+        "tokens, share of log K (0: one prototype, 1: uniform)"
+    )
     published_settings: ClassVar = {"views": VIEWS}
     auto_settings: ClassVar = {
         "num_prototypes": lambda images: min(8192, prototypes_for(images)),
@@ -75,6 +81,7 @@ class IBOT(Method):
         bottleneck_dim: int = 256,
         student_temp: float = 0.1,
         teacher_temp: tuple[float, float] = (0.04, 0.07),
+        teacher_patch_temp: tuple[float, float] | None = None,
         teacher_temp_warmup: float = 0.29,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
@@ -82,10 +89,12 @@ class IBOT(Method):
         freeze_last_layer: float = 0.01,
         center_momentum: float = 0.9,
         momentum: float = 0.996,
+        targets: Literal["centering", "sinkhorn"] = "centering",
     ) -> None:
         super().__init__()
         sizes = num_prototypes, hidden_dim, bottleneck_dim
-        temperatures = student_temp, *teacher_temp
+        patch_temp = teacher_patch_temp or teacher_temp
+        temperatures = student_temp, *teacher_temp, *patch_temp
         prototypes.check_head("ibot", sizes, temperatures, encoder.model, encoder.num_prefix_tokens)
         prototypes.check_shares(
             "ibot",
@@ -103,10 +112,11 @@ class IBOT(Method):
         self.student = Branch(encoder, PrototypeHead(encoder.embed_dim, *sizes))
         self.teacher = copy_of(self.student)
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
-        self.centre = Centre(num_prototypes, center_momentum)
-        self.patch_centre = Centre(num_prototypes, center_momentum)
+        self.centre = Centre(num_prototypes, center_momentum, targets)
+        self.patch_centre = Centre(num_prototypes, center_momentum, targets)
         self.student_temp = student_temp
         self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
+        self.teacher_patch_temp = Ramp(*patch_temp, teacher_temp_warmup)
         self.mask_ratio, self.mask_probability, self.patch_weight = mask_ratio, mask_probability, patch_weight
         self.freeze_last_layer = freeze_last_layer
         self.momentum = Cosine(momentum, 1.0)
@@ -128,6 +138,7 @@ class IBOT(Method):
         parts = {
             "view": torch.cat(cross_entropies, 1).mean(),
             "patch": self._patch_loss(tokens[0], target, masked, time, frozen),
+            "teacher_entropy": losses.entropy(probs).mean(),
         }
         return {"loss": parts["view"] + self.patch_weight * parts["patch"], **parts}
 
@@ -155,7 +166,7 @@ class IBOT(Method):
             directions = self.teacher.head.directions(teacher.patches)
             mean = directions.mean((0, 1, 2), keepdim=True)[0]
             logits = self.teacher.head.compare(directions[masked])
-            target = self.patch_centre.sharpened(logits, self.teacher_temp(time))  # [M, K]
+            target = self.patch_centre.sharpened(logits, self.teacher_patch_temp(time))  # [M, K]
             self.patch_centre.accumulate(self.teacher.head.compare(mean), rows=masked.numel())
         head = self.student.head
         logits = head.compare(head.directions(student.patches[masked]), frozen) / self.student_temp

@@ -239,6 +239,8 @@ def _licence(origin: Origin) -> str:
         began = "Training started from" if origin.run else "These are the published weights"
         name = _code(start if start.startswith("timm:") else Path(start).name)
         text += f"\n{began} {name}. Their licence applies, too.{listed}\n"
+    if teacher := _teacher(origin):
+        text += f"\nThe network was distilled from {_code(teacher)}. Read the licence of these weights, too.\n"
     return text
 
 
@@ -252,6 +254,12 @@ def _starts(origin: Origin) -> list[str]:
         starts.append(str(init))
         run = None if str(init).startswith(ELSEWHERE) else origin_of(str(init), str(init)).run
     return [start for start in starts if not start.startswith("random:")]
+
+
+def _teacher(origin: Origin) -> str:
+    """The weights that the network was distilled from; empty if it was not."""
+    config = _config(origin.run)
+    return str(config["distill"]["teacher"]) if config.get("method") == "distill" else ""
 
 
 def _timm_entry(start: str) -> Any:

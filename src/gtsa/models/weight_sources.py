@@ -81,6 +81,14 @@ def read_weights(spec: str, network: str = "teacher") -> Weights:
     raise no_weights(spec)
 
 
+def check_present(spec: str) -> None:
+    """Raises UserError (4) where there is nothing at ``spec``. No weights are read."""
+    if spec.startswith("timm:"):
+        published.check_reachable(spec)
+    elif not spec.startswith("random:") and not Path(spec).exists():
+        raise no_weights(spec)
+
+
 def _from_timm(spec: str) -> Weights:
     model = published.fetch(spec)
     config: dict[str, Any] = model.pretrained_cfg

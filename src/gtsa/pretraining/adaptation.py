@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gtsa import methods
-from gtsa.core.types import Method, Views
+from gtsa.core.types import GivenWeights, Method, Views
 from gtsa.methods.parts import losses
 from gtsa.methods.parts.teacher import copy_of
 from gtsa.models.backbone import Backbone
@@ -57,6 +57,10 @@ class Adaptation(Method):
     @property
     def encoders(self) -> Mapping[str, nn.Module]:
         return self.method.encoders
+
+    @property
+    def given(self) -> Mapping[str, GivenWeights]:
+        return self.method.given
 
     @torch.no_grad()
     def diagnose(self, views: Views) -> dict[str, Tensor]:

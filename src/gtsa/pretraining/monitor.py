@@ -193,6 +193,7 @@ class Monitor:
             },
             "settings": plain_values(self.settings),
             "origin": self.origin,
+            "given_weights": {name: given.fingerprint for name, given in self.method.given.items()},
             "images": self.images.digest,
             "unreadable": {str(number): reason for number, reason in self.images.bad.items()},
             "best": self.online and self.online.best,
@@ -216,7 +217,7 @@ class Monitor:
         """Restores trainer and monitor from the newest checkpoint, if there is one.
 
         Raises:
-            UserError: the checkpoint is of other images or initial weights, or is damaged (4).
+            UserError: the checkpoint is of other images, initial weights or given weights, or is damaged (4).
         """
         other = f"{self.settings.out}/images.jsonl is not the one that the run was started with"
         restored = self.trainer.restore("images", self.images.digest, other)
@@ -227,6 +228,10 @@ class Monitor:
             raise UserError(
                 f"--init {self.settings.init} differs from the initial weights of this run; pass the original ones", 4
             )
+        for name, fingerprint in values.get("given_weights", {}).items():
+            if self.method.given[name].fingerprint != fingerprint:
+                flag, spec = f"--{self.settings.method}.{name}".replace("_", "-"), self.settings.options[name]
+                raise UserError(f"{flag} {spec}: its weights are not those that this run began with; restore them", 4)
         with checkpoint.understood(Path(self.settings.out, "checkpoints", checkpoint.name(values["step"]))):
             self._restore(tensors, values)
 

@@ -9,7 +9,7 @@ from gtsa import methods
 from gtsa.core.settings import Plan
 from gtsa.core.types import Method
 from gtsa.data.run_images import ImageSettings
-from gtsa.models.weight_sources import Weights, read_weights
+from gtsa.models.weight_sources import Weights, check_present, read_weights
 from gtsa.models.weights import model_of
 from gtsa.pretraining import plan
 from gtsa.pretraining.adaptation import parameter_groups
@@ -28,6 +28,8 @@ def begin_plan(requested: Pretrain) -> tuple[Plan[Pretrain], Weights | None]:
     plan.check_batch(resolved.settings)
     if requested.shard:
         check_shard(resolved.settings)
+    for spec in requested.given_weights.values():
+        check_present(spec)
     initial = read_weights(requested.init) if requested.init else None
     given_model = None if requested.model == "auto" else requested.model
     plan.resolve_initial(resolved, *((model_of(initial, given_model)[0], initial.range16) if initial else (None,)))

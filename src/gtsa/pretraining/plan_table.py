@@ -33,7 +33,7 @@ def show(
         deep: whether there are images of 16 bits.
     """
     settings = plan.settings
-    size = sum(p.nbytes for p in method.parameters())
+    size = sum(tensor.nbytes for tensor in method.state_dict().values())
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     needed, free = (settings.keep_checkpoints + 1) * (size + 2 * trained), shutil.disk_usage(disk).free
     if needed > free:

@@ -193,8 +193,8 @@ def _measure_and_show(
             micro_batches.resolve_accumulate(resolved, measured, micro_batches.free_memory(device), fits)
         plan.resolve_measured_workers(resolved, measured)
         plan.resolve_evaluation(resolved, measured, len(images.looked_at))
-        if loaded:
-            say(loaded)
+        for line in filter(None, (loaded, *(given.loaded for given in method.given.values()))):
+            say(line)
         disk = _existing(Path(requested.out or ".").absolute())
         deep = bool(count_deep(files.read_json(Path(settings.out, "scan.json")) or {}))
         rows = plan_table.show(resolved, measured, method, len(images.train), len(images.held_out), loaded, disk, deep)

@@ -98,12 +98,11 @@ def _no_run_error(out: object) -> UserError:
 
 
 def _check_overwrite(settings: Pretrain) -> None:
-    """Raises UserError where --overwrite would remove the data or the initial weights (8)."""
+    """Raises UserError where --overwrite would remove the data or given weights (8)."""
     if not settings.overwrite or settings.out is None:
         return
     out = os.path.realpath(settings.out)
-    for name in ("data", "init"):
-        value = getattr(settings, name)
+    for name, value in ({"data": settings.data, "init": settings.init} | settings.given_weights).items():
         if os.path.commonpath([os.path.realpath(value or os.devnull), out]) == out:
             raise UserError(f"--{name} {value} lies inside --out, which is to be overwritten; move either", 8)
 

@@ -216,6 +216,9 @@ class PretrainSettings(Documented):
         if self.keep_best and self.keep_best.split(":")[0] not in self.eval:
             problems.append(f"keep_best: {self.keep_best.split(':')[0]} is not among --eval {' '.join(self.eval)}")
         problems += self._view_problems()
+        for name, spec in self.given_weights.items():
+            if not spec:
+                problems.append(f"{name}: is missing; name weights: a run, an export, a file, or timm:NAME")
         if unknown := [name for name in self.loggers if name not in LOGGERS]:
             problems.append(f"loggers: {unknown[0]!r} is unknown, choose from {', '.join(LOGGERS)}")
         if len(set(self.loggers)) < len(self.loggers):
@@ -272,6 +275,12 @@ class PretrainSettings(Documented):
         return Selection(
             self.range16, self.data_root, self.include, self.exclude, self.follow_links, decoder=self.decoder
         )
+
+    @property
+    def given_weights(self) -> dict[str, str]:
+        """{setting: weights} that the chosen method reads, beside those of --init."""
+        names = METHODS[self.method].constants["given_weights"] if self.method in METHODS else ()
+        return {f"{self.method}.{name}": getattr(getattr(self, self.method), name) for name in names}
 
     @property
     def options(self) -> dict[str, Any]:

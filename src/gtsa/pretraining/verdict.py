@@ -28,6 +28,9 @@ SCORES = {  # names and meanings of metrics of Method.diagnose; the gain over st
         "region prediction", "cosine with the true region minus cosine with other images; higher is better",
     ),
     "image_score": ("view matching", "cosine with another view minus cosine with other images; higher is better"),
+    "teacher_score": (
+        "prediction of the teacher's patches", "cosine with these minus cosine with other images; higher is better",
+    ),
     "patch_score": (
         "patch localisation in another view", "1: at the true position, 0: as far off as a random patch",
     ),

@@ -84,6 +84,52 @@ def cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @compilable
+def feature(student: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth L1 distance to a teacher's standardised features (feature distillation, arXiv 2205.14141, section 3).
+
+        d = | student - standardised(teacher) |
+        loss = mean_c (d^2 / 4 where d < 2, else d - 1)
+
+    Args:
+        student, teacher: [..., C].
+
+    Returns:
+        [...]
+    """
+    return F.smooth_l1_loss(_lifted(student), standardised(teacher), reduction="none", beta=2.0).mean(-1)
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Features [..., C] with mean 0 and variance 1 over the channels of each: LayerNorm without affine."""
+    return F.layer_norm(_lifted(features), features.shape[-1:])
+
+
+@compilable
+def koleo(vectors: Tensor) -> Tensor:
+    """KoLeo: spreads vectors evenly over the sphere (Sablayrolles et al. 2019, arXiv 1806.03198; DINOv2).
+
+        d_n = min over m != n of || u_n - u_m ||      # u: unit vectors
+        loss = - mean_n log d_n                       # Kozachenko-Leonenko: the entropy, but for constants
+
+    Args:
+        vectors: [..., N, D]. Of one vector the loss is 0: it has no neighbour.
+
+    Returns:
+        [...]
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        unit = _unit(vectors)
+        if unit.shape[-2] < 2:
+            return 0 * unit.sum((-2, -1))
+        cosines = (unit @ unit.transpose(-2, -1)).detach()
+        itself = torch.eye(unit.shape[-2], dtype=torch.bool, device=unit.device)
+        nearest = cosines.masked_fill(itself, -2).argmax(-1)
+        neighbours = unit.gather(-2, nearest[..., None].expand(unit.shape))
+        distances: Tensor = torch.linalg.vector_norm(unit - neighbours, dim=-1)
+        return -(distances + 1e-8).log().mean(-1)
+
+
+@compilable
 def gram(now: Tensor, start: Tensor) -> Tensor:
     """Mean squared change of the Gram matrix of an image's patches (DINOv3, Siméoni et al. 2025, section 4.2).
 
@@ -139,6 +185,11 @@ def gram_matrix(patches: Tensor) -> Tensor:
     with torch.autocast(patches.device.type, enabled=False):
         unit = _unit(patches.flatten(-3, -2))
         return unit @ unit.transpose(-2, -1)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """A metric: entropy of probabilities [..., K] as shares of the largest possible, log K: [...]."""
+    return -torch.xlogy(probs, probs).sum(-1) / math.log(probs.shape[-1])
 
 
 def view_matching(students: Sequence[Tensor], teacher: Tensor) -> Tensor:

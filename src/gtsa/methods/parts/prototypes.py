@@ -1,18 +1,20 @@
-"""What DINO and iBOT share: the head of prototypes, centring, presets, checks of settings, and metrics."""
+"""What DINO and iBOT share: the head of prototypes, the teacher's targets, presets, checks of settings, and metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-import torch.distributed as processes
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gtsa.core import processes
 from gtsa.core.compilation import compilable
 from gtsa.core.errors import UserError
 from gtsa.methods.parts import losses
+from gtsa.methods.parts.sinkhorn import sinkhorn
 
 MANY = 20_000  # images from which the published settings of prototypes are used
 
@@ -59,33 +61,39 @@ class PrototypeHead(nn.Module):
 
 
 class Centre(nn.Module):
-    """Centring: the running mean of a teacher's logits is subtracted, so that no prototype wins for all images.
+    """Makes targets of a teacher's logits, such that no prototype wins for all images: by centring, or by Sinkhorn.
 
-    Published order: a step uses the mean of the steps before it. Its own logits are added once the step is done.
+    Centring subtracts the running mean of the logits. Published order: a step uses the mean of the steps before it. Its
+    own logits are added once the step is done.
 
     Args:
         prototypes: K.
         momentum: share of the old mean that is kept in a step.
+        targets: centering (DINO), or sinkhorn (DINOv2), which keeps no mean.
     """
 
     value: Tensor
     accumulated: Tensor
 
-    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
+    def __init__(
+        self, prototypes: int, momentum: float = 0.9, targets: Literal["centering", "sinkhorn"] = "centering"
+    ) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.targets = momentum, targets
         self.register_buffer("value", torch.zeros(prototypes))
         sums = torch.zeros(prototypes + 1)  # sum of logits, and their number
         self.register_buffer("accumulated", sums, persistent=False)
 
     def sharpened(self, logits: Tensor, temperature: float) -> Tensor:
-        """The teacher's probabilities [..., K]: softmax of centred logits over the temperature."""
+        """The teacher's probabilities [..., K]: softmax of centred logits over the temperature, or Sinkhorn."""
+        if self.targets == "sinkhorn":
+            return sinkhorn(logits.flatten(0, -2), temperature).reshape(logits.shape)
         return ((logits - self.value) / temperature).softmax(-1)
 
     @torch.no_grad()
     def accumulate(self, logits: Tensor, rows: int | None = None) -> None:
         """Adds logits [..., K] of a micro-batch, or the mean of ``rows`` logits. Does nothing in evaluation mode."""
-        if not self.training:
+        if not self.training or self.targets == "sinkhorn":
             return
         logits = logits.flatten(0, -2).to(self.accumulated.dtype)
         rows = rows or len(logits)
@@ -102,9 +110,10 @@ class Centre(nn.Module):
 
 def update_centres(centres: Sequence[Centre], accepted: Tensor | float = 1.0) -> None:
     """``Centre.update`` of each, with the logits of all processes: one all-reduce for all centres."""
-    if processes.is_available() and processes.is_initialized():  # not in ``accumulate``: one alone measures a step
+    centres = [centre for centre in centres if centre.targets == "centering"]
+    if centres and processes.together():
         sums = torch.cat([centre.accumulated for centre in centres])
-        processes.all_reduce(sums)
+        torch.distributed.all_reduce(sums)
         parts = torch.split(sums, [len(centre.accumulated) for centre in centres])
         for centre, total in zip(centres, parts, strict=True):
             centre.accumulated.copy_(total)
