@@ -38,7 +38,7 @@ from torch import Tensor
 import gtsa
 from gtsa.core.seeds import Stream
 from gtsa.core.types import Draw
-from gtsa.data.loader import ViewSet
+from gtsa.data.batches.loader import ViewSet
 from gtsa.data.sources import open_source
 from gtsa.evaluation.evaluators.health import rank_me
 from gtsa.methods.gtsa import GTSA

@@ -143,7 +143,15 @@ def test_declarations_are_those_of_the_classes(name, one, maker):
             assert (kind, default) == (parameter.annotation, parameter.default)
     assert arguments == {}
     assert one.doc == inspect.getdoc(maker)
-    shared = ("published_settings", "base_lr", "given_weights", "min_views", "min_images", "needs_overlap", "search_space")
+    shared = (
+        "published_settings",
+        "base_lr",
+        "given_weights",
+        "min_views",
+        "min_images",
+        "needs_overlap",
+        "search_space",
+    )
     shared += ("min_images_with", "idle_settings")
     for constant in (*shared, "label_kinds", "uses_train_set", "trains_long"):
         assert one.constants.get(constant) == getattr(maker, constant, None)

@@ -10,7 +10,7 @@ from conftest import TINY, run
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
 from gtsa.core.types import Colour, Crops, Views
-from gtsa.data.multicrop import MultiCrop
+from gtsa.data.views.multicrop import MultiCrop
 from gtsa.methods.paka import PaKA
 from gtsa.models.backbone import Backbone
 from gtsa.pretraining.settings import Pretrain

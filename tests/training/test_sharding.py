@@ -184,7 +184,10 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path
     ("name", "options"),
     [
         ("gtsa", {}),
-        *[pytest.param(name, {}, marks=pytest.mark.long) for name in ("dino", "ibot", "lejepa", "mae", "paka", "distill")],
+        *[
+            pytest.param(name, {}, marks=pytest.mark.long)
+            for name in ("dino", "ibot", "lejepa", "mae", "paka", "distill")
+        ],
         pytest.param("gtsa", {"model": "vit_small_patch16_dinov3"}, marks=pytest.mark.long),  # its own forward pass
         pytest.param("gtsa", {"recompute": True}, marks=pytest.mark.long),
         pytest.param("gtsa", {"compiled": "aot_eager"}, marks=pytest.mark.long),
