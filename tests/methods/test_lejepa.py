@@ -10,11 +10,14 @@ import torch
 from conftest import run
 from forking import Forked
 from gtsa.core.errors import UserError
+from gtsa.core.settings import Plan, validated
 from gtsa.core.types import Crops, Views
 from gtsa.methods.lejepa import LeJEPA
 from gtsa.methods.parts.batch_norm import BatchNorm
 from gtsa.methods.parts.sigreg import draw_directions
 from gtsa.models.backbone import Backbone
+from gtsa.pretraining import plan
+from gtsa.pretraining.settings import Pretrain
 
 SMALL = {"num_slices": 5, "hidden_dim": 12, "proj_dim": 3}
 
@@ -124,6 +127,15 @@ def test_the_mean_of_the_patches_is_embedded_where_there_is_no_cls_token():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         method(**settings)
+
+
+def test_the_weight_is_the_published_one_where_the_automatic_batch_is():
+    for images, weight in ((38, 0.1), (1023, 0.1), (1024, 0.05), (118_287, 0.05)):
+        ready = Plan(validated(Pretrain, {"method": "lejepa", "device": "cpu", "devices": 1}), {})
+        plan.resolve_method(ready, LeJEPA.auto_settings, images)
+        plan.resolve_budget(ready, images, LeJEPA.base_lr)
+        assert ready.settings.lejepa.sigreg_weight == weight
+        assert (ready.settings.batch_size >= 128) == (weight == 0.05)
 
 
 def test_one_image_at_a_time_is_refused(tmp_path, scenes):

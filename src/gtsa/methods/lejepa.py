@@ -23,6 +23,12 @@ VIEWS = {
     "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gaussian_blur": (0.5, 0.5, 0.5),
     "solarize": (0.2, 0.2, 0.2),
 }  # fmt: skip
+FEW = 1024  # images, below which the automatic batch has fewer than the published 128
+
+
+def weight_for(images: int) -> float:
+    """0.05 as published; below 1,024 images 0.1, as the pull of SIGReg falls with the batch (LOG.md)."""
+    return 0.05 if images >= FEW else 0.1
 
 
 class LeJEPA(Method):
@@ -42,7 +48,8 @@ class LeJEPA(Method):
     Args:
         encoder: the encoder to train; it is what is exported. Its CLS token is embedded; without one, the mean of its
             patch tokens.
-        sigreg_weight: weight lambda of SIGReg, from 0 to 1; the prediction has 1 - lambda.
+        sigreg_weight: weight lambda of SIGReg, from 0 to 1; the prediction has 1 - lambda. auto: 0.05 as published;
+            below 1,024 images 0.1.
         num_slices: number of random directions that embeddings are projected on, drawn anew at every step.
         hidden_dim: width of the head's hidden layers.
         proj_dim: width of the embeddings.
@@ -55,8 +62,9 @@ class LeJEPA(Method):
     published_settings: ClassVar = {
         "views": VIEWS, "weight_decay": 0.05, "final_weight_decay": 0.05, "clip_grad": 0.0, "final_learning_rate": 5e-7,
     }  # fmt: skip
+    auto_settings: ClassVar = {"sigreg_weight": weight_for}
     min_images = 2
-    search_space: ClassVar = {"sigreg_weight": (0.02, 0.05, 0.1)}
+    search_space: ClassVar = {"sigreg_weight": (0.02, 0.05, 0.1, 0.2)}
 
     def __init__(
         self,
