@@ -1,5 +1,6 @@
 """Errors are reported before any training."""
 
+import json
 import re
 
 import pytest
@@ -45,6 +46,14 @@ def test_missing_evaluation_images_are_reported_for_the_tasks_that_lack_them(dat
         validate(data, tmp_path, folds=None, tasks={"segmentation": {"folds": 2}})
 
 
+def test_distillation_is_a_row(data, tmp_path, monkeypatch):
+    run_jobs_here(monkeypatch)
+    pretrain = {**SMALL["pretrain"], "distill": {"teacher": "random:test_vit"}}
+    compare.compare(**settings(data, tmp_path, methods=("distill",), seeds=1, controls=(), pretrain=pretrain))
+    result = json.loads((tmp_path / "cells" / "distill" / "images-0" / "result.json").read_text())
+    assert result["status"] == "done" and result["flops_per_image"] > 0
+
+
 def test_an_unknown_metric_is_reported_before_any_training(data, tmp_path, monkeypatch):
     run_jobs_here(monkeypatch)
     arguments = settings(data, tmp_path, primary="in_context:mIoUU", controls=("position",))
@@ -87,6 +96,11 @@ def test_variants_are_valid(name, data, tmp_path):
         (
             {"evaluate_every": 1, "folds": None, "val": (), "tasks": {t: {"folds": 2} for t in SMALL["evaluate"]}},
             "evaluate_every: val: give",
+        ),
+        ({"methods": ("gtsa", "distill")}, "row distill: distill.teacher: is missing; name weights"),
+        (
+            {"rows": {"small": {"method": "distill", "distill": {"teacher": "nothing.pth"}}}},
+            "row small: --distill.teacher: nothing.pth: no weights there",
         ),
         ({"pretrain": {"out": "x"}}, "pretrain: out is set by the comparison; remove it here"),
         ({"pretrain": {"dino": {"momentum": 2.0}}}, "momentum: from 0 to 1"),

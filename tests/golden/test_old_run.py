@@ -4,6 +4,7 @@ Its weights were rounded to three values a tensor, so that the file is small. Th
 """
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from conftest import run, run_apart
 from gtsa.core import files
 from gtsa.core.settings import validated
-from gtsa.core.settings_file import read_yaml, to_yaml
+from gtsa.core.settings_file import plain_yaml, read_yaml, to_yaml
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining.requested import settings_of
 from gtsa.pretraining.settings import Pretrain
@@ -57,6 +58,17 @@ def test_its_settings_have_todays_names(old):
     assert now["views"]["global_crops_size"] == 48
     assert (now["gram_weight"], now["clip_grad"], now["keep_checkpoints"]) == (0.0, 3.0, 1)
     assert now["dino"]["teacher_temp_warmup"] == now["ibot"]["teacher_temp_warmup"] == 0.29
+
+
+def test_a_setting_that_its_version_lacked_has_the_value_of_the_one_that_stood_for_it(old):
+    """Patches of iBOT had the temperature of CLS tokens."""
+    assert "teacher_patch_temp" not in settings_of(old)["ibot"]  # auto, as the run is not of iBOT
+    config = old / "config.yaml"
+    values = {**read_yaml(config, schema=1), "schema": 2}
+    values["ibot"] |= {"teacher_temp": [0.02, 0.03]}
+    shutil.rmtree(old / "checkpoints")
+    config.write_text(files.sealed(plain_yaml(values)))
+    assert settings_of(old)["ibot"]["teacher_patch_temp"] == [0.02, 0.03]
 
 
 def test_it_resumes_with_its_images_in_another_folder(old, scenes):

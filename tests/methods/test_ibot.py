@@ -63,8 +63,9 @@ def test_hidden_patches_are_replaced_before_positions_are_added(hidden):
     torch.testing.assert_close(ibot.student.encoder(pixels).prefix, tokens_by_hand(ibot.student.encoder, pixels)[:, :1])
 
 
-def test_the_losses_are_the_published_ones(hidden):
-    ibot, seen = method().eval(), views(2)
+@pytest.mark.parametrize("patch_temp", [0.07, 0.05])
+def test_the_losses_are_the_published_ones(hidden, patch_temp):
+    ibot, seen = method(teacher_patch_temp=(0.04, patch_temp)).eval(), views(2)
     ibot.mask = fixed(hidden)
     ibot.centre.value += torch.linspace(-0.3, 0.3, 32, dtype=torch.float64)
     ibot.patch_centre.value += torch.linspace(0.2, -0.2, 32, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_the_losses_are_the_published_ones(hidden):
             position = 1 + 4 * row + column
             student = softmax(head_by_hand(ibot.student.head, mine[n, position]) / 0.1)
             target = head_by_hand(ibot.teacher.head, reference[n, position]) - np.linspace(0.2, -0.2, 32)
-            terms.append(-(softmax(target / 0.07) * np.log(student)).sum())
+            terms.append(-(softmax(target / patch_temp) * np.log(student)).sum())
         crops.append(sum(terms) / max(1, len(terms) - 1))
     assert parts["patch"].item() == pytest.approx(np.mean(crops), rel=1e-9)
 
@@ -181,6 +182,7 @@ def test_views_are_the_published_ones():
     [
         ({"bottleneck_dim": 0}, "at least 1"),
         ({"patch_weight": -1.0}, "must not be negative"),
+        ({"teacher_patch_temp": (0.0, 0.07)}, "temperatures must be above 0"),
         ({"mask_ratio": (0.5, 0.1)}, "0 <= low <= high <= 1, not 0.5 0.1"),
     ],
 )

@@ -63,6 +63,10 @@ def test_no_temperature_overflows_or_divides_by_zero(dtype):
     torch.testing.assert_close(assignments.sum(1), torch.ones(16))
 
 
+def test_no_rows_have_no_assignments():
+    assert sinkhorn(torch.zeros(0, 4), 0.1).shape == (0, 4)  # a batch of iBOT without masks
+
+
 def test_no_gradient_reaches_the_scores():
     assert not sinkhorn(scores_of(0, 4, 3).requires_grad_(), 0.1).requires_grad
 

@@ -59,6 +59,20 @@ def migrated(values: Mapping[str, Any], schema: int, source: str) -> dict[str, A
     }
 
 
+ADDED = {"ibot": {"teacher_patch_temp": "teacher_temp"}}  # {section: {new setting: the one whose value it had before}}
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with those that its version lacked, at the values that these had then."""
+    complete = dict(settings)
+    for section, sources in ADDED.items():
+        values = complete.get(section)
+        if isinstance(values, Mapping):
+            former = {name: values[source] for name, source in sources.items() if values.get(source, "auto") != "auto"}
+            complete[section] = {**former, **values}
+    return complete
+
+
 def name_now(section: str, name: str) -> str | None:
     """What a setting is called today that an earlier version called ``name``, if it did."""
     return RENAMED.get(section, {}).get(name)

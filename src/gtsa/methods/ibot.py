@@ -44,9 +44,11 @@ class IBOT(Method):
         hidden_dim: width of the head's hidden layers.
         bottleneck_dim: width of the vectors that are compared with the prototypes.
         student_temp: temperature of the student's softmax.
-        teacher_temp: temperature of the teacher's softmax at the start, and after its warm-up. auto: 0.04 and 0.07 as
-            published; below 20,000 images 0.02, because the logits of small networks differ less between images.
-        teacher_patch_temp: the same for patches. Default: teacher_temp.
+        teacher_temp: temperature of the teacher's softmax of CLS tokens, at the start and after its warm-up. auto: 0.04
+            and 0.07 as published; below 20,000 images 0.02, because the logits of small networks differ less between
+            images.
+        teacher_patch_temp: the same for patches, 0.04 and 0.07 as published. With 0.02 few prototypes win for all
+            patches.
         teacher_temp_warmup: fraction of the run in which the teacher's temperatures rise linearly. Published are 30 of
             100 epochs, of which the last has the end value already.
         mask_ratio: range of the mask ratio: the fraction of a global crop's patches that the student does not see.
@@ -81,7 +83,7 @@ class IBOT(Method):
         bottleneck_dim: int = 256,
         student_temp: float = 0.1,
         teacher_temp: tuple[float, float] = (0.04, 0.07),
-        teacher_patch_temp: tuple[float, float] | None = None,
+        teacher_patch_temp: tuple[float, float] = (0.04, 0.07),
         teacher_temp_warmup: float = 0.29,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
@@ -93,8 +95,7 @@ class IBOT(Method):
     ) -> None:
         super().__init__()
         sizes = num_prototypes, hidden_dim, bottleneck_dim
-        patch_temp = teacher_patch_temp or teacher_temp
-        temperatures = student_temp, *teacher_temp, *patch_temp
+        temperatures = student_temp, *teacher_temp, *teacher_patch_temp
         prototypes.check_head("ibot", sizes, temperatures, encoder.model, encoder.num_prefix_tokens)
         prototypes.check_shares(
             "ibot",
@@ -116,7 +117,7 @@ class IBOT(Method):
         self.patch_centre = Centre(num_prototypes, center_momentum, targets)
         self.student_temp = student_temp
         self.teacher_temp = Ramp(*teacher_temp, teacher_temp_warmup)
-        self.teacher_patch_temp = Ramp(*patch_temp, teacher_temp_warmup)
+        self.teacher_patch_temp = Ramp(*teacher_patch_temp, teacher_temp_warmup)
         self.mask_ratio, self.mask_probability, self.patch_weight = mask_ratio, mask_probability, patch_weight
         self.freeze_last_layer = freeze_last_layer
         self.momentum = Cosine(momentum, 1.0)

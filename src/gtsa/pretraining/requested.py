@@ -11,6 +11,7 @@ from typing import Any
 from gtsa.core import files
 from gtsa.core.errors import UserError, is_first_process
 from gtsa.core.files import IMAGES
+from gtsa.core.migration import completed
 from gtsa.core.settings import differences, merged, validated
 from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import say
@@ -134,7 +135,7 @@ def settings_of(out: Path, show: bool = True) -> dict[str, Any] | None:
     if kept is None and seal is None and not _may_lack_seal(out):
         raise UserError(f"{path} is damaged, and there is no checkpoint yet: start anew with --overwrite", 4)
     try:
-        saved = read_yaml(path, schema=1)
+        saved = completed(read_yaml(path, schema=1))
         settings = validated(Pretrain, saved) if kept else None
     except UserError as error:
         if kept is None and seal is not False:
@@ -154,7 +155,7 @@ def _settings_of_checkpoint(checkpoints: Path) -> Pretrain | None:
     """The settings in the newest checkpoint; None where there is none, or one from before they were saved."""
     values = checkpoint.newest_state(checkpoints).get("settings")
     try:
-        return None if values is None else validated(Pretrain, values)
+        return None if values is None else validated(Pretrain, completed(values))
     except (UserError, TypeError):  # another version's
         return None
 
