@@ -16,9 +16,9 @@ from gtsa.core.settings import Plan, is_auto, validated
 from gtsa.data.sources import open_source
 from gtsa.evaluation import tasks
 from gtsa.evaluation.settings import Evaluate
-from gtsa.models.backbone import Backbone
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining import plan
+from gtsa.pretraining.adaptation import make_untrained
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import resolve_device
 
@@ -81,22 +81,28 @@ def _check_trained_row(row: Row, settings: Compare, images: int) -> Pretrain:
     pretrain = validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), settings) | {"out": settings.out})
     plan.check_batch(pretrain)
     resolved = Plan(pretrain, {})
-    plan.resolve_initial(resolved, _read_model(pretrain), jobs.range16_of(settings))
+    model, patch = _read_model(pretrain)
+    plan.resolve_initial(resolved, model, jobs.range16_of(settings), patch)
     plan.resolve_sizes(resolved)
     method = methods.load_all()[pretrain.method]
     plan.resolve_method(resolved, method.auto_settings, images)
     plan.resolve_hold_out(resolved, images)
     plan.resolve_budget(resolved, images - resolved.settings.hold_out, method.base_lr)
     with torch.device("meta"):  # the constructor checks the options of the method; no memory is used
-        encoder = Backbone(resolved.settings.model, resolved.settings.views.global_crops_size)
+        encoder = make_untrained(resolved.settings)
         method(encoder, **resolved.settings.options)
     if settings.trials and row.tuned_as not in settings.methods:
         raise UserError(f"it takes its settings from the trials of {row.tuned_as}: add {row.tuned_as} to --methods")
     return resolved.settings
 
 
-def _read_model(pretrain: Pretrain) -> str | None:
-    """The model of the initial weights of a row. Raises UserError if they do not fit the model of the row (4)."""
+def _read_model(pretrain: Pretrain) -> tuple[str | None, int]:
+    """Model and patch size of the initial weights of a row, if it has them.
+
+    Raises:
+        UserError: they do not fit the model of the row (4).
+    """
     if not pretrain.init:
-        return None
-    return load_backbone(pretrain.init, model=None if is_auto(pretrain.model) else pretrain.model)[0].model
+        return None, 0
+    backbone = load_backbone(pretrain.init, model=None if is_auto(pretrain.model) else pretrain.model)[0]
+    return backbone.model, backbone.patch_size

@@ -38,9 +38,10 @@ from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
 from gtsa.evaluation.settings import Evaluate
-from gtsa.models.backbone import Backbone, Encoder, patch_of
+from gtsa.models.backbone import Backbone, Encoder
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining import cost, plan
+from gtsa.pretraining.adaptation import make_untrained
 from gtsa.pretraining.pretrain import pretrain
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
@@ -144,14 +145,19 @@ def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str
 def _open_reference(source: str, seed: int, settings: Compare) -> Encoder:
     """A control, an untrained network, or given weights."""
     if source in CONTROLS:
-        return CONTROLS[source](patch_of(settings.model))
+        return CONTROLS[source](_resolve_network(settings).patch_size)
     if source == "untrained":
-        resolved = Plan(validated(Pretrain, {"model": settings.model, **settings.pretrain}), {})
-        plan.resolve_initial(resolved, None)
-        plan.resolve_sizes(resolved)
         torch.manual_seed(seed)  # the same initial weights as in pretraining
-        return Backbone(settings.model, resolved.settings.views.global_crops_size)
+        return make_untrained(_resolve_network(settings))
     return load_backbone(source)[0]
+
+
+def _resolve_network(settings: Compare) -> Pretrain:
+    """Common settings of pretraining, with patch and crop sizes resolved."""
+    resolved = Plan(validated(Pretrain, {"model": settings.model, **settings.pretrain}), {})
+    plan.resolve_initial(resolved, None)
+    plan.resolve_sizes(resolved)
+    return resolved.settings
 
 
 def count_flops_per_image(resolved: Pretrain) -> float:
@@ -161,7 +167,7 @@ def count_flops_per_image(resolved: Pretrain) -> float:
         resolved: settings without auto.
     """
     multicrop = MultiCrop(**resolved.views.model_dump())
-    encoder = Backbone(resolved.model, multicrop.global_crops_size)
+    encoder = make_untrained(resolved)
     method = methods.load_all()[resolved.method](encoder, **resolved.options)
     method.train()
     sizes = 1 + (multicrop.local_crops_number > 0)
