@@ -46,7 +46,7 @@ def test_differences_are_paired_by_seed():
 
     def make_metrics(seeds, values):
         indices = list(range(len(seeds)))
-        return summary.RowMetrics(seeds, {"primary": Bootstrap(np.array(values)[:, None], draws[:, indices], 7)})
+        return summary.RowMetrics(seeds, {"primary": Bootstrap(np.array(values)[:, None], draws[:, indices], 7, 7)})
 
     whole, without = make_metrics((0, 1, 2), [1.0, 10.0, 100.0]), make_metrics((0, 2), [3.0, 400.0])
     assert without.subtract(whole, "primary").values[:, 0].tolist() == [2.0, 300.0]

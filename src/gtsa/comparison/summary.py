@@ -258,7 +258,7 @@ def _bootstrap_row(
     parts = [part for name in settings.primary.split("+") if (part := _find_metric(metrics, name)) is not None]
     complete = len(parts) == len(settings.primary.split("+"))
     if complete and len({part.images for part in parts}) == 1:
-        metrics = {"primary": intervals.mean_of(parts), **metrics}
+        metrics = {"primary": intervals.mean_of(parts, parts[0].images), **metrics}
     return RowMetrics(seeds, metrics)
 
 

@@ -26,6 +26,7 @@ class EvaluateArguments(TypedDict, total=False):
     ignore: int | None
     reduce_zero_label: bool
     classes: Path | None
+    groups: Path | None
     range16: tuple[float, float] | None
     seed: int
     batch_size: int

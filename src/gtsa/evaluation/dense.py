@@ -128,7 +128,7 @@ def classify_pixels(
             counts.append(count_pixels(classes, scene.truth, len(data.classes)))
             context.on_prediction(index, as_map(classes, len(data.classes)))
             index += 1
-    return stack_counts(counts)
+    return stack_counts(counts, data)
 
 
 def as_map(classes: Tensor, count: int) -> Tensor:
@@ -144,16 +144,29 @@ def count_pixels(classes: Tensor, truth: Tensor, count: int) -> dict[str, Tensor
     return {name: torch.bincount(values, minlength=count) for name, values in ids.items()}
 
 
-def stack_counts(counts: Sequence[dict[str, Tensor]]) -> PerImage:
-    """Counts of several images as per_image: {"hit", "predicted", "true": [images, C]}."""
-    return {name: torch.stack([image[name] for image in counts]) for name in counts[0]}
+def stack_counts(counts: Sequence[dict[str, Tensor]], data: Labelled | None = None) -> PerImage:
+    """Counts of all images as per_image: {"hit", "predicted", "true": [images, C] or [images, repeats, C]}.
+
+    If the labels of ``data`` name classes to report, "reported" says which they are, bool of the same shape.
+    """
+    stacked = {name: torch.stack([image[name] for image in counts]) for name in counts[0]}
+    if data is not None and data.report_classes:
+        reported = torch.tensor([name in data.report_classes for name in data.classes])
+        stacked["reported"] = reported.expand_as(stacked["true"])
+    return stacked
+
+
+def stack_repeats(repeats: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Counts [C] or [images, C] of several predictions: [repeats, C] or [images, repeats, C]."""
+    return {name: torch.stack([each[name] for each in repeats], dim=-2) for name in repeats[0]}
 
 
 def metrics(per_image: PerImage) -> dict[str, float]:
     """mIoU, mAcc and aAcc in per cent, from pixel counts [images, C], or from [images, repeats, C] and then their mean.
 
     The pixels of all images are summed first. The mean IoU is over classes that occur in truth or prediction, the mean
-    accuracy over those that occur in the truth (as in MMSegmentation and the papers that use it).
+    accuracy over those that occur in the truth (as in MMSegmentation and the papers that use it). Both are over the
+    classes to report, if the labels name some.
 
     Raises:
         UserError: no pixel of these images is labelled (3).
@@ -161,7 +174,10 @@ def metrics(per_image: PerImage) -> dict[str, float]:
     hit, predicted, true = (per_image[name].sum(0).double() for name in ("hit", "predicted", "true"))
     if not true.any():
         raise UserError("no pixel of the evaluation masks is labelled: all of them are ignored; see --ignore", 3)
-    shares = {"mIoU": hit / (predicted + true - hit), "mAcc": hit / true, "aAcc": hit.sum(-1) / true.sum(-1)}
+    of_classes = {"mIoU": hit / (predicted + true - hit), "mAcc": hit / true}
+    if "reported" in per_image:
+        of_classes = {name: share.where(per_image["reported"][0], torch.nan) for name, share in of_classes.items()}
+    shares = {**of_classes, "aAcc": hit.sum(-1) / true.sum(-1)}
     return {name: 100 * float(share.nanmean()) for name, share in shares.items()}
 
 
