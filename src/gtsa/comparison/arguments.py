@@ -42,4 +42,7 @@ class CompareArguments(TypedDict, total=False):
     device: Literal["auto", "cpu", "cuda"]
     workers: int | Auto
     jobs: int
+    only: Literal["training", "evaluation"] | None
+    cells: str | Sequence[str]
+    status: bool
     plan: bool

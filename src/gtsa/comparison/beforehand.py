@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from gtsa import methods
 from gtsa.comparison import jobs, tuning
 from gtsa.comparison.jobs import Job
 from gtsa.comparison.rows import Row
-from gtsa.comparison.settings import CONTROLS, Compare
+from gtsa.comparison.settings import CONTROLS, Compare, list_tasks_of
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto, validated
 from gtsa.data.sources import open_source
@@ -40,7 +41,7 @@ def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
         UserError: anything is wrong.
     """
     _check_reserved_settings(settings)
-    if not (images := len(open_source(settings.data))):
+    if not (images := len(open_source(settings.data, jobs.select_images(settings)))):
         raise UserError(f"--data {settings.data}: no images", 3)
     resolve_device(validated(Evaluate, jobs.make_device_settings(settings)))
     resolved: dict[str, Pretrain] = {}
@@ -50,19 +51,44 @@ def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
                 resolved[row.name] = _check_trained_row(row, settings, images)
             except UserError as error:
                 raise UserError(f"row {row.name}: {error}", error.code) from None
-        elif row.source not in CONTROLS:
+        elif row.source not in CONTROLS and settings.only != "training":
             load_backbone(row.source)
-    labels: tasks.Opened = {}
-    list(jobs.open_tasks(Job(rows[0], "images", 0), settings, labels))
+    _check_cells(rows, settings)
+    if settings.only != "training":
+        _check_labels(rows, settings)
     for task in settings.task:
         jobs.make_evaluator(task, settings)
+    return resolved
+
+
+def _check_cells(rows: Sequence[Row], settings: Compare) -> None:
+    """Raises UserError if a pattern of --cells matches no network."""
+    counts = {"images": settings.seeds, "flops": settings.seeds, "trial": settings.trials}
+    names = [f"{row.name}/{stage}-{n}" for row in rows for stage, count in counts.items() for n in range(count)]
+    for pattern in settings.cells:
+        if not fnmatch.filter(names, pattern):
+            rows_named = ", ".join(row.name for row in rows)
+            raise UserError(
+                f"--cells {pattern}: there is no such network; give ROW/images-SEED, e.g. {names[0]}, or "
+                f"'ROW/*'; the rows are {rows_named}"
+            )
+
+
+def _check_labels(rows: Sequence[Row], settings: Compare) -> None:
+    """Opens the labels of every task once."""
+    labels: tasks.Opened = {}
+    list(jobs.open_tasks(Job(rows[0], "images", 0), settings, labels))
     if settings.evaluate_every:
+        if named := [name for name in list_tasks_of(settings.primary) if settings.evaluator_of(name) != name]:
+            raise UserError(
+                f"evaluate_every: {named[0]} is a name of this comparison; evaluations during training need a primary "
+                "metric of tasks with their own names. Leave evaluate_every out"
+            )
         online = validated(Evaluate, jobs.make_online_evaluation_settings(settings), "evaluate_every")
         tasks.open_tasks(online, labels)
     if settings.trials:
         of_trial = jobs.open_tasks(Job(rows[0], "trial", 0), settings, labels)
         tuning.check_tasks((task for *_, task in of_trial), settings)
-    return resolved
 
 
 def _check_reserved_settings(settings: Compare) -> None:
@@ -93,6 +119,10 @@ def _check_trained_row(row: Row, settings: Compare, images: int) -> Pretrain:
         method(encoder, **resolved.settings.options)
     if settings.trials and row.tuned_as not in settings.methods:
         raise UserError(f"it takes its settings from the trials of {row.tuned_as}: add {row.tuned_as} to --methods")
+    if settings.trials and row.seed_offset <= jobs.TRIAL_SEED < row.seed_offset + settings.seeds:
+        raise UserError(
+            f"seed_offset: no final run may have seed {jobs.TRIAL_SEED}, which the trials have; give another"
+        )
     return resolved.settings
 
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from gtsa import methods
 from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
 from gtsa.comparison.jobs import EVALUATION_SEED, Job, read_job
-from gtsa.comparison.results import CurveEntry, Result, TaskResult, commit, folder_of, read_result, write_per_image
+from gtsa.comparison.results import CurveEntry, Result, TaskResult, commit, folder_of, write_per_image
 from gtsa.comparison.settings import Compare, list_tasks_of
+from gtsa.comparison.trained import keep_trained, load_trained, needs_work, read_training
 from gtsa.core.drawing import squares
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
@@ -33,7 +35,7 @@ from gtsa.core.stops import handle_signals
 from gtsa.core.types import Views
 from gtsa.data.multicrop import MultiCrop
 from gtsa.data.pixels import BadImage
-from gtsa.data.sources import Selection, open_source
+from gtsa.data.sources import open_source
 from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
@@ -56,11 +58,11 @@ def run(job: Job, settings: Compare) -> None:
     """
     folder = folder_of(job, settings)
     with _lock(folder):
-        if read_result(job, settings) is not None:
+        if not needs_work(job, settings):
             return
         for leftover in ("per_image.npz", "per_image.json", "maps.png"):
             (folder / leftover).unlink(missing_ok=True)
-        result: Result
+        result: Result | None
         try:
             result = _train_and_evaluate(job, settings, folder)
         except UserError as error:
@@ -70,17 +72,24 @@ def run(job: Job, settings: Compare) -> None:
         except Exception as error:  # a fault of gtsa must not stop the other jobs; the log has the traceback
             traceback.print_exc()
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        commit(job, settings, result)
+        if result is not None:
+            commit(job, settings, result)
         shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
 
 
-def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result:
+def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result | None:
+    """The result of a job; None with --only training: then its network is kept for the evaluation."""
     started = time.perf_counter()
     backbone: Encoder
-    if job.row.source is None:
-        backbone, training = _train(job, settings, folder)
-    else:
+    if job.row.source is not None:
         backbone, training = _open_reference(job.row.source, job.number, settings), Result()
+    elif settings.only == "training":
+        keep_trained(job, settings, *_train(job, settings, folder))
+        return None
+    elif (kept := read_training(job, settings)) is not None:
+        backbone, training = load_trained(job, settings), kept
+    else:
+        backbone, training = _train(job, settings, folder)
     backbone.range16 = jobs.range16_of(settings)  # alike in all rows
     results, per_image = _evaluate(backbone, job, settings, folder / "work")
     if job.stage != "trial":
@@ -218,6 +227,8 @@ def _evaluate(
         of_task = per_image[task.name, feature] = task.per_image(backbone, context)
         metrics = task.evaluator.metrics(of_task)
         result = TaskResult(task=task.name, feature=feature, metrics=metrics, images=len(task.val))
+        if groups := task.groups(EVALUATION_SEED):
+            result["groups"] = groups
         if without := task.metrics_without_each_fold(of_task, EVALUATION_SEED):
             result["without"] = without
         results.append(result)
@@ -226,7 +237,7 @@ def _evaluate(
 
 def _draw_feature_maps(backbone: Encoder, settings: Compare, file: Path) -> None:
     """Draws feature maps of the first readable images of the data, the same for every row."""
-    source = open_source(settings.data, Selection(backbone.range16))
+    source = open_source(settings.data, replace(jobs.select_images(settings), range16=backbone.range16))
     images: list[Tensor] = []
     for index in range(len(source)):
         if len(images) == settings.pictures:
