@@ -173,7 +173,9 @@ def test_a_wrong_offset_is_refused(here, offset):
 
 def test_no_row_has_the_seed_of_the_trials(here):
     rows = {"again": {"method": "mae", "seed_offset": 999}}
-    with pytest.raises(UserError, match="row again: seed_offset: no final run may have seed 1000, which the trials have"):
+    with pytest.raises(
+        UserError, match="row again: seed_offset: no final run may have seed 1000, which the trials have"
+    ):
         compare.compare(**here(rows=rows, trials=1, folds=3, task=("segmentation",)))
 
 
