@@ -27,6 +27,7 @@ SMALL = {  # settings that make an evaluation quick; without an entry here it ha
     "instances": {"size": 64, "k": 3},
     "knn": {"k": (3, 5), "resize": 64, "crop": 64},
     "linear": {"steps": 10, "resize": 64, "crop": 64},
+    "linear_segmentation": {"size": 64},
     "rotation": {"resize": 64, "crop": 64, "size": 64},
     "segmentation": {"size": 64, "steps": 3, "batch_size": 2},
 }

@@ -173,9 +173,10 @@ def _without_missing(values: Mapping[str, object]) -> dict[str, object]:
 
 def compute_digest(job: Job, settings: Compare) -> str:
     """Digest of all settings that decide the metrics of a job. A result with a different digest is refused."""
-    evaluation = (
+    evaluation: tuple[object, ...] = (
         settings.task, settings.train, settings.val, settings.folds, settings.tokens, settings.evaluate, settings.tasks
     )  # fmt: skip
+    evaluation += ("tokens in half precision",) if settings.cache_tokens else ()
     primary = (settings.primary, "inner folds") if job.stage == "trial" else ""
     return _digest(job.name, _list_network_settings(job, settings), evaluation, primary)
 

@@ -40,6 +40,7 @@ from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
 from gtsa.evaluation.settings import Evaluate
+from gtsa.evaluation.token_cache import TokenCache
 from gtsa.models.backbone import Backbone, Encoder
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining import cost, plan
@@ -218,12 +219,14 @@ def _evaluate(
     resolve_workers(resolved)
     fabric = launch_fabric(resolved.settings)
     backbone = backbone.to(fabric.device).eval()
+    cache = TokenCache(work / "tokens") if settings.cache_tokens else None
     results: list[TaskResult] = []
     per_image: dict[tuple[str, str], PerImage] = {}
     for feature, evaluate, task in jobs.open_tasks(job, settings):
         folder = work / f"{task.name}-{feature}"
         workers = resolved.settings.workers
-        context = EvalContext(fabric, evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder)
+        options = (evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder)
+        context = EvalContext(fabric, *options, cache=cache)
         of_task = per_image[task.name, feature] = task.per_image(backbone, context)
         metrics = task.evaluator.metrics(of_task)
         result = TaskResult(task=task.name, feature=feature, metrics=metrics, images=len(task.val))

@@ -92,6 +92,8 @@ class Compare(Documented):
     """Adds runs with as many floating-point operations as the first method's runs of equal images."""
     evaluate_every: Natural = 0
     """Steps between evaluations of the primary tasks during training, for learning curves. 0: no evaluation."""
+    cache_tokens: bool = False
+    """Run each network once per image and size for all dense tasks; patch tokens are rounded to half precision."""
     pictures: Natural = 4
     """Number of images whose feature maps the report shows."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"

@@ -23,6 +23,7 @@ class EvaluateArguments(TypedDict, total=False):
     predictions: Path | None
     pictures: int
     work: Path | None
+    cache: Path | None
     ignore: int | None
     reduce_zero_label: bool
     classes: Path | None
@@ -43,5 +44,6 @@ class EvaluateArguments(TypedDict, total=False):
     instances: Mapping[str, object]
     knn: Mapping[str, object]
     linear: Mapping[str, object]
+    linear_segmentation: Mapping[str, object]
     rotation: Mapping[str, object]
     segmentation: Mapping[str, object]

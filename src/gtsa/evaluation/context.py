@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from gtsa.data.pixels import Range
+from gtsa.evaluation.token_cache import TokenCache
 
 Pooling = Literal["mean", "cls", "both"]
 
@@ -54,6 +55,7 @@ class EvalContext:
         folder: where a long training writes its checkpoints; None: it writes none.
         on_prediction: called with (index in ``val``, prediction) for every prediction; for --predictions.
         range16: values of 16-bit images that become black and white; None: as in the training of the weights.
+        cache: patch tokens that are known; None: the network is run again for every task.
     """
 
     fabric: Fabric
@@ -64,6 +66,7 @@ class EvalContext:
     folder: Path | None = None
     on_prediction: Callable[[int, Prediction], None] = _ignore
     range16: Range | None = None
+    cache: TokenCache | None = None
 
     @property
     def device(self) -> torch.device:

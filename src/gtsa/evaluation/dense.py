@@ -65,9 +65,16 @@ def resized_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def patch_tokens(backbone: Encoder, pixels: Tensor, context: EvalContext) -> Tensor:
-    """Patch tokens of the frozen backbone: normalised pixels [N, 3, H, W] -> [N, h, w, D] float32."""
-    with context.fabric.autocast():
-        return backbone(pixels).patches.float()  # type: ignore[no-any-return]
+    """Patch tokens of the frozen backbone: normalised pixels [N, 3, H, W] -> [N, h, w, D] float32.
+
+    With a cache of the context the network sees no image twice.
+    """
+
+    def compute(images: Tensor) -> Tensor:
+        with context.fabric.autocast():
+            return backbone(images).patches.float()  # type: ignore[no-any-return]
+
+    return context.cache(compute, pixels) if context.cache else compute(pixels)
 
 
 def padded(pixels: Tensor, patch: int) -> Tensor:

@@ -77,10 +77,21 @@ class Memory:
 
 
 def build_memory(backbone: Encoder, data: Labelled, context: EvalContext, size: int, most: int) -> Memory:
+    """A memory of ``labelled_patches``, with the same arguments and errors."""
+    tokens, pixels = labelled_patches(backbone, data, context, size, most)
+    return Memory(F.normalize(tokens, dim=-1, out=tokens), _shares(pixels))
+
+
+def labelled_patches(
+    backbone: Encoder, data: Labelled, context: EvalContext, size: int, most: int
+) -> tuple[Tensor, Tensor]:
     """At most ``most`` random patches with labelled pixels, spread evenly over the images of ``data``.
 
     Args:
         size: side of the square that images are resized to, whole patches.
+
+    Returns:
+        Their tokens [M, D], and how many of their pixels belong to each class [M, C].
 
     Raises:
         UserError: no pixel of these images is labelled (3).
@@ -90,29 +101,37 @@ def build_memory(backbone: Encoder, data: Labelled, context: EvalContext, size: 
     used = share.nonzero()[0].tolist()
     room = int(share.clip(max=grid**2).sum())
     tokens = torch.empty(room, backbone.embed_dim, device=context.device)
-    labels = torch.empty(room, classes, device=context.device)
+    pixels = torch.empty(room, classes, device=context.device)
     row, indices = 0, iter(used)
     for scenes in scenes_by_size(data.take(used), context, size):
         batch_tokens = patch_tokens(backbone, normalised_scenes(scenes, backbone, context), context)
         for scene, scene_tokens in zip(scenes, batch_tokens.flatten(1, 2), strict=True):
             index = next(indices)
-            shares = class_shares(resized_mask(scene.truth, size, size), backbone.patch_size, classes)
-            known = shares.any(1).nonzero()[:, 0]
+            counts = class_pixels(resized_mask(scene.truth, size, size), backbone.patch_size, classes)
+            known = counts.any(1).nonzero()[:, 0]
             order = generator(context.seed, Stream.PATCH_MEMORY, index + 1).permutation(len(known))[: share[index]]
             chosen = known[torch.from_numpy(order)]
-            tokens[row : row + len(chosen)] = F.normalize(scene_tokens[chosen.to(context.device)], dim=-1)
-            labels[row : row + len(chosen)] = shares[chosen].to(context.device)
+            tokens[row : row + len(chosen)] = scene_tokens[chosen.to(context.device)]
+            pixels[row : row + len(chosen)] = counts[chosen].to(context.device)
             row += len(chosen)
     if not row:
         raise UserError("no pixel of the training masks is labelled: all of them are ignored; see --ignore", 3)
-    return Memory(tokens[:row], labels[:row])
+    return tokens[:row], pixels[:row]
 
 
 def class_shares(mask: Tensor, patch: int, classes: int) -> Tensor:
     """Share of each class in the labelled pixels of each patch: int64 [H, W] -> [h * w, C]; 0 without labelled ones."""
+    return _shares(class_pixels(mask, patch, classes))
+
+
+def class_pixels(mask: Tensor, patch: int, classes: int) -> Tensor:
+    """Number of pixels of each class in each patch: int64 [H, W] -> [h * w, C]."""
     h, w = mask.shape[0] // patch, mask.shape[1] // patch
     cells = mask.view(h, patch, w, patch).transpose(1, 2).reshape(h * w, patch**2)
     ids = classes + 1  # the last one: not labelled
     cell_and_class = torch.arange(len(cells))[:, None] * ids + cells.where(cells != IGNORE, classes)
-    pixels = torch.bincount(cell_and_class.flatten(), minlength=len(cells) * ids).view(-1, ids)[:, :classes]
+    return torch.bincount(cell_and_class.flatten(), minlength=len(cells) * ids).view(-1, ids)[:, :classes]
+
+
+def _shares(pixels: Tensor) -> Tensor:
     return pixels / pixels.sum(1, keepdim=True).clamp(min=1)

@@ -42,6 +42,8 @@ class EvaluateSettings(Documented):
     """Images to draw with prediction and truth side by side, into the folder of --predictions."""
     work: str | None = None
     """Folder for checkpoints of long trainings; the same command resumes from them."""
+    cache: str | None = None
+    """Folder for patch tokens, in half precision: dense tasks and later evaluations see no image twice."""
     ignore: int | None = None
     """Value of unlabelled pixels in masks, e.g. 255."""
     reduce_zero_label: bool = False

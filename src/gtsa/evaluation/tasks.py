@@ -26,6 +26,7 @@ from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.folds import folds_of, joined, pairs_of, selected
 from gtsa.evaluation.predictions import PredictionWriter
 from gtsa.evaluation.settings import Evaluate
+from gtsa.evaluation.token_cache import TokenCache
 from gtsa.models.backbone import Backbone, Encoder
 
 Opened = dict[tuple[object, ...], Labelled]  # by paths, kind and options
@@ -61,7 +62,7 @@ class Task:
         folder = Path(settings.work) / self.name if settings.work else None
         context = EvalContext(
             fabric, settings.tokens, settings.seed, settings.batch_size, settings.workers, folder, writer,
-            settings.range16,
+            settings.range16, _open_cache(backbone, settings),
         )  # fmt: skip
         per_image = self.per_image(backbone, context, writer)
         writer.close()
@@ -140,6 +141,16 @@ class Task:
         """Fingerprints of the images with their labels."""
         train = {"train": self.train.fingerprint} if len(self.train) and not self.folds else {}
         return {**train, "val": self.val.fingerprint}
+
+
+def _open_cache(backbone: Encoder, settings: Evaluate) -> TokenCache | None:
+    """The tokens of --cache that are of this network. Raises UserError if the folder cannot be used (6)."""
+    if settings.cache is None:
+        return None
+    try:
+        return TokenCache(Path(settings.cache) / f"{backbone.fingerprint}-{settings.precision}")
+    except OSError as error:
+        raise UserError(f"--cache {settings.cache}: {error.strerror or error}; give another folder", 6) from None
 
 
 def bootstrap_metrics(task: Task, per_image: PerImage, names: Sequence[str], seed: int = 0) -> intervals.Bootstrap:
