@@ -10,7 +10,8 @@
 # Then the networks of the testbed T1 (recipes/scenes) are trained, row by row, JOBS at a time, if SCENES names a folder with
 # unlabelled/scenes and unlabelled/aerial (benchmarks/pack_scenes.sh). Each becomes OUT/scenes_ROW_SEED.tgz: log and EMA teacher
 # in half precision, for `python benchmarks/scenes.py unpack`. Those in benchmarks/results/scenes are left out. One that did not
-# end in time resumes in runs/scenes on the same machine. SCENES_CONFIG (e.g. recipes/scenes/cpu.yaml) shrinks them for a try.
+# end in time resumes in runs/scenes on the same machine. SCENES_ONLY=1 leaves the
+# other jobs out. SCENES_CONFIG (e.g. recipes/scenes/cpu.yaml) shrinks the networks for a try.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu}
@@ -49,13 +50,14 @@ tests() { # a result that says which tests failed
 }
 
 # The step as it is now (results of the code before are named step_*.json).
-step packed_profile 90 --repeats 10 --profile "$LOGS/packed.txt"
-step packed_compiled 150 --repeats 10 --compile --profile "$LOGS/compiled.txt"
-tests
-step packed_compiled_channels_last 100 --repeats 10 --compile --channels-last
-step packed_checkpointed 60 --repeats 10 --activation-checkpointing
-BATCH=$((2 * BATCH)) step packed_compiled_256 100 --repeats 10 --compile
-tar -czf "$OUT/logs.tgz" -C "$LOGS" .
+if [ -z "${SCENES_ONLY:-}" ]; then
+  step packed_profile 90 --repeats 10 --profile "$LOGS/packed.txt"
+  step packed_compiled 150 --repeats 10 --compile --profile "$LOGS/compiled.txt"
+  tests
+  step packed_compiled_channels_last 100 --repeats 10 --compile --channels-last
+  step packed_checkpointed 60 --repeats 10 --activation-checkpointing
+  BATCH=$((2 * BATCH)) step packed_compiled_256 100 --repeats 10 --compile
+fi
 
 # The testbed T1: the two methods first, then GTSA against itself, then the others.
 ROWS=(gtsa dino gtsa-again ibot mae)
@@ -91,3 +93,4 @@ pack() { # ROW/images-SEED
 if [ -n "${SCENES:-}" ]; then
   for name in "${ROWS[@]}"; do row "$name"; done
 fi
+tar -czf "$OUT/logs.tgz" -C "$LOGS" .

@@ -10,13 +10,13 @@
 set -euo pipefail
 DATA=$(realpath "$1") OUT=$(realpath -m "$2") MOST=$((64 * 1024 * 1024))
 cd "$(dirname "$0")/.."
-if [ -n "$(git status --porcelain -- src recipes benchmarks pyproject.toml)" ]; then
+if [ -n "$(git status --porcelain -- src recipes tests benchmarks pyproject.toml)" ]; then
   echo "commit first: there are changes that would not be packed" >&2
   exit 1
 fi
 mkdir -p "$(dirname "$OUT")"
 git archive --format tar --prefix gtsa-scenes/ --output "$OUT" HEAD \
-  src recipes benchmarks/gpu_queue.sh benchmarks/*.py benchmarks/results/gpu pyproject.toml README.md LICENSE
+  src recipes tests benchmarks/gpu_queue.sh benchmarks/*.py benchmarks/results/gpu pyproject.toml README.md LICENSE
 if [ -d benchmarks/results/scenes ]; then  # which networks are done
   git ls-files 'benchmarks/results/scenes/*.json' | tar -rf "$OUT" --transform 's,^,gtsa-scenes/,' -T -
 fi
