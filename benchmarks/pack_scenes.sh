@@ -4,7 +4,7 @@
 #     benchmarks/pack_scenes.sh DATA OUT.tar       # DATA: the data set `scenes`
 #
 # There:
-#     tar -xf OUT.tar && cd gtsa-scenes && SCENES=$PWD benchmarks/gpu_queue.sh
+#     tar -xf OUT.tar && cd gtsa-scenes && SCENES=. benchmarks/gpu_queue.sh
 #
 # The code is that of HEAD: what is not committed is not packed. Labels stay here: training needs none.
 set -euo pipefail

@@ -57,7 +57,7 @@ def unpack(archives: list[Path], work: Path) -> None:
     for archive in archives:
         with tarfile.open(archive) as packed:
             packed.extractall(work / "compare" / "cells", filter="data")
-        print(f"{archive.name}: {', '.join(sorted({str(Path(name).parent) for name in packed.getnames()})[:1])}")
+            print(f"{archive.name}: {min(packed.getnames(), key=len)}")
 
 
 def keep(work: Path) -> None:
@@ -67,9 +67,21 @@ def keep(work: Path) -> None:
         target = KEPT / folder.parent.name / folder.name
         for file in files:
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / file.name)
+            if file.suffix == ".json":
+                (target / file.name).write_text(_without_paths(file.read_text()))
+            else:
+                shutil.copyfile(file, target / file.name)
         if files:
             print(f"{folder.parent.name}/{folder.name}: {', '.join(file.name for file in files)}")
+
+
+def _without_paths(text: str) -> str:
+    """A result without the place of the images on the machine. The report does not depend on it."""
+    content = json.loads(text)
+    settings = content.get("training", content).get("settings", {})
+    if "data" in settings:
+        settings["data"] = Path(settings["data"]).name
+    return json.dumps(content, indent=1) + "\n"
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ def test_tokens_are_known_by_size_and_rotation(tmp_path):
     assert backbone.seen == 6
     again = TokenCache(tmp_path)
     assert again(lambda _: pytest.fail("they are known"), pixels).equal(tokens)
-    assert len(retrieval.labelled_patches(backbone, coloured(blocks, 2), context, 64, 100)[0]) == 32
+    assert len(retrieval.sample_patches(backbone, coloured(blocks, 2), context, 64, 100)[0]) == 32
 
 
 def test_the_command_gives_the_same_figure_from_the_same_cache(tmp_path, scenes):

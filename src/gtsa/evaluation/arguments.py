@@ -45,5 +45,7 @@ class EvaluateArguments(TypedDict, total=False):
     knn: Mapping[str, object]
     linear: Mapping[str, object]
     linear_segmentation: Mapping[str, object]
+    orientation: Mapping[str, object]
+    position: Mapping[str, object]
     rotation: Mapping[str, object]
     segmentation: Mapping[str, object]

@@ -23,6 +23,7 @@ from gtsa.models.backbone import Encoder
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
 Truth = TypeVar("Truth")
+COUNTS = ("hit", "predicted", "true", "reported")  # of per_image; the last one if some classes are left out of means
 
 
 class Scene(NamedTuple, Generic[Truth]):

@@ -16,7 +16,7 @@ from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.features import whole_patches
 from gtsa.evaluation.logistic import Logistic
-from gtsa.evaluation.retrieval import labelled_patches
+from gtsa.evaluation.retrieval import sample_patches
 from gtsa.models.backbone import Encoder
 
 
@@ -57,7 +57,7 @@ class LinearSegmentation(Evaluator):
 
     def __call__(self, backbone: Encoder, train: Labelled, val: Labelled, context: EvalContext) -> PerImage:
         size = whole_patches(self.size, backbone)
-        tokens, pixels = labelled_patches(backbone, train, context, size, self.patches)
+        tokens, pixels, _ = sample_patches(backbone, train, context, size, self.patches)
         head = logistic.fit(tokens, pixels, self.l2, self.tolerance, self.steps)
         say(f"linear_segmentation: {self._describe_end(head)}")
         del tokens, pixels
