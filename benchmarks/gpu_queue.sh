@@ -6,6 +6,12 @@
 # Every job is bounded in time and writes OUT/NAME.json when it ends. A job whose result is kept as
 # benchmarks/results/gpu/NAME.json is left out, so a second call does what is still missing. OUT/logs.tgz holds what was
 # printed, tables and traces. BATCH, MODEL and PRECISION shrink the jobs for a try on a CPU.
+#
+# Then the networks of the testbed T1 (recipes/scenes) are trained, row by row, JOBS at a time, if SCENES names a folder with
+# unlabelled/scenes and unlabelled/aerial (benchmarks/pack_scenes.sh). Each becomes OUT/scenes_ROW_SEED.tgz: log and EMA teacher
+# in half precision, for `python benchmarks/scenes.py unpack`. Those in benchmarks/results/scenes are left out. One that did not
+# end in time resumes in runs/scenes on the same machine. SCENES_ONLY=1 leaves the
+# other jobs out. SCENES_CONFIG (e.g. recipes/scenes/cpu.yaml) shrinks the networks for a try.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu}
@@ -44,10 +50,47 @@ tests() { # a result that says which tests failed
 }
 
 # The step as it is now (results of the code before are named step_*.json).
-step packed_profile 90 --repeats 10 --profile "$LOGS/packed.txt"
-step packed_compiled 150 --repeats 10 --compile --profile "$LOGS/compiled.txt"
-tests
-step packed_compiled_channels_last 100 --repeats 10 --compile --channels-last
-step packed_checkpointed 60 --repeats 10 --activation-checkpointing
-BATCH=$((2 * BATCH)) step packed_compiled_256 100 --repeats 10 --compile
+if [ -z "${SCENES_ONLY:-}" ]; then
+  step packed_profile 90 --repeats 10 --profile "$LOGS/packed.txt"
+  step packed_compiled 150 --repeats 10 --compile --profile "$LOGS/compiled.txt"
+  tests
+  step packed_compiled_channels_last 100 --repeats 10 --compile --channels-last
+  step packed_checkpointed 60 --repeats 10 --activation-checkpointing
+  BATCH=$((2 * BATCH)) step packed_compiled_256 100 --repeats 10 --compile
+fi
+
+# The testbed T1: the two methods first, then GTSA against itself, then the others.
+ROWS=(gtsa dino gtsa-again ibot mae)
+SEEDS=(0 1 2)
+
+row() { # NAME: trains the networks of a row that are not done, and packs those that are trained
+  local row=$1 left=$((END - SECONDS)) began=$SECONDS seed cell cells=()
+  for seed in "${SEEDS[@]}"; do
+    cell=$row/images-$seed
+    ls benchmarks/results/scenes/cells/"$cell"/*.json >/dev/null 2>&1 || cells+=("$cell")
+  done
+  if [ "${#cells[@]}" -eq 0 ]; then echo "$row: done before"; return; fi
+  if [ "$left" -lt "${SCENES_LEAST:-120}" ]; then echo "$row: no time left"; return; fi
+  timeout --signal INT --kill-after 20 "$left" "$PYTHON" -m gtsa compare --config recipes/scenes/compare.yaml \
+    ${SCENES_CONFIG:+--config "$SCENES_CONFIG"} --data "$SCENES/unlabelled" --out runs/scenes \
+    --only training --jobs "${JOBS:-3}" --cells "${cells[@]}" >"$LOGS/scenes_$row.log" 2>&1
+  echo "$row: code $?, $((SECONDS - began)) s"
+  tail -n 3 "$LOGS/scenes_$row.log"
+  for cell in "${cells[@]}"; do pack "$cell"; done
+  tar -czf "$OUT/logs.tgz" -C "$LOGS" .
+}
+
+pack() { # ROW/images-SEED
+  local cells=runs/scenes/cells archive=$OUT/scenes_${1%/*}_${1##*-}.tgz
+  if [ -e "$cells/$1/trained.json" ]; then
+    (cd $cells && tar -czf - "$1"/{trained.json,teacher,log.txt,run/config.yaml,run/*.jsonl,run/train.log}) >"$archive"
+    echo "$archive: $(stat -c %s "$archive") bytes"
+  elif [ -e "$cells/$1/log.txt" ]; then
+    cp "$cells/$1/log.txt" "$LOGS/scenes_${1//\//_}.log"
+  fi
+}
+
+if [ -n "${SCENES:-}" ]; then
+  for name in "${ROWS[@]}"; do row "$name"; done
+fi
 tar -czf "$OUT/logs.tgz" -C "$LOGS" .

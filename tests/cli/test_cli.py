@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ruamel.yaml import YAML
 
 from conftest import make_scenes, run
 from gtsa.cli.main import run as in_process
@@ -184,6 +185,16 @@ def test_duplicate_keys_in_yaml_are_refused(tmp_path, scenes, capsys):
     )
     assert code == 2
     assert "duplicate key" in err
+
+
+def test_later_files_of_settings_override_earlier_ones_and_flags_override_all(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("steps: 7\nseed: 1\nviews: {local_crops_number: 3, local_crops_size: 32}\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\nbatch_size: 5\nviews: {local_crops_number: 4}\n")
+    files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
+    assert in_process(["pretrain", *files, "--batch-size", "6", "--print-config"]) == 0
+    printed = YAML(typ="safe").load(capsys.readouterr().out)
+    assert (printed["steps"], printed["seed"], printed["batch_size"]) == (7, 2, 6)
+    assert (printed["views"]["local_crops_number"], printed["views"]["local_crops_size"]) == (4, 32)
 
 
 def test_print_config_can_be_read_back(tmp_path, scenes, capsys):

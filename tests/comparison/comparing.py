@@ -61,7 +61,7 @@ def run_jobs_here(monkeypatch):
     def run_here(job, config, devices):
         run_job.run(job, config)
         result = read_result(job, config)
-        return f"{job.name} {compute_primary(result, config)}" if result["status"] == "done" else job.name
+        return f"{job.name} {compute_primary(result, config)}" if result and result["status"] == "done" else job.name
 
     monkeypatch.setattr(queue, "run_in_process", run_here)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from comparing import data, results, run_jobs_here, settings, whole
 
-from gtsa.comparison import compare, conclusions, report, report_page, summary
+from gtsa.comparison import compare, conclusions, report, report_page
+from gtsa.comparison.row_metrics import RowMetrics
 from gtsa.evaluation import intervals
 from gtsa.evaluation.intervals import Bootstrap
 
@@ -46,7 +47,7 @@ def test_differences_are_paired_by_seed():
 
     def make_metrics(seeds, values):
         indices = list(range(len(seeds)))
-        return summary.RowMetrics(seeds, {"primary": Bootstrap(np.array(values)[:, None], draws[:, indices], 7)})
+        return RowMetrics(seeds, {"primary": Bootstrap(np.array(values)[:, None], draws[:, indices], 7, 7)})
 
     whole, without = make_metrics((0, 1, 2), [1.0, 10.0, 100.0]), make_metrics((0, 2), [3.0, 400.0])
     assert without.subtract(whole, "primary").values[:, 0].tolist() == [2.0, 300.0]

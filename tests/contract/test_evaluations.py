@@ -27,6 +27,9 @@ SMALL = {  # settings that make an evaluation quick; without an entry here it ha
     "instances": {"size": 64, "k": 3},
     "knn": {"k": (3, 5), "resize": 64, "crop": 64},
     "linear": {"steps": 10, "resize": 64, "crop": 64},
+    "linear_segmentation": {"size": 64},
+    "orientation": {"size": 64, "memory": 100, "k": 5},
+    "position": {"size": 64, "memory": 100, "k": 5},
     "rotation": {"resize": 64, "crop": 64, "size": 64},
     "segmentation": {"size": 64, "steps": 3, "batch_size": 2},
 }

@@ -334,6 +334,8 @@ def test_no_masks(root):
         ([{"id": 2**40, "name": "a"}], "wrong type"),
         ([{"name": "a"}], "wrong type"),
         ({"classes": ["a", "b", "c", "d"], "ignore_index": "255"}, "ignore_index: a whole number"),
+        ({"classes": ["a", "b", "c", "d"], "report_classes": ["a", "x"]}, "report_classes: a list of names is needed"),
+        ({"classes": ["a", "b", "c", "d"], "report_classes": "a"}, "report_classes: a list of names is needed"),
         (
             {"classes": ["a", "b", "c", "d"], "ignore": 3},
             "\n  ignore: it is not read; name the value to ignore with ignore_index",
@@ -349,7 +351,7 @@ def test_faults_of_the_names(root, content, messages):
 def test_other_keys_beside_the_names_are_reported(root, capsys):
     file = write(root / "classes.json", {"classes": ["a", "b", "c", "d"], "palette": [], "licence": "none"})
     assert opened(root).classes == ("a", "b", "c", "d")
-    line = f"{file}: keys that are not read: palette, licence; known keys are classes and ignore_index"
+    line = f"{file}: keys that are not read: palette, licence; known keys are classes, ignore_index and report_classes"
     assert line in capsys.readouterr().out
     write(file, {"classes": ["a", "b", "c", "d"], "ignore_index": 3})
     opened(root)

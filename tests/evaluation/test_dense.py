@@ -290,3 +290,17 @@ def test_masks_without_labelled_pixels_are_reported():
     with pytest.raises(UserError, match="no pixel of the training masks") as caught:
         build_memory(Colours(), data, make_context(), 64, 10)
     assert caught.value.code == 3
+
+
+def test_means_are_over_the_classes_to_report():
+    """Three classes: IoU 1/2, 1/2 and 0; the third one is left out of the means, but its pixels stay false."""
+    truth = [torch.tensor([[0, 0, 1, 2]])]
+    guess = [torch.tensor([[0, 2, 1, 1]])]
+    counts = [dense.count_pixels(g, t, 3) for g, t in zip(guess, truth, strict=True)]
+    data = Labelled(None, [0], truth, "masks", ("a", "b", "c"), "digest", report_classes=("a", "b"))
+    some, every = dense.metrics(dense.stack_counts(counts, data)), dense.metrics(dense.stack_counts(counts))
+    assert every["mIoU"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 0) / 3)
+    assert some["mIoU"] == pytest.approx(100 * (1 / 2 + 1 / 2) / 2)
+    assert some["mAcc"] == pytest.approx(100 * (1 / 2 + 1) / 2) and every["mAcc"] == pytest.approx(50)
+    assert some["aAcc"] == every["aAcc"] == 50
+    assert len(dense.per_class(dense.stack_counts(counts, data))["IoU"]) == 3

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -353,11 +353,24 @@ class Leaky:
 
 
 class Places(list):
+    image_groups = ()
+
     def take(self, indices):
         return Places(self[i] for i in indices)
 
     def with_range16(self, range16):
         return self
+
+
+@given(st.lists(st.integers(0, 9), min_size=8, max_size=30), st.integers(2, 3), st.integers(0, 9))
+def test_folds_keep_groups_together(labels, folds, seed):
+    numbers = [sorted(set(labels)).index(label) for label in labels]
+    assume(len(set(numbers)) >= folds)
+    parts = list(folds_of(len(numbers), folds, seed, numbers))
+    assert sorted(image for _, val in parts for image in val) == list(range(len(numbers)))
+    for train, val in parts:
+        assert val and not {numbers[i] for i in train} & {numbers[i] for i in val}
+        assert sorted(train + val) == list(range(len(numbers)))
 
 
 @given(st.integers(6, 40), st.integers(3, 6), st.integers(0, 9))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gtsa.evaluation.intervals import bootstrap, estimate, mean_of, verdict
+from gtsa.evaluation.intervals import bootstrap, estimate, mean_of, of_images, verdict
 
 
 def of(values, **options):
@@ -63,7 +63,29 @@ def test_what_two_methods_share_falls_out_of_their_difference():
     apart = estimate(of(one + hard))
     paired = estimate(of(one + hard) - of(hard[None].repeat(4, 0)))
     assert paired.high - paired.low < (apart.high - apart.low) / 4
-    assert mean_of([of(one), of(one + 1)]).values[2].item() == pytest.approx(one[2].mean() + 0.5)
+    assert mean_of([of(one), of(one + 1)], 100).values[2].item() == pytest.approx(one[2].mean() + 0.5)
+
+
+def test_groups_count_as_one_and_images_of_a_group_as_no_more():
+    """30 groups of 5 equal images: the interval is Student's over the 30 groups, not over the 150 images."""
+    of_groups = np.random.default_rng(0).normal(size=30)
+    values, groups = of_groups.repeat(5)[None], np.arange(30).repeat(5)
+    sample = of(values, draws=4000, groups=groups.tolist())
+    actual = of_images(sample)
+    low, high = stats.t.interval(0.95, 29, of_groups.mean(), stats.sem(of_groups))
+    assert (sample.images, sample.units) == (150, 30)
+    assert (actual.low, actual.high) == pytest.approx((low, high), abs=0.02)
+    alone = of_images(of(values, draws=4000))
+    assert (alone.high - alone.low) < (high - low) / 1.8
+
+
+def test_the_mean_over_two_sets_of_images_has_half_their_independent_variance():
+    values = np.random.default_rng(0).normal(size=(1, 200))
+    one, other = (of(values, draws=4000, seed=seed) for seed in (0, 1))
+    same = of_images(mean_of([one, one], 200))
+    both = of_images(mean_of([one, other], 400))
+    assert (same.high - same.low) / (both.high - both.low) == pytest.approx(2**0.5, rel=0.05)
+    assert both.images == 400
 
 
 def test_several_metrics_at_once():

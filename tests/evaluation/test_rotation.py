@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.linear_model import Ridge
 from torch import nn
 
 from evaluating import Stub, cells, labelled, make_context, noise
 from gtsa.core.errors import UserError
 from gtsa.core.types import Tokens
-from gtsa.evaluation.evaluators.rotation import STRENGTHS, Rotation, moments_of, predict, ridge
+from gtsa.evaluation.evaluators.rotation import Rotation
 from gtsa.models.backbone import Backbone
 
 SMALL = {"resize": 64, "crop": 64, "size": 64}
@@ -117,40 +116,6 @@ def test_features_of_noise_do_not_encode_position():
     metrics, _ = evaluate_rotation(Stub(cells), images=lambda count, seed: noise(count, 64, seed))
     assert -0.05 < metrics["position R2"] < 0.05
     assert 15 < metrics["rotation accuracy"] < 35
-
-
-@pytest.mark.parametrize("strength", range(0, len(STRENGTHS), 2))
-def test_the_regression_is_scikit_learns(strength, monkeypatch):
-    draw = np.random.default_rng(0)
-    x = draw.standard_normal((60, 5)) * [1, 2, 3, 4, 0.1] + 7
-    y = x @ draw.standard_normal((5, 2)) + draw.standard_normal((60, 2))
-    monkeypatch.setattr("gtsa.evaluation.evaluators.rotation.STRENGTHS", STRENGTHS[strength : strength + 1])
-    learn, choose = (moments_of(*(torch.from_numpy(v[part]) for v in (x, y))) for part in (slice(40), slice(40, 60)))
-    alpha = float(STRENGTHS[strength]) * np.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).mean()
-    oracle = Ridge(alpha=alpha, solver="cholesky").fit(x, y)
-    actual = predict(torch.from_numpy(x), ridge(learn, choose, 2))
-    np.testing.assert_allclose(actual, oracle.predict(x), atol=1e-8)
-
-
-def test_the_strength_is_the_one_with_the_least_error_on_held_out_images():
-    draw = np.random.default_rng(1)
-    x = draw.standard_normal((30, 25))
-    y = x[:, :1] + 2 * draw.standard_normal((30, 1))
-    first, last = slice(20), slice(20, 30)
-
-    def alpha(part, strength):
-        return strength * np.linalg.eigvalsh((x[part] - x[part].mean(0)).T @ (x[part] - x[part].mean(0))).mean()
-
-    errors = [
-        np.square(
-            Ridge(alpha(first, s), solver="cholesky").fit(x[first], y[first]).predict(x[last]).reshape(-1, 1) - y[last]
-        ).sum()
-        for s in STRENGTHS.numpy()
-    ]
-    best = float(STRENGTHS[int(np.argmin(errors))])
-    oracle = Ridge(alpha(slice(30), best), solver="cholesky").fit(x, y).predict(x).reshape(-1, 1)
-    sums = [moments_of(torch.from_numpy(x[part]), torch.from_numpy(y[part])) for part in (first, last)]
-    np.testing.assert_allclose(predict(torch.from_numpy(x), ridge(*sums, outputs=1)), oracle, atol=1e-8)
 
 
 def test_equivariant_features_retrieve_masks_in_rotated_images():

@@ -18,7 +18,6 @@ from gtsa.cli.selection import ALL, Data, Selection
 from gtsa.comparison.settings import Compare
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated
-from gtsa.core.settings_file import read_yaml
 from gtsa.core.terminal import doing
 from gtsa.evaluation.settings import Evaluate
 from gtsa.models.formats import OPENS, Format
@@ -101,7 +100,7 @@ def preview(
     out: str = "preview.png",
     image: int = 0,
     epoch: int = 0,
-    config_file: Annotated[str | None, flags.CONFIG] = None,
+    config_files: flags.Files = (),
     model: str | None = None,
     seed: int | None = None,
     selection: Selection = ALL,
@@ -120,7 +119,7 @@ def preview(
     seed
         Seed of the views, as in gtsa pretrain.
     """
-    settings = read_yaml(config_file) if config_file else {}
+    settings = flags.read_files(config_files)
     for name in ("data", "out"):
         settings.pop(name, None)
     validated(Pretrain, settings)  # a file may hold anything, e.g. names of preview's own arguments

@@ -42,7 +42,8 @@ def compare(given: Mapping[str, Any]) -> None:
     with _example_if_missing("compare", given, "data", "out", "train", "val"):
         settings = validated(Compare, given)
     data(settings.data)
-    labelled(settings.train, settings.val)
+    if settings.only != "training":
+        labelled(settings.train, settings.val)
 
 
 def embed(given: Mapping[str, Any]) -> None:

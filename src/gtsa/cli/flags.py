@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from functools import reduce
 from typing import Annotated, Any, get_args, get_origin
 
 from cyclopts import Group, Parameter
@@ -10,14 +12,19 @@ from cyclopts import Group, Parameter
 from gtsa.core.settings import Strict, merged, validated, without_limits
 from gtsa.core.settings_file import read_yaml, to_yaml
 
-CONFIG = Parameter(name="--config", help="YAML file of settings; flags override it.")
+CONFIG = Parameter(
+    name="--config",
+    help="YAML file of settings; flags override it. May be given again: a later file overrides earlier ones.",
+    negative=(),
+)
+Files = Annotated[tuple[str, ...], CONFIG]
 PRINT = Parameter(negative=(), help="Print the settings as YAML and stop.")
 
 
 def signature(model: type[Strict], *first: inspect.Parameter, skip: tuple[str, ...] = ()) -> inspect.Signature:
     """The signature of a verb whose keywords are the settings of ``model``, ``--config`` and ``--print-config``."""
     yaml = [
-        keyword("config_file", Annotated[str | None, CONFIG]),
+        keyword("config_files", Files, ()),
         keyword("print_config", Annotated[bool, PRINT], False),
     ]
     return inspect.Signature([*first, *_flags(model, Group("Settings", sort_key=1), skip=skip), *yaml])
@@ -25,12 +32,17 @@ def signature(model: type[Strict], *first: inspect.Parameter, skip: tuple[str, .
 
 def settings(flat: dict[str, Any], model: type[Strict], **more: object) -> dict[str, Any] | None:
     """The settings of a command line: flags override --config. None after --print-config has printed them."""
-    file, print_only = flat.pop("config_file", None), flat.pop("print_config", False)
-    given = merged(read_yaml(file) if file else {}, {**_nested(flat), **more})
+    files, print_only = flat.pop("config_files", ()), flat.pop("print_config", False)
+    given = merged(read_files(files), {**_nested(flat), **more})
     if print_only:
         print(to_yaml(validated(model, given)), end="")
         return None
     return given
+
+
+def read_files(files: Sequence[str]) -> dict[str, Any]:
+    """The settings in YAML files, later ones over earlier ones."""
+    return reduce(merged, map(read_yaml, files), {})
 
 
 def _flags(model: type[Strict], group: Group, prefix: str = "", skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:

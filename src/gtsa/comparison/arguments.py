@@ -37,9 +37,13 @@ class CompareArguments(TypedDict, total=False):
     learning_rates: tuple[float, float]
     equal_flops: bool
     evaluate_every: int
+    cache_tokens: bool
     pictures: int
     precision: Literal["auto", "32", "bf16", "fp16"]
     device: Literal["auto", "cpu", "cuda"]
     workers: int | Auto
     jobs: int
+    only: Literal["training", "evaluation"] | None
+    cells: str | Sequence[str]
+    status: bool
     plan: bool

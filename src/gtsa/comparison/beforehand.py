@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -10,15 +11,15 @@ from gtsa import methods
 from gtsa.comparison import jobs, tuning
 from gtsa.comparison.jobs import Job
 from gtsa.comparison.rows import Row
-from gtsa.comparison.settings import CONTROLS, Compare
+from gtsa.comparison.settings import CONTROLS, Compare, list_tasks_of
 from gtsa.core.errors import UserError
 from gtsa.core.settings import Plan, is_auto, validated
 from gtsa.data.sources import open_source
 from gtsa.evaluation import tasks
 from gtsa.evaluation.settings import Evaluate
-from gtsa.models.backbone import Backbone
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining import plan
+from gtsa.pretraining.adaptation import make_untrained
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import resolve_device
 
@@ -40,7 +41,7 @@ def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
         UserError: anything is wrong.
     """
     _check_reserved_settings(settings)
-    if not (images := len(open_source(settings.data))):
+    if not (images := len(open_source(settings.data, jobs.select_images(settings)))):
         raise UserError(f"--data {settings.data}: no images", 3)
     resolve_device(validated(Evaluate, jobs.make_device_settings(settings)))
     resolved: dict[str, Pretrain] = {}
@@ -50,19 +51,44 @@ def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
                 resolved[row.name] = _check_trained_row(row, settings, images)
             except UserError as error:
                 raise UserError(f"row {row.name}: {error}", error.code) from None
-        elif row.source not in CONTROLS:
+        elif row.source not in CONTROLS and settings.only != "training":
             load_backbone(row.source)
-    labels: tasks.Opened = {}
-    list(jobs.open_tasks(Job(rows[0], "images", 0), settings, labels))
+    _check_cells(rows, settings)
+    if settings.only != "training":
+        _check_labels(rows, settings)
     for task in settings.task:
         jobs.make_evaluator(task, settings)
+    return resolved
+
+
+def _check_cells(rows: Sequence[Row], settings: Compare) -> None:
+    """Raises UserError if a pattern of --cells matches no network."""
+    counts = {"images": settings.seeds, "flops": settings.seeds, "trial": settings.trials}
+    names = [f"{row.name}/{stage}-{n}" for row in rows for stage, count in counts.items() for n in range(count)]
+    for pattern in settings.cells:
+        if not fnmatch.filter(names, pattern):
+            rows_named = ", ".join(row.name for row in rows)
+            raise UserError(
+                f"--cells {pattern}: there is no such network; give ROW/images-SEED, e.g. {names[0]}, or "
+                f"'ROW/*'; the rows are {rows_named}"
+            )
+
+
+def _check_labels(rows: Sequence[Row], settings: Compare) -> None:
+    """Opens the labels of every task once."""
+    labels: tasks.Opened = {}
+    list(jobs.open_tasks(Job(rows[0], "images", 0), settings, labels))
     if settings.evaluate_every:
+        if named := [name for name in list_tasks_of(settings.primary) if settings.evaluator_of(name) != name]:
+            raise UserError(
+                f"evaluate_every: {named[0]} is a name of this comparison; evaluations during training need a primary "
+                "metric of tasks with their own names. Leave evaluate_every out"
+            )
         online = validated(Evaluate, jobs.make_online_evaluation_settings(settings), "evaluate_every")
         tasks.open_tasks(online, labels)
     if settings.trials:
         of_trial = jobs.open_tasks(Job(rows[0], "trial", 0), settings, labels)
         tuning.check_tasks((task for *_, task in of_trial), settings)
-    return resolved
 
 
 def _check_reserved_settings(settings: Compare) -> None:
@@ -81,23 +107,32 @@ def _check_trained_row(row: Row, settings: Compare, images: int) -> Pretrain:
     pretrain = validated(Pretrain, jobs.make_pretrain_settings(Job(row, "images", 0), settings) | {"out": settings.out})
     plan.check_batch(pretrain)
     resolved = Plan(pretrain, {})
-    plan.resolve_initial(resolved, _read_model(pretrain), jobs.range16_of(settings))
+    model, patch = _read_model(pretrain)
+    plan.resolve_initial(resolved, model, jobs.range16_of(settings), patch)
     plan.resolve_sizes(resolved)
     method = methods.load_all()[pretrain.method]
     plan.resolve_method(resolved, method.auto_settings, images)
     plan.resolve_hold_out(resolved, images)
     plan.resolve_budget(resolved, images - resolved.settings.hold_out, method.base_lr)
     with torch.device("meta"):  # the constructor checks the options of the method; no memory is used
-        encoder = Backbone(resolved.settings.model, resolved.settings.views.global_crops_size)
-        encoder.range16 = resolved.settings.range16
+        encoder = make_untrained(resolved.settings)
         method(encoder, **resolved.settings.options)
     if settings.trials and row.tuned_as not in settings.methods:
         raise UserError(f"it takes its settings from the trials of {row.tuned_as}: add {row.tuned_as} to --methods")
+    if settings.trials and row.seed_offset <= jobs.TRIAL_SEED < row.seed_offset + settings.seeds:
+        raise UserError(
+            f"seed_offset: no final run may have seed {jobs.TRIAL_SEED}, which the trials have; give another"
+        )
     return resolved.settings
 
 
-def _read_model(pretrain: Pretrain) -> str | None:
-    """The model of the initial weights of a row. Raises UserError if they do not fit the model of the row (4)."""
+def _read_model(pretrain: Pretrain) -> tuple[str | None, int]:
+    """Model and patch size of the initial weights of a row, if it has them.
+
+    Raises:
+        UserError: they do not fit the model of the row (4).
+    """
     if not pretrain.init:
-        return None
-    return load_backbone(pretrain.init, model=None if is_auto(pretrain.model) else pretrain.model)[0].model
+        return None, 0
+    backbone = load_backbone(pretrain.init, model=None if is_auto(pretrain.model) else pretrain.model)[0]
+    return backbone.model, backbone.patch_size

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
-from gtsa.comparison import beforehand, plan, tuning
+from gtsa.comparison import beforehand, jobs, plan, status, tuning
 from gtsa.comparison.arguments import CompareArguments
+from gtsa.comparison.jobs import Job
 from gtsa.comparison.queue import run_jobs
 from gtsa.comparison.report import ReportWriter
 from gtsa.comparison.results import read_result
@@ -20,6 +22,7 @@ from gtsa.comparison.stages import (
     list_final_jobs,
     list_jobs_without_training,
     list_reported_jobs,
+    select_jobs,
 )
 from gtsa.core.errors import UserError
 from gtsa.core.settings import validated, with_keywords
@@ -59,9 +62,12 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
         resolved = beforehand.check(rows, settings)
         _check_out(Path(settings.out))
 
-        # The plan alone
-        if settings.plan:
-            plan.show(rows, settings, resolved)
+        # The plan or the status alone
+        if settings.plan or settings.status:
+            if settings.plan:
+                plan.show(rows, settings, resolved)
+            if settings.status:
+                status.show(rows, settings)
             return Path(settings.out) / "report.html"
 
         # Folder
@@ -72,25 +78,30 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
             _announce(settings)
 
             # Rows that learn nothing (controls, given weights): a wrong task fails here, before hours of training
-            run_jobs("rows without training", list(list_jobs_without_training(rows)), settings, report.update)
+            run = partial(_run_stage, settings=settings, report=report)
+            run("rows without training", list_jobs_without_training(rows))
 
             # Trials: short runs that choose the settings of every method
-            run_jobs("trials", list(tuning.list_trial_jobs(rows, settings)), settings, report.update)
+            run("trials", tuning.list_trial_jobs(rows, settings))
             _announce_rows_without_settings(rows, settings)
 
             # All rows and seeds, with the same number of images
-            run_jobs("all rows and seeds", list(list_final_jobs(rows, settings)), settings, report.update)
+            run("all rows and seeds", list_final_jobs(rows, settings))
 
             # Equal operations: the other methods again, with as many operations as the first
-            run_jobs("runs of equal operations", list(list_equal_flops_jobs(rows, settings)), settings, report.update)
+            run("runs of equal operations", list_equal_flops_jobs(rows, settings))
 
             # Report
             page = report.update()
 
-    if not report.fault:
+    if page.exists() and not report.fault:
         say(f"\nreport: {page}")
     _raise_failures(rows, settings, report.fault)
     return page
+
+
+def _run_stage(title: str, jobs: Iterable[Job], settings: Compare, report: ReportWriter) -> None:
+    run_jobs(title, select_jobs(jobs, settings), settings, report.update)
 
 
 def _check_out(out: Path) -> None:
@@ -123,10 +134,11 @@ def _stops_with_report(report: ReportWriter, settings: Compare) -> Iterator[None
 
 
 def _announce(settings: Compare) -> None:
-    say(plan.describe_images(len(open_source(settings.data)), settings))
+    say(plan.describe_images(len(open_source(settings.data, jobs.select_images(settings))), settings))
     say(f"primary metric, fixed beforehand: {plan.describe_primary(settings)}")
     say(f"progress of each network: {settings.out}/cells/*/*/log.txt")
-    say(f"report, after every network: {settings.out}/report.html")
+    if settings.only != "training":
+        say(f"report, after every network: {settings.out}/report.html")
     if settings.trials and (steps := tuning.count_trial_steps(settings)) < LONG:
         say(f"trials of {steps:,} steps hardly distinguish settings; give --trial-steps {LONG:,} or more if you can")
 

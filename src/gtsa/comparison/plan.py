@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gtsa.comparison import tuning
-from gtsa.comparison.jobs import Job
+from gtsa.comparison.jobs import Job, select_images
 from gtsa.comparison.results import read_result
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare
@@ -44,7 +44,8 @@ def show(rows: Sequence[Row], settings: Compare, resolved: Mapping[str, Pretrain
     Args:
         resolved: settings of pretraining of every row that is trained.
     """
-    parts, images = list(list_parts(rows, settings, resolved)), len(open_source(settings.data))
+    parts = list(list_parts(rows, settings, resolved))
+    images = len(open_source(settings.data, select_images(settings)))
     lines = [
         ("images", f"{images:,}", describe_images(images, settings)),
         ("tasks", ", ".join(settings.task), ""),

@@ -17,6 +17,7 @@ from gtsa.comparison import tuning
 from gtsa.comparison.jobs import Job, job_to_json
 from gtsa.comparison.results import Result, commit, folder_of, get_final_verdict, read_result
 from gtsa.comparison.settings import Compare
+from gtsa.comparison.trained import needs_work
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.settings import is_auto
@@ -37,7 +38,7 @@ def run_jobs(
         title: name of the jobs in messages.
         after_each: called after every job.
     """
-    pending = [job for job in jobs if read_result(job, settings) is None]
+    pending = [job for job in jobs if needs_work(job, settings)]
     if not pending:
         if jobs:
             say(f"{title}: done, {len(jobs)} of {len(jobs)} networks")
@@ -91,13 +92,11 @@ def run_in_process(job: Job, settings: Compare, devices: Devices) -> str:
             code = devices.processes.run(command, env=environment, stdout=log, stderr=log)
     finally:  # after any error too: another job may wait for the device
         devices.put(device)
-    result = read_result(job, settings)
-    if result is None and (code in STOPPED or devices.processes.stopping):
+    if needs_work(job, settings) and (code in STOPPED or devices.processes.stopping):
         raise UserError("stopped on request; the same command resumes the comparison", 75)
-    if result is None:
+    if needs_work(job, settings):
         commit(job, settings, _make_failure(code, folder))
-        result = read_result(job, settings) or {}
-    return f"{job.name}: {_describe_result(result, settings)}"
+    return f"{job.name}: {_describe_result(read_result(job, settings), settings)}"
 
 
 def _make_environment(device: str, processes: int) -> dict[str, str]:
@@ -119,7 +118,9 @@ def _make_failure(code: int, folder: Path) -> Result:
     return {"status": "failed", "reason": f"its process ended with {end}{reason}; see {folder}/log.txt"}
 
 
-def _describe_result(result: Result, settings: Compare) -> str:
+def _describe_result(result: Result | None, settings: Compare) -> str:
+    if result is None:
+        return "trained; it waits for its evaluation"
     if result["status"] != "done":
         return f"FAILED: {result['reason']}"
     collapsed = ", COLLAPSING by its verdict" if get_final_verdict(result) == "collapsing" else ""

@@ -32,12 +32,12 @@ class ReportWriter:
         self.reported: set[str] | None = None  # names of the jobs in the last report
 
     def update(self) -> Path:
-        """Brings the report up to date; returns the path of the page.
+        """Brings the report up to date; returns the path of the page. Without any result there is none.
 
         A fault of gtsa is reported in a line, and does not end the comparison: the networks are worth more.
         """
         done = {job.name for job in self._list_jobs() if read_result(job, self.settings) is not None}
-        if done != self.reported or self.fault:
+        if done and (done != self.reported or self.fault):
             fault = self._try_writing()
             if fault and fault != self.fault:
                 say(f"report: could not be written ({fault}); the comparison continues without it")

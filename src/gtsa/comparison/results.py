@@ -24,12 +24,17 @@ CurveEntry = dict[str, Any]  # a line of a run's logs: "step", and scores, rank,
 
 
 class TaskResult(TypedDict, total=False):
-    """Metrics of one task. ``without`` (trials only): for every fold, the metrics of all other images."""
+    """Metrics of one task.
+
+    ``groups``: with --groups the group of each image. ``without`` (trials only): for every fold, the metrics of all
+    other images.
+    """
 
     task: str
     feature: str
     metrics: dict[str, float]
     images: int
+    groups: list[int]
     without: list[dict[str, float]]
 
 
@@ -86,12 +91,12 @@ def read_result(job: Job, settings: Compare) -> Result | None:
     if result.get("schema", 1) != SCHEMA:
         raise UserError(f"{file} was made by another version of gtsa; give another --out, or remove its folder", 4)
     if result.get("digest") != compute_digest(job, settings):
-        changes = _describe_changes(result, job, settings)
+        changes = describe_changes(result, job, settings)
         raise UserError(f"{file} was made with other settings ({changes}); give another --out, or remove its folder", 4)
     return result
 
 
-def _describe_changes(result: Result, job: Job, settings: Compare) -> str:
+def describe_changes(result: Result, job: Job, settings: Compare) -> str:
     """The settings that differ between a stored result and the present comparison, as far as they were stored."""
     changes = []
     if "settings" in result and job.row.source is None:

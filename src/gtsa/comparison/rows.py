@@ -20,12 +20,14 @@ class Row:
         settings: settings of gtsa pretrain, if the row is trained.
         source: weights or the name of a control, if the row is not trained.
         tuned_as: the method whose trials choose the settings of the row.
+        seed_offset: the first seed of the row. A network is paired with those of the same number, whatever the seed.
     """
 
     name: str
     settings: Mapping[str, object] = field(default_factory=dict)
     source: str | None = None
     tuned_as: str | None = None
+    seed_offset: int = 0
 
     @property
     def varies(self) -> bool:
@@ -58,7 +60,11 @@ def _make_further_row(name: str, row_settings: Mapping[str, object]) -> Row:
             f"rows: {name[:100]!r} cannot be a folder name; use only letters, digits, -, _ and . (not first), and at "
             f"most {LONGEST} characters"
         )
-    return Row(name, {"method": method, **row_settings}, tuned_as=method)
+    offset = row_settings.get("seed_offset", 0)
+    if type(offset) is not int or not 0 <= offset < 2**31:
+        raise UserError(f"rows: {name}.seed_offset: give a whole number from 0, not {offset!r:.100}")
+    of_pretrain = {key: value for key, value in row_settings.items() if key != "seed_offset"}
+    return Row(name, {"method": method, **of_pretrain}, tuned_as=method, seed_offset=offset)
 
 
 def _make_name(source: str) -> str:

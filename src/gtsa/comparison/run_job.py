@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from gtsa import methods
 from gtsa.comparison import jobs
 from gtsa.comparison.controls import CONTROLS
 from gtsa.comparison.jobs import EVALUATION_SEED, Job, read_job
-from gtsa.comparison.results import CurveEntry, Result, TaskResult, commit, folder_of, read_result, write_per_image
+from gtsa.comparison.results import CurveEntry, Result, TaskResult, commit, folder_of, write_per_image
 from gtsa.comparison.settings import Compare, list_tasks_of
+from gtsa.comparison.trained import keep_trained, load_trained, needs_work, read_training
 from gtsa.core.drawing import squares
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
@@ -32,15 +34,17 @@ from gtsa.core.settings_file import plain_yaml, read_yaml
 from gtsa.core.stops import handle_signals
 from gtsa.core.types import Views
 from gtsa.data.images.pixels import BadImage
-from gtsa.data.sources import Selection, open_source
+from gtsa.data.sources import open_source
 from gtsa.data.views.multicrop import MultiCrop
 from gtsa.evaluation.context import EvalContext
 from gtsa.evaluation.evaluator import PerImage
 from gtsa.evaluation.feature_maps import maps_strip, patch_maps
 from gtsa.evaluation.settings import Evaluate
-from gtsa.models.backbone import Backbone, Encoder, patch_of
+from gtsa.evaluation.token_cache import TokenCache
+from gtsa.models.backbone import Backbone, Encoder
 from gtsa.models.weights import load_backbone
 from gtsa.pretraining import cost, plan
+from gtsa.pretraining.adaptation import make_untrained
 from gtsa.pretraining.pretrain import pretrain
 from gtsa.pretraining.settings import Pretrain
 from gtsa.training.devices import launch_fabric, resolve_device, resolve_workers
@@ -55,11 +59,11 @@ def run(job: Job, settings: Compare) -> None:
     """
     folder = folder_of(job, settings)
     with _lock(folder):
-        if read_result(job, settings) is not None:
+        if not needs_work(job, settings):
             return
         for leftover in ("per_image.npz", "per_image.json", "maps.png"):
             (folder / leftover).unlink(missing_ok=True)
-        result: Result
+        result: Result | None
         try:
             result = _train_and_evaluate(job, settings, folder)
         except UserError as error:
@@ -69,17 +73,24 @@ def run(job: Job, settings: Compare) -> None:
         except Exception as error:  # a fault of gtsa must not stop the other jobs; the log has the traceback
             traceback.print_exc()
             result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        commit(job, settings, result)
+        if result is not None:
+            commit(job, settings, result)
         shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
 
 
-def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result:
+def _train_and_evaluate(job: Job, settings: Compare, folder: Path) -> Result | None:
+    """The result of a job; None with --only training: then its network is kept for the evaluation."""
     started = time.perf_counter()
     backbone: Encoder
-    if job.row.source is None:
-        backbone, training = _train(job, settings, folder)
-    else:
+    if job.row.source is not None:
         backbone, training = _open_reference(job.row.source, job.number, settings), Result()
+    elif settings.only == "training":
+        keep_trained(job, settings, *_train(job, settings, folder))
+        return None
+    elif (kept := read_training(job, settings)) is not None:
+        backbone, training = load_trained(job, settings), kept
+    else:
+        backbone, training = _train(job, settings, folder)
     backbone.range16 = jobs.range16_of(settings)  # alike in all rows
     results, per_image = _evaluate(backbone, job, settings, folder / "work")
     if job.stage != "trial":
@@ -144,14 +155,19 @@ def _make_online_evaluation_options(settings: Compare, folder: Path) -> dict[str
 def _open_reference(source: str, seed: int, settings: Compare) -> Encoder:
     """A control, an untrained network, or given weights."""
     if source in CONTROLS:
-        return CONTROLS[source](patch_of(settings.model))
+        return CONTROLS[source](_resolve_network(settings).patch_size)
     if source == "untrained":
-        resolved = Plan(validated(Pretrain, {"model": settings.model, **settings.pretrain}), {})
-        plan.resolve_initial(resolved, None)
-        plan.resolve_sizes(resolved)
         torch.manual_seed(seed)  # the same initial weights as in pretraining
-        return Backbone(settings.model, resolved.settings.views.global_crops_size)
+        return make_untrained(_resolve_network(settings))
     return load_backbone(source)[0]
+
+
+def _resolve_network(settings: Compare) -> Pretrain:
+    """Common settings of pretraining, with patch and crop sizes resolved."""
+    resolved = Plan(validated(Pretrain, {"model": settings.model, **settings.pretrain}), {})
+    plan.resolve_initial(resolved, None)
+    plan.resolve_sizes(resolved)
+    return resolved.settings
 
 
 def count_flops_per_image(resolved: Pretrain) -> float:
@@ -161,8 +177,7 @@ def count_flops_per_image(resolved: Pretrain) -> float:
         resolved: settings without auto.
     """
     multicrop = MultiCrop(**resolved.views.model_dump())
-    encoder = Backbone(resolved.model, multicrop.global_crops_size)
-    encoder.range16 = resolved.range16
+    encoder = make_untrained(resolved)
     method = methods.load_all()[resolved.method](encoder, **resolved.options)
     method.train()
     sizes = 1 + (multicrop.local_crops_number > 0)
@@ -204,17 +219,19 @@ def _evaluate(
     resolve_workers(resolved)
     fabric = launch_fabric(resolved.settings)
     backbone = backbone.to(fabric.device).eval()
+    cache = TokenCache(work / "tokens") if settings.cache_tokens else None
     results: list[TaskResult] = []
     per_image: dict[tuple[str, str], PerImage] = {}
     for feature, evaluate, task in jobs.open_tasks(job, settings):
         folder = work / f"{task.name}-{feature}"
         workers = resolved.settings.workers
-        context = EvalContext(
-            fabric, evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder, compile=evaluate.compile
-        )
+        options = (evaluate.tokens, EVALUATION_SEED, evaluate.batch_size, workers, folder)
+        context = EvalContext(fabric, *options, compile=evaluate.compile, cache=cache)
         of_task = per_image[task.name, feature] = task.per_image(backbone, context)
         metrics = task.evaluator.metrics(of_task)
         result = TaskResult(task=task.name, feature=feature, metrics=metrics, images=len(task.val))
+        if groups := task.groups(EVALUATION_SEED):
+            result["groups"] = groups
         if without := task.metrics_without_each_fold(of_task, EVALUATION_SEED):
             result["without"] = without
         results.append(result)
@@ -223,7 +240,7 @@ def _evaluate(
 
 def _draw_feature_maps(backbone: Encoder, settings: Compare, file: Path) -> None:
     """Draws feature maps of the first readable images of the data, the same for every row."""
-    source = open_source(settings.data, Selection(backbone.range16))
+    source = open_source(settings.data, replace(jobs.select_images(settings), range16=backbone.range16))
     images: list[Tensor] = []
     for index in range(len(source)):
         if len(images) == settings.pictures:

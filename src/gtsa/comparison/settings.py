@@ -47,7 +47,8 @@ class Compare(Documented):
     weights: tuple[str, ...] = ()
     """Rows of given weights, without further training, e.g. timm:vit_small_patch16_224.dino."""
     rows: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Further rows (YAML and Python): {name: settings of gtsa pretrain}."""
+    """Further rows (YAML and Python): {name: settings of gtsa pretrain}. With 'seed_offset: N' the seeds of a row begin
+    at N, so that a method can be compared with itself."""
     data: str | Missing = MISSING
     """Images for pretraining, as in 'gtsa pretrain'."""
     out: str | Missing = MISSING
@@ -73,7 +74,8 @@ class Compare(Documented):
     evaluate: dict[str, Any] = Field(default_factory=dict)
     """Further settings of the evaluations (YAML and Python), as in 'gtsa evaluate', e.g. ignore."""
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings of single tasks (YAML and Python), over the above: {task: {train: ..., val: ..., folds: ...}}."""
+    """Settings of single tasks (YAML and Python), over the above: {task: {train: ..., val: ..., folds: ...}}. With
+    'evaluator: NAME' a task may have any name: so one evaluation is done on several sets of images."""
     primary: Annotated[str, Field(validate_default=True)] = AUTO
     """The metric that decides, fixed beforehand: TASK:METRIC, TASK for its first metric, or the mean of several joined
     by +. auto: segmentation:mIoU+in_context:mIoU, or the first metric of the first --task if one of the two tasks is
@@ -90,6 +92,8 @@ class Compare(Documented):
     """Adds runs with as many floating-point operations as the first method's runs of equal images."""
     evaluate_every: Natural = 0
     """Steps between evaluations of the primary tasks during training, for learning curves. 0: no evaluation."""
+    cache_tokens: bool = False
+    """Run each network once per image and size for all dense tasks; patch tokens are rounded to half precision."""
     pictures: Natural = 4
     """Number of images whose feature maps the report shows."""
     precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
@@ -100,6 +104,13 @@ class Compare(Documented):
     """Processes that read images, per run."""
     jobs: Count = 1
     """Networks at a time per device. On a CPU they share its cores."""
+    only: Literal["training", "evaluation"] | None = None
+    """Half of the work: train networks and keep them for later, which needs no labels; or evaluate those that are
+    trained, e.g. on another machine. Kept weights are rounded to half precision."""
+    cells: tuple[str, ...] = ()
+    """Networks to train and evaluate now, as ROW/STAGE-SEED, e.g. gtsa/images-0 or 'gtsa/*'. Default: all."""
+    status: bool = False
+    """Print how far each network is, and stop; nothing is written."""
     plan: bool = False
     """Print which networks would be trained and evaluated, and stop; nothing is written."""
 
@@ -127,6 +138,7 @@ class Compare(Documented):
             if name not in CONTROLS:
                 problems.append(f"controls: unknown control {name!r}; available: {', '.join(CONTROLS)}")
         problems += self._list_evaluation_problems()
+        problems += self._list_half_problems()
         if not 0 < self.learning_rates[0] <= self.learning_rates[1]:
             problems.append(
                 f"learning_rates: must be 0 < low <= high, not {self.learning_rates[0]:g} {self.learning_rates[1]:g}"
@@ -139,8 +151,13 @@ class Compare(Documented):
         """What is wrong with tasks, primary metric and evaluation images."""
         problems = []
         for name in self.task:
-            if name not in EvaluatorSettings:
-                problems.append(f"task: unknown task {name!r}; available: {', '.join(EvaluatorSettings)}")
+            if self.evaluator_of(name) not in tuple(EvaluatorSettings):
+                problems.append(
+                    f"task: unknown task {self.evaluator_of(name)!r:.100}; available: {', '.join(EvaluatorSettings)}, "
+                    "and names that have an 'evaluator' under tasks"
+                )
+            if wrong := sorted(set(name) & set("/:+")):
+                problems.append(f"task: {name!r:.100} has a {wrong[0]}; give another name")
         for name in self.tasks:
             if name not in self.task:
                 problems.append(f"tasks: {name} is not among --task {' '.join(self.task)}")
@@ -153,6 +170,18 @@ class Compare(Documented):
                 f"val: give the evaluation images of {', '.join(missing)}, or --folds N with --train IMAGES [LABELS]"
             )
         return problems
+
+    def _list_half_problems(self) -> list[str]:
+        """What ``only`` excludes: trials and equal operations are chosen by evaluations."""
+        if self.only is None:
+            return []
+        needed = {"trials": self.trials, "equal_flops": self.equal_flops, "evaluate_every": self.evaluate_every}
+        return [f"{name}: needs training and evaluation in one; leave only out" for name in needed if needed[name]]
+
+    def evaluator_of(self, task: str) -> str:
+        """The name of the evaluation that a task does."""
+        name: str = self.tasks.get(task, {}).get("evaluator", task)
+        return name
 
     def _has_images(self, task: str) -> bool:
         """Whether there are images to evaluate a task on."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from gtsa.comparison import tuning
@@ -10,6 +11,7 @@ from gtsa.comparison.jobs import Job
 from gtsa.comparison.results import read_successful_result
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare
+from gtsa.comparison.trained import is_trained
 from gtsa.core.errors import UserError
 
 
@@ -65,3 +67,22 @@ def list_reported_jobs(rows: Sequence[Row], settings: Compare) -> Iterator[Job]:
     yield from list_final_jobs(rows, settings)
     yield from list_equal_flops_jobs(rows, settings)
     yield from tuning.list_trial_jobs(rows, settings)
+
+
+def select_jobs(jobs: Iterable[Job], settings: Compare) -> list[Job]:
+    """The jobs of this call: those that --cells names, and of these the ones that --only can do."""
+    return [job for job in jobs if _is_named(job, settings) and _can_be_done(job, settings)]
+
+
+def _is_named(job: Job, settings: Compare) -> bool:
+    return not settings.cells or any(fnmatch.fnmatchcase(job.name, pattern) for pattern in settings.cells)
+
+
+def _can_be_done(job: Job, settings: Compare) -> bool:
+    match settings.only:
+        case "training":
+            return job.row.source is None
+        case "evaluation":
+            return job.row.source is not None or is_trained(job, settings)
+        case None:
+            return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import permutations
 from typing import TypedDict
 
@@ -13,15 +12,13 @@ import numpy as np
 
 from gtsa.comparison import jobs, tuning
 from gtsa.comparison.jobs import STAGES, Job
-from gtsa.comparison.results import Result, get_final_verdict, read_per_image
+from gtsa.comparison.results import Result, get_final_verdict
+from gtsa.comparison.row_metrics import Key, RowMetrics, bootstrap_rows
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare
 from gtsa.evaluation import intervals
-from gtsa.evaluation.evaluator import PerImage
-from gtsa.evaluation.folds import selected
 from gtsa.evaluation.intervals import Bootstrap
 
-Key = tuple[str, str]  # row and stage
 UNTRAINED: Key = ("untrained", "images")  # every metric is compared with this row
 
 
@@ -97,7 +94,7 @@ class Summary(TypedDict):
 
 def summarise(rows: Sequence[Row], results: Sequence[tuple[Job, Result]], settings: Compare) -> Summary:
     """All content of the report page except pictures and curves."""
-    metrics = _bootstrap_rows(results, settings)
+    metrics = bootstrap_rows(results, settings)
     reference = rows[0].name
     summaries = []
     for stage in STAGES:
@@ -175,23 +172,7 @@ def _summarise_costs(results: Sequence[Result]) -> Costs:
     }
 
 
-# Bootstrap
-
-
-@dataclass(frozen=True)
-class RowMetrics:
-    """Metrics of the networks of a row, by name, each with its bootstrap over images; and the seeds of the networks."""
-
-    seeds: tuple[int, ...]
-    metrics: Mapping[str, Bootstrap]
-
-    def subtract(self, other: RowMetrics, name: str) -> Bootstrap | None:
-        """The difference of a metric, paired by seed; None if the rows have no common seed."""
-        common = [seed for seed in self.seeds if seed in other.seeds]
-        if not common or name not in self.metrics or name not in other.metrics:
-            return None
-        own, others = (row.metrics[name].of_seeds([row.seeds.index(seed) for seed in common]) for row in (self, other))
-        return own - others
+# Differences
 
 
 def _subtract_all(metrics: RowMetrics, other: RowMetrics) -> dict[str, Interval]:
@@ -228,53 +209,3 @@ def _to_interval(drawn: Bootstrap) -> Interval:
         "seeds": estimate.seeds,
         "images": estimate.images,
     }
-
-
-def _bootstrap_rows(results: Sequence[tuple[Job, Result]], settings: Compare) -> dict[Key, RowMetrics]:
-    per_image: dict[Key, dict[int, dict[tuple[str, str], PerImage]]] = {}
-    for job, result in results:
-        if job.stage in STAGES and result["status"] == "done":
-            per_image.setdefault((job.row.name, job.stage), {})[job.number] = read_per_image(job, settings)
-    varying = {job.row.name for job, _ in results if job.row.varies}
-    return {key: _bootstrap_row(of_seeds, key[0] in varying, settings) for key, of_seeds in per_image.items()}
-
-
-def _bootstrap_row(
-    per_image: Mapping[int, Mapping[tuple[str, str], PerImage]], varies: bool, settings: Compare
-) -> RowMetrics:
-    """
-    Args:
-        per_image: of the network of each seed.
-        varies: whether the seed makes a difference. If not, the only network stands for all seeds.
-    """
-    seeds, networks = tuple(per_image) if varies else tuple(range(settings.seeds)), list(per_image.values())
-    metrics: dict[str, Bootstrap] = {}
-    for task, feature in networks[0]:
-        names, drawn = _bootstrap_task(task, [network[task, feature] for network in networks], settings)
-        if not varies:
-            drawn = drawn.of_seeds([0] * settings.seeds)
-        suffix = "" if feature in ("patches", settings.tokens[0]) else f" ({feature})"
-        metrics |= {f"{task}:{name}{suffix}": drawn[index] for index, name in enumerate(names)}
-    parts = [part for name in settings.primary.split("+") if (part := _find_metric(metrics, name)) is not None]
-    complete = len(parts) == len(settings.primary.split("+"))
-    if complete and len({part.images for part in parts}) == 1:
-        metrics = {"primary": intervals.mean_of(parts), **metrics}
-    return RowMetrics(seeds, metrics)
-
-
-def _find_metric(metrics: Mapping[str, Bootstrap], part: str) -> Bootstrap | None:
-    """The metric TASK:METRIC, or the first one of TASK."""
-    return metrics.get(part) or next((value for name, value in metrics.items() if name.split(":")[0] == part), None)
-
-
-def _bootstrap_task(task: str, networks: Sequence[PerImage], settings: Compare) -> tuple[list[str], Bootstrap]:
-    """Names of the metrics of a task, and their values for every network."""
-    evaluator = jobs.make_evaluator(task, settings)
-    names = list(evaluator.metrics(networks[0]))
-
-    def compute(network: int, indices: np.ndarray) -> np.ndarray:
-        values = evaluator.metrics(selected(networks[network], indices))
-        return np.array([values.get(name, math.nan) for name in names])
-
-    images = len(next(iter(networks[0].values())))
-    return names, intervals.bootstrap(compute, len(networks), images)

@@ -23,9 +23,11 @@ class EvaluateArguments(TypedDict, total=False):
     predictions: Path | None
     pictures: int
     work: Path | None
+    cache: Path | None
     ignore: int | None
     reduce_zero_label: bool
     classes: Path | None
+    groups: Path | None
     range16: tuple[float, float] | None
     seed: int
     batch_size: int
@@ -43,5 +45,8 @@ class EvaluateArguments(TypedDict, total=False):
     instances: Mapping[str, object]
     knn: Mapping[str, object]
     linear: Mapping[str, object]
+    linear_segmentation: Mapping[str, object]
+    orientation: Mapping[str, object]
+    position: Mapping[str, object]
     rotation: Mapping[str, object]
     segmentation: Mapping[str, object]

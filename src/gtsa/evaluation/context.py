@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from gtsa.data.images.pixels import Range
+from gtsa.evaluation.token_cache import TokenCache
 
 Pooling = Literal["mean", "cls", "both"]
 
@@ -55,6 +56,7 @@ class EvalContext:
         on_prediction: called with (index in ``val``, prediction) for every prediction; for --predictions.
         compile: auto, on or off: whether the steps of a training are compiled (``core.compilation.resolve``).
         range16: values of 16-bit images that become black and white; None: as in the training of the weights.
+        cache: patch tokens that are known; None: the network is run again for every task.
     """
 
     fabric: Fabric
@@ -66,6 +68,7 @@ class EvalContext:
     on_prediction: Callable[[int, Prediction], None] = _ignore
     range16: Range | None = None
     compile: str = "off"
+    cache: TokenCache | None = None
 
     @property
     def device(self) -> torch.device:

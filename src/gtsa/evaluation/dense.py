@@ -23,6 +23,7 @@ from gtsa.models.backbone import Encoder
 
 Scorer = Callable[[Tensor], Tensor]  # normalised pixels [N, 3, H, W], whole patches -> scores [N, C, h, w]
 Truth = TypeVar("Truth")
+COUNTS = ("hit", "predicted", "true", "reported")  # of per_image; the last one if some classes are left out of means
 
 
 class Scene(NamedTuple, Generic[Truth]):
@@ -65,9 +66,16 @@ def resized_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def patch_tokens(backbone: Encoder, pixels: Tensor, context: EvalContext) -> Tensor:
-    """Patch tokens of the frozen backbone: normalised pixels [N, 3, H, W] -> [N, h, w, D] float32."""
-    with context.fabric.autocast():
-        return backbone(pixels).patches.float()  # type: ignore[no-any-return]
+    """Patch tokens of the frozen backbone: normalised pixels [N, 3, H, W] -> [N, h, w, D] float32.
+
+    With a cache of the context the network sees no image twice.
+    """
+
+    def compute(images: Tensor) -> Tensor:
+        with context.fabric.autocast():
+            return backbone(images).patches.float()  # type: ignore[no-any-return]
+
+    return context.cache(compute, pixels) if context.cache else compute(pixels)
 
 
 def padded(pixels: Tensor, patch: int) -> Tensor:
@@ -128,7 +136,7 @@ def classify_pixels(
             counts.append(count_pixels(classes, scene.truth, len(data.classes)))
             context.on_prediction(index, as_map(classes, len(data.classes)))
             index += 1
-    return stack_counts(counts)
+    return stack_counts(counts, data)
 
 
 def as_map(classes: Tensor, count: int) -> Tensor:
@@ -144,16 +152,29 @@ def count_pixels(classes: Tensor, truth: Tensor, count: int) -> dict[str, Tensor
     return {name: torch.bincount(values, minlength=count) for name, values in ids.items()}
 
 
-def stack_counts(counts: Sequence[dict[str, Tensor]]) -> PerImage:
-    """Counts of several images as per_image: {"hit", "predicted", "true": [images, C]}."""
-    return {name: torch.stack([image[name] for image in counts]) for name in counts[0]}
+def stack_counts(counts: Sequence[dict[str, Tensor]], data: Labelled | None = None) -> PerImage:
+    """Counts of all images as per_image: {"hit", "predicted", "true": [images, C] or [images, repeats, C]}.
+
+    If the labels of ``data`` name classes to report, "reported" says which they are, bool of the same shape.
+    """
+    stacked = {name: torch.stack([image[name] for image in counts]) for name in counts[0]}
+    if data is not None and data.report_classes:
+        reported = torch.tensor([name in data.report_classes for name in data.classes])
+        stacked["reported"] = reported.expand_as(stacked["true"])
+    return stacked
+
+
+def stack_repeats(repeats: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Counts [C] or [images, C] of several predictions: [repeats, C] or [images, repeats, C]."""
+    return {name: torch.stack([each[name] for each in repeats], dim=-2) for name in repeats[0]}
 
 
 def metrics(per_image: PerImage) -> dict[str, float]:
     """mIoU, mAcc and aAcc in per cent, from pixel counts [images, C], or from [images, repeats, C] and then their mean.
 
     The pixels of all images are summed first. The mean IoU is over classes that occur in truth or prediction, the mean
-    accuracy over those that occur in the truth (as in MMSegmentation and the papers that use it).
+    accuracy over those that occur in the truth (as in MMSegmentation and the papers that use it). Both are over the
+    classes to report, if the labels name some.
 
     Raises:
         UserError: no pixel of these images is labelled (3).
@@ -161,7 +182,10 @@ def metrics(per_image: PerImage) -> dict[str, float]:
     hit, predicted, true = (per_image[name].sum(0).double() for name in ("hit", "predicted", "true"))
     if not true.any():
         raise UserError("no pixel of the evaluation masks is labelled: all of them are ignored; see --ignore", 3)
-    shares = {"mIoU": hit / (predicted + true - hit), "mAcc": hit / true, "aAcc": hit.sum(-1) / true.sum(-1)}
+    of_classes = {"mIoU": hit / (predicted + true - hit), "mAcc": hit / true}
+    if "reported" in per_image:
+        of_classes = {name: share.where(per_image["reported"][0], torch.nan) for name, share in of_classes.items()}
+    shares = {**of_classes, "aAcc": hit.sum(-1) / true.sum(-1)}
     return {name: 100 * float(share.nanmean()) for name, share in shares.items()}
 
 

@@ -210,7 +210,7 @@ def _run_task(task: tasks.Task, backbone: Backbone, fabric: Fabric, settings: Ev
         "data": task.data,
         "metrics": task.evaluator.metrics(per_image),
         "chance": _chance(task.val),
-        "intervals": _intervals(task, per_image),
+        "intervals": _intervals(task, per_image, settings.seed),
         "per_class": _per_class(task, per_image),
         "seconds": time.perf_counter() - began,
     }
@@ -227,13 +227,13 @@ def _chance(data: Labelled) -> dict[str, float]:
     return {}
 
 
-def _intervals(task: tasks.Task, per_image: PerImage) -> dict[str, tuple[float, float]]:
+def _intervals(task: tasks.Task, per_image: PerImage, seed: int) -> dict[str, tuple[float, float]]:
     """95 % intervals over images. They do not include the variance of training."""
     if not task.evaluator.bootstrap:
         return {}
     names = list(task.evaluator.metrics(per_image))
     try:
-        sample = tasks.bootstrap_metrics(task, per_image, names)
+        sample = tasks.bootstrap_metrics(task, per_image, names, seed)
     except UserError:  # a choice of images for which a metric is undefined
         return {}
     estimates = {name: intervals.of_images(sample[number]) for number, name in enumerate(names)}
@@ -262,7 +262,7 @@ def _show(result: Result, other_metrics: Mapping[str, str]) -> None:
         title += f", trained on {images['trained_on']:,}"
     ranges = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in result["intervals"].items()}
     if ranges:
-        title += "; 95 % intervals over images"
+        title += f"; 95 % intervals over {f'{count:,} groups of ' if (count := images.get('groups')) else ''}images"
     title += "".join(f"; {name}: {value:.2f} %" for name, value in result["chance"].items())
     rows = []
     for name, value in result["metrics"].items():

@@ -1,4 +1,4 @@
-"""Patch features of images on disk: unit vectors in half precision, memory-mapped, by the digest of the image.
+"""Patch features of images on disk, in half precision, memory-mapped, by the digest of the image.
 
 The features of one network lie in one folder of shards. A shard is written whole or not at all and never changed, so a
 process may be killed at any moment, and several may write to one folder. What was written is not computed again.
@@ -87,6 +87,8 @@ class FeatureCache:
 
     def maxima(self, query: Tensor, digests: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The largest cosine similarity of each image's patches with ``query`` [D], and how far it may be wrong.
+
+        All of them are unit vectors.
 
         Both are float32 [images]. The products are rounded to half precision, which halves the time of a search: it is
         bound by the memory.

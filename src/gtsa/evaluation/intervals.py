@@ -4,12 +4,14 @@ A metric varies because another seed trains another network, and because other i
 variance is estimated from the seeds, the second by a bootstrap over images (a metric such as mean IoU is no mean over
 images); what both contain is counted once. With five seeds, quantiles of a bootstrap over seeds would be too narrow, so
 the interval is Student's, with Satterthwaite's degrees of freedom.
+
+Images of one group (a place, a flight, a patient) are not independent: then the bootstrap draws whole groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 from typing import Literal
 
@@ -29,37 +31,62 @@ class Bootstrap:
     """
 
     values: np.ndarray  # [S, F]
-    drawn: np.ndarray  # [D, S, F]
+    drawn: np.ndarray  # [D, S, F], about ``values`` with the variance of independent choices
     images: int
+    units: int  # that are drawn: images, or groups of them; of several sets of images those of the smallest
 
     def __sub__(self, other: Bootstrap) -> Bootstrap:
-        return Bootstrap(self.values - other.values, self.drawn - other.drawn, self.images)
+        return replace(self, values=self.values - other.values, drawn=self.drawn - other.drawn)
 
     def of_seeds(self, indices: list[int]) -> Bootstrap:
         """Of the seeds with these indices, which may repeat."""
-        return Bootstrap(self.values[indices], self.drawn[:, indices], self.images)
+        return replace(self, values=self.values[indices], drawn=self.drawn[:, indices])
 
     def __getitem__(self, metric: int) -> Bootstrap:
         """One of the metrics, F = 1."""
-        return Bootstrap(self.values[:, metric, None], self.drawn[..., metric, None], self.images)
+        return replace(self, values=self.values[:, metric, None], drawn=self.drawn[..., metric, None])
 
 
-def bootstrap(metrics: Metrics, seeds: int, images: int, draws: int | None = None, seed: int = 0) -> Bootstrap:
-    """Computes the metrics of every seed's network; the choices of images depend on ``seed`` and ``images`` alone.
+def bootstrap(
+    metrics: Metrics,
+    seeds: int,
+    images: int,
+    draws: int | None = None,
+    seed: int = 0,
+    groups: Sequence[int] | None = None,
+) -> Bootstrap:
+    """Computes the metrics of every seed's network; the choices depend on ``seed``, ``images`` and ``groups`` alone.
 
     Args:
         draws: number of choices of images; None: ``DRAWS``.
+        seed: of the choices. Sets of images with different seeds are chosen independently.
+        groups: the group of each image, if whole groups are drawn.
     """
-    choices = np.random.default_rng(seed).integers(images, size=(draws or DRAWS, images))
+    members = [np.array([i]) for i in range(images)] if groups is None else _members(groups)
+    units = len(members)
+    choices = np.random.default_rng(seed).integers(units, size=(draws or DRAWS, units))
     values = np.array([metrics(s, np.arange(images)) for s in range(seeds)])
-    return Bootstrap(values, np.array([[metrics(s, chosen) for s in range(seeds)] for chosen in choices]), images)
+    rows = (np.concatenate([members[unit] for unit in chosen]) for chosen in choices)
+    drawn = np.array([[metrics(s, chosen) for s in range(seeds)] for chosen in rows])
+    correction = sqrt(units / (units - 1)) if units > 1 else 1.0  # a bootstrap's variance is too small by its square
+    return Bootstrap(values, values + (drawn - values) * correction, images, units)
 
 
-def mean_of(parts: list[Bootstrap]) -> Bootstrap:
-    """The mean of metrics on the same images."""
-    assert len({part.images for part in parts}) == 1
+def _members(groups: Sequence[int]) -> list[np.ndarray]:
+    """The images of each group, groups in the order of their first image."""
+    members: dict[int, list[int]] = {}
+    for image, group in enumerate(groups):
+        members.setdefault(group, []).append(image)
+    return [np.array(of_group) for of_group in members.values()]
+
+
+def mean_of(parts: Sequence[Bootstrap], images: int) -> Bootstrap:
+    """The mean of metrics, on ``images`` images in all. Of one set of images they have the same choices."""
     return Bootstrap(
-        np.mean([part.values for part in parts], axis=0), np.mean([p.drawn for p in parts], axis=0), parts[0].images
+        np.mean([part.values for part in parts], axis=0),
+        np.mean([part.drawn for part in parts], axis=0),
+        images,
+        min(part.units for part in parts),
     )
 
 
@@ -84,31 +111,55 @@ def of_images(sample: Bootstrap) -> Estimate:
     (value,), images = sample.values[:, 0], sample.images
     drawn = sample.drawn[:, 0, 0]
     drawn = drawn[np.isfinite(drawn)]
-    if images < 2 or len(drawn) < 2:
+    if sample.units < 2 or len(drawn) < 2:
         return Estimate(float(value), -inf, inf, 1, images)
-    half = float(stdtrit(images - 1, 0.975)) * sqrt(drawn.var(ddof=1) * images / (images - 1))
+    half = float(stdtrit(sample.units - 1, 0.975)) * sqrt(drawn.var(ddof=1))
     return Estimate(float(value), float(value) - half, float(value) + half, 1, images)
 
 
 def estimate(sample: Bootstrap) -> Estimate:
     """The mean of one metric over seeds, with its interval."""
     assert sample.values.shape[1] == 1
-    values, drawn, images = sample.values[:, 0], sample.drawn[..., 0], sample.images
-    mean, seeds = float(values.mean()), len(values)
-    drawn = np.where(np.isfinite(drawn), drawn, values)  # choices of images for which the metric is undefined
-    if seeds < 2 or images < 2:
+    mean, seeds, images = float(sample.values.mean()), len(sample.values), sample.images
+    if seeds < 2 or sample.units < 2:
         return Estimate(mean, -inf, inf, seeds, images)
-    correction = images / (images - 1)  # a bootstrap's variance is too small by this factor
-    of_seeds = values.var(ddof=1) / seeds
-    over_images = drawn.mean(1).var(ddof=1) * correction
-    one_seed = drawn.var(0, ddof=1).mean() * correction  # over images, for one seed
-    both = max(0.0, (one_seed - over_images) / (seeds - 1))  # contained in both, over seeds x images
-    variance = max(of_seeds + over_images - both, of_seeds, over_images)
-    if variance == 0:
-        return Estimate(mean, mean, mean, seeds, images)
-    freedom = variance**2 / (of_seeds**2 / (seeds - 1) + over_images**2 / (images - 1))
-    half = float(stdtrit(min(freedom, seeds + images), 0.975)) * sqrt(variance)
+    variance = variance_of(sample)
+    half = variance.half_width if variance.total else 0.0
     return Estimate(mean, mean - half, mean + half, seeds, images)
+
+
+@dataclass(frozen=True)
+class Variance:
+    """The variance of a mean over S seeds, and its parts. What both parts contain is counted once in ``total``."""
+
+    of_seeds: float
+    over_images: float
+    total: float
+    seeds: int
+    units: int
+
+    @property
+    def freedom(self) -> float:
+        """Satterthwaite's degrees of freedom."""
+        parts = self.of_seeds**2 / (self.seeds - 1) + self.over_images**2 / (self.units - 1)
+        return min(self.total**2 / parts, self.seeds + self.units)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval."""
+        return float(stdtrit(self.freedom, 0.975)) * sqrt(self.total)
+
+
+def variance_of(sample: Bootstrap) -> Variance:
+    """The variance of one metric's mean over at least two seeds, on at least two images or groups."""
+    values, drawn, seeds = sample.values[:, 0], sample.drawn[..., 0], len(sample.values)
+    drawn = np.where(np.isfinite(drawn), drawn, values)  # choices of images for which the metric is undefined
+    of_seeds = float(values.var(ddof=1)) / seeds
+    over_images = float(drawn.mean(1).var(ddof=1))
+    one_seed = float(drawn.var(0, ddof=1).mean())  # over images, for one seed
+    both = max(0.0, (one_seed - over_images) / (seeds - 1))  # contained in both, over seeds x images
+    total = max(of_seeds + over_images - both, of_seeds, over_images)
+    return Variance(of_seeds, over_images, total, seeds, sample.units)
 
 
 def interval(values: Tensor) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,19 +66,35 @@ class Memory:
     labels: Tensor  # [M, C] share of each class in the patch's labelled pixels
 
     def __call__(self, queries: Tensor, k: int, temperature: float) -> Tensor:
-        """Soft labels [n, C] of unit vectors [n, D]: those of the ``k`` most similar patches, each weighted by
-        softmax(cosine similarity / temperature).
-        """
+        """Soft labels [n, C] of unit vectors [n, D]: ``vote`` of their ``k`` most similar patches."""
+        chunks = torch.split(queries, ROWS)
+        return torch.cat([self.vote(*nearest(chunk, self.tokens, k), temperature) for chunk in chunks])
+
+    def vote(self, similarity: Tensor, indices: Tensor, temperature: float) -> Tensor:
+        """Labels [n, C] of the patches ``indices`` [n, k], weighted by softmax(cosine similarity / temperature)."""
         soft_labels = []
-        for chunk in torch.split(queries, ROWS):  # the labels of all neighbours of a chunk are held at once
-            similarity, indices = nearest(chunk, self.tokens, k)
-            weights = (similarity / temperature).softmax(-1)
-            soft_labels.append(torch.einsum("nk,nkc->nc", weights, self.labels[indices]))
+        for near, chunk in zip(torch.split(similarity, ROWS), torch.split(indices, ROWS), strict=True):
+            weights = (near / temperature).softmax(-1)  # the labels of all neighbours of a chunk are held at once
+            soft_labels.append(torch.einsum("nk,nkc->nc", weights, self.labels[chunk]))
         return torch.cat(soft_labels)
 
 
+class Patches(NamedTuple):
+    """M patches of several images."""
+
+    tokens: Tensor  # [M, D]
+    pixels: Tensor  # [M, C]: how many of their pixels belong to each class; without masks C = 0
+    cells: Tensor  # [M] int64: their positions in the grid, row by row
+
+
 def build_memory(backbone: Encoder, data: Labelled, context: EvalContext, size: int, most: int) -> Memory:
-    """At most ``most`` random patches with labelled pixels, spread evenly over the images of ``data``.
+    """A memory of ``sample_patches``, with the same arguments and errors."""
+    tokens, pixels, _ = sample_patches(backbone, data, context, size, most)
+    return Memory(F.normalize(tokens, dim=-1, out=tokens), shares_of(pixels))
+
+
+def sample_patches(backbone: Encoder, data: Labelled, context: EvalContext, size: int, most: int) -> Patches:
+    """At most ``most`` random patches, spread evenly over the images of ``data``; of masks, those with labelled pixels.
 
     Args:
         size: side of the square that images are resized to, whole patches.
@@ -85,34 +102,48 @@ def build_memory(backbone: Encoder, data: Labelled, context: EvalContext, size: 
     Raises:
         UserError: no pixel of these images is labelled (3).
     """
-    grid, classes, images = size // backbone.patch_size, len(data.classes), len(data)
+    grid, images, masks = size // backbone.patch_size, len(data), data.kind == "masks"
     share = most // images + (generator(context.seed, Stream.PATCH_MEMORY).permutation(images) < most % images)
     used = share.nonzero()[0].tolist()
     room = int(share.clip(max=grid**2).sum())
     tokens = torch.empty(room, backbone.embed_dim, device=context.device)
-    labels = torch.empty(room, classes, device=context.device)
+    pixels = torch.empty(room, len(data.classes) * masks, device=context.device)
+    cells = torch.empty(room, dtype=torch.int64, device=context.device)
     row, indices = 0, iter(used)
     for scenes in scenes_by_size(data.take(used), context, size):
         batch_tokens = patch_tokens(backbone, normalised_scenes(scenes, backbone, context), context)
         for scene, scene_tokens in zip(scenes, batch_tokens.flatten(1, 2), strict=True):
             index = next(indices)
-            shares = class_shares(resized_mask(scene.truth, size, size), backbone.patch_size, classes)
-            known = shares.any(1).nonzero()[:, 0]
+            counts = torch.ones(grid**2, 1)
+            if masks:
+                counts = class_pixels(resized_mask(scene.truth, size, size), backbone.patch_size, len(data.classes))
+            known = counts.any(1).nonzero()[:, 0]
             order = generator(context.seed, Stream.PATCH_MEMORY, index + 1).permutation(len(known))[: share[index]]
             chosen = known[torch.from_numpy(order)]
-            tokens[row : row + len(chosen)] = F.normalize(scene_tokens[chosen.to(context.device)], dim=-1)
-            labels[row : row + len(chosen)] = shares[chosen].to(context.device)
+            rows = slice(row, row + len(chosen))
+            tokens[rows] = scene_tokens[chosen.to(context.device)]
+            pixels[rows] = counts[chosen, : pixels.shape[1]].to(context.device, pixels.dtype)
+            cells[rows] = chosen.to(context.device)
             row += len(chosen)
     if not row:
         raise UserError("no pixel of the training masks is labelled: all of them are ignored; see --ignore", 3)
-    return Memory(tokens[:row], labels[:row])
+    return Patches(tokens[:row], pixels[:row], cells[:row])
 
 
 def class_shares(mask: Tensor, patch: int, classes: int) -> Tensor:
     """Share of each class in the labelled pixels of each patch: int64 [H, W] -> [h * w, C]; 0 without labelled ones."""
+    return shares_of(class_pixels(mask, patch, classes))
+
+
+def class_pixels(mask: Tensor, patch: int, classes: int) -> Tensor:
+    """Number of pixels of each class in each patch: int64 [H, W] -> [h * w, C]."""
     h, w = mask.shape[0] // patch, mask.shape[1] // patch
     cells = mask.view(h, patch, w, patch).transpose(1, 2).reshape(h * w, patch**2)
     ids = classes + 1  # the last one: not labelled
     cell_and_class = torch.arange(len(cells))[:, None] * ids + cells.where(cells != IGNORE, classes)
-    pixels = torch.bincount(cell_and_class.flatten(), minlength=len(cells) * ids).view(-1, ids)[:, :classes]
+    return torch.bincount(cell_and_class.flatten(), minlength=len(cells) * ids).view(-1, ids)[:, :classes]
+
+
+def shares_of(pixels: Tensor) -> Tensor:
+    """Numbers of pixels of each class [M, C] as shares of the labelled ones."""
     return pixels / pixels.sum(1, keepdim=True).clamp(min=1)

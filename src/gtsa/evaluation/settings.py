@@ -42,12 +42,17 @@ class EvaluateSettings(Documented):
     """Images to draw with prediction and truth side by side, into the folder of --predictions."""
     work: str | None = None
     """Folder for checkpoints of long trainings; the same command resumes from them."""
+    cache: str | None = None
+    """Folder for patch tokens, in half precision: dense tasks and later evaluations see no image twice."""
     ignore: int | None = None
     """Value of unlabelled pixels in masks, e.g. 255."""
     reduce_zero_label: bool = False
     """Classes in masks are numbered from 1; 0 is unlabelled (ADE20K)."""
     classes: str | None = None
     """Text file with the names of the classes of masks, one per line, in the order of their numbers."""
+    groups: str | None = None
+    """CSV of columns path and group: images of one group are not independent (a place, a flight, a patient). Intervals
+    draw whole groups, and folds keep them together."""
     range16: tuple[float, float] | None = None
     """Values of 16-bit images that become black and white. Default: those of the weights, or 0 65535."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -16,6 +16,7 @@ from gtsa.core.files import IMAGES
 from gtsa.core.terminal import say
 from gtsa.data import labels
 from gtsa.data.labels import Kind, Labelled
+from gtsa.data.labels.image_groups import with_groups
 from gtsa.data.labels.unlabelled import unlabelled
 from gtsa.data.run_images import open_images_of
 from gtsa.data.scan import scan
@@ -25,6 +26,7 @@ from gtsa.evaluation.evaluator import Evaluator, PerImage
 from gtsa.evaluation.folds import folds_of, joined, pairs_of, selected
 from gtsa.evaluation.predictions import PredictionWriter
 from gtsa.evaluation.settings import Evaluate
+from gtsa.evaluation.token_cache import TokenCache
 from gtsa.models.backbone import Backbone, Encoder
 
 Opened = dict[tuple[object, ...], Labelled]  # by paths, kind and options
@@ -60,7 +62,7 @@ class Task:
         folder = Path(settings.work) / self.name if settings.work else None
         context = EvalContext(
             fabric, settings.tokens, settings.seed, settings.batch_size, settings.workers, folder, writer,
-            settings.range16, settings.compile,
+            settings.range16, settings.compile, _open_cache(backbone, settings),
         )  # fmt: skip
         per_image = self.per_image(backbone, context, writer)
         writer.close()
@@ -72,7 +74,7 @@ class Task:
         if not self.folds:
             return self.evaluator(backbone, train_set, val_set, context)
         parts, work = [], context.folder
-        splits = list((pairs_of if self.pairs else folds_of)(len(self.val), self.folds, context.seed))
+        splits = list((pairs_of if self.pairs else folds_of)(len(self.val), self.folds, context.seed, self._groups))
         for number, (train, val) in enumerate(splits):
             say(f"{self.name}: {'pair of folds' if self.pairs else 'fold'} {number + 1} of {len(splits)}")
             if writer:
@@ -94,11 +96,11 @@ class Task:
         """
         if not (self.folds and self.pairs):
             return []
-        splits = list(pairs_of(len(self.val), self.folds, seed))
+        splits = list(pairs_of(len(self.val), self.folds, seed, self._groups))
         images = np.concatenate([val for _, val in splits])
         pair = np.repeat(np.arange(len(splits)), [len(val) for _, val in splits])
         metrics = []
-        for _, fold in folds_of(len(self.val), self.folds, seed):
+        for _, fold in folds_of(len(self.val), self.folds, seed, self._groups):
             has_fold = np.array([set(fold) <= set(val) for _, val in splits])
             rows = np.flatnonzero(has_fold[pair] & ~np.isin(images, fold))
             try:
@@ -108,11 +110,31 @@ class Task:
         return metrics
 
     @property
+    def _groups(self) -> list[int]:
+        """The number of the group of each evaluation image, from 0; empty without groups."""
+        if not self.val.image_groups:
+            return []
+        number_of: dict[str, int] = {}
+        return [number_of.setdefault(self.val.group(i), len(number_of)) for i in range(len(self.val))]
+
+    def groups(self, seed: int) -> list[int] | None:
+        """The group of each result, in the order of ``per_image``; None without groups.
+
+        Args:
+            seed: of the folds.
+        """
+        groups = self._groups
+        if not groups or not self.folds:
+            return groups or None
+        return [groups[i] for _, val in folds_of(len(self.val), self.folds, seed, groups) for i in val]
+
+    @property
     def images(self) -> dict[str, int]:
-        """Numbers of images, and of folds, for the report."""
+        """Numbers of images, of their groups, and of folds, for the report."""
+        evaluated = {"evaluated": len(self.val)} | ({"groups": max(self._groups) + 1} if self._groups else {})
         if self.folds:
-            return {"evaluated": len(self.val), "folds": self.folds}
-        return {"evaluated": len(self.val)} | ({"trained_on": len(self.train)} if len(self.train) else {})
+            return {**evaluated, "folds": self.folds}
+        return evaluated | ({"trained_on": len(self.train)} if len(self.train) else {})
 
     @property
     def data(self) -> dict[str, str]:
@@ -121,14 +143,28 @@ class Task:
         return {**train, "val": self.val.fingerprint}
 
 
-def bootstrap_metrics(task: Task, per_image: PerImage, names: Sequence[str]) -> intervals.Bootstrap:
-    """Metrics by name, of all images and of random choices of them. Raises UserError if one is undefined."""
+def _open_cache(backbone: Encoder, settings: Evaluate) -> TokenCache | None:
+    """The tokens of --cache that are of this network. Raises UserError if the folder cannot be used (6)."""
+    if settings.cache is None:
+        return None
+    try:
+        return TokenCache(Path(settings.cache) / f"{backbone.fingerprint}-{settings.precision}")
+    except OSError as error:
+        raise UserError(f"--cache {settings.cache}: {error.strerror or error}; give another folder", 6) from None
+
+
+def bootstrap_metrics(task: Task, per_image: PerImage, names: Sequence[str], seed: int = 0) -> intervals.Bootstrap:
+    """Metrics by name, of all images and of random choices of them. Raises UserError if one is undefined.
+
+    Args:
+        seed: of the folds.
+    """
 
     def metrics(_: int, indices: np.ndarray) -> np.ndarray:
         values = task.evaluator.metrics(selected(per_image, indices))
         return np.array([values.get(name, math.nan) for name in names])
 
-    return intervals.bootstrap(metrics, 1, len(task.val), draws=200)
+    return intervals.bootstrap(metrics, 1, len(task.val), draws=200, groups=task.groups(seed))
 
 
 def open_tasks(settings: Evaluate, shared: Opened | None = None) -> list[Task]:
@@ -170,14 +206,16 @@ def _open_data(evaluator: Evaluator, name: str, settings: Evaluate, opener: Open
     """Training set, empty if the evaluator uses none, and evaluation set; with folds they are the same images."""
     kinds = evaluator.label_kinds
     if settings.folds:
-        images = opener(settings.train, kinds)
-        if settings.folds > len(images):
-            raise UserError(f"--folds {settings.folds}: there are {len(images)} images")
+        images = _grouped(opener(settings.train, kinds), settings)
+        units = len({images.group(i) for i in range(len(images))}) if images.image_groups else len(images)
+        if settings.folds > units:
+            kind = "groups" if images.image_groups else "images"
+            raise UserError(f"--folds {settings.folds}: there are {units} {kind}")
         return (images if evaluator.uses_train_set else images.take(())), images
     if evaluator.uses_train_set and not settings.train:
         paths = "IMAGES, without labels" if "none" in kinds else "IMAGES LABELS"
         raise UserError(f"--task {name} needs training images: give --train {paths}, or --folds N with --train alone")
-    val = opener(settings.val, kinds) if settings.val else _open_held_out(settings.weights)
+    val = _grouped(opener(settings.val, kinds) if settings.val else _open_held_out(settings.weights), settings)
     if not evaluator.uses_train_set and settings.train:
         say(f"{name}: --train is not used")
     if not evaluator.uses_train_set:
@@ -185,6 +223,10 @@ def _open_data(evaluator: Evaluator, name: str, settings: Evaluate, opener: Open
     train = opener(settings.train, kinds)
     _check_split(name, train, val)
     return train, val.numbered_as(train)
+
+
+def _grouped(data: Labelled, settings: Evaluate) -> Labelled:
+    return with_groups(data, settings.groups) if settings.groups else data
 
 
 def _check_split(name: str, train: Labelled, val: Labelled) -> None:

@@ -292,6 +292,11 @@ def patch_of(model: str) -> int:
         return int(_create(model).patch_embed.patch_size[0])
 
 
+def patch_argument(model: str, patch: int) -> dict[str, Any]:
+    """The arguments of timm's constructor for patches of ``patch`` px: none where the model has them anyway."""
+    return {} if patch == patch_of(model) else {"patch_size": patch}
+
+
 def names(pattern: str) -> list[str]:
     """timm's models of the VisionTransformer and Eva families whose names match ``pattern``."""
     families = ("vision_transformer", "eva")

@@ -97,14 +97,20 @@ def _kind(to: Format) -> str:
     return "file" if to in FILES else "folder"
 
 
-def write(backbone: Backbone, path: Path, name: str = "scenes", origin: Origin | None = None) -> Path:
+def write(
+    backbone: Backbone, path: Path, name: str = "scenes", origin: Origin | None = None, half: bool = False
+) -> Path:
     """Writes a folder that timm opens, with ``config.json`` and ``model.safetensors``. If it fails, nothing is left.
 
     Args:
         origin: where the weights come from, for the model card.
+        half: round the weights to half precision, for half the bytes.
     """
     card = model_card(backbone, "timm", path.name, origin or Origin(name))
-    return _write_folder(path, _tensors(backbone), {"config.json": timm_config(backbone, name)}, card)
+    tensors = _tensors(backbone)
+    if half:
+        tensors = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+    return _write_folder(path, tensors, {"config.json": timm_config(backbone, name)}, card)
 
 
 def _tensors(backbone: Backbone) -> dict[str, Tensor]:

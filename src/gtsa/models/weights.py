@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from gtsa.core.errors import UserError
+from gtsa.data.images.pixels import Range
 from gtsa.models.backbone import Backbone
 from gtsa.models.transform import FULL_RANGE
 from gtsa.models.weight_sources import Weights, read_weights
@@ -49,6 +50,15 @@ def model_of(weights: Weights, model: str | None = None) -> tuple[str, dict[str,
     if name is None:
         raise UserError(f"{weights.source} does not say which model it is ({remark}); name it with --model", 4)
     return name, {k: v for k, v in arguments.items() if k not in ("num_classes", *EXPORTED)}, remark
+
+
+def facts_of(weights: Weights, model: str | None = None) -> tuple[str, Range, int]:
+    """What training from these weights has to know: model, range of 16-bit images, and patch size, px.
+
+    The patch size is 0 where it is the model's own. Arguments and errors are those of ``model_of``.
+    """
+    name, arguments, _ = model_of(weights, model)
+    return name, weights.range16, arguments.get("patch_size", 0)
 
 
 def build_backbone(

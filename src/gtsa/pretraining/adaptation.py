@@ -12,7 +12,7 @@ from gtsa import methods
 from gtsa.core.types import GivenWeights, Method, Views
 from gtsa.methods.parts import losses
 from gtsa.methods.parts.teacher import copy_of
-from gtsa.models.backbone import Backbone
+from gtsa.models.backbone import Backbone, patch_argument
 from gtsa.models.weight_sources import Weights
 from gtsa.models.weights import build_backbone
 from gtsa.pretraining.settings import Pretrain
@@ -83,14 +83,22 @@ class Adaptation(Method):
         return self.method.load_state_dict(*args, **kwargs)
 
 
+def make_untrained(settings: Pretrain, drop_path: float = 0.0) -> Backbone:
+    """An encoder of the resolved settings with random weights, which follow from torch's global generator."""
+    arguments = patch_argument(settings.model, settings.patch_size)
+    encoder = Backbone(settings.model, settings.views.global_crops_size, drop_path, arguments=arguments)
+    encoder.range16 = settings.range16
+    return encoder
+
+
 def build_method(settings: Pretrain, initial: Weights | None) -> tuple[Method, str]:
     """The method with its initial weights, which follow from the seed, and how many tensors were loaded."""
     torch.manual_seed(settings.seed)
     kind: Callable[..., Method] = methods.load_all()[settings.method]
     size = settings.multicrop.global_crops_size
     if initial is None:
-        encoder = Backbone(settings.model, size, settings.drop_path)
-        encoder.range16, encoder.recompute = settings.range16, settings.activation_checkpointing
+        encoder = make_untrained(settings, settings.drop_path)
+        encoder.recompute = settings.activation_checkpointing
         return kind(encoder, **settings.options), ""
     encoder, loaded = build_backbone(initial, settings.model, size, settings.drop_path)
     encoder.range16 = settings.range16

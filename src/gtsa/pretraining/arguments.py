@@ -15,6 +15,7 @@ class RunArguments(TypedDict, total=False):
 
     method: str
     model: str
+    patch_size: int | Auto
     init: Path | None
     freeze_encoder: float | Auto
     encoder_lr_scale: float | Auto

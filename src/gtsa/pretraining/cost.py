@@ -197,9 +197,9 @@ def cheaper(settings: Pretrain, cost: Cost, weights: float) -> list[tuple[str, s
         settings: resolved settings.
         weights: number of the encoder's parameters.
     """
-    faster, work = [], _work(settings.views, patch_of(settings.model), weights)
+    faster, work = [], _work(settings.views, settings.patch_size, weights)
     for flags, views, model in _smaller(settings, weights):
-        part = _work(views, patch_of(settings.model), model) / work
+        part = _work(views, settings.patch_size, model) / work
         less = replace(cost, passing=cost.passing * part, updating=cost.updating * model / weights)
         seconds = less.run(settings)
         faster.append((flags, f"about {lasting(seconds)}"))
@@ -213,7 +213,7 @@ def cheaper(settings: Pretrain, cost: Cost, weights: float) -> list[tuple[str, s
 
 def _smaller(settings: Pretrain, weights: float) -> list[tuple[str, ViewSettings, float]]:
     """Flags, and the views and the number of parameters with them."""
-    patch, views, smaller = patch_of(settings.model), settings.views, []
+    patch, views, smaller = settings.patch_size, settings.views, []
     sizes = {
         f"{kind}_crops_size": max(2, getattr(views, f"{kind}_crops_size") // patch // 2) * patch
         for kind in ("global", "local")

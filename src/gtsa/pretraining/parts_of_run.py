@@ -10,7 +10,7 @@ from gtsa.core.settings import Plan
 from gtsa.core.types import Method
 from gtsa.data.run_images import ImageSettings
 from gtsa.models.weight_sources import Weights, check_present, read_weights
-from gtsa.models.weights import model_of
+from gtsa.models.weights import facts_of
 from gtsa.pretraining import plan
 from gtsa.pretraining.adaptation import parameter_groups
 from gtsa.pretraining.settings import Pretrain
@@ -32,7 +32,7 @@ def begin_plan(requested: Pretrain) -> tuple[Plan[Pretrain], Weights | None]:
         check_present(spec)
     initial = read_weights(requested.init) if requested.init else None
     given_model = None if requested.model == "auto" else requested.model
-    plan.resolve_initial(resolved, *((model_of(initial, given_model)[0], initial.range16) if initial else (None,)))
+    plan.resolve_initial(resolved, *(facts_of(initial, given_model) if initial else (None,)))
     plan.resolve_sizes(resolved)
     return resolved, initial
 

@@ -32,14 +32,20 @@ FROM_SCRATCH = {"freeze_encoder": 0.0, "encoder_lr_scale": 1.0, "layer_decay": 1
 PUBLISHED = {"epochs": 100, "batch": 512, "global": 224, "local": 96}
 
 
-def resolve_initial(plan: Plan[Pretrain], loaded: str | None, range16: Range = FULL_RANGE) -> None:
+def resolve_initial(plan: Plan[Pretrain], loaded: str | None, range16: Range = FULL_RANGE, patch: int = 0) -> None:
     """Resolves the model, the range of 16-bit images, and the settings of training from initial weights.
 
     Args:
         loaded: the model of the initial weights; None without --init.
         range16: of the images that the initial weights were trained on.
+        patch: side of the initial weights' patches, px; 0: the model's own.
+
+    Raises:
+        UserError: the given patch size is not that of the initial weights (2).
     """
     settings = plan.settings
+    if loaded:
+        _resolve_patch(plan, patch or patch_of(loaded))
     if is_auto(settings.range16):
         reason = f"as in the training of {settings.init}" if range16 != FULL_RANGE else "all values of 16 bits"
         plan.settle({"range16": reason}, range16=range16)
@@ -53,6 +59,13 @@ def resolve_initial(plan: Plan[Pretrain], loaded: str | None, range16: Range = F
     plan.settle({"adaptation": reason} if chosen else {}, **chosen)
     if loaded and settings.eval and not settings.keep_best:
         plan.settle({}, keep_best=settings.eval[0])
+
+
+def _resolve_patch(plan: Plan[Pretrain], patch: int) -> None:
+    given = plan.settings.patch_size
+    if not is_auto(given) and given != patch:
+        raise UserError(f"--patch-size {given}: the weights of --init have patches of {patch} px; leave it out")
+    plan.settle({}, patch_size=patch)
 
 
 def check_batch(settings: Pretrain) -> None:
@@ -77,7 +90,9 @@ def _unit_of(settings: Pretrain) -> int:
 
 def resolve_sizes(plan: Plan[Pretrain]) -> None:
     """Resolves crop sizes to multiples of the patch size. Raises UserError where a given size is not a multiple."""
-    patch, views = patch_of(plan.settings.model), plan.settings.views
+    if is_auto(plan.settings.patch_size):
+        plan.settle({}, patch_size=patch_of(plan.settings.model))
+    patch, views = plan.settings.patch_size, plan.settings.views
     chosen, problems = {}, []
     for name in ("global", "local"):
         given = getattr(views, f"{name}_crops_size")

@@ -13,6 +13,7 @@ from gtsa.core.settings import Plan
 from gtsa.core.terminal import gib, lasting, say, table
 from gtsa.core.types import Method
 from gtsa.data.sources import ALL
+from gtsa.models.backbone import patch_of
 from gtsa.pretraining.cost import LONG, Cost, cheaper
 from gtsa.pretraining.plan import steps_done
 from gtsa.pretraining.settings import Pretrain
@@ -74,10 +75,12 @@ def _rows(
     device += ", sharded" if settings.shard else ""
     evaluations = f"{settings.evaluate_images} images, every {settings.evaluate_every:,} steps"
     weights_from = "weights as above" if loaded else "random weights"
+    own = settings.patch_size == patch_of(settings.model)
+    patches = "" if own else f"patches of {settings.patch_size} px, "
     return [
         ("images", f"{train:,}", held),
         *(_range16(settings, why("range16")) if deep or settings.range16 != ALL.range16 else []),
-        ("model", f"{settings.model}, {weights / 1e6:.1f} M parameters", weights_from),
+        ("model", f"{settings.model}, {patches}{weights / 1e6:.1f} M parameters", weights_from),
         *(_adaptation(settings, why("adaptation")) if loaded else []),
         ("method", settings.method, why("method")),
         ("views", f"{globals_} + {locals_} px", why("views")),

@@ -17,7 +17,7 @@ from gtsa.data.views import augment
 from gtsa.models.backbone import IMAGENET
 from gtsa.models.transform import FULL_RANGE
 from gtsa.models.weight_sources import read_weights
-from gtsa.models.weights import model_of
+from gtsa.models.weights import facts_of
 from gtsa.pretraining import plan, preview_picture
 from gtsa.pretraining.arguments import RunArguments
 from gtsa.pretraining.settings import Pretrain
@@ -65,9 +65,8 @@ def preview(
     return path
 
 
-def _facts_of_init(settings: Pretrain) -> tuple[str | None, Range]:
-    """The model of the initial weights, if it decides the patch size, and the range of 16 bits in their training."""
-    if not settings.init or not (is_auto(settings.model) or is_auto(settings.range16)):
-        return None, FULL_RANGE
-    weights = read_weights(settings.init)
-    return model_of(weights)[0] if is_auto(settings.model) else None, weights.range16
+def _facts_of_init(settings: Pretrain) -> tuple[str | None, Range, int]:
+    """Model, range of 16-bit images and patch size of the initial weights."""
+    if not settings.init:
+        return None, FULL_RANGE, 0
+    return facts_of(read_weights(settings.init), None if is_auto(settings.model) else settings.model)

@@ -73,6 +73,8 @@ class PretrainSettings(Documented):
     """Training method; 'gtsa methods' lists them."""
     model: str = "auto"
     """Name of a timm vision transformer (see 'gtsa models'). auto: that of --init, or vit_small_patch16_224."""
+    patch_size: Count | Auto = AUTO
+    """Side of a patch, px. auto: that of --init, or of the model by timm, e.g. 16 for vit_tiny_patch16_224."""
     init: str | None = None
     """Initial weights: a run, an export, timm:NAME, a timm or Hugging Face ViT folder, a .safetensors or .pth."""
     freeze_encoder: Annotated[float, Field(ge=0, lt=1)] | Auto = AUTO

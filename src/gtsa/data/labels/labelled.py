@@ -56,6 +56,8 @@ class Labelled:
     image_ids: tuple[int, ...] = ()  # of boxes: the id of each image in the file, in the order of the source
     has_masks: bool = False  # of boxes: every box has one
     groups: tuple[str, ...] = ()  # of boxes: the supercategory of each class, if the file has them
+    report_classes: tuple[str, ...] = ()  # of masks: the classes that means are over, if not all
+    image_groups: tuple[str, ...] = ()  # of each image of the source: those of one group are not independent
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,6 +71,10 @@ class Labelled:
 
     def target(self, index: int) -> Target:
         return self.targets[self.indices[index]]
+
+    def group(self, index: int) -> str:
+        """The group of an image; its own name where it has none."""
+        return (self.image_groups and self.image_groups[self.indices[index]]) or f"image {self.name(index)}"
 
     def take(self, indices: Sequence[int]) -> Labelled:
         """Some of the images, in this order."""

@@ -28,7 +28,7 @@ from gtsa.data.labels._mask_files import Mask, black_values, read_mask, read_val
 from gtsa.data.sources import Source, open_source
 from gtsa.data.sources.folder import Folder
 
-KEYS = ("classes", "ignore_index")  # of classes.json
+KEYS = ("classes", "ignore_index", "report_classes")  # of classes.json
 VALUES = 2**16  # number of values of 16 bits
 LISTED = 30  # classes whose share of pixels is printed
 VOID = re.compile(
@@ -55,7 +55,8 @@ class Masks(LabelFormat):
     The class names come from the file ``classes``, one a line, for the values from 0 on (from 1 with
     ``reduce_zero_label``). Otherwise they come from a ``classes.json`` in the masks' folder or the folder above: a list
     of names, or an object with ``classes``, a list of names or of {"id": 0, "name": "person"}, and optionally
-    ``ignore_index``. Without either file the classes are "class 0" to the largest value that occurs.
+    ``ignore_index`` and ``report_classes``, the names of the classes that means are over. Without either file the
+    classes are "class 0" to the largest value that occurs.
     """
 
     needs: ClassVar[dict[Kind, str]] = {"masks": "a folder of PNG masks with the images' names"}
@@ -71,7 +72,7 @@ class Masks(LabelFormat):
         paths = [os.path.join(labels, name) for name in names]
         with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) * 2)) as pool:
             masks = list(pool.map(read_mask, paths))
-        class_of, ignored = _classes(labels, options, masks, names, problems)
+        class_of, ignored, report = _classes(labels, options, masks, names, problems)
         sizes = read_sizes([source.path(index) or "" for index in range(len(source))])
         _check_masks(names, masks, sizes, class_of, ignored, problems)
         problems.raise_if_any()
@@ -81,7 +82,8 @@ class Masks(LabelFormat):
             table[value] = index
         rows = (f"{name} {mask.digest}" for name, mask in zip(names, masks, strict=True) if isinstance(mask, Mask))
         hashed = digest([*class_of.items(), sorted(ignored), *rows])
-        return Labelled(source, range(len(source)), MaskTargets(paths, table), kind, tuple(class_of.values()), hashed)
+        classes, targets = tuple(class_of.values()), MaskTargets(paths, table)
+        return Labelled(source, range(len(source)), targets, kind, classes, hashed, report_classes=report)
 
 
 def _pair(images: str, masks: Folder, problems: Problems) -> tuple[Source, list[str]]:
@@ -115,9 +117,9 @@ def _pair(images: str, masks: Folder, problems: Problems) -> tuple[Source, list[
 
 def _classes(
     labels: str, options: LabelOptions, masks: Sequence[Mask | str], names: Sequence[str], problems: Problems
-) -> tuple[dict[int, str], set[int]]:
-    """Names of the classes by value, and the values that stand for no class."""
-    class_of, ignore_index = _read_names(labels, options)
+) -> tuple[dict[int, str], set[int], tuple[str, ...]]:
+    """Names of the classes by value, the values that stand for no class, and the classes to report if not all."""
+    class_of, ignore_index, report = _read_names(labels, options)
     if ignore_index is not None and options.ignore is None:
         say(f"{labels}: value {ignore_index} is ignored, as its classes.json says")
     ignore = ignore_index if options.ignore is None else options.ignore
@@ -127,25 +129,26 @@ def _classes(
     class_of = {value: name for value, name in class_of.items() if value not in ignored}
     if not class_of:
         problems.add("no classes", labels, "there is no mask, or every pixel in them is ignored")
-    return class_of, ignored
+    return class_of, ignored, report
 
 
-def _read_names(labels: str, options: LabelOptions) -> tuple[dict[int, str] | None, int | None]:
-    """Names of classes by value, and the value to ignore, where a file lists them."""
+def _read_names(labels: str, options: LabelOptions) -> tuple[dict[int, str] | None, int | None, tuple[str, ...]]:
+    """Names of classes by value, the value to ignore, and the classes to report, where a file lists them."""
     first = 1 if options.reduce_zero_label else 0
     if names := read_class_names(options.classes):
-        return dict(enumerate(names, first)), None
+        return dict(enumerate(names, first)), None, ()
     for folder in (Path(labels), Path(os.path.abspath(labels)).parent):
         if (file := folder / "classes.json").is_file():
             return _read_json_names(str(file), first)
-    return None, None
+    return None, None, ()
 
 
-def _read_json_names(file: str, first: int) -> tuple[dict[int, str], int | None]:
+def _read_json_names(file: str, first: int) -> tuple[dict[int, str], int | None, tuple[str, ...]]:
     problems = Problems(file)
     content = parse_json(file, problems, kinds=(dict, list))
     entries = content.get("classes") if isinstance(content, dict) else content
     ignore = content.get("ignore_index") if isinstance(content, dict) else None
+    report = content.get("report_classes", []) if isinstance(content, dict) else []
     if isinstance(content, dict):
         _check_keys(file, content, problems)
     class_of: dict[int, str] = {}
@@ -162,13 +165,15 @@ def _read_json_names(file: str, first: int) -> tuple[dict[int, str], int | None]
         problems.add("no classes", file, 'a list of names is needed, or an object with a list "classes"')
     if ignore is not None and type(ignore) is not int:
         problems.add("wrong type", "ignore_index", "a whole number is needed")
+    if not isinstance(report, list) or any(name not in class_of.values() for name in report):
+        problems.add("unknown class", "report_classes", "a list of names is needed that are all among the classes")
     problems.raise_if_any()
-    return dict(sorted(class_of.items())), ignore
+    return dict(sorted(class_of.items())), ignore, tuple(report)
 
 
 def _check_keys(file: str, content: Mapping[str, object], problems: Problems) -> None:
     """Reports keys that are not read. One that seems to name the ignored value is a fault: results depend on it."""
-    known = f"known keys are {' and '.join(KEYS)}"
+    known = f"known keys are {', '.join(KEYS[:-1])} and {KEYS[-1]}"
     unread = [key for key in content if key not in KEYS]
     for key in (key for key in unread if "ignor" in key.lower()):
         problems.add("unknown key", key, f"it is not read; name the value to ignore with ignore_index ({known})")

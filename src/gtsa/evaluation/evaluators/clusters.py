@@ -72,9 +72,9 @@ class Clusters(Evaluator):
                 classes_of_clusters[dense.resized_mask(clusters, *truth.shape)]
                 for classes_of_clusters, clusters in zip(class_of, image_maps, strict=True)
             ]
-            counts.append(dense.stack_counts([dense.count_pixels(each, truth, classes) for each in predictions]))
+            counts.append(dense.stack_repeats([dense.count_pixels(each, truth, classes) for each in predictions]))
             context.on_prediction(index, dense.as_map(predictions[0], classes))
-        return {**dense.stack_counts(counts), "clusters": torch.full((len(val),), k)}
+        return {**dense.stack_counts(counts, val), "clusters": torch.full((len(val),), k)}
 
     def metrics(self, per_image: PerImage) -> dict[str, float]:
         return {**dense.metrics(per_image), "clusters": float(per_image["clusters"].double().mean())}
