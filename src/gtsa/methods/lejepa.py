@@ -38,9 +38,10 @@ class LeJEPA(Method):
 
     From the paper: the loss, its weight, the numbers of views (8 local ones are recommended, and most of its
     experiments have 6), directions and knots, AdamW with a constant weight decay. From the authors' repository: colours
-    and scales of crops, 5e-4, and the head of their minimal example (two hidden layers with batch norm and ReLU). The
-    paper gives no width of the head for all experiments; 64 is the smallest of its table 1. It gives no length of the
-    warm-up either: it is 10 % here. All views pass the head together, so batch norm is over the views of all sizes.
+    and scales of crops, a learning rate of 5e-4 that falls to a thousandth, a weight decay of 0.05, no clipping, and
+    the head of their minimal example (two hidden layers with batch norm and ReLU). The width of the embeddings differs
+    between their experiments; 64 is one of those in the paper's table 1. No length of the warm-up was found: it is 10 %
+    here. All views pass the head together, so batch norm is over the views of all sizes.
 
     The loss depends on the whole batch: published are at least 128 images, and accumulated micro-batches are not one
     batch. Several processes compute one loss.
