@@ -308,6 +308,11 @@ def test_resume_notices_that_the_teacher_has_changed(distilled, scenes, finished
     assert code == 4, err
     assert f"--distill.teacher {teacher}: its weights are not those that this run began with" in err
     assert final_weights(out) == before
+    shutil.rmtree(teacher)
+    code, _, err = run("report", out)
+    assert code == 0, err
+    page = (out / "report.html").read_text()
+    assert "Pictures: the newest checkpoint cannot be opened (--distill.teacher" in page and "no weights there" in page
 
 
 # Does it learn?

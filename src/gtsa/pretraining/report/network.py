@@ -85,5 +85,6 @@ def _build_method(settings: Pretrain, encoder: dict[str, Any]) -> Method:
         backbone = Backbone(
             encoder["model"], normalisation=(tuple(mean), tuple(std)), arguments=dict(encoder["arguments"])
         )
+        backbone.range16 = settings.range16
         method = kind(backbone, **settings.options)
     return method
