@@ -57,6 +57,17 @@ def test_differences_are_paired_by_seed():
     assert (one.mean, one.low, one.seeds) == (9.0, -np.inf, 1)  # only common seeds count
 
 
+def test_the_smallest_difference_follows_from_the_pairs_of_trained_rows(whole):
+    smallest = results(whole)["smallest_difference"]
+    assert smallest["seeds"] == 2 and smallest["pairs"] == 1  # GTSA and DINO; all runs of the other row failed
+    intervals_of = {(d["row"], d["less_row"]): d for d in results(whole)["differences"]}
+    assert smallest["value"] > intervals_of["dino", "gtsa"]["high"] - intervals_of["dino", "gtsa"]["mean"]
+    text = f"2 seeds see a true difference of {smallest['value']:.2f} on the primary metric with a probability of 80 %"
+    assert text in " ".join((whole / "report.html").read_text().split())
+    (line,) = [line for line in (whole / "results.csv").read_text().splitlines() if "smallest" in line]
+    assert line == f',images,,primary,,,"smallest difference, 2 seeds",{smallest["value"]!r},1'
+
+
 def test_the_page_needs_no_external_file(whole):
     page = (whole / "report.html").read_text()
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", page)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gtsa.evaluation.intervals import bootstrap, estimate, mean_of, of_images, verdict
+from gtsa.evaluation.intervals import bootstrap, estimate, mean_of, of_images, pooled, variance_of, verdict
 
 
 def of(values, **options):
@@ -100,3 +100,49 @@ def test_several_metrics_at_once():
 def test_an_interval_is_put_into_words():
     words = [verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (0.0, 0.1), (-np.inf, np.inf))]
     assert words == ["better", "worse"] + 3 * ["not distinguishable"]
+
+
+# Power
+
+
+def differences(noise, seeds, images, of_seeds, of_both, true=0.0):
+    """Two methods whose means over seeds and images differ by ``true``; images are hard or easy for both alike."""
+    hard = noise.normal(0, 2, images)
+    one, other = (
+        noise.normal(0, 1, images) + noise.normal(0, of_seeds, (seeds, 1)) + noise.normal(0, of_both, (seeds, images))
+        for _ in range(2)
+    )
+    options = {"draws": 40, "seed": int(noise.integers(10**6))}
+    return of(one + hard + true, **options) - of(other + hard, **options)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_both"), [(3, 0.3, 1.0), (3, 0.02, 0.5), (3, 1.0, 0.1), (5, 0.3, 1.0)]
+)
+def test_the_smallest_difference_is_seen_in_80_of_100(seeds, of_seeds, of_both):
+    """It is computed from comparisons of equal methods, then such a difference is given to others."""
+    noise = np.random.default_rng(0)
+    variance = pooled([variance_of(differences(noise, seeds, 60, of_seeds, of_both)) for _ in range(120)])
+    true = variance.smallest_difference
+    seen = 0
+    for _ in range(300):
+        seen += estimate(differences(noise, seeds, 60, of_seeds, of_both, true)).low > 0
+    assert 0.72 <= seen / 300 <= 0.88
+
+
+def test_where_images_do_not_vary_it_is_that_of_a_t_test():
+    values = np.array([1.0, 3.0, 2.0])
+    variance = variance_of(of(np.repeat(values[:, None], 50, 1)))
+    error, bound = stats.sem(values), stats.t.ppf(0.975, 2)
+    assert 1 - stats.nct.cdf(bound, 2, variance.smallest_difference / error) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_more_seeds_see_smaller_differences_as_they_do_when_they_are_run():
+    noise = np.random.default_rng(1)
+    three, twelve = (
+        pooled([variance_of(differences(noise, seeds, 60, 0.5, 1.0)) for _ in range(120)]) for seeds in (3, 12)
+    )
+    assert three.with_seeds(12).total == pytest.approx(twelve.total, rel=0.15)
+    assert three.with_seeds(12).smallest_difference < three.smallest_difference / 2
+    assert three.with_seeds(3) == three
+    assert variance_of(of(np.ones((3, 4)))).smallest_difference == 0

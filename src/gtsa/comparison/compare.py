@@ -10,6 +10,7 @@ from typing import Unpack
 
 from gtsa.comparison import beforehand, jobs, plan, status, tuning
 from gtsa.comparison.arguments import CompareArguments
+from gtsa.comparison.conclusions import describe_power
 from gtsa.comparison.jobs import Job
 from gtsa.comparison.queue import run_jobs
 from gtsa.comparison.report import ReportWriter
@@ -25,6 +26,7 @@ from gtsa.comparison.stages import (
     select_jobs,
 )
 from gtsa.core.errors import UserError
+from gtsa.core.files import read_json
 from gtsa.core.settings import validated, with_keywords
 from gtsa.core.stops import handle_signals
 from gtsa.core.terminal import say
@@ -95,6 +97,7 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
             page = report.update()
 
     if page.exists() and not report.fault:
+        _announce_power(page.parent)
         say(f"\nreport: {page}")
     _raise_failures(rows, settings, report.fault)
     return page
@@ -149,6 +152,12 @@ def _announce_rows_without_settings(rows: Sequence[Row], settings: Compare) -> N
             choice = choose_settings_or_error(row, rows, settings)
             if isinstance(choice, UserError):
                 say(f"{row.name} is left out: {choice}")
+
+
+def _announce_power(folder: Path) -> None:
+    smallest = (read_json(folder / "results.json") or {}).get("smallest_difference")
+    if smallest:
+        say(f"\n{describe_power(smallest)}")
 
 
 def _raise_failures(rows: Sequence[Row], settings: Compare, fault: str) -> None:

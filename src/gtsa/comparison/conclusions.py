@@ -7,7 +7,7 @@ from html import escape
 
 from gtsa.comparison.jobs import STAGES
 from gtsa.comparison.settings import CONTROLS, Compare
-from gtsa.comparison.summary import Interval, RowSummary
+from gtsa.comparison.summary import Interval, RowSummary, SmallestDifference
 from gtsa.comparison.tuning import Choice
 from gtsa.evaluation import intervals
 
@@ -61,6 +61,15 @@ def _describe_difference(reference: str, row: RowSummary, difference: Interval) 
 
 def _name_row(row: RowSummary) -> str:
     return escape(row["row"]) + ("" if row["stage"] == "images" else f" at {STAGES[row['stage']]}")
+
+
+def describe_power(smallest: SmallestDifference) -> str:
+    """Which difference the comparison is able to see."""
+    return (
+        f"{smallest['seeds']} seeds see a true difference of {smallest['value']:.2f} on the primary metric with a "
+        f"probability of 80 % (95 % interval excludes 0), by the variance over seeds and images of "
+        f"{smallest['pairs']} pair{'s' * (smallest['pairs'] != 1)} of trained rows."
+    )
 
 
 def describe_disagreements(choices: Sequence[Choice]) -> list[str]:

@@ -14,7 +14,7 @@ from gtsa.comparison.results import Result, read_result
 from gtsa.comparison.rows import Row
 from gtsa.comparison.settings import Compare
 from gtsa.comparison.stages import list_reported_jobs
-from gtsa.comparison.summary import summarise
+from gtsa.comparison.summary import SmallestDifference, summarise
 from gtsa.core.errors import UserError
 from gtsa.core.files import store
 from gtsa.core.terminal import say
@@ -71,14 +71,14 @@ def write_report(rows: Sequence[Row], jobs: Iterable[Job], settings: Compare) ->
     """Writes all three files into the folder of the comparison; returns the path of the page."""
     results = [(job, result) for job in jobs if (result := read_result(job, settings)) is not None]
     folder = Path(settings.out)
-    store(folder / "results.csv", _make_csv(results).encode())
     summary = summarise(rows, results, settings)
+    store(folder / "results.csv", _make_csv(results, summary["smallest_difference"]).encode())
     store(folder / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
     store(folder / "report.html", report_page.make_page(summary, results, settings).encode())
     return folder / "report.html"
 
 
-def _make_csv(results: Sequence[tuple[Job, Result]]) -> str:
+def _make_csv(results: Sequence[tuple[Job, Result]], smallest: SmallestDifference | None) -> str:
     """One line per value (long format), for further statistics."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -88,4 +88,7 @@ def _make_csv(results: Sequence[tuple[Job, Result]]) -> str:
             first = (job.row.name, job.stage, job.number, entry["task"], entry["feature"], "last")
             for metric, value in entry["metrics"].items():
                 table.writerow([*first, metric, repr(value), entry["images"]])
+    if smallest:
+        name = f"smallest difference, {smallest['seeds']} seeds"
+        table.writerow(["", "images", "", "primary", "", "", name, repr(smallest["value"]), smallest["pairs"]])
     return text.getvalue()

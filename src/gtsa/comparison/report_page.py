@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from gtsa.comparison.conclusions import describe_disagreements, describe_protocol, describe_verdicts
+from gtsa.comparison.conclusions import describe_disagreements, describe_power, describe_protocol, describe_verdicts
 from gtsa.comparison.jobs import STAGES, Job
 from gtsa.comparison.results import CurveEntry, Result, folder_of
 from gtsa.comparison.settings import Compare
-from gtsa.comparison.summary import Difference, Interval, RowSummary, Summary, TrialSummary
+from gtsa.comparison.summary import Difference, Interval, RowSummary, SmallestDifference, Summary, TrialSummary
 from gtsa.comparison.tuning import Choice
 from gtsa.core import html
 from gtsa.core.chart import Line, Point, line_chart
@@ -29,7 +29,7 @@ def make_page(summary: Summary, results: Results, settings: Compare) -> str:
         "Which method is best on these images?",
         *map(html.paragraph, [*verdicts, *describe_disagreements(summary["choices"])]),
         _make_metrics_table(summary["rows"]),
-        _make_differences_table(summary["differences"]),
+        _make_differences_table(summary["differences"], summary["smallest_difference"]),
         _make_costs_table(summary["rows"]),
         html.section("Learning curves", html.grid(_draw_curves(results, settings), "charts")),
         _show_feature_maps(results, settings),
@@ -90,7 +90,7 @@ def _make_mark(difference: Interval | None) -> Markup:
             return html.small(html.marked("not distinguishable from untrained", "bad"))
 
 
-def _make_differences_table(differences: Sequence[Difference]) -> Markup:
+def _make_differences_table(differences: Sequence[Difference], smallest: SmallestDifference | None) -> Markup:
     by_rows = {((d["row"], d["stage"]), (d["less_row"], d["less_stage"])): d for d in differences}
     rows = list(dict.fromkeys(row for row, _ in by_rows))
     if not rows:
@@ -99,6 +99,8 @@ def _make_differences_table(differences: Sequence[Difference]) -> Markup:
         "Primary metric: the row minus the column, with the same seeds and images. Bold: significantly different (95 % "
         "interval excludes 0)."
     )
+    if smallest:
+        text += f" {describe_power(smallest)}"
     lines = [[_make_row_cell(*row), *(_make_cell(by_rows.get((row, column)), "+") for column in rows)] for row in rows]
     table = html.table("Differences of the primary metric", ["row", *(_make_row_cell(*row) for row in rows)], lines)
     return html.section("Differences", html.paragraph(text, "quiet"), table)

@@ -16,10 +16,11 @@ from math import inf, sqrt
 from typing import Literal
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import nctdtrinc, stdtrit
 from torch import Tensor
 
 DRAWS = 400
+POWER = 0.8  # with which the smallest difference is seen
 Metrics = Callable[[int, np.ndarray], np.ndarray]  # (seed index, image indices, which may repeat) -> metrics [F]
 
 
@@ -123,20 +124,23 @@ def estimate(sample: Bootstrap) -> Estimate:
     mean, seeds, images = float(sample.values.mean()), len(sample.values), sample.images
     if seeds < 2 or sample.units < 2:
         return Estimate(mean, -inf, inf, seeds, images)
-    variance = variance_of(sample)
-    half = variance.half_width if variance.total else 0.0
+    half = variance_of(sample).half_width
     return Estimate(mean, mean - half, mean + half, seeds, images)
 
 
 @dataclass(frozen=True)
 class Variance:
-    """The variance of a mean over S seeds, and its parts. What both parts contain is counted once in ``total``."""
+    """The variance of a mean over S seeds: its parts, and what both parts contain."""
 
     of_seeds: float
     over_images: float
-    total: float
+    both: float
     seeds: int
     units: int
+
+    @property
+    def total(self) -> float:
+        return max(self.of_seeds + self.over_images - self.both, self.of_seeds, self.over_images)
 
     @property
     def freedom(self) -> float:
@@ -147,19 +151,45 @@ class Variance:
     @property
     def half_width(self) -> float:
         """Of the 95 % interval."""
-        return float(stdtrit(self.freedom, 0.975)) * sqrt(self.total)
+        return float(stdtrit(self.freedom, 0.975)) * sqrt(self.total) if self.total else 0.0
+
+    @property
+    def smallest_difference(self) -> float:
+        """The true difference that an interval of this variance excludes 0 for, with a probability of 80 %.
+
+        The test statistic has a noncentral t distribution: the difference is its noncentrality, in standard errors, at
+        which 80 % of it lie above the quantile of the two-sided test at 5 % (J. Cohen, Statistical Power Analysis for
+        the Behavioral Sciences, 1988; H. Bloom, Minimum Detectable Effects, Evaluation Review 1995, for large samples).
+        """
+        if not self.total:
+            return 0.0
+        bound = float(stdtrit(self.freedom, 0.975))
+        return float(nctdtrinc(self.freedom, 1 - POWER, bound)) * sqrt(self.total)
+
+    def with_seeds(self, seeds: int) -> Variance:
+        """What is to be expected of another number of seeds."""
+        less = self.seeds / seeds
+        images = self.over_images - self.both + self.both * less
+        return replace(self, of_seeds=self.of_seeds * less, over_images=images, both=self.both * less, seeds=seeds)
 
 
 def variance_of(sample: Bootstrap) -> Variance:
     """The variance of one metric's mean over at least two seeds, on at least two images or groups."""
     values, drawn, seeds = sample.values[:, 0], sample.drawn[..., 0], len(sample.values)
     drawn = np.where(np.isfinite(drawn), drawn, values)  # choices of images for which the metric is undefined
-    of_seeds = float(values.var(ddof=1)) / seeds
     over_images = float(drawn.mean(1).var(ddof=1))
     one_seed = float(drawn.var(0, ddof=1).mean())  # over images, for one seed
-    both = max(0.0, (one_seed - over_images) / (seeds - 1))  # contained in both, over seeds x images
-    total = max(of_seeds + over_images - both, of_seeds, over_images)
-    return Variance(of_seeds, over_images, total, seeds, sample.units)
+    both = max(0.0, (one_seed - over_images) / (seeds - 1))  # over seeds x images
+    return Variance(float(values.var(ddof=1)) / seeds, over_images, both, seeds, sample.units)
+
+
+def pooled(variances: Sequence[Variance]) -> Variance:
+    """The mean of several variances, which have the same number of seeds."""
+    assert len({each.seeds for each in variances}) == 1
+    of_seeds, over_images, both = (
+        float(np.mean([getattr(each, name) for each in variances])) for name in ("of_seeds", "over_images", "both")
+    )
+    return Variance(of_seeds, over_images, both, variances[0].seeds, min(each.units for each in variances))
 
 
 def interval(values: Tensor) -> tuple[float, float, float]:
