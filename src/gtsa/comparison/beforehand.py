@@ -53,7 +53,7 @@ def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
                 raise UserError(f"row {row.name}: {error}", error.code) from None
         elif row.source not in CONTROLS and settings.only != "training":
             load_backbone(row.source)
-    _check_cells(rows, settings)
+    check_cells(rows, settings)
     if settings.only != "training":
         _check_labels(rows, settings)
     for task in settings.task:
@@ -61,7 +61,7 @@ def check(rows: Sequence[Row], settings: Compare) -> dict[str, Pretrain]:
     return resolved
 
 
-def _check_cells(rows: Sequence[Row], settings: Compare) -> None:
+def check_cells(rows: Sequence[Row], settings: Compare) -> None:
     """Raises UserError if a pattern of --cells matches no network."""
     counts = {"images": settings.seeds, "flops": settings.seeds, "trial": settings.trials}
     names = [f"{row.name}/{stage}-{n}" for row in rows for stage, count in counts.items() for n in range(count)]

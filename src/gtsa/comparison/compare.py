@@ -59,17 +59,20 @@ def compare(methods: Sequence[str] = ("gtsa", "dino"), **options: Unpack[Compare
     # Rows: methods, variants, further rows, controls, given weights
     rows = make_rows(settings)
 
+    # The status alone
+    if settings.status:
+        beforehand.check_cells(rows, settings)
+        status.show(rows, settings)
+        return Path(settings.out) / "report.html"
+
     with handle_signals():
         # Check everything beforehand: images, settings, weights and labels
         resolved = beforehand.check(rows, settings)
         _check_out(Path(settings.out))
 
-        # The plan or the status alone
-        if settings.plan or settings.status:
-            if settings.plan:
-                plan.show(rows, settings, resolved)
-            if settings.status:
-                status.show(rows, settings)
+        # The plan alone
+        if settings.plan:
+            plan.show(rows, settings, resolved)
             return Path(settings.out) / "report.html"
 
         # Folder
