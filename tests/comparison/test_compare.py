@@ -31,7 +31,7 @@ def test_every_row_is_evaluated_with_every_seed(whole):
     tasks = ("segmentation", "in_context")
     assert {(m, seed, t) for m in ("gtsa", "dino", "untrained") for seed in "01" for t in tasks} <= seen
     assert ("colour", "0", "in_context") in seen and ("colour", "1", "in_context") not in seen
-    assert all(line["n"] == "10" for line in lines)
+    assert all(line["n"] == "10" for line in lines if not line["metric"].startswith("smallest difference"))
     by_hand = [float(x["value"]) for x in lines if x["method"] == "dino" and x["metric"] == "mIoU"]
     rows = {line["row"]: line for line in results(whole)["rows"]}
     assert rows["dino"]["metrics"]["primary"]["mean"] == pytest.approx(np.mean(by_hand))

@@ -68,5 +68,5 @@ def test_normal_vectors_are_at_rest_and_collapsed_ones_are_not():
         name: regularize("sigreg", [normal(16, 8, 8, 64) * scale], 0.5).item()
         for name, scale in (("normal", 1.0), ("collapsed", 0.0))
     }
-    assert values["normal"] == pytest.approx(NORMAL, rel=0.2)
+    assert values["normal"] == pytest.approx(NORMAL, rel=0.5)  # of one sample
     assert values["collapsed"] > 300 * NORMAL

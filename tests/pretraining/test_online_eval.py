@@ -86,6 +86,7 @@ class Asked:
 
     name, val, folds = "knn", range(50), None
     bootstrap = True
+    groups = staticmethod(lambda *_: None)
 
     def __init__(self):
         self.evaluator, self.times = self, 0
