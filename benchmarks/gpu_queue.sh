@@ -59,8 +59,9 @@ if [ -z "${SCENES_ONLY:-}" ]; then
   BATCH=$((2 * BATCH)) step packed_compiled_256 100 --repeats 10 --compile
 fi
 
-# The testbed T1: the two methods first, then GTSA against itself, then the others.
-ROWS=(gtsa dino gtsa-again ibot mae)
+# The testbed T1: the two methods first, then GTSA against itself, then its repairs and the rivals.
+ROWS=(gtsa dino gtsa-again gtsa-cls-rotation gtsa-centred gtsa-infonce gtsa-sigreg gtsa-prototypes gtsa-image gtsa-rotation-0.1
+  gtsa-rotation-decay lejepa paka ibot mae)
 SEEDS=(0 1 2)
 
 row() { # NAME: trains the networks of a row that are not done, and packs those that are trained
@@ -72,7 +73,7 @@ row() { # NAME: trains the networks of a row that are not done, and packs those 
   if [ "${#cells[@]}" -eq 0 ]; then echo "$row: done before"; return; fi
   if [ "$left" -lt "${SCENES_LEAST:-120}" ]; then echo "$row: no time left"; return; fi
   timeout --signal INT --kill-after 20 "$left" "$PYTHON" -m gtsa compare --config recipes/scenes/compare.yaml \
-    ${SCENES_CONFIG:+--config "$SCENES_CONFIG"} --data "$SCENES/unlabelled" --out runs/scenes \
+    --config recipes/scenes/repairs.yaml ${SCENES_CONFIG:+--config "$SCENES_CONFIG"} --data "$SCENES/unlabelled" --out runs/scenes \
     --only training --jobs "${JOBS:-3}" --cells "${cells[@]}" >"$LOGS/scenes_$row.log" 2>&1
   echo "$row: code $?, $((SECONDS - began)) s"
   tail -n 3 "$LOGS/scenes_$row.log"

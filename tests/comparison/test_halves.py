@@ -210,3 +210,13 @@ def test_names_of_tasks_are_checked(here):
         compare.compare(**here(task=("a/b",), tasks={"a/b": {"evaluator": "in_context"}}))
     with pytest.raises(UserError, match="evaluate_every: fine is a name of this comparison"):
         compare.compare(**here(task=("fine",), tasks={"fine": {"evaluator": "in_context"}}, evaluate_every=1))
+
+
+def test_metrics_without_a_bootstrap_have_no_interval(here, data, tmp_path):
+    """The effective rank of a choice of images is slow to compute, and means little."""
+    tasks = {"health": {"health": {"resize": 32, "crop": 32}, "folds": None, "val": str(data / "images")}}
+    compare.compare(**here(task=("in_context", "health"), tasks=tasks))
+    rows = {row["row"]: row for row in results(tmp_path / "out")["rows"]}
+    rank, primary = (rows["mae"]["metrics"][name] for name in ("health:rank", "primary"))
+    assert rank["mean"] > 1 and rank["low"] is None and rank["seeds"] == 2
+    assert primary["low"] is not None

@@ -91,6 +91,9 @@ class Asked:
     def __init__(self):
         self.evaluator, self.times = self, 0
 
+    def groups(self, seed):
+        return None
+
     def __call__(self, network, *_):
         self.times += 1
         return {"right": network}

@@ -88,7 +88,8 @@ def _bootstrap_task(
     """Names of the metrics of a task, and their values for every network.
 
     Tasks on the same images have the same choices of images; other images of the primary metric have choices of their
-    own, as they are independent.
+    own, as they are independent. Where choices of images are slow or without meaning, and the primary metric does not
+    need them, there are none, and no interval.
     """
     evaluator = jobs.make_evaluator(task, settings)
     names = list(evaluator.metrics(networks[0]))
@@ -97,8 +98,11 @@ def _bootstrap_task(
         values = evaluator.metrics(selected(networks[network], indices))
         return np.array([values.get(name, math.nan) for name in names])
 
-    images = len(next(iter(networks[0].values())))
-    sets = list(dict.fromkeys(jobs.images_of(name, settings) for name in list_tasks_of(settings.primary)))
+    images, deciding = len(next(iter(networks[0].values()))), list_tasks_of(settings.primary)
+    if not evaluator.bootstrap and task not in deciding:
+        values = np.array([compute(network, np.arange(images)) for network in range(len(networks))])
+        return names, Bootstrap(values, values[None], images, units=1)
+    sets = list(dict.fromkeys(jobs.images_of(name, settings) for name in deciding))
     own = jobs.images_of(task, settings)
     seed = sets.index(own) if own in sets else 0
     return names, intervals.bootstrap(compute, len(networks), images, seed=seed, groups=groups)

@@ -84,7 +84,8 @@ class OnlineEvaluation:
         if not task.evaluator.bootstrap:
             return sentence
         try:
-            samples = [tasks.bootstrap_metrics(task, per_image, [metric]) for per_image in (now, before)]
+            seed = self.settings.seed
+            samples = [tasks.bootstrap_metrics(task, per_image, [metric], seed) for per_image in (now, before)]
             gain = intervals.of_images((samples[0] - samples[1])[0])
         except UserError:  # the metric is not defined for some samples of the images
             return sentence
