@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gtsa.core.types import Crops, Method, Tokens, Views
 from gtsa.methods.parts import gtsa_switches, losses, region_losses, region_metrics
 from gtsa.methods.parts.crops import by_size, by_view
-from gtsa.methods.parts.geometry import pairs_of, pool, regions, rotate_maps
+from gtsa.methods.parts.geometry import align, pairs_of
 from gtsa.methods.parts.heads import GridPredictor, GridProjector, RotationHead
 from gtsa.methods.parts.image_loss import ImageLoss
 from gtsa.methods.parts.prototypes import Centre, update_centres
@@ -241,12 +241,7 @@ class GTSA(Method):
             pooled, target = student.mean((2, 3))[:, :, None], teacher.mean((2, 3))[:, None]
             shape = (*student.shape[:2], teacher.shape[1], 1, 1, student.shape[-1])
             return pooled[..., None, None, :].expand(shape), target[..., None, None, :].expand(shape)
-        boxes, seen_boxes = regions(view, seen)
-        cells = self.cells[size] if self.cells else round(0.7 * student.shape[2])
-        pooled = pool(student, boxes * (student.shape[2] / view.side), cells)  # [B, V, G, c, c, C]
-        target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, c, c, C]
-        rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
-        return pooled, rotate_maps(target, rotations).transpose(1, 2)
+        return align(student, teacher, view, seen, self.cells[size] if self.cells else round(0.7 * student.shape[2]))
 
     # Patch correspondence, wherever similar patches are (section 3.4)
 

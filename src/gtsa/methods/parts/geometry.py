@@ -139,3 +139,21 @@ def regions(view: Crops, seen: Crops) -> tuple[Tensor, Tensor]:
     in_view = rotate_boxes(inside(common, view.boxes[:, :, None], view.side), view.rotations[:, :, None], view.side)
     in_seen = rotate_boxes(inside(common, seen.boxes[:, None], seen.side), seen.rotations[:, None], seen.side)
     return in_view, in_seen.transpose(1, 2)
+
+
+def align(student: Tensor, teacher: Tensor, view: Crops, seen: Crops, cells: int) -> tuple[Tensor, Tensor]:
+    """Both maps pooled over the region that a view and a teacher's crop share, in the view's orientation.
+
+    Args:
+        student: [B, V, h, w, C] maps of the crops ``view``.
+        teacher: [B, G, h, w, D] maps of the crops ``seen``.
+        cells: the region is pooled to cells x cells.
+
+    Returns:
+        [B, V, G, cells, cells, C] and [B, V, G, cells, cells, D].
+    """
+    boxes, seen_boxes = regions(view, seen)
+    pooled = pool(student, boxes * (student.shape[2] / view.side), cells)
+    target = pool(teacher, seen_boxes * (teacher.shape[2] / seen.side), cells)  # [B, G, V, ...]
+    rotations = view.rotations[:, None] - seen.rotations[:, :, None]  # [B, G, V]
+    return pooled, rotate_maps(target, rotations).transpose(1, 2)

@@ -21,7 +21,7 @@ def sigreg(vectors: Tensor, directions: Tensor) -> Tensor:
 
         x = vectors @ directions                                # projections, [N, M]
         phi(t) = mean_n exp(i t x)                              # empirical characteristic function, [M]
-        T = N * integral |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt      # Epps-Pulley, trapezoidal rule
+        T = N * integral abs(phi(t) - exp(-t^2 / 2))^2 exp(-t^2 / 2) dt    # Epps-Pulley, trapezoidal rule
         result = mean(T)                                        # over directions
 
     The published code integrates over [-5, 5]. The integrand is even, so here [0, 5] counts twice. Of several
