@@ -168,7 +168,7 @@ def test_the_regularizer_reads_projected_patches_of_all_views():
 
 
 @pytest.mark.parametrize(
-    ("given", "weight"), [({}, 0.05), ({"regularizer_weight": 3.0}, 3.0), ({"regularizer_weight": 0.0}, 0.0)]
+    ("given", "weight"), [({}, 0.01), ({"regularizer_weight": 3.0}, 3.0), ({"regularizer_weight": 0.0}, 0.0)]
 )
 def test_weights_of_regularizers(given, weight):
     parts = the_method(regularizer="sigreg", **given)(the_views(2, 1), 0.5)

@@ -71,7 +71,7 @@ class GTSA(Method):
             Sinkhorn assignments of cells.
         region_temp: temperature of the student's cells, for infonce and prototypes.
         regularizer: loss against collapse on projected patches: sigreg (LeJEPA) or vicreg (variance and covariance).
-        regularizer_weight: weight of the regularizer. By default 0.05 for sigreg and 1 for vicreg.
+        regularizer_weight: weight of the regularizer. By default 0.01 for sigreg and 1 for vicreg.
         rotation_tokens: what the rotation head reads: the mean of the patch tokens as published, or the CLS token.
         rotation_channels: share of the channels that it reads, the first ones; 1 as published.
         rotation_decay: fractions of the run between which rotation_weight falls to 0 linearly. By default it stays.

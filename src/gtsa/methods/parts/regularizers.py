@@ -12,7 +12,9 @@ from gtsa.methods.parts.sigreg import draw_directions, sigreg
 
 VECTORS = 1024  # that are drawn from the maps of a micro-batch, so that the cost does not grow with it
 DIRECTIONS = 256  # of SIGReg
-WEIGHTS = {"none": 0.0, "sigreg": 0.05, "vicreg": 1.0}  # relative to the loss of agreement, as published
+# Relative to the region loss. VICReg's is as published. LeJEPA has 0.05 for batches of 128 images on; SIGReg grows with
+# the number of vectors, which is higher here.
+WEIGHTS = {"none": 0.0, "sigreg": 0.01, "vicreg": 1.0}
 
 
 def regularize(kind: str, maps: Sequence[Tensor], time: float) -> Tensor:
